@@ -1,0 +1,28 @@
+//! valor: visual reasoners trained and run without labels (VALOR, ICLR 2026), on candle.
+//!
+//! A map of the house; dependencies point one way, top to bottom:
+//! - [`cli`]: arguments and one thin file per subcommand
+//! - [`train`]: optimiser loops for detector, depth and language models
+//! - [`eval`]: benches, metrics, intervals
+//! - [`planner`]: question → reply (plan and program)
+//! - [`tools`]: `gd_detect`, `depth`, `vqa` behind one trait
+//! - [`program`]: the planner's reply: parse, check, run in a jail, trace
+//! - [`llm`]: text generation behind one trait
+//! - [`models`]: one file or folder per network, weight names as in the checkpoints
+//! - [`nn`]: differentiable building blocks and fused CPU ops
+//! - [`weights`]: where weights come from
+//! - [`rooms`]: the synthetic world, inputs only
+//! - [`config`]: typed configuration
+
+pub mod cli;
+pub mod config;
+pub mod eval;
+pub mod llm;
+pub mod models;
+pub mod nn;
+pub mod planner;
+pub mod program;
+pub mod rooms;
+pub mod tools;
+pub mod train;
+pub mod weights;

@@ -1,0 +1,21 @@
+//! Differentiable building blocks that every network here is made of.
+//!
+//! candle's own fused kernels (`ops::rms_norm`, `ops::layer_norm`, `softmax_last_dim`, `rope`)
+//! have no backward: gradients stop there without a word. Everything in this module either is
+//! composed of differentiable candle ops or is a custom op with its own backward, checked by
+//! finite differences (see [`gradcheck`]).
+//!
+//! Shapes are written `[batch, heads, seq, dim]`. All blocks take f32 on the CPU.
+
+pub mod act;
+pub mod attention;
+pub mod conv;
+pub mod gradcheck;
+pub mod linear;
+pub mod norm;
+
+pub use act::{gelu, gelu_tanh, relu, silu, softmax};
+pub use attention::{Mask, attention};
+pub use conv::{Conv2d, Conv2dConfig, conv2d};
+pub use linear::{Embedding, Linear, embedding, linear, linear_b, linear_no_bias};
+pub use norm::{GroupNorm, LayerNorm, RmsNorm, group_norm, layer_norm, rms_norm};

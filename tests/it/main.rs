@@ -1,0 +1,3 @@
+//! The integration tests, one binary: `cargo test --release parity` runs the part against PyTorch.
+
+mod parity;
