@@ -49,12 +49,9 @@ pub fn conv2d(
     bias: bool,
     vb: VarBuilder,
 ) -> Result<Conv2d> {
-    let weight =
-        vb.get_with_hints((out, inp, kernel, kernel), "weight", candle_nn::init::DEFAULT_KAIMING_UNIFORM)?;
     let bound = 1. / ((inp * kernel * kernel) as f64).sqrt();
-    let bias = match bias {
-        true => Some(vb.get_with_hints(out, "bias", candle_nn::Init::Uniform { lo: -bound, up: bound })?),
-        false => None,
-    };
+    let uniform = candle_nn::Init::Uniform { lo: -bound, up: bound };
+    let weight = vb.get_with_hints((out, inp, kernel, kernel), "weight", uniform)?;
+    let bias = if bias { Some(vb.get_with_hints(out, "bias", uniform)?) } else { None };
     Ok(Conv2d { weight, bias, cfg })
 }

@@ -51,13 +51,10 @@ pub fn linear_no_bias(inp: usize, out: usize, vb: VarBuilder) -> Result<Linear> 
 
 /// A linear layer whose initial values, where `vb` creates them, are PyTorch's defaults.
 pub fn linear_b(inp: usize, out: usize, bias: bool, vb: VarBuilder) -> Result<Linear> {
-    let weight = vb.get_with_hints((out, inp), "weight", candle_nn::init::DEFAULT_KAIMING_UNIFORM)?;
-    let bias = if bias {
-        let bound = 1. / (inp as f64).sqrt();
-        Some(vb.get_with_hints(out, "bias", candle_nn::Init::Uniform { lo: -bound, up: bound })?)
-    } else {
-        None
-    };
+    let bound = 1. / (inp as f64).sqrt();
+    let uniform = candle_nn::Init::Uniform { lo: -bound, up: bound };
+    let weight = vb.get_with_hints((out, inp), "weight", uniform)?;
+    let bias = if bias { Some(vb.get_with_hints(out, "bias", uniform)?) } else { None };
     Ok(Linear { weight, bias })
 }
 

@@ -13,9 +13,11 @@ pub mod conv;
 pub mod gradcheck;
 pub mod linear;
 pub mod norm;
+pub mod params;
 
 pub use act::{gelu, gelu_tanh, relu, silu, softmax};
 pub use attention::{Mask, attention};
 pub use conv::{Conv2d, Conv2dConfig, conv2d};
 pub use linear::{Embedding, Linear, embedding, linear, linear_b, linear_no_bias};
 pub use norm::{GroupNorm, LayerNorm, RmsNorm, group_norm, layer_norm, rms_norm};
+pub use params::Params;

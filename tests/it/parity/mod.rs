@@ -71,20 +71,11 @@ impl Fixture {
     }
 
     /// The checkpoint's tensors as trainable variables, for gradient comparisons.
-    pub fn trainable(&self) -> (candle_nn::VarMap, candle_nn::VarBuilder<'static>) {
+    pub fn trainable(&self) -> valor::nn::Params {
         let p = self.dir.join("model.safetensors");
         let t = candle_core::safetensors::load(&p, &Device::Cpu)
             .unwrap_or_else(|e| panic!("{}: {e}", p.display()));
-        let map = candle_nn::VarMap::new();
-        {
-            let mut data = map.data().lock().unwrap();
-            for (k, v) in t {
-                let v = v.to_dtype(DType::F32).unwrap();
-                data.insert(k, candle_core::Var::from_tensor(&v).unwrap());
-            }
-        }
-        let vb = candle_nn::VarBuilder::from_varmap(&map, DType::F32, &Device::Cpu);
-        (map, vb)
+        valor::nn::Params::from_tensors(0, t).unwrap()
     }
 }
 
