@@ -90,6 +90,14 @@ pub struct Thing {
     pub truncated: bool,
 }
 
+impl Thing {
+    /// Enough of it is seen for a careful person to name it. What is not clear is neither asked
+    /// about nor counted against a detector (an `ignore` region), and no question may hang on it.
+    pub fn is_clear(&self) -> bool {
+        self.visible_fraction >= 0.25 && self.visible_pixels >= 48
+    }
+}
+
 /// A rendered picture with its exact truth. Row-major, top left first.
 #[derive(Clone, Debug)]
 pub struct View {
