@@ -9,13 +9,17 @@
 
 pub mod act;
 pub mod attention;
+mod attention_cpu;
 pub mod conv;
+mod cpu;
 pub mod gradcheck;
 pub mod linear;
 pub mod loss;
 pub mod norm;
+pub mod optim;
 pub mod params;
 pub mod rope;
+mod simd;
 
 pub use act::{gelu, gelu_tanh, relu, silu, softmax, swiglu};
 pub use attention::{Mask, attention, attention_packed};
@@ -23,5 +27,6 @@ pub use conv::{Conv2d, Conv2dConfig, conv2d};
 pub use linear::{Embedding, Linear, embedding, linear, linear_b, linear_no_bias};
 pub use loss::{linear_log_probs, log_probs};
 pub use norm::{GroupNorm, LayerNorm, RmsNorm, group_norm, layer_norm, rms_norm};
+pub use optim::{AdamW, AdamWConfig};
 pub use params::Params;
 pub use rope::rope;
