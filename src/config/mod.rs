@@ -158,7 +158,8 @@ fn merge(
     for (k, v) in from {
         let full = if path.is_empty() { k.clone() } else { format!("{path}.{k}") };
         let Some(default) = defaults.get(&k) else {
-            return Err(ConfigError::UnknownKey { origin: origin.into(), hint: nearest(&full), key: full });
+            let key = first_leaf(full, &v);
+            return Err(ConfigError::UnknownKey { origin: origin.into(), hint: nearest(&key), key });
         };
         match (default, v) {
             (Value::Table(d), Value::Table(v)) => {
@@ -180,6 +181,14 @@ fn merge(
         }
     }
     Ok(())
+}
+
+/// The first full key inside a table, so that `[planer] temprature` is compared as a whole.
+fn first_leaf(path: String, value: &Value) -> String {
+    match value.as_table().and_then(|t| t.iter().next()) {
+        Some((k, v)) => first_leaf(format!("{path}.{k}"), v),
+        None => path,
+    }
 }
 
 /// Says which valid key is nearest to a wrong one.
