@@ -12,12 +12,16 @@ pub mod attention;
 pub mod conv;
 pub mod gradcheck;
 pub mod linear;
+pub mod loss;
 pub mod norm;
 pub mod params;
+pub mod rope;
 
-pub use act::{gelu, gelu_tanh, relu, silu, softmax};
-pub use attention::{Mask, attention};
+pub use act::{gelu, gelu_tanh, relu, silu, softmax, swiglu};
+pub use attention::{Mask, attention, attention_packed};
 pub use conv::{Conv2d, Conv2dConfig, conv2d};
 pub use linear::{Embedding, Linear, embedding, linear, linear_b, linear_no_bias};
+pub use loss::{linear_log_probs, log_probs};
 pub use norm::{GroupNorm, LayerNorm, RmsNorm, group_norm, layer_norm, rms_norm};
 pub use params::Params;
+pub use rope::rope;
