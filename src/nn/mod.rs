@@ -12,6 +12,7 @@ pub mod attention;
 pub mod conv;
 pub mod gradcheck;
 pub mod linear;
+pub mod msda;
 pub mod norm;
 pub mod params;
 
