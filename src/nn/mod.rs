@@ -15,6 +15,7 @@ pub mod linear;
 pub mod loss;
 pub mod norm;
 pub mod params;
+pub mod resample;
 pub mod rope;
 
 pub use act::{gelu, gelu_tanh, relu, silu, softmax, swiglu};
