@@ -13,6 +13,7 @@ pub mod conv;
 pub mod gradcheck;
 pub mod linear;
 pub mod loss;
+pub mod msda;
 pub mod norm;
 pub mod params;
 pub mod resample;
