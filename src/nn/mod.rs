@@ -16,6 +16,7 @@ pub mod loss;
 pub mod msda;
 pub mod norm;
 pub mod params;
+pub mod resample;
 pub mod rope;
 
 pub use act::{gelu, gelu_tanh, relu, silu, softmax, swiglu};
