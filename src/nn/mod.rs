@@ -15,6 +15,9 @@ pub mod linear;
 pub mod msda;
 pub mod norm;
 pub mod params;
+pub mod rows;
+pub mod stochastic;
+pub mod window;
 
 pub use act::{gelu, gelu_tanh, relu, silu, softmax};
 pub use attention::{Mask, attention};
@@ -22,3 +25,4 @@ pub use conv::{Conv2d, Conv2dConfig, conv2d};
 pub use linear::{Embedding, Linear, embedding, linear, linear_b, linear_no_bias};
 pub use norm::{GroupNorm, LayerNorm, RmsNorm, group_norm, layer_norm, rms_norm};
 pub use params::Params;
+pub use stochastic::TrainCtx;
