@@ -18,6 +18,9 @@ pub mod norm;
 pub mod params;
 pub mod resample;
 pub mod rope;
+pub mod rows;
+pub mod stochastic;
+pub mod window;
 
 pub use act::{gelu, gelu_tanh, relu, silu, softmax, swiglu};
 pub use attention::{Mask, attention, attention_packed};
@@ -27,3 +30,4 @@ pub use loss::{linear_log_probs, log_probs};
 pub use norm::{GroupNorm, LayerNorm, RmsNorm, group_norm, layer_norm, rms_norm};
 pub use params::Params;
 pub use rope::rope;
+pub use stochastic::TrainCtx;
