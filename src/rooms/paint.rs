@@ -131,14 +131,19 @@ fn triangle(x: f64) -> f64 {
     ((x - x.floor()) * 2. - 1.).abs()
 }
 
-/// A number in [0, 1) from integers; the same on every machine.
-pub fn hash(x: i64, y: i64, salt: u64) -> f64 {
-    let mut h = (x as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)
-        ^ (y as u64).wrapping_mul(0xc2b2_ae3d_27d4_eb4f)
+/// Well-mixed bits from integers; the same on every machine.
+pub fn hash_bits(x: u64, y: u64, salt: u64) -> u64 {
+    let mut h = x.wrapping_mul(0x9e37_79b9_7f4a_7c15)
+        ^ y.wrapping_mul(0xc2b2_ae3d_27d4_eb4f)
         ^ salt.wrapping_mul(0x1656_67b1_9e37_79f9);
     h = (h ^ (h >> 31)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     h = (h ^ (h >> 29)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    ((h ^ (h >> 32)) >> 11) as f64 / (1u64 << 53) as f64
+    h ^ (h >> 32)
+}
+
+/// A number in [0, 1).
+fn hash(x: i64, y: i64, salt: u64) -> f64 {
+    (hash_bits(x as u64, y as u64, salt) >> 11) as f64 / (1u64 << 53) as f64
 }
 
 fn noise(x: f64, y: f64, salt: u64) -> f64 {

@@ -1,12 +1,12 @@
 //! From a scene to a picture with its exact truth.
 //!
 //! Each solid is ray-cast only inside its projected bounds, into a depth buffer; shading is
-//! deferred, once for each surface that a pixel's 2×2 colour samples see. Shadows come from depth
+//! deferred: once for a pixel inside a surface, at edges once for each surface that 2×2 samples see. Shadows come from depth
 //! maps seen from the light and from straight above (ambient occlusion). Depth and ids are those
 //! of the ray through the pixel's centre. One thread per picture: the result cannot depend on
 //! their number. No reflections, no transparency, no light bounces.
 
-use super::paint::hash;
+use super::paint::hash_bits;
 use super::scene::{Item, Scene};
 use super::solid::{Frame, Solid, V3, add, cross, dot, meet, mix, mul, scale, sub, unit};
 use super::view::{Camera, Look, Thing, View};
@@ -45,10 +45,6 @@ impl Eye {
         let right = unit(cross(if forward[1].abs() > 0.99 { [0., 0., 1.] } else { [0., 1., 0.] }, forward));
         let down = cross(right, forward);
         Self { origin, right, down, forward, focal: size as f64 / 2. / half_tangent, width: size, height: size }
-    }
-
-    fn sized(&self, width: usize, height: usize) -> Self {
-        Self { focal: self.focal * width as f64 / self.width as f64, width, height, ..self.clone() }
     }
 
     /// Pixel coordinates and depth of a point.
@@ -125,7 +121,8 @@ fn cast(eye: &Eye, solid: &Solid, mut hit: impl FnMut(usize, f64, u8)) {
     }
 }
 
-fn cast_all(eye: &Eye, scene: &Scene) -> Hits {
+/// All first hits, and what each thing would cover alone.
+fn cast_all(eye: &Eye, scene: &Scene) -> (Hits, Vec<Extent>) {
     let n = eye.width * eye.height;
     let mut hits = Hits { depth: Vec::with_capacity(n), surface: Vec::with_capacity(n) };
     for y in 0..eye.height {
@@ -135,16 +132,25 @@ fn cast_all(eye: &Eye, scene: &Scene) -> Hits {
             hits.surface.push(face as u32);
         }
     }
+    let mut alone = vec![Extent::EMPTY; scene.things.len() + 1];
+    // The solids of one thing follow one another, so the last thing at each pixel is enough to
+    // count the pixel once.
+    let mut last = vec![0u16; n];
     for (i, item) in scene.items.iter().enumerate() {
         let base = (i as u32 + 1) << 3;
+        let extent = &mut alone[item.thing as usize];
         cast(eye, &item.solid, |at, t, face| {
+            if last[at] != item.thing {
+                last[at] = item.thing;
+                extent.grow(at % eye.width, at / eye.width);
+            }
             if t < hits.depth[at] {
                 hits.depth[at] = t;
                 hits.surface[at] = base | face as u32;
             }
         });
     }
-    hits
+    (hits, alone)
 }
 
 /// Where a ray from inside leaves the room, and through which of its six sides.
@@ -298,35 +304,107 @@ fn face_uv(p: V3, face: u8) -> (f64, f64) {
     }
 }
 
-/// Colours of all pixels, linear, by 2×2 samples.
-fn colours(eye: &Eye, scene: &Scene) -> Vec<V3> {
-    let (w, h) = (eye.width, eye.height);
-    let fine = eye.sized(2 * w, 2 * h);
-    let hits = cast_all(&fine, scene);
+/// Where in a pixel the four colour samples lie.
+const SAMPLES: [[f64; 2]; 4] = [[-0.25, -0.25], [0.25, -0.25], [-0.25, 0.25], [0.25, 0.25]];
+
+/// Four samples for each pixel that lies at an edge of a surface.
+struct Edges {
+    /// Index into the other two (× 4), or [`Edges::NONE`].
+    number: Vec<u32>,
+    depth: Vec<[f64; 4]>,
+    surface: Vec<[u32; 4]>,
+}
+
+impl Edges {
+    const NONE: u32 = u32::MAX;
+
+    fn new(eye: &Eye, scene: &Scene, hits: &Hits) -> Self {
+        let (w, h) = (eye.width, eye.height);
+        let mut edges = Self { number: vec![Self::NONE; w * h], depth: Vec::new(), surface: Vec::new() };
+        for y in 0..h {
+            for x in 0..w {
+                let own = hits.surface[y * w + x];
+                let rows = y.saturating_sub(1)..(y + 2).min(h);
+                let (x0, x1) = (x.saturating_sub(1), (x + 2).min(w));
+                if rows.into_iter().all(|y| hits.surface[y * w + x0..y * w + x1].iter().all(|&s| s == own)) {
+                    continue;
+                }
+                edges.number[y * w + x] = edges.depth.len() as u32;
+                let far = SAMPLES.map(|[dx, dy]| {
+                    leave(scene.room, eye.origin, eye.ray(x as f64 + 0.5 + dx, y as f64 + 0.5 + dy))
+                });
+                edges.depth.push(far.map(|f| f.0));
+                edges.surface.push(far.map(|f| f.1 as u32));
+            }
+        }
+        for (i, item) in scene.items.iter().enumerate() {
+            edges.cast(eye, &item.solid, (i as u32 + 1) << 3);
+        }
+        edges
+    }
+
+    fn cast(&mut self, eye: &Eye, solid: &Solid, base: u32) {
+        let Some([x0, y0, x1, y1]) = eye.bounds(solid) else { return };
+        let frame = solid.frame();
+        let o = frame.apply(sub(eye.origin, solid.centre));
+        let dx = frame.apply(scale(eye.right, 1. / eye.focal));
+        let dy = frame.apply(scale(eye.down, 1. / eye.focal));
+        let offsets = SAMPLES.map(|[x, y]| add(scale(dx, x), scale(dy, y)));
+        for y in y0..y1 {
+            let start = frame.apply(eye.ray(x0 as f64 + 0.5, y as f64 + 0.5));
+            for x in x0..x1 {
+                let number = self.number[y * eye.width + x];
+                if number == Self::NONE {
+                    continue;
+                }
+                let middle = add(start, scale(dx, (x - x0) as f64));
+                for (k, offset) in offsets.iter().enumerate() {
+                    if let Some((t, face)) = meet(solid.shape, o, add(middle, *offset))
+                        && t < self.depth[number as usize][k]
+                    {
+                        self.depth[number as usize][k] = t;
+                        self.surface[number as usize][k] = base | face as u32;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Colours of all pixels, linear: four samples at edges, the centre elsewhere.
+fn colours(eye: &Eye, scene: &Scene, hits: &Hits) -> Vec<V3> {
     let shader = Shader::new(scene);
-    let mut out = Vec::with_capacity(w * h);
-    for y in 0..h {
-        for x in 0..w {
-            let at: [usize; 4] = std::array::from_fn(|k| (2 * y + k / 2) * 2 * w + 2 * x + k % 2);
+    let edges = Edges::new(eye, scene, hits);
+    let colour = |p: V3, surface: u32| shader.light(add(eye.origin, p), surface, unit(scale(p, -1.)));
+    let mut out = Vec::with_capacity(eye.width * eye.height);
+    for y in 0..eye.height {
+        for x in 0..eye.width {
+            let at = y * eye.width + x;
+            let (cx, cy) = (x as f64 + 0.5, y as f64 + 0.5);
+            if edges.number[at] == Edges::NONE {
+                out.push(colour(scale(eye.ray(cx, cy), hits.depth[at]), hits.surface[at]));
+                continue;
+            }
+            let number = edges.number[at] as usize;
+            let (depth, surface) = (&edges.depth[number], &edges.surface[number]);
             let mut sum = [0.; 3];
             let mut done = [false; 4];
+            // Each surface in the pixel is shaded once, in the middle of its samples.
             for k in 0..4 {
                 if done[k] {
                     continue;
                 }
-                let surface = hits.surface[at[k]];
                 let (mut p, mut n) = ([0.; 3], 0.);
                 for j in k..4 {
-                    if hits.surface[at[j]] == surface {
-                        let d = fine.ray((2 * x + j % 2) as f64 + 0.5, (2 * y + j / 2) as f64 + 0.5);
-                        p = add(p, scale(d, hits.depth[at[j]]));
+                    if surface[j] == surface[k] {
+                        p = add(p, scale(eye.ray(cx + SAMPLES[j][0], cy + SAMPLES[j][1]), depth[j]));
                         n += 1.;
                         done[j] = true;
                     }
                 }
-                let p = scale(p, 1. / n);
-                let c = shader.light(add(eye.origin, p), surface, unit(scale(p, -1.)));
-                sum = add(sum, scale(c.map(|c| c.min(1.5)), n / 4.));
+                // A glint may not outshine the edge.
+                let c = colour(scale(p, 1. / n), surface[k]).map(|c| c.min(1.5));
+                sum = add(sum, scale(c, n / 4.));
             }
             out.push(sum);
         }
@@ -353,23 +431,26 @@ fn develop(scene: &Scene, mut linear: Vec<V3>, w: usize, h: usize) -> Vec<u8> {
     }
     let mut rgb = Vec::with_capacity(3 * w * h);
     for (i, c) in linear.iter().enumerate() {
-        let grey = if sensor.noise > 0. { sensor.noise * grain(i, 3, scene.seed) } else { 0. };
-        for (k, c) in c.iter().enumerate() {
-            let mut v = table[((c * sensor.exposure).clamp(0., 1.) * 4095. + 0.5) as usize];
-            if sensor.noise > 0. {
-                v += grey + 0.6 * sensor.noise * grain(i, k as i64, scene.seed);
-            }
-            rgb.push((v + 0.5).clamp(0., 255.) as u8);
+        let noise = grain(i as u64, scene.seed);
+        for (c, noise) in c.iter().zip(noise) {
+            let v = table[((c * sensor.exposure).clamp(0., 1.) * 4095. + 0.5) as usize];
+            rgb.push((v + sensor.noise * noise + 0.5).clamp(0., 255.) as u8);
         }
     }
     rgb
 }
 
-/// About normal, by the sum of uniform numbers.
-fn grain(pixel: usize, channel: i64, seed: u64) -> f64 {
-    let r = hash(pixel as i64, channel, seed ^ 0x5eed);
-    let s = hash(pixel as i64, channel + 8, seed ^ 0x5eed);
-    (r + s - 1.) * 2.449
+/// Noise of the three channels, about normal with variance 1, half of it common to them.
+fn grain(pixel: u64, seed: u64) -> V3 {
+    let word = |salt| hash_bits(pixel, seed, salt);
+    let (a, b) = (word(1), word(2));
+    // A sum of two uniform numbers on [-½, ½) has the variance 1/6.
+    let part = |i: u32| {
+        let u = |w: u64| (w >> (16 * i) & 0xffff) as f64 / 65536. - 0.5;
+        (u(a) + u(b)) * 6f64.sqrt()
+    };
+    let common = part(3);
+    std::array::from_fn(|i| (common + part(i as u32)) * std::f64::consts::FRAC_1_SQRT_2)
 }
 
 fn gamma_table() -> &'static [f64] {
@@ -410,22 +491,7 @@ impl Extent {
 pub fn render(scene: &Scene, width: u32, height: u32) -> View {
     let (w, h) = (width as usize, height as usize);
     let eye = Eye::camera(&scene.camera, scene.eye, scene.heading, w, h);
-    let hits = cast_all(&eye, scene);
-
-    // What each thing would cover alone: its solids, each pixel counted once.
-    let mut alone = vec![Extent::EMPTY; scene.things.len() + 1];
-    let mut stamp = vec![0u16; w * h];
-    for item in scene.items.iter().filter(|item| item.thing > 0) {
-        // The solids of one thing follow one another, so the stamp of the last thing suffices.
-        let extent = &mut alone[item.thing as usize];
-        cast(&eye, &item.solid, |at, _, _| {
-            if stamp[at] != item.thing {
-                stamp[at] = item.thing;
-                extent.grow(at % w, at / w);
-            }
-        });
-    }
-
+    let (hits, alone) = cast_all(&eye, scene);
     let mut seen = vec![Extent::EMPTY; scene.things.len() + 1];
     let mut ids = vec![0u16; w * h];
     for (at, id) in ids.iter_mut().enumerate() {
@@ -463,7 +529,7 @@ pub fn render(scene: &Scene, width: u32, height: u32) -> View {
         *id = number[*id as usize];
     }
 
-    let rgb = develop(scene, colours(&eye, scene), w, h);
+    let rgb = develop(scene, colours(&eye, scene, &hits), w, h);
     View {
         seed: scene.seed,
         look: scene.look,

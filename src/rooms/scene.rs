@@ -307,6 +307,10 @@ struct Furnisher {
 }
 
 const TRIES: usize = 40;
+/// Share of the tries in line with another thing.
+const IN_LINE: f64 = 0.7;
+/// A thing may hide about this much of another's box.
+const HIDDEN: f64 = 0.7;
 const BACK: usize = 2;
 
 impl Furnisher {
@@ -344,7 +348,7 @@ impl Furnisher {
             table = (self.things() > at).then_some(at);
         }
         let seat = self.pick(&[Kind::Chair, Kind::Chair, Kind::Stool]);
-        for k in 0..self.rng.random_range(1..5) {
+        for k in 0..self.rng.random_range(1..4) {
             let near = if k < 3 && self.chance(0.7) { table } else { None };
             let kind = if self.chance(0.2) { self.pick(&[Kind::Chair, Kind::Stool]) } else { seat };
             self.on_floor(kind, near);
@@ -355,7 +359,7 @@ impl Furnisher {
         }
         let loose = [Kind::Box, Kind::Ball, Kind::Plant, Kind::Lamp, Kind::Vase];
         let often = self.pick(&loose);
-        for _ in 0..self.rng.random_range(2..6) {
+        for _ in 0..self.rng.random_range(2..5) {
             let kind = if self.chance(0.4) { often } else { self.pick(&loose) };
             let near = if self.chance(0.5) && self.things() > 0 {
                 Some(self.rng.random_range(0..self.things()))
@@ -366,7 +370,7 @@ impl Furnisher {
         }
         let ledges = self.ledges.clone();
         for ledge in ledges {
-            let room = if ledge.half[0] > 0.45 { 4 } else { 3 };
+            let room = if ledge.half[0] > 0.45 { 4 } else { 2 };
             for _ in 0..self.rng.random_range(0..room) {
                 let kind = self.pick(&[Kind::Lamp, Kind::Vase, Kind::Plant, Kind::Box, Kind::Ball, Kind::Tv, Kind::Vase]);
                 self.on_top(kind, ledge);
@@ -445,8 +449,7 @@ impl Furnisher {
                 covers.push(common / other.area() * outline.solid);
             }
         }
-        let limit = 0.6;
-        if outline.covered > limit || self.outlines.iter().zip(&covers).any(|(o, c)| *c > 0. && o.covered + c > limit) {
+        if outline.covered > HIDDEN || self.outlines.iter().zip(&covers).any(|(o, c)| *c > 0. && o.covered + c > HIDDEN) {
             return false;
         }
         for (other, more) in self.outlines.iter_mut().zip(&covers) {
@@ -473,9 +476,18 @@ impl Furnisher {
         let [w, _, l] = self.scene.room;
         let (s, c) = self.scene.heading;
         let reach = (self.scene.camera.fov_x / 2.).to_radians().tan();
+        let eye = self.scene.eye;
+        if !self.scene.things.is_empty() && self.chance(IN_LINE) {
+            // Before or behind something: rooms are full of things half seen.
+            let other = self.rng.random_range(0..self.scene.things.len());
+            let other = self.scene.things[other].centre;
+            let k = if self.chance(0.5) { self.rng.random_range(0.5..0.9) } else { self.rng.random_range(1.1..1.5) };
+            let aside = self.rng.random_range(-0.4..0.4);
+            let at = |i: usize, n: f64| eye[i] + (other[i] - eye[i]) * k + aside * n;
+            return [at(0, c).clamp(0., w), 0., at(2, -s).clamp(0., l)];
+        }
         let away = self.rng.random_range(1.4..l);
         let aside = self.rng.random_range(-1.0..1.0) * reach * away;
-        let eye = self.scene.eye;
         [(eye[0] + s * away + c * aside).clamp(0., w), 0., (eye[2] + c * away - s * aside).clamp(0., l)]
     }
 
@@ -594,7 +606,7 @@ impl Furnisher {
     fn window(&mut self) {
         let (wall, facing) = self.wall();
         let (w, h) = (self.rng.random_range(0.9..1.5), self.rng.random_range(0.9..1.2));
-        let mut at = self.before(wall, 0.05, 0.005);
+        let mut at = self.before(wall, 0.1, 0.005);
         at[1] = 0.95;
         let curtained = self.scene.look == Look::LivedIn && self.chance(0.6);
         let size = [if curtained { w + 0.7 } else { w + 0.1 }, h + 0.1, 0.1];
@@ -625,7 +637,7 @@ impl Furnisher {
 
     fn door(&mut self) {
         let (wall, facing) = self.wall();
-        let at = self.before(wall, 0.05, 0.005);
+        let at = self.before(wall, 0.12, 0.005);
         let space = Room3::new(at, facing.sin_cos(), [1., 2.1, 0.12]);
         if !space.inside(self.scene.room) || self.taken.iter().any(|t| t.meets(&space, 0.05)) {
             return;
