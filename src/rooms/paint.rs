@@ -79,9 +79,7 @@ impl Paint {
                 0.65 * rings * rings + 0.35 * noise(x * 9., y * 0.8, 4)
             }
             Pattern::Stripes => step(triangle(x), 0.62),
-            Pattern::Checks => {
-                0.5 * step(triangle(x), 0.6) + 0.5 * step(triangle(y), 0.6)
-            }
+            Pattern::Checks => 0.5 * step(triangle(x), 0.6) + 0.5 * step(triangle(y), 0.6),
             Pattern::Dots => {
                 let (i, j) = (x - x.floor() - 0.5, y - y.floor() - 0.5);
                 step(1. - 2. * (i * i + j * j).sqrt(), 0.5)
@@ -91,7 +89,8 @@ impl Paint {
                 let board = x.floor();
                 let end = y * 0.11 + hash(board as i64, 0, 11);
                 let tone = hash(board as i64, end.floor() as i64, 12);
-                let gap = step((x - board - 0.5).abs() * 2., 0.94).max(step((end - end.floor() - 0.5).abs() * 2., 0.985));
+                let gap = step((x - board - 0.5).abs() * 2., 0.94)
+                    .max(step((end - end.floor() - 0.5).abs() * 2., 0.985));
                 let grain = noise(x * 5., y * 0.5, 13);
                 (0.45 * tone + 0.3 * grain) * (1. - gap) + gap
             }
@@ -164,7 +163,8 @@ fn art(number: u32, q: [f64; 2]) -> V3 {
     let tone = |k: i64, low: f64, high: f64| -> V3 {
         std::array::from_fn(|c| low + (high - low) * pick(k * 3 + c as i64))
     };
-    let hill = |k: i64, base: f64| base + 0.35 * (noise(q[0] * 1.6 + 7. * pick(k), pick(k + 1) * 9., 32) - 0.5);
+    let hill =
+        |k: i64, base: f64| base + 0.35 * (noise(q[0] * 1.6 + 7. * pick(k), pick(k + 1) * 9., 32) - 0.5);
     let sun = [1.2 * pick(40) - 0.6, 0.25 + 0.4 * pick(41)];
     if q[1] < hill(50, -0.35) {
         tone(1, 0.02, 0.25)

@@ -44,7 +44,15 @@ impl Eye {
         let forward = unit(sub(at, origin));
         let right = unit(cross(if forward[1].abs() > 0.99 { [0., 0., 1.] } else { [0., 1., 0.] }, forward));
         let down = cross(right, forward);
-        Self { origin, right, down, forward, focal: size as f64 / 2. / half_tangent, width: size, height: size }
+        Self {
+            origin,
+            right,
+            down,
+            forward,
+            focal: size as f64 / 2. / half_tangent,
+            width: size,
+            height: size,
+        }
     }
 
     /// Pixel coordinates and depth of a point.
@@ -196,9 +204,11 @@ impl ShadowMap {
         let limit = self.eye.width as f64 - 1.;
         let mut lit = 0.;
         for (b, wy) in wy.iter().enumerate() {
-            let row = ((j + b as f64 - 1.) * self.spread + self.spread * 0.5).clamp(0., limit) as usize * self.eye.width;
+            let row = ((j + b as f64 - 1.) * self.spread + self.spread * 0.5).clamp(0., limit) as usize
+                * self.eye.width;
             for (a, wx) in wx.iter().enumerate() {
-                let column = ((i + a as f64 - 1.) * self.spread + self.spread * 0.5).clamp(0., limit) as usize;
+                let column =
+                    ((i + a as f64 - 1.) * self.spread + self.spread * 0.5).clamp(0., limit) as usize;
                 if self.depth[row + column] >= z {
                     lit += wx * wy;
                 }
@@ -522,7 +532,10 @@ pub fn render(scene: &Scene, width: u32, height: u32) -> View {
             full_bbox,
             visible_pixels: part.count,
             visible_fraction: part.count as f64 / whole.count as f64,
-            truncated: full_bbox[0] == 0. || full_bbox[1] == 0. || full_bbox[2] == w as f64 || full_bbox[3] == h as f64,
+            truncated: full_bbox[0] == 0.
+                || full_bbox[1] == 0.
+                || full_bbox[2] == w as f64
+                || full_bbox[3] == h as f64,
         });
     }
     for id in &mut ids {
