@@ -14,9 +14,15 @@ pub mod recipe;
 pub mod spec;
 pub mod template;
 pub mod truth;
+mod kinds;
+mod paint;
+pub mod render;
+pub mod scene;
+mod solid;
 pub mod view;
 pub mod vqa;
 
+pub use render::generate;
 pub use view::{Camera, Colour, Kind, Look, Thing, View};
 
 /// Stands in every file and table made from Rooms.
