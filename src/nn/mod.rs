@@ -10,6 +10,7 @@
 pub mod act;
 pub mod attention;
 pub mod conv;
+pub mod frozen;
 pub mod gradcheck;
 pub mod linear;
 pub mod msda;
@@ -22,6 +23,7 @@ pub mod window;
 pub use act::{gelu, gelu_tanh, relu, silu, softmax};
 pub use attention::{Mask, attention};
 pub use conv::{Conv2d, Conv2dConfig, conv2d};
+pub use frozen::frozen;
 pub use linear::{Embedding, Linear, embedding, linear, linear_b, linear_no_bias};
 pub use norm::{GroupNorm, LayerNorm, RmsNorm, group_norm, layer_norm, rms_norm};
 pub use params::Params;
