@@ -14,6 +14,7 @@ pub mod gradcheck;
 pub mod linear;
 pub mod norm;
 pub mod params;
+pub mod resample;
 
 pub use act::{gelu, gelu_tanh, relu, silu, softmax};
 pub use attention::{Mask, attention};

@@ -1,1 +1,5 @@
 //! (in the making)
+
+pub mod postprocess;
+pub mod preprocess;
+pub mod text;
