@@ -1,6 +1,4 @@
-//! (in the making)
-
-pub mod grounding_loss;
 //! Training: loops, losses and what they share.
 
+pub mod grounding_loss;
 pub mod run;

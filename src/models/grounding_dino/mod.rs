@@ -1,5 +1,5 @@
 //! (in the making)
 
+pub mod caption;
 pub mod postprocess;
 pub mod preprocess;
-pub mod text;

@@ -6,7 +6,7 @@
 //! asked nouns come back (method.md 5.2, 10.2, 10.13). [`noun_scores`] rates every box for every
 //! noun, for average precision.
 
-use super::text::{Caption, TextTokenizer};
+use super::caption::{Caption, TextTokenizer};
 use crate::tools::{BBox, Detection};
 use candle_core::{Result, Tensor, bail};
 
@@ -170,7 +170,7 @@ fn nms(found: Vec<Detection>, limit: f64) -> Vec<Detection> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::text::{Blanks, tokenizer_json};
+    use super::super::caption::{Blanks, tokenizer_json};
     use super::*;
     use candle_core::Device;
 

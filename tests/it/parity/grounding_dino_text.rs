@@ -3,8 +3,8 @@
 use super::Fixture;
 use serde::Deserialize;
 use std::path::Path;
+use valor::models::grounding_dino::caption::{TextTokenizer, tokenizer_json};
 use valor::models::grounding_dino::postprocess::{Thresholds, phrases};
-use valor::models::grounding_dino::text::{TextTokenizer, tokenizer_json};
 
 fn tokenizer(dir: &Path) -> TextTokenizer {
     TextTokenizer::from_file(&dir.join("vocab.txt")).unwrap()
