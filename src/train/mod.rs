@@ -1,1 +1,4 @@
-//! (in the making)
+//! Training: loops, losses and what they share.
+
+pub mod grounding_loss;
+pub mod run;

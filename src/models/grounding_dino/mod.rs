@@ -486,3 +486,8 @@ pub fn init_offsets(params: &Params, cfg: &Config) -> Result<()> {
     }
     Ok(())
 }
+//! (in the making)
+
+pub mod caption;
+pub mod postprocess;
+pub mod preprocess;
