@@ -10,6 +10,7 @@
 pub mod act;
 pub mod attention;
 pub mod conv;
+pub mod frozen;
 pub mod gradcheck;
 pub mod linear;
 pub mod loss;
@@ -25,6 +26,7 @@ pub mod window;
 pub use act::{gelu, gelu_tanh, relu, silu, softmax, swiglu};
 pub use attention::{Mask, attention, attention_packed};
 pub use conv::{Conv2d, Conv2dConfig, conv2d};
+pub use frozen::frozen;
 pub use linear::{Embedding, Linear, embedding, linear, linear_b, linear_no_bias};
 pub use loss::{linear_log_probs, log_probs};
 pub use norm::{GroupNorm, LayerNorm, RmsNorm, group_norm, layer_norm, rms_norm};
