@@ -10,14 +10,18 @@
 pub mod act;
 pub mod attention;
 pub mod conv;
+pub mod conv_same;
 pub mod gradcheck;
 pub mod linear;
 pub mod norm;
 pub mod params;
+pub mod resize;
 
 pub use act::{gelu, gelu_tanh, relu, silu, softmax};
 pub use attention::{Mask, attention};
 pub use conv::{Conv2d, Conv2dConfig, conv2d};
+pub use conv_same::conv_same;
 pub use linear::{Embedding, Linear, embedding, linear, linear_b, linear_no_bias};
 pub use norm::{GroupNorm, LayerNorm, RmsNorm, group_norm, layer_norm, rms_norm};
 pub use params::Params;
+pub use resize::{Filter, Taps, resize, resize_taps};
