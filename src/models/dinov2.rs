@@ -368,10 +368,11 @@ impl Dinov2 {
         }
         let (rows, cols) = (h / p, w / p);
         // A convolution whose stride is its kernel is one matrix product over patches.
-        let patches = pixels
-            .reshape((b, c, rows, p, cols, p))?
-            .permute((0, 2, 4, 1, 3, 5))?
-            .reshape((b, rows * cols, c * p * p))?;
+        let patches = pixels.reshape((b, c, rows, p, cols, p))?.permute((0, 2, 4, 1, 3, 5))?.reshape((
+            b,
+            rows * cols,
+            c * p * p,
+        ))?;
         let weight = self.patch_weight.reshape((d, c * p * p))?;
         let x = Linear::new(weight, Some(self.patch_bias.clone())).forward(&patches)?;
         let x = Tensor::cat(&[&self.cls.expand((b, 1, d))?.contiguous()?, &x], 1)?;

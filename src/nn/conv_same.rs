@@ -24,7 +24,9 @@ struct Geometry {
 impl Geometry {
     fn of(x: &[usize], weight: &[usize], bias: &[usize]) -> Result<Self> {
         match (x, weight, bias) {
-            (&[_, cin, h, w], &[cout, wc, k, k2], &[bc]) if wc == cin && k == k2 && k % 2 == 1 && bc == cout => {
+            (&[_, cin, h, w], &[cout, wc, k, k2], &[bc])
+                if wc == cin && k == k2 && k % 2 == 1 && bc == cout =>
+            {
                 Ok(Self { cin, cout, h, w, k })
             }
             _ => candle_core::bail!("conv_same: input {x:?}, weight {weight:?} and bias {bias:?} do not fit"),

@@ -102,7 +102,8 @@ fn every_parameter_receives_a_gradient() {
         let params = valor::nn::Params::new(1);
         let net = Dinov2::new(&cfg, params.builder()).unwrap();
         let y = net.forward(&f.input("pixel_values")).unwrap();
-        let grads = y.sqr().unwrap().narrow(2, 0, cfg.dim / 2).unwrap().sum_all().unwrap().backward().unwrap();
+        let grads =
+            y.sqr().unwrap().narrow(2, 0, cfg.dim / 2).unwrap().sum_all().unwrap().backward().unwrap();
         let without: BTreeSet<String> = params
             .named()
             .into_iter()
