@@ -4,8 +4,14 @@
 //! [`VERSION`]; a change that alters any output raises the version, and voids every figure
 //! measured on the old one.
 
+mod kinds;
+mod paint;
+pub mod render;
+pub mod scene;
+mod solid;
 pub mod view;
 
+pub use render::generate;
 pub use view::{Camera, Colour, Kind, Look, Thing, View};
 
 /// Stands in every file and table made from Rooms.

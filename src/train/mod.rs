@@ -1,1 +1,3 @@
-//! (in the making)
+//! Training: loops, losses and what they share.
+
+pub mod run;
