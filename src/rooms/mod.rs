@@ -12,6 +12,8 @@ pub mod plan;
 pub mod questions;
 pub mod recipe;
 pub mod spec;
+#[cfg(test)]
+mod tests;
 pub mod template;
 pub mod truth;
 mod kinds;
