@@ -1,3 +1,5 @@
 //! Training: loops, losses and what they share.
 
+pub mod depth;
+pub mod pretrain;
 pub mod run;
