@@ -107,6 +107,9 @@ fn confuse(word: &mut String) {
 
 /// Puts a mistake into a recipe; leaves it as it is where the mistake has nothing to go wrong on.
 fn spoil(recipe: &mut Recipe, spec: &Spec, mistake: Mistake) {
+    if matches!(recipe.then, Then::Literal { .. }) {
+        return;
+    }
     let swap = |m: &mut Measure, by: fn(Measure) -> Measure| {
         if m.is_size() {
             *m = by(*m);

@@ -12,11 +12,11 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::View;
 use super::frames::{frame_held_out, frames, seen_frames, sentence};
 use super::oracle::OracleTools;
 use super::spec::{Family, Form, Spec};
 use super::truth::NounsOf;
+use super::{Look, View};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
@@ -213,6 +213,17 @@ const DRAWS: usize = 40;
 /// Share of the test questions in held-out frames, apart from the held-out form, which adds
 /// about one in forty.
 const UNSEEN_SHARE: f64 = 0.2;
+
+/// `n` questions of a split with their pictures; up to three in a row share one.
+pub fn sample_questions(
+    n: usize,
+    seed: u64,
+    look: Look,
+    split: Split,
+    size: (u32, u32),
+) -> impl Iterator<Item = (Arc<View>, Question)> {
+    Questions::new(split, seed, move |scene| super::generate(scene, look, size.0, size.1)).take(n)
+}
 
 /// Pictures and questions, without end. See [`sample_questions`].
 pub struct Questions {
