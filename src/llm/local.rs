@@ -8,12 +8,13 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::engine::{Engine, EngineOptions, Generated, Job, Network, OnToken};
+use super::format::ChatFormat;
 use super::sampler::SamplingOptions;
 use super::template::ChatTemplate;
 use super::tokenizer::Tokenizer;
-use super::{ChatError, ChatModel, ChatReply, ChatRequest, Message};
+use super::{ChatError, ChatModel, ChatReply, ChatRequest};
 use crate::models::qwen3::{self, Qwen3};
-use crate::models::qwen3_vl::{self, Features, Processor, Qwen3Vl};
+use crate::models::qwen3_vl::{self, Processor, Qwen3Vl};
 use crate::weights::{Checkpoint, WeightsError};
 
 #[derive(Debug, thiserror::Error)]
@@ -46,11 +47,7 @@ struct Kind {
 pub struct LocalChat {
     name: String,
     engine: Engine,
-    tokenizer: Tokenizer,
-    template: ChatTemplate,
-    processor: Option<Processor>,
-    /// Passed to the template; the planner is used with thinking off.
-    pub thinking: bool,
+    pub format: ChatFormat,
 }
 
 impl LocalChat {
@@ -114,92 +111,39 @@ impl LocalChat {
             }
         };
         let tokenizer = Tokenizer::from_bytes(files.tokenizer)?;
-        let processor = match (&network, files.preprocessor_config) {
-            (Network::Vision(m), Some(p)) => {
-                let p: Processor = json(name, "preprocessor_config.json", p)?;
-                let v = &m.config().vision_config;
-                let theirs = (v.patch_size, v.temporal_patch_size, v.spatial_merge_size);
-                if (p.patch_size, p.temporal_patch_size, p.merge_size) != theirs {
-                    let message =
-                        format!("patch, frame and merge sizes differ from the network's {theirs:?}");
-                    return Err(file_error(&format!("{name}: preprocessor_config.json"), message));
-                }
-                Some(p)
-            }
-            (Network::Vision(_), None) => {
-                return Err(file_error(
-                    &format!("{name}: preprocessor_config.json"),
-                    "is missing; download it again",
-                ));
-            }
-            (Network::Text { .. }, _) => None,
-        };
         let eos = end_ids(name, files, &tokenizer)?;
-        let engine = Engine::new(network, device.clone(), eos, options);
-        Ok(Self { name: name.into(), engine, tokenizer, template, processor, thinking: false })
+        let end = eos.first().copied().unwrap_or_default();
+        let end = tokenizer.id("<|im_end|>").unwrap_or(end);
+        let mut format = ChatFormat::new(tokenizer, template, end);
+        if let Network::Vision(m) = &network {
+            format.pictures = Some((picture_processor(name, files, m.config())?, m.config().image_token_id));
+        }
+        Ok(Self::from_engine(name, Engine::new(network, device.clone(), eos, options), format))
     }
 
-    /// Around an engine that is there already, as in training. `processor` is for pictures.
-    pub fn from_engine(
-        name: &str,
-        engine: Engine,
-        tokenizer: Tokenizer,
-        template: ChatTemplate,
-        processor: Option<Processor>,
-    ) -> Self {
-        Self { name: name.into(), engine, tokenizer, template, processor, thinking: false }
+    /// Around an engine that is there already, as in training.
+    pub fn from_engine(name: &str, engine: Engine, format: ChatFormat) -> Self {
+        Self { name: name.into(), engine, format }
     }
 
     pub fn engine(&self) -> &Engine {
         &self.engine
     }
 
-    pub fn tokenizer(&self) -> &Tokenizer {
-        &self.tokenizer
-    }
-
-    /// Ids of a rendered conversation, each picture as its single placeholder token.
-    pub fn prompt_ids(
-        &self,
-        messages: &[Message],
-        add_generation_prompt: bool,
-    ) -> Result<Vec<u32>, ChatError> {
-        let safe: Vec<Message> = messages
-            .iter()
-            .map(|m| Message { text: self.tokenizer.defang(&m.text).into_owned(), ..m.clone() })
-            .collect();
-        self.tokenizer.encode(&self.template.render(&safe, add_generation_prompt, self.thinking)?)
-    }
-
     fn job(&self, request: &ChatRequest) -> Result<Job, ChatError> {
-        let ids = self.prompt_ids(&request.messages, true)?;
+        let prompt = self.format.prompt(&request.messages, self.engine.device())?;
         let mut job = Job {
-            ids,
+            ids: prompt.ids,
             features: None,
             grids: Vec::new(),
             seed: request.seed,
             max_new_tokens: request.max_new_tokens,
             stop: request.stop.clone(),
         };
-        let images: Vec<_> = request.messages.iter().flat_map(|m| m.images.iter().cloned()).collect();
-        if images.is_empty() {
-            return Ok(job);
+        if let (Some(pictures), Network::Vision(model)) = (prompt.pictures, self.engine.network()) {
+            job.features = Some(model.vision(&pictures)?);
+            job.grids = pictures.grids;
         }
-        let (Network::Vision(model), Some(processor)) = (self.engine.network(), &self.processor) else {
-            return Err(ChatError::Request(format!("{} takes no pictures", self.name)));
-        };
-        let pictures = processor
-            .process(&images, self.engine.device())
-            .map_err(|e| ChatError::Request(e.to_string()))?;
-        let token = model.config().image_token_id;
-        job.ids = expand(&job.ids, token, &pictures.grids, |g| model.tokens_of(g))?;
-        let features = model.vision(&pictures)?;
-        job.features = Some(Features {
-            embeds: features.embeds.detach(),
-            deepstack: features.deepstack.iter().map(|d| d.detach()).collect(),
-            last_hidden: features.last_hidden.detach(),
-        });
-        job.grids = pictures.grids;
         Ok(job)
     }
 }
@@ -216,7 +160,7 @@ impl ChatModel for LocalChat {
         on_token: OnToken,
     ) -> Result<Vec<ChatReply>, ChatError> {
         let jobs: Vec<Job> = requests.iter().map(|r| self.job(r)).collect::<Result<_, _>>()?;
-        let generated = self.engine.generate(&jobs, opts, &self.tokenizer, on_token)?;
+        let generated = self.engine.generate(&jobs, opts, &self.format.tokenizer, on_token)?;
         let reply = |g: Generated| ChatReply {
             text: g.text,
             finish: g.finish,
@@ -228,25 +172,17 @@ impl ChatModel for LocalChat {
     }
 }
 
-/// Repeats each picture's placeholder as often as the picture has tokens.
-pub fn expand(
-    ids: &[u32],
-    token: u32,
-    grids: &[qwen3_vl::Grid],
-    tokens_of: impl Fn(qwen3_vl::Grid) -> usize,
-) -> Result<Vec<u32>, ChatError> {
-    let slots = ids.iter().filter(|id| **id == token).count();
-    if slots != grids.len() {
-        let msg = format!("it made {slots} picture tokens (id {token}) of {} pictures", grids.len());
-        return Err(ChatError::Template(msg));
+fn picture_processor(name: &str, files: &ModelFiles, cfg: &qwen3_vl::Config) -> Result<Processor, LoadError> {
+    let file = "preprocessor_config.json";
+    let fail = |m: String| file_error(&format!("{name}: {file}"), m);
+    let text = files.preprocessor_config.ok_or_else(|| fail("is missing; download it again".into()))?;
+    let p: Processor = json(name, file, text)?;
+    let v = &cfg.vision_config;
+    let theirs = (v.patch_size, v.temporal_patch_size, v.spatial_merge_size);
+    if (p.patch_size, p.temporal_patch_size, p.merge_size) != theirs {
+        return Err(fail(format!("patch, frame and merge sizes differ from the network's {theirs:?}")));
     }
-    let mut grids = grids.iter();
-    let mut out = Vec::with_capacity(ids.len());
-    for &id in ids {
-        let n = if id == token { grids.next().map_or(0, |g| tokens_of(*g)) } else { 1 };
-        out.extend(std::iter::repeat_n(id, n));
-    }
-    Ok(out)
+    Ok(p)
 }
 
 /// `eos_token_id` of the generation config, else of the config (or its text part), and the end of a

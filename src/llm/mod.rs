@@ -7,6 +7,7 @@
 
 pub mod bpe;
 pub mod engine;
+pub mod format;
 pub mod local;
 mod network;
 pub mod sampler;

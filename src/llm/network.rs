@@ -5,18 +5,34 @@ use candle_core::{Device, Result, Tensor};
 use super::ChatError;
 use super::engine::Job;
 use crate::models::qwen3::{self, KvCache, Qwen3, Rope};
-use crate::models::qwen3_vl::{Embedded, Features, Position, Qwen3Vl};
+use crate::models::qwen3_vl::{Embedded, Features, Pictures, Position, Qwen3Vl};
 use crate::nn::Mask;
 
-/// The network to generate with. Where its parameters are being trained, build it from
+/// The network to generate with, or to train. Where its parameters are being trained, build it from
 /// [`Params::frozen`](crate::nn::Params::frozen): it shares the values and records no gradients.
+#[allow(clippy::large_enum_variant)] // one per engine
 pub enum Network {
     Text { model: Qwen3, cfg: qwen3::Config },
     Vision(Qwen3Vl),
 }
 
 impl Network {
-    pub(super) fn decoder(&self) -> &Qwen3 {
+    /// Rows of ids (of one length, filled up on the right) → final hidden states
+    /// `[batch, seq, hidden]`, without a cache and differentiable. `pictures` are the rows', in order.
+    pub fn hidden(&self, ids: &[Vec<u32>], pictures: Option<&Pictures>, device: &Device) -> Result<Tensor> {
+        match self {
+            Self::Vision(m) => m.forward(ids, pictures),
+            Self::Text { .. } if pictures.is_some() => candle_core::bail!("this model takes no pictures"),
+            Self::Text { model, cfg } => {
+                let (b, s) = (ids.len(), ids.first().map_or(0, Vec::len));
+                let flat: Vec<u32> = ids.iter().flatten().copied().collect();
+                let rope = Rope::from_positions(cfg, &[(0..s as u32).collect()], device)?;
+                model.forward(&Tensor::from_vec(flat, (b, s), device)?, &rope, &Mask::causal(), None)
+            }
+        }
+    }
+
+    pub fn decoder(&self) -> &Qwen3 {
         match self {
             Self::Text { model, .. } => model,
             Self::Vision(m) => m.decoder(),
