@@ -4,6 +4,10 @@
 //! asks for, with its shape, and must ask for every tensor that is there: anything else is one
 //! error that names them all. Nothing here downloads.
 
+mod files;
+
+pub use files::ModelFiles;
+
 use candle_core::safetensors::{Load, MmapedSafetensors, SliceSafetensors};
 use candle_core::{DType, Device, Shape, Tensor};
 use candle_nn::var_builder::SimpleBackend;

@@ -12,6 +12,7 @@ mod dinov2;
 mod generate;
 mod grounding_dino;
 mod grounding_dino_loss;
+mod grounding_dino_text;
 mod moge;
 mod msda;
 mod preprocess;
