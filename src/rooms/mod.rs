@@ -13,18 +13,13 @@ mod paint;
 pub mod plan;
 pub mod questions;
 pub mod recipe;
-pub mod spec;
-#[cfg(test)]
-mod tests;
-pub mod template;
-pub mod truth;
-mod kinds;
-mod paint;
 pub mod render;
 pub mod scene;
 mod solid;
 pub mod spec;
 pub mod template;
+#[cfg(test)]
+mod tests;
 pub mod truth;
 pub mod view;
 pub mod vqa;
