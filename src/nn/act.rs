@@ -24,3 +24,8 @@ pub fn gelu_tanh(x: &Tensor) -> Result<Tensor> {
 pub fn softmax(x: &Tensor) -> Result<Tensor> {
     candle_nn::ops::softmax(x, D::Minus1)
 }
+
+/// `silu(gate) · up`, the gated unit of Llama-style MLPs (Shazeer 2020).
+pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    gate.silu()? * up
+}

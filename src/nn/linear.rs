@@ -65,6 +65,10 @@ pub struct Embedding {
 }
 
 impl Embedding {
+    pub fn new(weight: Tensor) -> Self {
+        Self { weight }
+    }
+
     pub fn weight(&self) -> &Tensor {
         &self.weight
     }

@@ -36,6 +36,12 @@ impl RmsNorm {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         candle_nn::ops::rms_norm_slow(x, &self.weight, self.eps as f32)
     }
+
+    /// Normalises each head by itself: `[.., heads · dim]` with a weight of `dim` values.
+    pub fn forward_heads(&self, x: &Tensor) -> Result<Tensor> {
+        let (dims, d) = (x.dims(), self.weight.elem_count());
+        self.forward(&x.reshape((x.elem_count() / d, d))?)?.reshape(dims)
+    }
 }
 
 pub fn rms_norm(dim: usize, eps: f64, vb: VarBuilder) -> Result<RmsNorm> {

@@ -213,7 +213,12 @@ impl Builder<'_> {
             for k in 0..legs {
                 let (s, c) = (std::f64::consts::TAU * (k as f64 + 0.3) / legs as f64).sin_cos();
                 let (foot, head) = (w * 0.5, w * 0.34);
-                self.rod([foot * s, 0., foot * c], [head * s, height - 0.05, head * c], [thick * 0.45, thick * 0.55], frame);
+                self.rod(
+                    [foot * s, 0., foot * c],
+                    [head * s, height - 0.05, head * c],
+                    [thick * 0.45, thick * 0.55],
+                    frame,
+                );
             }
             let r = w * 0.5;
             self.rod([0., height - 0.065, 0.], [0., height, 0.], [r * 0.96, r], paint);
@@ -265,7 +270,11 @@ impl Builder<'_> {
         let rounded = self.chance(0.5);
         for s in [-1., 1.] {
             let x = s * (w - arm) / 2.;
-            self.cuboid([x, (0.1 + arm_height) / 2., 0.02], [arm, arm_height - 0.1, l - 0.04], paint.shade(0.94));
+            self.cuboid(
+                [x, (0.1 + arm_height) / 2., 0.02],
+                [arm, arm_height - 0.1, l - 0.04],
+                paint.shade(0.94),
+            );
             if rounded {
                 let (a, b) = ([x, arm_height, -l / 2. + 0.1], [x, arm_height, l / 2.]);
                 self.rod(a, b, [arm / 2., arm / 2.], paint);
@@ -277,7 +286,11 @@ impl Builder<'_> {
             let x = -w / 2. + arm + inner * (k as f64 + 0.5);
             self.cuboid([x, seat - 0.06, 0.1], [inner - 0.02, 0.14, l - 0.22], paint);
             let back = seat + (height - seat) * 0.5;
-            self.cuboid([x, back, -l / 2. + 0.26], [inner - 0.03, (height - seat) * 0.85, 0.14], paint.shade(1.06));
+            self.cuboid(
+                [x, back, -l / 2. + 0.26],
+                [inner - 0.03, (height - seat) * 0.85, 0.14],
+                paint.shade(1.06),
+            );
         }
         None
     }
@@ -360,7 +373,11 @@ impl Builder<'_> {
         self.cuboid([0., head / 2. + 0.05, -l / 2. + 0.03], [w, head - 0.1, 0.06], board);
         self.cuboid([0., (0.26 + level) / 2., 0.02], [w - 0.05, level - 0.26, l - 0.08], linen);
         let cover = l * self.range(0.66, 0.74);
-        self.cuboid([0., (0.2 + level + 0.03) / 2., l / 2. - cover / 2.], [w + 0.02, level - 0.17, cover], duvet);
+        self.cuboid(
+            [0., (0.2 + level + 0.03) / 2., l / 2. - cover / 2.],
+            [w + 0.02, level - 0.17, cover],
+            duvet,
+        );
         let pillows = if w > 1.3 { 2 } else { 1 };
         for k in 0..pillows {
             let x = if pillows == 1 { 0. } else { (k as f64 - 0.5) * w * 0.48 };
@@ -436,7 +453,11 @@ impl Builder<'_> {
         let height = self.range(1.45, 1.9);
         let paint = Paint::plain(self.main).gloss(0.25);
         let dark = Paint::plain([0.02, 0.02, 0.02]);
-        let metal = if self.colour == Colour::Black || self.chance(0.4) { [0.6, 0.6, 0.62] } else { [0.06, 0.06, 0.065] };
+        let metal = if self.colour == Colour::Black || self.chance(0.4) {
+            [0.6, 0.6, 0.62]
+        } else {
+            [0.06, 0.06, 0.065]
+        };
         let metal = Paint::plain(metal).gloss(0.3);
         let split = height * if self.chance(0.5) { self.range(0.3, 0.4) } else { self.range(0.6, 0.7) };
         self.cuboid([0., 0.03, 0.], [w - 0.04, 0.06, l - 0.08], dark);
@@ -474,7 +495,11 @@ impl Builder<'_> {
             self.cuboid([0., height, 0.], [w - 0.03, 0.006, l - 0.03], inside);
             let flap = height.min(l) * 0.42;
             for s in [-1., 1.] {
-                let mut side = cuboid([s * (w / 2. + flap * 0.35), height + flap * 0.33, 0.], [flap, 0.01, l], paint.shade(1.05));
+                let mut side = cuboid(
+                    [s * (w / 2. + flap * 0.35), height + flap * 0.33, 0.],
+                    [flap, 0.01, l],
+                    paint.shade(1.05),
+                );
                 let (sin, cos) = (s * 0.72f64, 0.694);
                 side.axes = [[cos, sin, 0.], [-sin, cos, 0.], [0., 0., 1.]];
                 self.solids.push(side);

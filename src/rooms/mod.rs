@@ -6,21 +6,21 @@
 
 pub mod demos;
 pub mod frames;
+mod kinds;
 pub mod mistakes;
 pub mod oracle;
+mod paint;
 pub mod plan;
 pub mod questions;
 pub mod recipe;
-pub mod spec;
-#[cfg(test)]
-mod tests;
-pub mod template;
-pub mod truth;
-mod kinds;
-mod paint;
 pub mod render;
 pub mod scene;
 mod solid;
+pub mod spec;
+pub mod template;
+#[cfg(test)]
+mod tests;
+pub mod truth;
 pub mod view;
 pub mod vqa;
 

@@ -44,8 +44,8 @@ pub struct Light {
     /// From above, and reflected from below.
     pub ambient: V3,
     pub bounce: V3,
-    /// Texels of the shadow's soft rim.
-    pub softness: f64,
+    /// Texels of the shadow map's side: fewer make softer shadows.
+    pub texels: usize,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -113,9 +113,10 @@ fn bare(seed: u64, look: Look, rng: &mut ChaCha8Rng) -> Scene {
     let reference = position[1];
     match look {
         Look::Studio => {
-            let tone: [u8; 3] = *[[236, 234, 230], [222, 228, 234], [232, 226, 214], [214, 216, 218], [226, 232, 224]]
-                .choose(rng)
-                .expect("not empty");
+            let tone: [u8; 3] =
+                *[[236, 234, 230], [222, 228, 234], [232, 226, 214], [214, 216, 218], [226, 232, 224]]
+                    .choose(rng)
+                    .expect("not empty");
             walls = [Paint::plain(srgb(tone)).gloss(0.), Paint::plain(srgb(tone)).gloss(0.)];
             floor = match rng.random_range(0..3) {
                 0 => Paint::plain(srgb([206, 180, 146])).pattern(Pattern::Planks, srgb([186, 156, 120]), 6.),
@@ -128,7 +129,7 @@ fn bare(seed: u64, look: Look, rng: &mut ChaCha8Rng) -> Scene {
                 reference,
                 ambient: scale([0.97, 0.99, 1.], rng.random_range(0.52..0.62)),
                 bounce: [0.4, 0.39, 0.37],
-                softness: 1.6,
+                texels: 200,
             };
             sensor = Sensor { exposure: 1., noise: 0.7, blur: 0. };
         }
@@ -154,15 +155,21 @@ fn bare(seed: u64, look: Look, rng: &mut ChaCha8Rng) -> Scene {
                 _ => paper,
             };
             let accent = match rng.random_range(0..3) {
-                0 => Paint::plain(srgb([150, 92, 72])).pattern(Pattern::Bricks, srgb([178, 164, 150]), 4.).gloss(0.),
-                1 => Paint::plain(srgb([136, 100, 66])).pattern(Pattern::Planks, srgb([96, 68, 44]), 5.).gloss(0.),
+                0 => Paint::plain(srgb([150, 92, 72]))
+                    .pattern(Pattern::Bricks, srgb([178, 164, 150]), 4.)
+                    .gloss(0.),
+                1 => Paint::plain(srgb([136, 100, 66]))
+                    .pattern(Pattern::Planks, srgb([96, 68, 44]), 5.)
+                    .gloss(0.),
                 _ => paper,
             };
             walls = [paper, accent];
             floor = match rng.random_range(0..4) {
                 0 => Paint::plain(srgb([134, 92, 58])).pattern(Pattern::Planks, srgb([82, 54, 34]), 8.),
                 1 => Paint::plain(srgb([150, 138, 122])).pattern(Pattern::Checks, srgb([98, 92, 88]), 1.3),
-                2 => Paint::plain(srgb([128, 112, 112])).pattern(Pattern::Speckle, srgb([90, 78, 84]), 14.).gloss(0.),
+                2 => Paint::plain(srgb([128, 112, 112]))
+                    .pattern(Pattern::Speckle, srgb([90, 78, 84]), 14.)
+                    .gloss(0.),
                 _ => Paint::plain(srgb([158, 126, 84])).pattern(Pattern::Planks, srgb([108, 82, 54]), 10.),
             };
             let warm = rng.random_range(0.0..1.0);
@@ -173,7 +180,7 @@ fn bare(seed: u64, look: Look, rng: &mut ChaCha8Rng) -> Scene {
                 reference,
                 ambient: scale([0.92, 0.95, 1.], rng.random_range(0.24..0.36)),
                 bounce: [0.24, 0.21, 0.18],
-                softness: 1.,
+                texels: 320,
             };
             sensor = Sensor {
                 exposure: rng.random_range(0.9..1.2),
@@ -182,7 +189,8 @@ fn bare(seed: u64, look: Look, rng: &mut ChaCha8Rng) -> Scene {
             };
         }
     }
-    let ceiling = Paint::plain([0.8, 0.79, 0.77]).gloss(0.).glow(if look == Look::Studio { 0.2 } else { 0.08 });
+    let ceiling =
+        Paint::plain([0.8, 0.79, 0.77]).gloss(0.).glow(if look == Look::Studio { 0.2 } else { 0.08 });
     Scene {
         seed,
         look,
@@ -214,7 +222,13 @@ struct Room3 {
 
 impl Room3 {
     fn new(at: V3, yaw: (f64, f64), size: V3) -> Self {
-        Self { centre: [at[0], at[2]], yaw, half: [size[0] / 2., size[2] / 2.], low: at[1], high: at[1] + size[1] }
+        Self {
+            centre: [at[0], at[2]],
+            yaw,
+            half: [size[0] / 2., size[2] / 2.],
+            low: at[1],
+            high: at[1] + size[1],
+        }
     }
 
     fn axes(&self) -> [[f64; 2]; 2] {
@@ -224,7 +238,8 @@ impl Room3 {
 
     fn spread(&self, axis: [f64; 2]) -> f64 {
         let [a, b] = self.axes();
-        self.half[0] * (a[0] * axis[0] + a[1] * axis[1]).abs() + self.half[1] * (b[0] * axis[0] + b[1] * axis[1]).abs()
+        self.half[0] * (a[0] * axis[0] + a[1] * axis[1]).abs()
+            + self.half[1] * (b[0] * axis[0] + b[1] * axis[1]).abs()
     }
 
     /// Separating-axis test, with `margin` metres of air on the sides.
@@ -304,19 +319,23 @@ struct Furnisher {
     taken: Vec<Room3>,
     outlines: Vec<Outline>,
     ledges: Vec<Ledge>,
+    /// Take only places where something hides a part of another thing.
+    crowd: bool,
 }
 
 const TRIES: usize = 40;
 /// Share of the tries in line with another thing.
 const IN_LINE: f64 = 0.7;
+/// Share of the things that first look for a place where something is half hidden.
+const CROWD: f64 = 0.85;
 /// A thing may hide about this much of another's box.
-const HIDDEN: f64 = 0.7;
+const HIDDEN: f64 = 0.75;
 const BACK: usize = 2;
 
 impl Furnisher {
     fn new(scene: Scene, rng: ChaCha8Rng) -> Self {
         let eye = Eye::camera(&scene.camera, scene.eye, scene.heading, 4, 3);
-        Self { scene, rng, eye, taken: Vec::new(), outlines: Vec::new(), ledges: Vec::new() }
+        Self { scene, rng, eye, taken: Vec::new(), outlines: Vec::new(), ledges: Vec::new(), crowd: false }
     }
 
     fn chance(&mut self, p: f64) -> bool {
@@ -353,11 +372,11 @@ impl Furnisher {
             let kind = if self.chance(0.2) { self.pick(&[Kind::Chair, Kind::Stool]) } else { seat };
             self.on_floor(kind, near);
         }
-        for _ in 0..self.rng.random_range(1..4) {
+        for _ in 0..self.rng.random_range(1..3) {
             let kind = self.pick(&[Kind::Picture, Kind::Picture, Kind::Tv]);
             self.on_wall(kind);
         }
-        let loose = [Kind::Box, Kind::Ball, Kind::Plant, Kind::Lamp, Kind::Vase];
+        let loose = [Kind::Box, Kind::Box, Kind::Ball, Kind::Plant, Kind::Lamp, Kind::Vase];
         let often = self.pick(&loose);
         for _ in 0..self.rng.random_range(2..5) {
             let kind = if self.chance(0.4) { often } else { self.pick(&loose) };
@@ -368,11 +387,27 @@ impl Furnisher {
             };
             self.on_floor(kind, near);
         }
+        // No bare rooms.
+        for _ in 0..12 {
+            if self.things() >= 7 {
+                break;
+            }
+            let kind = self.pick(&[Kind::Chair, Kind::Stool, Kind::Box, Kind::Ball, Kind::Plant, Kind::Lamp]);
+            self.on_floor(kind, None);
+        }
         let ledges = self.ledges.clone();
         for ledge in ledges {
             let room = if ledge.half[0] > 0.45 { 4 } else { 2 };
             for _ in 0..self.rng.random_range(0..room) {
-                let kind = self.pick(&[Kind::Lamp, Kind::Vase, Kind::Plant, Kind::Box, Kind::Ball, Kind::Tv, Kind::Vase]);
+                let kind = self.pick(&[
+                    Kind::Lamp,
+                    Kind::Vase,
+                    Kind::Plant,
+                    Kind::Box,
+                    Kind::Ball,
+                    Kind::Tv,
+                    Kind::Vase,
+                ]);
                 self.on_top(kind, ledge);
             }
         }
@@ -412,7 +447,8 @@ impl Furnisher {
 
     /// Where in the picture a box appears; nothing if it is behind or mostly outside.
     fn outline(&self, space: &Room3, kind: Kind) -> Option<Outline> {
-        let mut o = Outline { low: [9.; 2], high: [-9.; 2], near: f64::INFINITY, solid: fill(kind), covered: 0. };
+        let mut o =
+            Outline { low: [9.; 2], high: [-9.; 2], near: f64::INFINITY, solid: fill(kind), covered: 0. };
         for corner in space.corners() {
             let p = self.eye.project(corner);
             if p[2] < 0.5 {
@@ -433,7 +469,15 @@ impl Furnisher {
     }
 
     /// Puts the model there if there is room and it neither hides nor is hidden too much.
-    fn place(&mut self, kind: Kind, colour: Colour, model: &Model, at: V3, yaw: (f64, f64), margin: f64) -> bool {
+    fn place(
+        &mut self,
+        kind: Kind,
+        colour: Colour,
+        model: &Model,
+        at: V3,
+        yaw: (f64, f64),
+        margin: f64,
+    ) -> bool {
         let space = Room3::new(at, yaw, model.size);
         if !space.inside(self.scene.room) || self.taken.iter().any(|t| t.meets(&space, margin)) {
             return false;
@@ -449,7 +493,13 @@ impl Furnisher {
                 covers.push(common / other.area() * outline.solid);
             }
         }
-        if outline.covered > HIDDEN || self.outlines.iter().zip(&covers).any(|(o, c)| *c > 0. && o.covered + c > HIDDEN) {
+        if outline.covered > HIDDEN
+            || self.outlines.iter().zip(&covers).any(|(o, c)| *c > 0. && o.covered + c > HIDDEN)
+        {
+            return false;
+        }
+        let overlap = covers.iter().fold(outline.covered, |a, b| a.max(*b));
+        if self.crowd && overlap < 0.35 {
             return false;
         }
         for (other, more) in self.outlines.iter_mut().zip(&covers) {
@@ -481,7 +531,11 @@ impl Furnisher {
             // Before or behind something: rooms are full of things half seen.
             let other = self.rng.random_range(0..self.scene.things.len());
             let other = self.scene.things[other].centre;
-            let k = if self.chance(0.5) { self.rng.random_range(0.5..0.9) } else { self.rng.random_range(1.1..1.5) };
+            let k = if self.chance(0.5) {
+                self.rng.random_range(0.5..0.9)
+            } else {
+                self.rng.random_range(1.1..1.5)
+            };
             let aside = self.rng.random_range(-0.4..0.4);
             let at = |i: usize, n: f64| eye[i] + (other[i] - eye[i]) * k + aside * n;
             return [at(0, c).clamp(0., w), 0., at(2, -s).clamp(0., l)];
@@ -498,7 +552,9 @@ impl Furnisher {
 
     fn on_floor(&mut self, kind: Kind, near: Option<usize>) {
         let (colour, model) = self.model(kind, Mount::Floor);
-        for _ in 0..TRIES {
+        let crowd = self.chance(CROWD);
+        for k in 0..TRIES {
+            self.crowd = crowd && k < TRIES * 3 / 4;
             let mut at = self.spot();
             let mut facing = self.rng.random_range(0.0..std::f64::consts::TAU);
             if let Some(other) = near.map(|i| &self.scene.things[i]) {
@@ -547,7 +603,9 @@ impl Furnisher {
 
     fn against_wall(&mut self, kind: Kind) {
         let (colour, model) = self.model(kind, Mount::Floor);
-        for _ in 0..TRIES {
+        let crowd = self.chance(CROWD);
+        for k in 0..TRIES {
+            self.crowd = crowd && k < TRIES * 3 / 4;
             let (wall, facing) = self.wall();
             let gap = self.rng.random_range(0.02..0.08);
             let at = self.before(wall, model.size[2], gap);
@@ -560,7 +618,9 @@ impl Furnisher {
 
     fn on_wall(&mut self, kind: Kind) {
         let (colour, model) = self.model(kind, Mount::Wall);
-        for _ in 0..TRIES {
+        let crowd = self.chance(CROWD);
+        for k in 0..TRIES {
+            self.crowd = crowd && k < TRIES * 3 / 4;
             let (wall, facing) = self.wall();
             let mut at = self.before(wall, model.size[2], 0.005);
             at[1] = self.rng.random_range(1.0..1.6f64).min(self.scene.room[1] - model.size[1] - 0.1);
@@ -573,7 +633,9 @@ impl Furnisher {
     fn on_top(&mut self, kind: Kind, ledge: Ledge) {
         let (colour, model) = self.model(kind, Mount::Top);
         let (s, c) = ledge.yaw;
-        for _ in 0..TRIES / 2 {
+        let crowd = self.chance(CROWD);
+        for k in 0..TRIES / 2 {
+            self.crowd = crowd && k < TRIES / 4;
             let (yaw, half) = if kind == Kind::Tv {
                 (ledge.yaw, [model.size[0] / 2., model.size[2] / 2.])
             } else {
@@ -587,7 +649,8 @@ impl Furnisher {
             if free.iter().any(|f| *f < 0.) {
                 return;
             }
-            let (u, v) = (free[0] * self.rng.random_range(-1.0..=1.0), free[1] * self.rng.random_range(-1.0..=1.0));
+            let (u, v) =
+                (free[0] * self.rng.random_range(-1.0..=1.0), free[1] * self.rng.random_range(-1.0..=1.0));
             let at = add(ledge.at, [c * u + s * v, 0., c * v - s * u]);
             if self.place(kind, colour, &model, at, yaw, 0.03) {
                 return;
@@ -615,7 +678,10 @@ impl Furnisher {
             return;
         }
         let white = Paint::plain([0.85, 0.85, 0.84]);
-        let sky = Paint::plain([0.75, 0.85, 0.92]).pattern(Pattern::Sky, [0.45, 0.66, 0.92], 1.).gloss(0.).glow(0.35);
+        let sky = Paint::plain([0.75, 0.85, 0.92])
+            .pattern(Pattern::Sky, [0.45, 0.66, 0.92], 1.)
+            .gloss(0.)
+            .glow(0.35);
         let mut solids = vec![
             cuboid([0., h / 2., 0.], [w, h, 0.02], sky),
             cuboid([0., 0., 0.02], [w + 0.1, 0.05, 0.06], white),
@@ -685,38 +751,46 @@ impl Furnisher {
         if !ledges.is_empty() && self.chance(0.4) {
             let ledge = self.pick(&ledges);
             let (s, c) = ledge.yaw;
-            let (u, v) = (self.rng.random_range(-1.0..1.0) * (ledge.half[0] - 0.15), self.rng.random_range(-1.0..1.0) * (ledge.half[1] - 0.12));
+            let (u, v) = (
+                self.rng.random_range(-1.0..1.0) * (ledge.half[0] - 0.15),
+                self.rng.random_range(-1.0..1.0) * (ledge.half[1] - 0.12),
+            );
             at = add(ledge.at, [c * u + s * v, 0., c * v - s * u]);
             half = Some(ledge.yaw);
         }
         let facing = self.rng.random_range(0.0..std::f64::consts::TAU);
         let yaw = half.unwrap_or_else(|| facing.sin_cos());
-        let tone = srgb(self.pick(&[[150, 90, 80], [86, 104, 128], [168, 152, 120], [96, 110, 92], [70, 66, 74]]));
+        let tone =
+            srgb(self.pick(&[[150, 90, 80], [86, 104, 128], [168, 152, 120], [96, 110, 92], [70, 66, 74]]));
         let cloth = Paint::plain(tone).pattern(Pattern::Stripes, scale(tone, 1.5), 12.).gloss(0.);
-        let (solids, size): (Vec<Solid>, V3) = match self.rng.random_range(0..if half.is_some() { 2 } else { 4 }) {
-            0 => (vec![cuboid([0., 0.002, 0.], [0.21, 0.004, 0.28], Paint::plain([0.8, 0.8, 0.77]))], [0.22, 0.01, 0.3]),
-            1 => {
-                let mut pile = Vec::new();
-                for k in 0..self.rng.random_range(1..4) {
-                    let y = 0.0125 + 0.025 * k as f64;
-                    let paint = Paint::plain(scale(tone, 0.7 + 0.4 * k as f64));
-                    pile.push(cuboid([0.01 * k as f64, y, 0.], [0.18, 0.023, 0.24], paint));
+        let (solids, size): (Vec<Solid>, V3) =
+            match self.rng.random_range(0..if half.is_some() { 2 } else { 4 }) {
+                0 => (
+                    vec![cuboid([0., 0.002, 0.], [0.21, 0.004, 0.28], Paint::plain([0.8, 0.8, 0.77]))],
+                    [0.22, 0.01, 0.3],
+                ),
+                1 => {
+                    let mut pile = Vec::new();
+                    for k in 0..self.rng.random_range(1..4) {
+                        let y = 0.0125 + 0.025 * k as f64;
+                        let paint = Paint::plain(scale(tone, 0.7 + 0.4 * k as f64));
+                        pile.push(cuboid([0.01 * k as f64, y, 0.], [0.18, 0.023, 0.24], paint));
+                    }
+                    (pile, [0.24, 0.08, 0.26])
                 }
-                (pile, [0.24, 0.08, 0.26])
-            }
-            2 => {
-                let shoe = Paint::plain(scale(tone, 0.6));
-                let pair = [-0.07, 0.07].map(|x| ellipsoid([x, 0.045, 0.], [0.048, 0.045, 0.14], shoe));
-                (pair.to_vec(), [0.26, 0.1, 0.3])
-            }
-            _ => {
-                let heap = vec![
-                    ellipsoid([0., 0.04, 0.], [0.24, 0.05, 0.17], cloth),
-                    ellipsoid([0.1, 0.07, 0.04], [0.14, 0.05, 0.12], cloth.shade(0.85)),
-                ];
-                (heap, [0.5, 0.13, 0.36])
-            }
-        };
+                2 => {
+                    let shoe = Paint::plain(scale(tone, 0.6));
+                    let pair = [-0.07, 0.07].map(|x| ellipsoid([x, 0.045, 0.], [0.048, 0.045, 0.14], shoe));
+                    (pair.to_vec(), [0.26, 0.1, 0.3])
+                }
+                _ => {
+                    let heap = vec![
+                        ellipsoid([0., 0.04, 0.], [0.24, 0.05, 0.17], cloth),
+                        ellipsoid([0.1, 0.07, 0.04], [0.14, 0.05, 0.12], cloth.shade(0.85)),
+                    ];
+                    (heap, [0.5, 0.13, 0.36])
+                }
+            };
         let space = Room3::new(at, yaw, size);
         if space.inside(self.scene.room) && !self.taken.iter().any(|t| t.meets(&space, 0.01)) {
             self.taken.push(space);

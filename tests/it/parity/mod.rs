@@ -11,6 +11,7 @@ mod bert;
 mod dinov2;
 mod grounding_dino;
 mod grounding_dino_loss;
+mod grounding_dino_text;
 mod moge;
 mod msda;
 mod preprocess;
