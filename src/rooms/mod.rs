@@ -24,6 +24,8 @@ pub mod truth;
 pub mod view;
 pub mod vqa;
 
+pub use oracle::OracleTools;
+pub use questions::{Question, Split, sample_questions, scene_seed, score};
 pub use render::generate;
 pub use view::{Camera, Colour, Kind, Look, Thing, View};
 
