@@ -1,5 +1,17 @@
 use std::process::ExitCode;
 
+use clap::Parser;
+use valor::cli::rooms;
+
+#[derive(Parser)]
+enum Cli {
+    Rooms(rooms::RoomsArgs),
+}
+
 fn main() -> ExitCode {
-    ExitCode::SUCCESS
+    let Cli::Rooms(args) = Cli::parse();
+    rooms::run(args).unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
 }

@@ -1,1 +1,3 @@
-//! (in the making)
+//! Arguments and one thin file per subcommand.
+
+pub mod rooms;

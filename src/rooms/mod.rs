@@ -5,6 +5,7 @@
 //! measured on the old one.
 
 pub mod demos;
+pub mod export;
 pub mod frames;
 mod kinds;
 pub mod mistakes;
