@@ -1,6 +1,9 @@
 //! The three tools that a program may call, behind one trait and one signature for every
 //! implementation: stub, oracle and real (method.md 7, 10.12).
 
+pub mod mock;
+pub mod stub;
+
 use serde::{Deserialize, Serialize};
 
 /// `[x1, y1, x2, y2]` in pixels of the picture as the user sees it (EXIF orientation applied).

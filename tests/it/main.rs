@@ -1,3 +1,4 @@
 //! The integration tests, one binary: `cargo test --release parity` runs the part against PyTorch.
 
 mod parity;
+mod sandbox;
