@@ -1,5 +1,6 @@
 use std::process::ExitCode;
 
+<<<<<<< HEAD
 use clap::Parser;
 use valor::cli::rooms;
 
@@ -14,4 +15,15 @@ fn main() -> ExitCode {
         eprintln!("error: {error:#}");
         ExitCode::FAILURE
     })
+=======
+#[global_allocator]
+static ALLOCATOR: valor::program::WorkerAllocator = valor::program::WorkerAllocator;
+
+fn main() -> ExitCode {
+    // Before anything else: a worker must not do what only the main process may.
+    if let Some(code) = valor::program::worker_dispatch() {
+        return code;
+    }
+    valor::cli::main()
+>>>>>>> program
 }
