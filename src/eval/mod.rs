@@ -1,3 +1,4 @@
 //! Measuring.
 
+pub mod rooms;
 pub mod stats;
