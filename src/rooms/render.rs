@@ -290,7 +290,7 @@ impl<'a> Shader<'a> {
 
 fn shell_normal(face: u8) -> V3 {
     let mut n = [0.; 3];
-    n[(face / 2) as usize] = if face % 2 == 0 { 1. } else { -1. };
+    n[(face / 2) as usize] = if face.is_multiple_of(2) { 1. } else { -1. };
     n
 }
 
