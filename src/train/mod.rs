@@ -2,5 +2,6 @@
 
 pub mod depth;
 pub mod grounding_loss;
+pub mod lm;
 pub mod pretrain;
 pub mod run;
