@@ -1,3 +1,4 @@
 //! Measuring.
 
+pub mod detection;
 pub mod stats;

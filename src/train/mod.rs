@@ -1,4 +1,7 @@
 //! Training: loops, losses and what they share.
 
+pub mod augment;
+pub mod grounding;
 pub mod grounding_loss;
+pub mod pretrain;
 pub mod run;

@@ -1,0 +1,3 @@
+//! How the embedded models are made from nothing, on Rooms.
+
+pub mod detector;
