@@ -129,7 +129,7 @@ impl CustomOp1 for Pointwise {
 struct SwigluOp;
 
 wide! {
-    fn swiglu_forward(gate: &[f32], up: &[f32], y: &mut [f32]) {
+    pub(super) fn swiglu_forward(gate: &[f32], up: &[f32], y: &mut [f32]) {
         for ((&a, &u), y) in gate.iter().zip(up).zip(y) {
             *y = a * simd::sigmoid::<FMA>(a) * u;
         }
@@ -137,10 +137,11 @@ wide! {
 }
 
 wide! {
-    fn swiglu_backward(gate: &[f32], up: &[f32], g: &[f32], dgate: &mut [f32], dup: &mut [f32]) {
-        for ((((&a, &u), &g), da), du) in gate.iter().zip(up).zip(g).zip(dgate).zip(dup) {
-            let s = simd::sigmoid::<FMA>(a);
-            *da = g * u * s * (1. + a * (1. - s));
+    /// Replaces the gradient of the product by that of the gate; writes that of `up`.
+    pub(super) fn swiglu_backward(gate: &[f32], up: &[f32], d: &mut [f32], dup: &mut [f32]) {
+        for (((&a, &u), d), du) in gate.iter().zip(up).zip(d).zip(dup) {
+            let (s, g) = (simd::sigmoid::<FMA>(a), *d);
+            *d = g * u * s * (1. + a * (1. - s));
             *du = g * a * s;
         }
     }
@@ -177,10 +178,10 @@ impl CustomOp2 for SwigluOp {
         let g = g.contiguous()?;
         let (ha, hu, hg) = (Held::new(a)?, Held::new(u)?, Held::new(&g)?);
         let (xa, xu, xg) = (ha.get()?, hu.get()?, hg.get()?);
-        let (mut da, mut du) = (vec![0f32; xa.len()], vec![0f32; xa.len()]);
+        let (mut da, mut du) = (xg.to_vec(), vec![0f32; xa.len()]);
         da.par_chunks_mut(TASK).zip(du.par_chunks_mut(TASK)).enumerate().for_each(|(i, (da, du))| {
             let (at, to) = (i * TASK, i * TASK + da.len());
-            swiglu_backward(&xa[at..to], &xu[at..to], &xg[at..to], da, du)
+            swiglu_backward(&xa[at..to], &xu[at..to], da, du)
         });
         Ok((
             Some(Tensor::from_vec(da, a.shape(), a.device())?),

@@ -53,6 +53,18 @@ impl Linear {
     }
 }
 
+impl Linear {
+    /// `residual + self(x)` in one op where there is no bias; shapes `[.., out]` and `[.., in]`.
+    pub fn forward_residual(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        let w = &self.weight;
+        let fits = x.dim(D::Minus1)? == w.dim(1)? && x.elem_count() > 0;
+        if self.bias.is_some() || !fits || !cpu::fused(&[x, w, residual]) || !w.is_contiguous() {
+            return residual + self.forward(x)?;
+        }
+        x.contiguous()?.apply_op3(w, &residual.contiguous()?, ResidualOp)
+    }
+}
+
 /// Up to this many rows, as in generation, [`few_rows`] replaces the GEMM. It reads the weight once
 /// and in order, and a row's result is the same to the last bit whoever shares its batch.
 const FEW: usize = 64;
@@ -148,14 +160,20 @@ impl LinearOp {
         if let Some(b) = b {
             par_rows(&mut y, out, |_, y| y.chunks_exact_mut(out).for_each(|y| y.copy_from_slice(b)));
         }
-        if rows <= FEW {
-            few_rows(x, w, k, &mut y);
-        } else {
-            cpu::gemm((rows, out, k), &mut y, b.is_some(), Mat::rows(x, k), Mat::rows(w, k).t());
-        }
+        Self::product(x, w, k, &mut y, b.is_some());
         let mut shape = lx.dims().to_vec();
         shape[lx.dims().len() - 1] = out;
         Ok((CpuStorage::F32(y), shape.into()))
+    }
+
+    /// `y = x wᵀ (+ y)`; `y` is zeros unless it is to be added to.
+    fn product(x: &[f32], w: &[f32], k: usize, y: &mut [f32], accumulate: bool) {
+        let (rows, out) = (x.len() / k, w.len() / k);
+        if rows <= FEW {
+            few_rows(x, w, k, y);
+        } else {
+            cpu::gemm((rows, out, k), y, accumulate, Mat::rows(x, k), Mat::rows(w, k).t());
+        }
     }
 
     fn backward(x: &Tensor, w: &Tensor, g: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
@@ -235,6 +253,46 @@ impl CustomOp3 for LinearOp {
     }
 }
 
+/// [`LinearOp`] added to a residual stream.
+struct ResidualOp;
+
+impl CustomOp3 for ResidualOp {
+    fn name(&self) -> &'static str {
+        "linear-residual"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        w: &CpuStorage,
+        lw: &Layout,
+        residual: &CpuStorage,
+        lr: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (x, w, mut y) = (cpu::values(x, lx)?, cpu::values(w, lw)?, cpu::values(residual, lr)?.to_vec());
+        let (out, k) = lw.shape().dims2()?;
+        if y.len() != x.len() / k * out {
+            candle_core::bail!("linear: x {:?}, residual {:?}, out {out}", lx.shape(), lr.shape())
+        }
+        LinearOp::product(x, w, k, &mut y, true);
+        Ok((CpuStorage::F32(y), lr.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        g: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let g = g.contiguous()?;
+        let (dx, dw) = LinearOp::backward(x, w, &g)?;
+        Ok((dx, dw, Some(g)))
+    }
+}
+
 /// Sums `[.., out]` over all but the last dimension.
 fn column_sums(g: &Tensor, like: &Tensor) -> Result<Tensor> {
     let (hg, n) = (Held::new(g)?, like.elem_count());
@@ -304,6 +362,8 @@ mod tests {
         let product = || x.reshape((12, 10))?.matmul(&w.t()?)?.reshape((3, 4, 7));
         let plain = Linear::new(w.as_tensor().clone(), None);
         assert_same(&[&x, &w], || plain.forward(&x), product)?;
+        let r = random((3, 4, 7), 4)?;
+        assert_same(&[&x, &w, &r], || plain.forward_residual(&x, &r), || product()? + r.as_tensor())?;
         let biased = Linear::new(w.as_tensor().clone(), Some(b.as_tensor().clone()));
         assert_same(&[&x, &w, &b], || biased.forward(&x), || product()?.broadcast_add(&b))?;
         let e = max_gradient_error(&[x.clone(), w.clone(), b.clone()], 1e-2, 60, || biased.forward(&x))?;

@@ -63,6 +63,11 @@ impl RmsNorm {
         let rows = x.reshape((x.elem_count() / d, d))?;
         candle_nn::ops::rms_norm_slow(&rows, w, self.eps as f32)?.reshape(x.dims())
     }
+
+    /// [`RmsNorm::forward_heads`], then [`rope`](super::rope()), for `x` `[batch, seq, heads · dim]`.
+    pub fn forward_heads_rope(&self, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+        super::rope(&self.forward_heads(x)?, cos, sin)
+    }
 }
 
 pub fn rms_norm(dim: usize, eps: f64, vb: VarBuilder) -> Result<RmsNorm> {

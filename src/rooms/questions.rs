@@ -12,11 +12,11 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::View;
 use super::frames::{frame_held_out, frames, seen_frames, sentence};
 use super::oracle::OracleTools;
 use super::spec::{Family, Form, Spec};
 use super::truth::NounsOf;
+use super::{Look, View};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
@@ -99,11 +99,15 @@ impl Question {
         score(&question, &found).then_some(question)
     }
 
+    fn answer_holds(&self, word: &str) -> bool {
+        self.answer.as_str().is_some_and(|a| a.to_lowercase().contains(word))
+    }
+
     /// What the answer has in common with others, so that none prevails; and its largest share.
     fn class(&self) -> (String, f64) {
         let cap = match (self.form, &self.spec) {
             (Form::Size, _) => return (String::new(), 1.),
-            (Form::Count | Form::CountBeside | Form::CountNearer, _) => 0.35,
+            (Form::Count | Form::CountBeside | Form::CountNearer, _) => 0.3,
             (Form::Colour | Form::ColourOfMost | Form::ColourOptions, _) => 0.3,
             (Form::Superlative, _) => 0.4,
             _ => 0.5,
@@ -114,7 +118,10 @@ impl Question {
             Spec::Superlative { of, .. } => {
                 of.iter().position(|k| self.answer == k.word()).unwrap_or_default().to_string()
             }
-            _ => self.answer.to_string().to_lowercase(),
+            // "Left", "to the left" and "left" are one.
+            Spec::SideOptions { .. } => self.answer_holds("left").to_string(),
+            Spec::DepthOptions { .. } => self.answer_holds("front").to_string(),
+            _ => self.answer.to_string(),
         };
         (class, cap)
     }
@@ -213,6 +220,17 @@ const DRAWS: usize = 40;
 /// Share of the test questions in held-out frames, apart from the held-out form, which adds
 /// about one in forty.
 const UNSEEN_SHARE: f64 = 0.2;
+
+/// `n` questions of a split with their pictures; up to three in a row share one.
+pub fn sample_questions(
+    n: usize,
+    seed: u64,
+    look: Look,
+    split: Split,
+    size: (u32, u32),
+) -> impl Iterator<Item = (Arc<View>, Question)> {
+    Questions::new(split, seed, move |scene| super::generate(scene, look, size.0, size.1)).take(n)
+}
 
 /// Pictures and questions, without end. See [`sample_questions`].
 pub struct Questions {

@@ -44,8 +44,8 @@ pub struct Light {
     /// From above, and reflected from below.
     pub ambient: V3,
     pub bounce: V3,
-    /// Texels of the shadow's soft rim.
-    pub softness: f64,
+    /// Texels of the shadow map's side: fewer make softer shadows.
+    pub texels: usize,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -129,7 +129,7 @@ fn bare(seed: u64, look: Look, rng: &mut ChaCha8Rng) -> Scene {
                 reference,
                 ambient: scale([0.97, 0.99, 1.], rng.random_range(0.52..0.62)),
                 bounce: [0.4, 0.39, 0.37],
-                softness: 1.6,
+                texels: 200,
             };
             sensor = Sensor { exposure: 1., noise: 0.7, blur: 0. };
         }
@@ -180,7 +180,7 @@ fn bare(seed: u64, look: Look, rng: &mut ChaCha8Rng) -> Scene {
                 reference,
                 ambient: scale([0.92, 0.95, 1.], rng.random_range(0.24..0.36)),
                 bounce: [0.24, 0.21, 0.18],
-                softness: 1.,
+                texels: 320,
             };
             sensor = Sensor {
                 exposure: rng.random_range(0.9..1.2),
@@ -386,6 +386,14 @@ impl Furnisher {
                 None
             };
             self.on_floor(kind, near);
+        }
+        // No bare rooms.
+        for _ in 0..12 {
+            if self.things() >= 7 {
+                break;
+            }
+            let kind = self.pick(&[Kind::Chair, Kind::Stool, Kind::Box, Kind::Ball, Kind::Plant, Kind::Lamp]);
+            self.on_floor(kind, None);
         }
         let ledges = self.ledges.clone();
         for ledge in ledges {

@@ -2,6 +2,7 @@
 
 pub mod augment;
 pub mod grounding;
+pub mod depth;
 pub mod grounding_loss;
 pub mod pretrain;
 pub mod run;
