@@ -195,7 +195,12 @@ impl ProgramError {
     }
 
     fn syntax(line: Option<u32>, message: impl Into<String>) -> Self {
-        Self { kind: ErrorKind::Error, type_name: Some("SyntaxError".to_owned()), line, message: message.into() }
+        Self {
+            kind: ErrorKind::Error,
+            type_name: Some("SyntaxError".to_owned()),
+            line,
+            message: message.into(),
+        }
     }
 
     fn unsupported(line: Option<u32>, message: impl Into<String>) -> Self {

@@ -21,7 +21,8 @@ pub(super) fn class(rewriter: &mut Rewriter, class: &StmtClassDef) {
             && arguments.args.iter().all(|base| match base {
                 Expr::Name(base) => {
                     let base = base.id.as_str();
-                    base == "object" || rewriter.facts.classes.get(name).is_some_and(|c| c.bases.contains(&base))
+                    base == "object"
+                        || rewriter.facts.classes.get(name).is_some_and(|c| c.bases.contains(&base))
                 }
                 _ => false,
             });
@@ -31,7 +32,8 @@ pub(super) fn class(rewriter: &mut Rewriter, class: &StmtClassDef) {
         rewriter.edits.replace(arguments.range, "");
     }
     if !ancestors.is_empty() {
-        let mut taken: Vec<&str> = rewriter.facts.classes.get(name).map_or_else(Vec::new, |c| c.members.clone());
+        let mut taken: Vec<&str> =
+            rewriter.facts.classes.get(name).map_or_else(Vec::new, |c| c.members.clone());
         let mut lines = vec![format!("{OURS}bases = ({},)", ancestors.join(", "))];
         for base in &ancestors {
             for member in rewriter.facts.classes.get(base).into_iter().flat_map(|c| &c.members) {
@@ -43,7 +45,8 @@ pub(super) fn class(rewriter: &mut Rewriter, class: &StmtClassDef) {
             }
         }
         if let Some(first) = class.body.first() {
-            let between = indentation(rewriter.source, first).map_or("; ".to_owned(), |blanks| format!("\n{blanks}"));
+            let between =
+                indentation(rewriter.source, first).map_or("; ".to_owned(), |blanks| format!("\n{blanks}"));
             rewriter.edits.open(first.start().to_usize(), format!("{}{between}", lines.join(&between)));
         }
     }
@@ -67,7 +70,11 @@ pub(super) fn class(rewriter: &mut Rewriter, class: &StmtClassDef) {
 
 /// The name under which a member is kept.
 fn stored_name(rewriter: &Rewriter, member: &str) -> String {
-    if rewriter.facts.properties.contains(member) { format!("{OURS}prop_{member}") } else { member.to_owned() }
+    if rewriter.facts.properties.contains(member) {
+        format!("{OURS}prop_{member}")
+    } else {
+        member.to_owned()
+    }
 }
 
 fn method(rewriter: &mut Rewriter, function: &StmtFunctionDef) {
@@ -112,9 +119,10 @@ pub(super) fn call(rewriter: &mut Rewriter, call: &ExprCall) {
     match &*attribute.value {
         Expr::Call(inner) if matches!(&*inner.func, Expr::Name(n) if n.id.as_str() == "super") => {
             let Some((class, first)) = rewriter.supers.last().cloned() else { return };
-            let owner = rewriter.facts.ancestors(&class).into_iter().find(|base| {
-                rewriter.facts.classes.get(base).is_some_and(|c| c.members.contains(&method))
-            });
+            let owner =
+                rewriter.facts.ancestors(&class).into_iter().find(|base| {
+                    rewriter.facts.classes.get(base).is_some_and(|c| c.members.contains(&method))
+                });
             match owner {
                 Some(owner) => {
                     let target = format!("{owner}.{}({first}{comma}", stored_name(rewriter, method));

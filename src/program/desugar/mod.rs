@@ -113,7 +113,8 @@ pub(super) fn prepare(source: &str) -> Result<Prepared, ProgramError> {
         // Everything that the program binds stays global, as it is without the wrapping: a closure's
         // `nonlocal` names are the exception.
         code.push_str("def _v_program():\n");
-        let mut names: Vec<&str> = facts.top.iter().copied().filter(|n| !facts.nonlocals.contains(n)).collect();
+        let mut names: Vec<&str> =
+            facts.top.iter().copied().filter(|n| !facts.nonlocals.contains(n)).collect();
         names.push("final_answer");
         names.sort_unstable();
         names.dedup();
@@ -134,7 +135,11 @@ pub(super) fn prepare(source: &str) -> Result<Prepared, ProgramError> {
         lines: all,
         raises: facts.raises,
         refused: facts.refused.iter().map(|name| (*name).to_owned()).collect(),
-        exceptions: facts.exceptions.iter().map(|(class, builtin)| ((*builtin).to_owned(), (*class).to_owned())).collect(),
+        exceptions: facts
+            .exceptions
+            .iter()
+            .map(|(class, builtin)| ((*builtin).to_owned(), (*class).to_owned()))
+            .collect(),
     })
 }
 

@@ -2,20 +2,43 @@
 
 use ruff_python_ast::token::{TokenKind, Tokens};
 use ruff_python_ast::visitor::{self, Visitor};
-use ruff_python_ast::{CmpOp, Expr, ExprCall, ExprContext, InterpolatedElement, InterpolatedStringElement, Operator, Stmt, UnaryOp};
+use ruff_python_ast::{
+    CmpOp, Expr, ExprCall, ExprContext, InterpolatedElement, InterpolatedStringElement, Operator, Stmt,
+    UnaryOp,
+};
 use ruff_text_size::{Ranged, TextRange, TextSize};
 
 use super::edits::Edits;
 use super::facts::{Facts, REFUSED_MODULES};
 use super::{LINE, OURS, REFUSE, classes, indentation, line_of, matching, prelude};
-use crate::program::host::SIGNATURES;
 use crate::program::ProgramError;
+use crate::program::host::SIGNATURES;
 
 /// Attributes that lead out of a value into the interpreter.
 const REFUSED_ATTRIBUTES: &[&str] = &[
-    "__subclasses__", "__bases__", "__base__", "__mro__", "__globals__", "__builtins__", "__code__", "__closure__",
-    "__loader__", "__spec__", "__import__", "__getattribute__", "__reduce__", "__reduce_ex__", "__self__", "f_back",
-    "f_globals", "f_locals", "f_builtins", "gi_frame", "tb_frame", "tb_next", "cr_frame",
+    "__subclasses__",
+    "__bases__",
+    "__base__",
+    "__mro__",
+    "__globals__",
+    "__builtins__",
+    "__code__",
+    "__closure__",
+    "__loader__",
+    "__spec__",
+    "__import__",
+    "__getattribute__",
+    "__reduce__",
+    "__reduce_ex__",
+    "__self__",
+    "f_back",
+    "f_globals",
+    "f_locals",
+    "f_builtins",
+    "gi_frame",
+    "tb_frame",
+    "tb_next",
+    "cr_frame",
 ];
 
 /// Modules that the interpreter lacks: the library alone stands for them.
@@ -23,9 +46,31 @@ const OUR_MODULES: &[&str] = &["numpy", "statistics", "copy", "operator"];
 
 /// Methods of `str` that programs pass around unbound.
 const STR_METHODS: &[&str] = &[
-    "capitalize", "casefold", "endswith", "find", "isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "islower",
-    "isnumeric", "isspace", "istitle", "isupper", "join", "lower", "lstrip", "replace", "rstrip", "split", "startswith",
-    "strip", "swapcase", "title", "upper",
+    "capitalize",
+    "casefold",
+    "endswith",
+    "find",
+    "isalnum",
+    "isalpha",
+    "isascii",
+    "isdecimal",
+    "isdigit",
+    "islower",
+    "isnumeric",
+    "isspace",
+    "istitle",
+    "isupper",
+    "join",
+    "lower",
+    "lstrip",
+    "replace",
+    "rstrip",
+    "split",
+    "startswith",
+    "strip",
+    "swapcase",
+    "title",
+    "upper",
 ];
 
 pub(super) fn rewrite(
@@ -35,7 +80,16 @@ pub(super) fn rewrite(
     body: &[Stmt],
     edits: &mut Edits,
 ) -> Result<(), ProgramError> {
-    let mut rewriter = Rewriter { source, tokens, facts, edits, generator: vec![], supers: vec![], subjects: 0, error: None };
+    let mut rewriter = Rewriter {
+        source,
+        tokens,
+        facts,
+        edits,
+        generator: vec![],
+        supers: vec![],
+        subjects: 0,
+        error: None,
+    };
     rewriter.visit_body(body);
     rewriter.error.map_or(Ok(()), Err)
 }
@@ -65,7 +119,8 @@ impl Rewriter<'_, '_> {
 
     pub fn refuse(&mut self, at: TextRange, what: &str) {
         let line = line_of(self.source, at.start().to_usize());
-        self.error.get_or_insert_with(|| ProgramError::unsupported(Some(line), format!("{what} is not supported")));
+        self.error
+            .get_or_insert_with(|| ProgramError::unsupported(Some(line), format!("{what} is not supported")));
     }
 
     /// The operator's token between two operands.
@@ -163,7 +218,8 @@ impl Rewriter<'_, '_> {
             self.edits.replace(attribute.range, format!("{REFUSE}(\"{name}\")"));
             return true;
         }
-        let unbound = matches!(&*attribute.value, Expr::Name(n) if n.id.as_str() == "str" && self.facts.builtin("str"));
+        let unbound =
+            matches!(&*attribute.value, Expr::Name(n) if n.id.as_str() == "str" && self.facts.builtin("str"));
         if unbound && STR_METHODS.contains(&name) {
             self.edits.replace(attribute.range, format!("(lambda s, *a: s.{name}(*a))"));
             return true;
@@ -198,8 +254,10 @@ impl Rewriter<'_, '_> {
         for part in parts {
             let Expr::Slice(slice) = part else { continue };
             // Written anew: a slice's bounds are seldom more than names and numbers.
-            let bound = |e: &Option<Box<Expr>>| e.as_ref().map_or("None", |e| self.text(e.range())).to_owned();
-            let text = format!("slice({}, {}, {})", bound(&slice.lower), bound(&slice.upper), bound(&slice.step));
+            let bound =
+                |e: &Option<Box<Expr>>| e.as_ref().map_or("None", |e| self.text(e.range())).to_owned();
+            let text =
+                format!("slice({}, {}, {})", bound(&slice.lower), bound(&slice.upper), bound(&slice.step));
             self.edits.replace(slice.range, text);
         }
     }
@@ -266,7 +324,10 @@ impl Rewriter<'_, '_> {
             self.edits.replace(operator, format!("= {OURS}{ours}({}, ", name.id.as_str()));
             self.edits.close(assign.value.end().to_usize(), ")");
         } else if matches!(assign.op, Operator::Add | Operator::Sub)
-            && matches!(&*assign.value, Expr::Compare(_) | Expr::BoolOp(_) | Expr::UnaryOp(_) | Expr::Name(_) | Expr::Call(_))
+            && matches!(
+                &*assign.value,
+                Expr::Compare(_) | Expr::BoolOp(_) | Expr::UnaryOp(_) | Expr::Name(_) | Expr::Call(_)
+            )
         {
             self.edits.wrap(assign.value.range(), format!("{OURS}num("), ")");
         }
@@ -278,7 +339,11 @@ impl Rewriter<'_, '_> {
             match target {
                 Expr::Name(name) => parts.push(format!("{} = None", name.id.as_str())),
                 Expr::Subscript(s) if !s.slice.is_slice_expr() => {
-                    parts.push(format!("{OURS}del({}, {})", self.text(s.value.range()), self.text(s.slice.range())));
+                    parts.push(format!(
+                        "{OURS}del({}, {})",
+                        self.text(s.value.range()),
+                        self.text(s.slice.range())
+                    ));
                 }
                 _ => return self.refuse(delete.range, "this form of del"),
             }
@@ -301,7 +366,11 @@ impl Rewriter<'_, '_> {
                         .filter(|alias| !ours(alias.name.as_str()))
                         .map(|alias| self.text(alias.range()))
                         .collect();
-                    let text = if kept.is_empty() { "pass".to_owned() } else { format!("import {}", kept.join(", ")) };
+                    let text = if kept.is_empty() {
+                        "pass".to_owned()
+                    } else {
+                        format!("import {}", kept.join(", "))
+                    };
                     self.edits.replace(import.range, text);
                 }
             }
@@ -449,7 +518,9 @@ impl<'a> Visitor<'a> for Rewriter<'_, '_> {
 
     fn visit_interpolated_string_element(&mut self, element: &'a InterpolatedStringElement) {
         // `{x=}` prints its own text: leave that alone.
-        if let InterpolatedStringElement::Interpolation(InterpolatedElement { debug_text: Some(_), .. }) = element {
+        if let InterpolatedStringElement::Interpolation(InterpolatedElement { debug_text: Some(_), .. }) =
+            element
+        {
             return;
         }
         visitor::walk_interpolated_string_element(self, element);
