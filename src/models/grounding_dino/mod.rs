@@ -8,12 +8,15 @@
 //! Not supported: one-stage models, box heads that differ between decoder layers, learned image
 //! positions, backbones other than Swin.
 
+pub mod caption;
 mod config;
 mod decoder;
 mod encoder;
 mod layers;
 pub mod names;
 mod position;
+pub mod postprocess;
+pub mod preprocess;
 mod text;
 
 pub use config::{Config, Freeze, Semantics};
@@ -486,8 +489,3 @@ pub fn init_offsets(params: &Params, cfg: &Config) -> Result<()> {
     }
     Ok(())
 }
-//! (in the making)
-
-pub mod caption;
-pub mod postprocess;
-pub mod preprocess;

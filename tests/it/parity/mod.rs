@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 mod bert;
 mod dinov2;
 mod grounding_dino;
+mod grounding_dino_grad;
 mod grounding_dino_loss;
 mod grounding_dino_text;
 mod moge;
