@@ -5,7 +5,7 @@
 //! untied head. Not here: sliding windows, YaRN and other rescaled positions, quantised weights;
 //! a config that asks for them is an error.
 
-use crate::nn::{self, Embedding, Linear, Mask, RmsNorm};
+use crate::nn::{self, Embedding, GatedMlp, Linear, Mask, RmsNorm};
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 use serde::{Deserialize, Serialize};
@@ -89,13 +89,13 @@ impl TryFrom<RawConfig> for Config {
         }
         let heads = r.num_attention_heads;
         let kv_heads = r.num_key_value_heads.unwrap_or(heads);
-        if heads == 0 || kv_heads == 0 || heads % kv_heads != 0 {
+        if heads == 0 || kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
             return Err(format!(
                 "num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
             ));
         }
         let head_dim = r.head_dim.unwrap_or(r.hidden_size / heads);
-        if head_dim == 0 || head_dim % 2 != 0 {
+        if head_dim == 0 || !head_dim.is_multiple_of(2) {
             return Err(format!("head_dim {head_dim} must be even and positive"));
         }
         let theta = r.rope_theta.or(r.rope_parameters.and_then(|p| p.rope_theta));
@@ -275,14 +275,16 @@ impl Attention {
         })
     }
 
-    fn forward(
+    /// `residual` plus the attention of `x`.
+    fn forward_residual(
         &self,
         x: &Tensor,
+        residual: &Tensor,
         rope: &Rope,
         mask: &Mask,
         cache: Option<(&KvCache, usize)>,
     ) -> Result<Tensor> {
-        let rotate = |t: &Tensor, norm: &RmsNorm| nn::rope(&norm.forward_heads(t)?, &rope.cos, &rope.sin);
+        let rotate = |t: &Tensor, norm: &RmsNorm| norm.forward_heads_rope(t, &rope.cos, &rope.sin);
         let q = rotate(&self.q_proj.forward(x)?, &self.q_norm)?;
         let k = rotate(&self.k_proj.forward(x)?, &self.k_norm)?;
         let v = self.v_proj.forward(x)?;
@@ -291,7 +293,7 @@ impl Attention {
             None => (k, v),
         };
         let o = nn::attention_packed(&q, &k, &v, self.heads, self.kv_heads, self.scale, mask)?;
-        self.o_proj.forward(&o)
+        self.o_proj.forward_residual(&o, residual)
     }
 }
 
@@ -300,22 +302,17 @@ struct Layer {
     input_layernorm: RmsNorm,
     self_attn: Attention,
     post_attention_layernorm: RmsNorm,
-    gate_proj: Linear,
-    up_proj: Linear,
-    down_proj: Linear,
+    mlp: GatedMlp,
 }
 
 impl Layer {
     fn new(cfg: &Config, vb: VarBuilder) -> Result<Self> {
-        let (h, m) = (cfg.hidden_size, cfg.intermediate_size);
-        let mlp = vb.pp("mlp");
+        let h = cfg.hidden_size;
         Ok(Self {
             input_layernorm: nn::rms_norm(h, cfg.rms_norm_eps, vb.pp("input_layernorm"))?,
             self_attn: Attention::new(cfg, vb.pp("self_attn"))?,
             post_attention_layernorm: nn::rms_norm(h, cfg.rms_norm_eps, vb.pp("post_attention_layernorm"))?,
-            gate_proj: nn::linear_no_bias(h, m, mlp.pp("gate_proj"))?,
-            up_proj: nn::linear_no_bias(h, m, mlp.pp("up_proj"))?,
-            down_proj: nn::linear_no_bias(m, h, mlp.pp("down_proj"))?,
+            mlp: GatedMlp::new(h, cfg.intermediate_size, vb.pp("mlp"))?,
         })
     }
 
@@ -326,10 +323,8 @@ impl Layer {
         mask: &Mask,
         cache: Option<(&KvCache, usize)>,
     ) -> Result<Tensor> {
-        let x = (x + self.self_attn.forward(&self.input_layernorm.forward(x)?, rope, mask, cache)?)?;
-        let h = self.post_attention_layernorm.forward(&x)?;
-        let h = nn::swiglu(&self.gate_proj.forward(&h)?, &self.up_proj.forward(&h)?)?;
-        x + self.down_proj.forward(&h)?
+        let x = self.self_attn.forward_residual(&self.input_layernorm.forward(x)?, x, rope, mask, cache)?;
+        self.mlp.forward_residual(&self.post_attention_layernorm.forward(&x)?, &x)
     }
 }
 

@@ -9,27 +9,38 @@
 
 pub mod act;
 pub mod attention;
+mod attention_cpu;
 pub mod conv;
+mod cpu;
+pub mod conv_same;
 pub mod frozen;
 pub mod gradcheck;
 pub mod linear;
 pub mod loss;
+pub mod mlp;
 pub mod msda;
 pub mod norm;
+pub mod optim;
 pub mod params;
 pub mod resample;
+pub mod resize;
 pub mod rope;
 pub mod rows;
 pub mod stochastic;
 pub mod window;
+mod simd;
 
 pub use act::{gelu, gelu_tanh, relu, silu, softmax, swiglu};
 pub use attention::{Mask, attention, attention_packed};
 pub use conv::{Conv2d, Conv2dConfig, conv2d};
+pub use conv_same::conv_same;
 pub use frozen::frozen;
 pub use linear::{Embedding, Linear, embedding, linear, linear_b, linear_no_bias};
 pub use loss::{linear_log_probs, log_probs};
+pub use mlp::GatedMlp;
 pub use norm::{GroupNorm, LayerNorm, RmsNorm, group_norm, layer_norm, rms_norm};
+pub use optim::{AdamW, AdamWConfig};
 pub use params::Params;
+pub use resize::{Filter, Taps, resize, resize_taps};
 pub use rope::rope;
 pub use stochastic::TrainCtx;

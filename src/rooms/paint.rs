@@ -81,28 +81,28 @@ impl Paint {
             Pattern::Stripes => step(triangle(x), 0.62),
             Pattern::Checks => 0.5 * step(triangle(x), 0.6) + 0.5 * step(triangle(y), 0.6),
             Pattern::Dots => {
-                let (i, j) = (x - x.floor() - 0.5, y - y.floor() - 0.5);
+                let (i, j) = (x - floor(x) - 0.5, y - floor(y) - 0.5);
                 step(1. - 2. * (i * i + j * j).sqrt(), 0.5)
             }
             Pattern::Speckle => noise(x, y, 7) * 0.6 + noise(x * 2.7, y * 2.7, 8) * 0.4,
             Pattern::Planks => {
-                let board = x.floor();
+                let board = floor(x);
                 let end = y * 0.11 + hash(board as i64, 0, 11);
-                let tone = hash(board as i64, end.floor() as i64, 12);
+                let tone = hash(board as i64, floor(end) as i64, 12);
                 let gap = step((x - board - 0.5).abs() * 2., 0.94)
-                    .max(step((end - end.floor() - 0.5).abs() * 2., 0.985));
+                    .max(step((end - floor(end) - 0.5).abs() * 2., 0.985));
                 let grain = noise(x * 5., y * 0.5, 13);
                 (0.45 * tone + 0.3 * grain) * (1. - gap) + gap
             }
             Pattern::Tiles => {
-                let (i, j) = (x.floor(), y.floor());
+                let (i, j) = (floor(x), floor(y));
                 let joint = (x - i - 0.5).abs().max((y - j - 0.5).abs()) * 2.;
                 step(joint, 0.95).max(0.18 * hash(i as i64, j as i64, 21))
             }
             Pattern::Bricks => {
-                let row = (y * 2.4).floor();
-                let x = x + 0.5 * (row - 2. * (row / 2.).floor());
-                let (i, f) = (x.floor(), y * 2.4 - row);
+                let row = floor(y * 2.4);
+                let x = x + 0.5 * (row - 2. * floor(row / 2.));
+                let (i, f) = (floor(x), y * 2.4 - row);
                 let joint = step((x - i - 0.5).abs() * 2., 0.92).max(step((f - 0.5).abs() * 2., 0.84));
                 joint.max(0.3 * hash(i as i64, row as i64, 22) + 0.2 * noise(x * 6., y * 14., 23))
             }
@@ -126,8 +126,14 @@ fn step(x: f64, edge: f64) -> f64 {
     ((x - edge) * 12. + 0.5).clamp(0., 1.)
 }
 
+/// `f64::floor` is a library call on plain x86-64; this is for the metres of a room.
+fn floor(x: f64) -> f64 {
+    let i = x as i32 as f64;
+    if i > x { i - 1. } else { i }
+}
+
 fn triangle(x: f64) -> f64 {
-    ((x - x.floor()) * 2. - 1.).abs()
+    ((x - floor(x)) * 2. - 1.).abs()
 }
 
 /// Well-mixed bits from integers; the same on every machine.
@@ -146,7 +152,7 @@ fn hash(x: i64, y: i64, salt: u64) -> f64 {
 }
 
 fn noise(x: f64, y: f64, salt: u64) -> f64 {
-    let (i, j) = (x.floor(), y.floor());
+    let (i, j) = (floor(x), floor(y));
     let (f, g) = (x - i, y - j);
     let (f, g) = (f * f * (3. - 2. * f), g * g * (3. - 2. * g));
     let (i, j) = (i as i64, j as i64);

@@ -59,11 +59,8 @@ impl Eye {
     pub fn project(&self, p: V3) -> [f64; 3] {
         let v = sub(p, self.origin);
         let z = dot(v, self.forward);
-        [
-            self.width as f64 / 2. + self.focal * dot(v, self.right) / z,
-            self.height as f64 / 2. + self.focal * dot(v, self.down) / z,
-            z,
-        ]
+        let k = self.focal / z;
+        [self.width as f64 / 2. + k * dot(v, self.right), self.height as f64 / 2. + k * dot(v, self.down), z]
     }
 
     /// The point in camera coordinates: right, down, forward.
@@ -173,48 +170,40 @@ fn leave(room: V3, o: V3, d: V3) -> (f64, u8) {
     best
 }
 
-/// Depth of the nearest solid as a light sees it.
+/// Depth of the nearest solid as a light sees it; coarse texels make soft shadows.
 struct ShadowMap {
     eye: Eye,
     depth: Vec<f32>,
     /// Metres a surface is lifted along its normal before the comparison, against self-shadow.
     lift: f64,
-    /// Texels between the taps of the filter: the softness.
-    spread: f64,
 }
 
 impl ShadowMap {
-    fn new(eye: Eye, scene: &Scene, spread: f64) -> Self {
+    fn new(eye: Eye, scene: &Scene) -> Self {
         let mut depth = vec![f32::INFINITY; eye.width * eye.height];
         for item in scene.items.iter().filter(|item| item.casts) {
             cast(&eye, &item.solid, |at, t, _| depth[at] = depth[at].min(t as f32));
         }
         let far = dot(sub([scene.room[0] / 2., 0., scene.room[2] / 2.], eye.origin), eye.forward);
-        Self { lift: (1.2 + spread) * far / eye.focal, eye, depth, spread }
+        Self { lift: 2.2 * far / eye.focal, eye, depth }
     }
 
-    /// Share of the light that arrives, by 4×4 taps with bilinear weights at the rim.
+    /// Share of the light that arrives, by 4×4 texels with bilinear weights at the rim.
     fn arrives(&self, p: V3, n: V3) -> f64 {
         let [x, y, z] = self.eye.project(add(p, scale(n, self.lift)));
-        let (x, y) = ((x - 0.5) / self.spread, (y - 0.5) / self.spread);
-        let (i, j) = (x.floor(), y.floor());
-        let weight = |f: f64| [1. - f, 1., 1., f];
-        let (wx, wy) = (weight(x - i), weight(y - j));
+        // Outside the map, its rim.
+        let limit = |v: f64, size: usize| (v - 0.5).clamp(1., size as f64 - 3.001);
+        let (x, y) = (limit(x, self.eye.width), limit(y, self.eye.height));
+        let (i, j) = (x as usize, y as usize);
+        let (fx, fy) = ((x - i as f64) as f32, (y - j as f64) as f32);
         let z = (z - self.lift * 0.5) as f32;
-        let limit = self.eye.width as f64 - 1.;
         let mut lit = 0.;
-        for (b, wy) in wy.iter().enumerate() {
-            let row = ((j + b as f64 - 1.) * self.spread + self.spread * 0.5).clamp(0., limit) as usize
-                * self.eye.width;
-            for (a, wx) in wx.iter().enumerate() {
-                let column =
-                    ((i + a as f64 - 1.) * self.spread + self.spread * 0.5).clamp(0., limit) as usize;
-                if self.depth[row + column] >= z {
-                    lit += wx * wy;
-                }
-            }
+        for (b, wy) in [1. - fy, 1., 1., fy].into_iter().enumerate() {
+            let at = (j + b - 1) * self.eye.width + i - 1;
+            let lets = |k: usize| if self.depth[at + k] >= z { 1f32 } else { 0. };
+            lit += wy * (lets(0) * (1. - fx) + lets(1) + lets(2) + lets(3) * fx);
         }
-        lit / 9.
+        lit as f64 / 9.
     }
 }
 
@@ -231,18 +220,18 @@ impl<'a> Shader<'a> {
         let middle = [w / 2., 0., l / 2.];
         let reach = 0.5 * (w * w + l * l).sqrt() + 0.2;
         let light = scene.light.position;
-        let key = Eye::looking(light, middle, reach / light[1].max(2.) * 0.95, 320);
-        let zenith = Eye::looking([w / 2., 14., l / 2.], middle, 0.55 * w.max(l) / 12., 96);
+        let key = Eye::looking(light, middle, reach / light[1].max(2.) * 0.95, scene.light.texels);
+        let zenith = Eye::looking([w / 2., 14., l / 2.], middle, 0.55 * w.max(l) / 12., 48);
         Self {
             frames: scene.items.iter().map(|item| item.solid.frame()).collect(),
-            key: ShadowMap::new(key, scene, scene.light.softness),
-            above: ShadowMap::new(zenith, scene, 2.),
+            key: ShadowMap::new(key, scene),
+            above: ShadowMap::new(zenith, scene),
             scene,
         }
     }
 
-    /// Linear light that a surface sends to the camera.
-    fn light(&self, p: V3, surface: u32, to_eye: V3) -> V3 {
+    /// Linear light that a surface sends to the camera from `p`.
+    fn light(&self, p: V3, surface: u32) -> V3 {
         let face = (surface & 7) as u8;
         let (paint, n, albedo) = if surface < 8 {
             let (paint, n) = (&self.scene.shell[face as usize], shell_normal(face));
@@ -273,8 +262,8 @@ impl<'a> Shader<'a> {
         let ambient = scale(mix(light.bounce, light.ambient, 0.5 + 0.5 * n[1]), 0.4 + 0.6 * open);
         let fall = light.reference * light.reference / distance;
         let mut sum = mul(albedo, add(ambient, scale(light.colour, facing * lit * fall)));
-        if paint.gloss > 0. {
-            let h = unit(add(l, to_eye));
+        if paint.gloss > 0. && facing * lit > 0. {
+            let h = unit(add(l, unit(sub(self.scene.eye, p))));
             let s = dot(n, h).max(0.);
             let s = s * s * s * s;
             let s = s * s * s * s;
@@ -385,7 +374,7 @@ impl Edges {
 fn colours(eye: &Eye, scene: &Scene, hits: &Hits) -> Vec<V3> {
     let shader = Shader::new(scene);
     let edges = Edges::new(eye, scene, hits);
-    let colour = |p: V3, surface: u32| shader.light(add(eye.origin, p), surface, unit(scale(p, -1.)));
+    let colour = |p: V3, surface: u32| shader.light(add(eye.origin, p), surface);
     let mut out = Vec::with_capacity(eye.width * eye.height);
     for y in 0..eye.height {
         for x in 0..eye.width {
@@ -427,17 +416,9 @@ fn develop(scene: &Scene, mut linear: Vec<V3>, w: usize, h: usize) -> Vec<u8> {
     let table = gamma_table();
     let sensor = scene.sensor;
     if sensor.blur > 0. {
-        let side = sensor.blur * w as f64 / 256.;
-        let side = side.min(0.33);
-        for (step, count) in [(1, w), (w, h)] {
-            let before = linear.clone();
-            for (i, out) in linear.iter_mut().enumerate() {
-                let at = if step == 1 { i % w } else { i / w };
-                let a = before[if at > 0 { i - step } else { i }];
-                let b = before[if at + 1 < count { i + step } else { i }];
-                *out = add(scale(before[i], 1. - 2. * side), scale(add(a, b), side));
-            }
-        }
+        let side = (sensor.blur * w as f64 / 256.).min(0.33);
+        blur_rows(&mut linear, w, side);
+        blur_columns(&mut linear, w, side);
     }
     let mut rgb = Vec::with_capacity(3 * w * h);
     for (i, c) in linear.iter().enumerate() {
@@ -448,6 +429,32 @@ fn develop(scene: &Scene, mut linear: Vec<V3>, w: usize, h: usize) -> Vec<u8> {
         }
     }
     rgb
+}
+
+/// Each pixel gives `side` of its light to each neighbour in its row; the rim keeps its own.
+fn blur_rows(pixels: &mut [V3], w: usize, side: f64) {
+    for row in pixels.chunks_exact_mut(w) {
+        let mut before = row[0];
+        for x in 0..w {
+            let own = row[x];
+            let after = if x + 1 < w { row[x + 1] } else { own };
+            row[x] = add(scale(own, 1. - 2. * side), scale(add(before, after), side));
+            before = own;
+        }
+    }
+}
+
+fn blur_columns(pixels: &mut [V3], w: usize, side: f64) {
+    let mut before = pixels[..w].to_vec();
+    for y in 0..pixels.len() / w {
+        for x in 0..w {
+            let at = y * w + x;
+            let own = pixels[at];
+            let after = pixels.get(at + w).copied().unwrap_or(own);
+            pixels[at] = add(scale(own, 1. - 2. * side), scale(add(before[x], after), side));
+            before[x] = own;
+        }
+    }
 }
 
 /// Noise of the three channels, about normal with variance 1, half of it common to them.

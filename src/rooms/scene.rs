@@ -44,8 +44,8 @@ pub struct Light {
     /// From above, and reflected from below.
     pub ambient: V3,
     pub bounce: V3,
-    /// Texels of the shadow's soft rim.
-    pub softness: f64,
+    /// Texels of the shadow map's side: fewer make softer shadows.
+    pub texels: usize,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -129,7 +129,7 @@ fn bare(seed: u64, look: Look, rng: &mut ChaCha8Rng) -> Scene {
                 reference,
                 ambient: scale([0.97, 0.99, 1.], rng.random_range(0.52..0.62)),
                 bounce: [0.4, 0.39, 0.37],
-                softness: 1.6,
+                texels: 200,
             };
             sensor = Sensor { exposure: 1., noise: 0.7, blur: 0. };
         }
@@ -180,7 +180,7 @@ fn bare(seed: u64, look: Look, rng: &mut ChaCha8Rng) -> Scene {
                 reference,
                 ambient: scale([0.92, 0.95, 1.], rng.random_range(0.24..0.36)),
                 bounce: [0.24, 0.21, 0.18],
-                softness: 1.,
+                texels: 320,
             };
             sensor = Sensor {
                 exposure: rng.random_range(0.9..1.2),
@@ -319,19 +319,23 @@ struct Furnisher {
     taken: Vec<Room3>,
     outlines: Vec<Outline>,
     ledges: Vec<Ledge>,
+    /// Take only places where something hides a part of another thing.
+    crowd: bool,
 }
 
 const TRIES: usize = 40;
 /// Share of the tries in line with another thing.
 const IN_LINE: f64 = 0.7;
+/// Share of the things that first look for a place where something is half hidden.
+const CROWD: f64 = 0.85;
 /// A thing may hide about this much of another's box.
-const HIDDEN: f64 = 0.7;
+const HIDDEN: f64 = 0.75;
 const BACK: usize = 2;
 
 impl Furnisher {
     fn new(scene: Scene, rng: ChaCha8Rng) -> Self {
         let eye = Eye::camera(&scene.camera, scene.eye, scene.heading, 4, 3);
-        Self { scene, rng, eye, taken: Vec::new(), outlines: Vec::new(), ledges: Vec::new() }
+        Self { scene, rng, eye, taken: Vec::new(), outlines: Vec::new(), ledges: Vec::new(), crowd: false }
     }
 
     fn chance(&mut self, p: f64) -> bool {
@@ -368,11 +372,11 @@ impl Furnisher {
             let kind = if self.chance(0.2) { self.pick(&[Kind::Chair, Kind::Stool]) } else { seat };
             self.on_floor(kind, near);
         }
-        for _ in 0..self.rng.random_range(1..4) {
+        for _ in 0..self.rng.random_range(1..3) {
             let kind = self.pick(&[Kind::Picture, Kind::Picture, Kind::Tv]);
             self.on_wall(kind);
         }
-        let loose = [Kind::Box, Kind::Ball, Kind::Plant, Kind::Lamp, Kind::Vase];
+        let loose = [Kind::Box, Kind::Box, Kind::Ball, Kind::Plant, Kind::Lamp, Kind::Vase];
         let often = self.pick(&loose);
         for _ in 0..self.rng.random_range(2..5) {
             let kind = if self.chance(0.4) { often } else { self.pick(&loose) };
@@ -382,6 +386,14 @@ impl Furnisher {
                 None
             };
             self.on_floor(kind, near);
+        }
+        // No bare rooms.
+        for _ in 0..12 {
+            if self.things() >= 7 {
+                break;
+            }
+            let kind = self.pick(&[Kind::Chair, Kind::Stool, Kind::Box, Kind::Ball, Kind::Plant, Kind::Lamp]);
+            self.on_floor(kind, None);
         }
         let ledges = self.ledges.clone();
         for ledge in ledges {
@@ -486,6 +498,10 @@ impl Furnisher {
         {
             return false;
         }
+        let overlap = covers.iter().fold(outline.covered, |a, b| a.max(*b));
+        if self.crowd && overlap < 0.35 {
+            return false;
+        }
         for (other, more) in self.outlines.iter_mut().zip(&covers) {
             other.covered += more;
         }
@@ -536,7 +552,9 @@ impl Furnisher {
 
     fn on_floor(&mut self, kind: Kind, near: Option<usize>) {
         let (colour, model) = self.model(kind, Mount::Floor);
-        for _ in 0..TRIES {
+        let crowd = self.chance(CROWD);
+        for k in 0..TRIES {
+            self.crowd = crowd && k < TRIES * 3 / 4;
             let mut at = self.spot();
             let mut facing = self.rng.random_range(0.0..std::f64::consts::TAU);
             if let Some(other) = near.map(|i| &self.scene.things[i]) {
@@ -585,7 +603,9 @@ impl Furnisher {
 
     fn against_wall(&mut self, kind: Kind) {
         let (colour, model) = self.model(kind, Mount::Floor);
-        for _ in 0..TRIES {
+        let crowd = self.chance(CROWD);
+        for k in 0..TRIES {
+            self.crowd = crowd && k < TRIES * 3 / 4;
             let (wall, facing) = self.wall();
             let gap = self.rng.random_range(0.02..0.08);
             let at = self.before(wall, model.size[2], gap);
@@ -598,7 +618,9 @@ impl Furnisher {
 
     fn on_wall(&mut self, kind: Kind) {
         let (colour, model) = self.model(kind, Mount::Wall);
-        for _ in 0..TRIES {
+        let crowd = self.chance(CROWD);
+        for k in 0..TRIES {
+            self.crowd = crowd && k < TRIES * 3 / 4;
             let (wall, facing) = self.wall();
             let mut at = self.before(wall, model.size[2], 0.005);
             at[1] = self.rng.random_range(1.0..1.6f64).min(self.scene.room[1] - model.size[1] - 0.1);
@@ -611,7 +633,9 @@ impl Furnisher {
     fn on_top(&mut self, kind: Kind, ledge: Ledge) {
         let (colour, model) = self.model(kind, Mount::Top);
         let (s, c) = ledge.yaw;
-        for _ in 0..TRIES / 2 {
+        let crowd = self.chance(CROWD);
+        for k in 0..TRIES / 2 {
+            self.crowd = crowd && k < TRIES / 4;
             let (yaw, half) = if kind == Kind::Tv {
                 (ledge.yaw, [model.size[0] / 2., model.size[2] / 2.])
             } else {
