@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use monty::{FunctionCall, MontyRun, RunProgress};
 use monty_types::{
-    CompileOptions, ExcType, MontyException, MontyObject, NameLookupResult, PrintWriter, PrintWriterCallback,
+    CompileOptions, ExcType, ExtFunctionResult, MontyException, MontyObject, NameLookupResult, PrintWriter, PrintWriterCallback,
     ResourceLimits, ResourceTracker,
 };
 
@@ -227,13 +227,9 @@ impl Run<'_> {
                 Ok(RunProgress::Complete(answer)) => return Ok(self.finish(&answer)),
                 Ok(RunProgress::FunctionCall(call)) => self.call(call)?,
                 Ok(RunProgress::NameLookup(lookup)) => {
-                    let name = lookup.name.clone();
-                    if self.prepared.refused.contains(&name) || REFUSED.contains(&name.as_str()) {
-                        let kind = if matches!(name.as_str(), "exit" | "quit") { ErrorKind::Exit } else { ErrorKind::Denied };
-                        let exc = self.stop(kind, format!("'{name}' is not available to programs"));
-                        self.timed(|print| lookup.abort(exc, print))
-                    } else {
-                        self.timed(|print| lookup.resume(NameLookupResult::Undefined, print))
+                    match self.refused(&lookup.name) {
+                        Some(exc) => self.timed(|print| lookup.abort(exc, print)),
+                        None => self.timed(|print| lookup.resume(NameLookupResult::Undefined, print)),
                     }
                 }
                 Ok(RunProgress::OsCall(call)) => {
@@ -262,12 +258,27 @@ impl Run<'_> {
         exc
     }
 
+    /// The end of a program that asks for a name which no program gets.
+    fn refused(&mut self, name: &str) -> Option<MontyException> {
+        let refused = self.prepared.refused.contains(name) || REFUSED.contains(&name);
+        let kind = if matches!(name, "exit" | "quit") { ErrorKind::Exit } else { ErrorKind::Denied };
+        refused.then(|| self.stop(kind, format!("'{name}' is not available to programs")))
+    }
+
     fn call(&mut self, call: FunctionCall) -> io::Result<Result<RunProgress, MontyException>> {
         let raise = |exc_type, message: String| MontyException::new(exc_type, Some(message));
         if call.function_name == desugar::REFUSE {
             let what = call.args.first().map(ToString::to_string).unwrap_or_default();
             let exc = self.stop(ErrorKind::Denied, format!("'{what}' is not available to programs"));
             return Ok(self.timed(|print| call.abort(exc, print)));
+        }
+        // The interpreter also pauses for a call of a name that nothing binds.
+        if !SIGNATURES.iter().any(|(tool, _)| *tool == call.function_name) {
+            let name = call.function_name.clone();
+            if let Some(exc) = self.refused(&name) {
+                return Ok(self.timed(|print| call.abort(exc, print)));
+            }
+            return Ok(self.timed(|print| call.resume(ExtFunctionResult::NotFound(name), print)));
         }
         let mut budget = Budget { depth: 8, nodes: 1000, text: self.limits.prompt_bytes + 4096 };
         let mut line = Plain::None;
@@ -360,6 +371,8 @@ impl Run<'_> {
             ExcType::RecursionError => ErrorKind::Recursion,
             ExcType::NotImplementedError | ExcType::ImportError | ExcType::ModuleNotFoundError => ErrorKind::Unsupported,
             ExcType::PermissionError => ErrorKind::Denied,
+            // Attributes that a format string reaches for are only met there.
+            ExcType::AttributeError if line.is_some_and(|line| self.prepared.reaches_out(line)) => ErrorKind::Denied,
             ExcType::FileNotFoundError if self.wrong_picture => ErrorKind::Denied,
             _ => ErrorKind::Error,
         };

@@ -1,8 +1,13 @@
 //! The rewriting itself, one visit of the tree.
 
+use std::collections::HashSet;
+
 use ruff_python_ast::token::{TokenKind, Tokens};
 use ruff_python_ast::visitor::{self, Visitor};
-use ruff_python_ast::{CmpOp, Expr, ExprCall, ExprContext, InterpolatedElement, InterpolatedStringElement, Operator, Stmt, UnaryOp};
+use ruff_python_ast::{
+    CmpOp, Expr, ExprCall, ExprContext, ExprSubscript, InterpolatedElement, InterpolatedStringElement, Operator, Stmt,
+    StmtAssign, UnaryOp,
+};
 use ruff_text_size::{Ranged, TextRange, TextSize};
 
 use super::edits::Edits;
@@ -28,6 +33,12 @@ const STR_METHODS: &[&str] = &[
     "strip", "swapcase", "title", "upper",
 ];
 
+/// Lines, from 1, that hold one of [`REFUSED_ATTRIBUTES`] in whatever form.
+pub(super) fn reaching_lines(source: &str) -> HashSet<u32> {
+    let holds = |line: &str| line.contains("_") && REFUSED_ATTRIBUTES.iter().any(|name| line.contains(name));
+    source.lines().zip(1..).filter(|(line, _)| holds(line)).map(|(_, at)| at).collect()
+}
+
 pub(super) fn rewrite(
     source: &str,
     tokens: &Tokens,
@@ -35,7 +46,7 @@ pub(super) fn rewrite(
     body: &[Stmt],
     edits: &mut Edits,
 ) -> Result<(), ProgramError> {
-    let mut rewriter = Rewriter { source, tokens, facts, edits, generator: vec![], supers: vec![], subjects: 0, error: None };
+    let mut rewriter = Rewriter { source, tokens, facts, edits, generator: vec![], supers: vec![], temporaries: 0, error: None };
     rewriter.visit_body(body);
     rewriter.error.map_or(Ok(()), Err)
 }
@@ -49,8 +60,8 @@ pub(super) struct Rewriter<'r, 'f> {
     generator: Vec<bool>,
     /// For each method around: its class and the name of its first parameter.
     pub supers: Vec<(String, String)>,
-    /// How many `match` statements there were: each has a variable for its subject.
-    pub subjects: usize,
+    /// How many variables of our own there are so far.
+    pub temporaries: usize,
     pub error: Option<ProgramError>,
 }
 
@@ -179,18 +190,27 @@ impl Rewriter<'_, '_> {
         false
     }
 
-    fn subscript(&mut self, subscript: &ruff_python_ast::ExprSubscript) {
-        let ruff_python_ast::ExprSubscript { value, slice, ctx, .. } = subscript;
-        if !self.facts.numpy || *ctx != ExprContext::Load {
-            return;
+    pub fn temporary(&mut self) -> String {
+        self.temporaries += 1;
+        format!("{OURS}t{}", self.temporaries)
+    }
+
+    fn subscript(&mut self, subscript: &ExprSubscript) {
+        if self.facts.numpy && subscript.ctx == ExprContext::Load {
+            self.edits.open(subscript.range.start().to_usize(), format!("{OURS}get("));
+            self.keyed(subscript, ")");
         }
-        self.edits.open(subscript.range.start().to_usize(), format!("{OURS}get("));
+    }
+
+    /// `value[key]` → `value, key` and then `end`.
+    fn keyed(&mut self, subscript: &ExprSubscript, end_text: &str) {
+        let ExprSubscript { value, slice, .. } = subscript;
         let tokens = self.tokens.in_range(range(value.end(), slice.start()));
         let Some(open) = tokens.iter().find(|t| t.kind() == TokenKind::Lsqb) else { return };
         let bare_tuple = matches!(&**slice, Expr::Tuple(t) if !t.parenthesized);
         self.edits.replace(open.range(), if bare_tuple { ", (" } else { ", " });
         let end = subscript.range.end();
-        self.edits.replace(range(end - TextSize::new(1), end), if bare_tuple { "))" } else { ")" });
+        self.edits.replace(range(end - TextSize::new(1), end), format!("{}{end_text}", if bare_tuple { ")" } else { "" }));
         let parts = match &**slice {
             Expr::Tuple(tuple) => &tuple.elts[..],
             one => std::slice::from_ref(one),
@@ -201,6 +221,36 @@ impl Rewriter<'_, '_> {
             let bound = |e: &Option<Box<Expr>>| e.as_ref().map_or("None", |e| self.text(e.range())).to_owned();
             let text = format!("slice({}, {}, {})", bound(&slice.lower), bound(&slice.upper), bound(&slice.step));
             self.edits.replace(slice.range, text);
+        }
+    }
+
+    /// What the interpreter cannot assign to: an item of an array, an attribute or item among several
+    /// targets.
+    fn assign(&mut self, assign: &StmtAssign) {
+        match assign.targets.as_slice() {
+            [Expr::Subscript(target)] if self.facts.numpy => {
+                self.edits.open(assign.range.start().to_usize(), format!("{OURS}set("));
+                self.keyed(target, ", ");
+                let between = self.tokens.in_range(range(target.end(), assign.value.start()));
+                if let Some(equal) = between.iter().find(|t| t.kind() == TokenKind::Equal) {
+                    self.edits.replace(equal.range(), "(");
+                }
+                self.edits.close(assign.range.end().to_usize(), "))");
+            }
+            [Expr::Tuple(_) | Expr::List(_)] => {
+                let mut leaves = vec![];
+                collect_leaves(&assign.targets[0], &mut leaves);
+                let mut after = String::new();
+                for leaf in leaves {
+                    let temporary = self.temporary();
+                    after.push_str(&format!("; {} = {temporary}", self.text(leaf)));
+                    self.edits.replace(leaf, temporary);
+                }
+                if !after.is_empty() {
+                    self.edits.close(assign.range.end().to_usize(), after);
+                }
+            }
+            _ => {}
         }
     }
 
@@ -352,6 +402,17 @@ impl Rewriter<'_, '_> {
     }
 }
 
+/// The attributes and items among the targets of an unpacking.
+fn collect_leaves(target: &Expr, leaves: &mut Vec<TextRange>) {
+    match target {
+        Expr::Tuple(t) => t.elts.iter().for_each(|e| collect_leaves(e, leaves)),
+        Expr::List(l) => l.elts.iter().for_each(|e| collect_leaves(e, leaves)),
+        Expr::Starred(s) => collect_leaves(&s.value, leaves),
+        Expr::Attribute(_) | Expr::Subscript(_) => leaves.push(target.range()),
+        _ => {}
+    }
+}
+
 /// Does a function's own body yield?
 struct Yields(bool);
 
@@ -391,6 +452,7 @@ impl<'a> Visitor<'a> for Rewriter<'_, '_> {
             Stmt::Delete(delete) => return self.delete(delete),
             Stmt::Import(_) | Stmt::ImportFrom(_) => return self.import(stmt),
             Stmt::AugAssign(assign) => self.aug_assign(assign),
+            Stmt::Assign(assign) => self.assign(assign),
             Stmt::Return(r) if self.generator.last() == Some(&true) => {
                 self.edits.replace(r.range, format!("return {OURS}gen({OURS}out)"));
                 return;

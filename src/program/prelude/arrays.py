@@ -238,6 +238,36 @@ def _v_pick(data, keys):
             return [_v_pick(item, rest) for item, wanted in zip(data, chosen) if wanted]
         return [_v_pick(data[at], rest) for at in chosen]
     return _v_pick(data[key], rest)
+def _v_set(value, key, item):
+    if not _v_is_array(value):
+        value[key] = item
+        return
+    keys = list(key) if isinstance(key, tuple) else [key]
+    _v_put(value.data, keys, _v_plain(item))
+def _v_places(data, key):
+    if isinstance(key, slice):
+        return list(range(len(data)))[key]
+    if _v_is_array(key) or isinstance(key, list):
+        chosen = _v_plain(key)
+        if len(chosen) > 0 and (chosen[0] is True or chosen[0] is False):
+            return [at for at in range(len(data)) if chosen[at]]
+        return chosen
+    return None
+def _v_put(data, keys, item):
+    places = _v_places(data, keys[0])
+    if places is None:
+        if len(keys) > 1:
+            _v_put(data[keys[0]], keys[1:], item)
+        elif isinstance(data[keys[0]], list):
+            row = data[keys[0]]
+            for at in range(len(row)):
+                row[at] = item[at] if isinstance(item, list) else item
+        else:
+            data[keys[0]] = item
+        return
+    for turn, at in enumerate(places):
+        one = item[turn] if isinstance(item, list) and len(item) == len(places) else item
+        _v_put(data, [at] + keys[1:], one)
 def _v_transpose(value):
     if value.ndim < 2:
         return value
