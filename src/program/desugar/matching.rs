@@ -82,7 +82,8 @@ fn condition(rewriter: &Rewriter, pattern: &Pattern, subject: &str) -> Option<St
                     }
                     inner => {
                         let from_end = star.is_some_and(|star| at > star);
-                        let index = if from_end { format!("-{}", p.patterns.len() - at) } else { at.to_string() };
+                        let index =
+                            if from_end { format!("-{}", p.patterns.len() - at) } else { at.to_string() };
                         parts.push(condition(rewriter, inner, &format!("{subject}[{index}]"))?);
                     }
                 }
@@ -110,7 +111,11 @@ fn condition(rewriter: &Rewriter, pattern: &Pattern, subject: &str) -> Option<St
                 _ => return None,
             }
             for keyword in &p.arguments.keywords {
-                parts.push(condition(rewriter, &keyword.pattern, &format!("{subject}.{}", keyword.attr.as_str()))?);
+                parts.push(condition(
+                    rewriter,
+                    &keyword.pattern,
+                    &format!("{subject}.{}", keyword.attr.as_str()),
+                )?);
             }
             all(parts)
         }

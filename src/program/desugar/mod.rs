@@ -120,7 +120,8 @@ pub(super) fn prepare(source: &str) -> Result<Prepared, ProgramError> {
         // Everything that the program binds stays global, as it is without the wrapping: a closure's
         // `nonlocal` names are the exception.
         code.push_str("def _v_program():\n");
-        let mut names: Vec<&str> = facts.top.iter().copied().filter(|n| !facts.nonlocals.contains(n)).collect();
+        let mut names: Vec<&str> =
+            facts.top.iter().copied().filter(|n| !facts.nonlocals.contains(n)).collect();
         names.push("final_answer");
         names.sort_unstable();
         names.dedup();
@@ -142,7 +143,11 @@ pub(super) fn prepare(source: &str) -> Result<Prepared, ProgramError> {
         raises: facts.raises,
         reaching: rewrite::reaching_lines(source),
         refused: facts.refused.iter().map(|name| (*name).to_owned()).collect(),
-        exceptions: facts.exceptions.iter().map(|(class, builtin)| ((*builtin).to_owned(), (*class).to_owned())).collect(),
+        exceptions: facts
+            .exceptions
+            .iter()
+            .map(|(class, builtin)| ((*builtin).to_owned(), (*class).to_owned()))
+            .collect(),
     })
 }
 

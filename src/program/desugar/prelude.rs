@@ -89,7 +89,10 @@ mod tests {
         for (name, part) in PARTS.iter() {
             for need in &part.needs {
                 // Locals of rewritten programs, not of the library.
-                assert!(PARTS.contains_key(need) || ["_v_out", "_v_bases", "_v_prop_"].contains(need), "{name}: {need}");
+                assert!(
+                    PARTS.contains_key(need) || ["_v_out", "_v_bases", "_v_prop_"].contains(need),
+                    "{name}: {need}"
+                );
             }
         }
     }

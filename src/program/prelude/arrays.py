@@ -240,7 +240,10 @@ def _v_pick(data, keys):
     return _v_pick(data[key], rest)
 def _v_set(value, key, item):
     if not _v_is_array(value):
-        value[key] = item
+        if isinstance(key, slice):
+            _v_splice(value, key, item)
+        else:
+            value[key] = item
         return
     keys = list(key) if isinstance(key, tuple) else [key]
     _v_put(value.data, keys, _v_plain(item))
