@@ -210,9 +210,9 @@ def _v_round(value, digits=None):
         return _v_numpy_round(value, digits or 0)
     return round(value) if digits is None else round(value, digits)
 def _v_float(*value):
-    return float(*[one.item() if _v_is_array(one) else one for one in value])
+    return float(*[_v_flat(one.data)[0] if _v_is_array(one) else one for one in value])
 def _v_int(*value):
-    return int(*[one.item() if _v_is_array(one) else one for one in value])
+    return int(*[_v_flat(one.data)[0] if _v_is_array(one) else one for one in value])
 def _v_get(value, key):
     if not _v_is_array(value):
         return value[key]

@@ -131,3 +131,11 @@ def _v_re_sub(pattern, repl, text, count=0, flags=0):
         done += 1
     out.append(text[at:])
     return ''.join(out)
+def _v_math_fsum(items):
+    total = 0.0
+    rest = 0.0
+    for item in items:
+        moved = total + item
+        rest += (total - moved) + item if abs(total) >= abs(item) else (item - moved) + total
+        total = moved
+    return total + rest
