@@ -13,10 +13,12 @@
 //! - [`weights`]: where weights come from
 //! - [`rooms`]: the synthetic world, inputs only
 //! - [`config`]: typed configuration
+//! - [`files`]: files written whole or not at all
 
 pub mod cli;
 pub mod config;
 pub mod eval;
+pub mod files;
 pub mod llm;
 pub mod models;
 pub mod nn;

@@ -1,3 +1,6 @@
+//! Arguments and one thin file per subcommand.
+
+pub mod rooms;
 //! Arguments, and one thin file per subcommand: build the parts, call, print.
 //!
 //! Exit codes: 0 done, 1 the work failed, 2 bad usage or input. Answers go to stdout, everything

@@ -1,1 +1,3 @@
-//! (in the making)
+//! Measuring.
+
+pub mod stats;

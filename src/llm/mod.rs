@@ -1,1 +1,126 @@
-//! (in the making)
+//! Text generation behind one trait, [`ChatModel`].
+//!
+//! [`local::LocalChat`] runs a Qwen3 or Qwen3-VL checkpoint in this process: [`template`] renders the
+//! checkpoint's own chat template, [`tokenizer`] turns text into ids and back, [`engine`] generates
+//! in batches with [`sampler`], [`bpe`] makes the tokenizers of the embedded models. The trait
+//! speaks text and pictures only, no tensors, so that a remote endpoint can implement it too.
+
+pub mod bpe;
+pub mod engine;
+pub mod format;
+pub mod local;
+mod network;
+pub mod sampler;
+pub mod template;
+pub mod tokenizer;
+
+use image::RgbImage;
+use serde::{Deserialize, Serialize};
+
+pub use sampler::SamplingOptions;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    System,
+    User,
+    Assistant,
+}
+
+/// One turn of a conversation. Pictures come before the text of their turn.
+#[derive(Clone, Debug)]
+pub struct Message {
+    pub role: Role,
+    pub text: String,
+    pub images: Vec<RgbImage>,
+}
+
+impl Message {
+    pub fn new(role: Role, text: impl Into<String>) -> Self {
+        Self { role, text: text.into(), images: Vec::new() }
+    }
+
+    pub fn user(text: impl Into<String>) -> Self {
+        Self::new(Role::User, text)
+    }
+
+    pub fn with_images(mut self, images: Vec<RgbImage>) -> Self {
+        self.images = images;
+        self
+    }
+}
+
+/// One conversation to be continued by the assistant.
+#[derive(Clone, Debug)]
+pub struct ChatRequest {
+    pub messages: Vec<Message>,
+    /// Seeds this reply alone: the reply does not depend on what else is asked in the same call.
+    pub seed: u64,
+    pub max_new_tokens: usize,
+    /// The reply ends before the first of these; they are not part of it.
+    pub stop: Vec<String>,
+}
+
+impl ChatRequest {
+    /// One user turn, no stop strings.
+    pub fn user(text: impl Into<String>, seed: u64, max_new_tokens: usize) -> Self {
+        Self { messages: vec![Message::user(text)], seed, max_new_tokens, stop: Vec::new() }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Finish {
+    /// The model ended its turn, or a stop string came.
+    Stop,
+    /// `max_new_tokens` or the model's context was used up.
+    Length,
+}
+
+/// What was sampled, for training on it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TokenTrace {
+    pub prompt_ids: Vec<u32>,
+    /// The sampled ids, the end-of-turn token included where one was sampled.
+    pub ids: Vec<u32>,
+    /// Log-probability of each sampled id under the untempered, untruncated distribution.
+    pub log_probs: Vec<f32>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct ChatReply {
+    pub text: String,
+    pub finish: Finish,
+    pub prompt_tokens: usize,
+    pub new_tokens: usize,
+    /// Present where [`SamplingOptions::trace`] asked for it and the model can tell.
+    pub trace: Option<TokenTrace>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ChatError {
+    #[error("chat template: {0}")]
+    Template(String),
+    #[error("tokenizer: {0}")]
+    Tokenizer(String),
+    /// The request cannot be served as it is; trying again will not help.
+    #[error("{0}")]
+    Request(String),
+    #[error(transparent)]
+    Model(#[from] candle_core::Error),
+}
+
+/// Anything that continues conversations.
+pub trait ChatModel {
+    /// The model's name, for traces and reports.
+    fn name(&self) -> &str;
+
+    /// Replies to all requests, in their order. `on_token` receives the index of a request and
+    /// the next piece of its reply; a request's pieces, joined, are its reply.
+    fn chat(
+        &self,
+        requests: &[ChatRequest],
+        opts: &SamplingOptions,
+        on_token: Option<&mut dyn FnMut(usize, &str)>,
+    ) -> Result<Vec<ChatReply>, ChatError>;
+}

@@ -55,3 +55,43 @@ pub fn max_gradient_error(
     }
     Ok(worst)
 }
+
+/// A variable of unit-normal values that follow from `seed`.
+#[cfg(test)]
+pub fn random(shape: impl Into<candle_core::Shape>, seed: u64) -> Result<Var> {
+    use rand::SeedableRng;
+    use rand_distr::{Distribution, StandardNormal};
+    let shape = shape.into();
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+    let values: Vec<f32> = (0..shape.elem_count()).map(|_| StandardNormal.sample(&mut rng)).collect();
+    Var::from_vec(values, shape, &candle_core::Device::Cpu)
+}
+
+/// Asserts that two ways to compute one thing agree, in value and in every gradient at `vars`.
+#[cfg(test)]
+#[track_caller]
+pub fn assert_same(
+    vars: &[&Var],
+    fused: impl Fn() -> Result<Tensor>,
+    composed: impl Fn() -> Result<Tensor>,
+) -> Result<()> {
+    let near = |what: &str, a: &Tensor, b: &Tensor| -> Result<()> {
+        assert_eq!(a.dims(), b.dims(), "{what}");
+        let (a, b) = (a.flatten_all()?.to_vec1::<f32>()?, b.flatten_all()?.to_vec1::<f32>()?);
+        let scale = b.iter().fold(1e-3f32, |m, x| m.max(x.abs()));
+        let err = a.iter().zip(&b).fold(0f32, |m, (a, b)| m.max((a - b).abs()));
+        assert!(err <= 2e-5 * scale && err.is_finite(), "{what}: {err:e} at scale {scale:e}");
+        Ok(())
+    };
+    let (a, b) = (fused()?, composed()?);
+    near("value", &a, &b)?;
+    let weights = random(a.shape(), 77)?.as_tensor().detach();
+    let (ga, gb) = ((a * &weights)?.sum_all()?.backward()?, (b * &weights)?.sum_all()?.backward()?);
+    for (i, v) in vars.iter().enumerate() {
+        match (ga.get(v), gb.get(v)) {
+            (Some(a), Some(b)) => near(&format!("gradient {i}"), a, b)?,
+            (a, b) => panic!("gradient {i}: fused {}, composed {}", a.is_some(), b.is_some()),
+        }
+    }
+    Ok(())
+}

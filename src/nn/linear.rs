@@ -1,7 +1,10 @@
 //! Linear and embedding layers, weights in the checkpoint's layout (`[out, in]`).
 
-use candle_core::{D, Result, Tensor};
+use super::cpu::{self, Held, Mat, par_rows};
+use super::simd::{LANES, lanes_sum, madd, wide};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, Layout, Result, Shape, Tensor};
 use candle_nn::VarBuilder;
+use rayon::prelude::*;
 
 /// `y = x Wᵀ + b`, for `x` of any rank with last dimension `in`.
 #[derive(Clone, Debug)]
@@ -25,20 +28,282 @@ impl Linear {
 
     /// `[.., in]` → `[.., out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (w, k) = (&self.weight, x.dim(D::Minus1)?);
+        if k != w.dim(1)? {
+            candle_core::bail!("linear: x {:?}, weight {:?}", x.shape(), w.shape())
+        }
+        if cpu::fused(&[x, w]) && w.is_contiguous() && x.elem_count() > 0 {
+            let x = x.contiguous()?;
+            return match &self.bias {
+                Some(b) => x.apply_op3(w, b, LinearOp),
+                None => x.apply_op2(w, LinearOp),
+            };
+        }
         // One 2-D GEMM whatever the rank: candle's batched matmul would broadcast the weight.
-        let dims = x.dims();
-        let (lead, k) = (&dims[..dims.len() - 1], x.dim(D::Minus1)?);
-        let rows: usize = lead.iter().product();
-        let out = self.weight.dim(0)?;
-        let y = x.reshape((rows, k))?.matmul(&self.weight.t()?)?;
+        let mut shape = x.dims().to_vec();
+        let y = x.reshape((x.elem_count() / k, k))?.matmul(&w.t()?)?;
         let y = match &self.bias {
             Some(b) => y.broadcast_add(b)?,
             None => y,
         };
-        let mut shape = lead.to_vec();
-        shape.push(out);
+        if let Some(last) = shape.last_mut() {
+            *last = w.dim(0)?;
+        }
         y.reshape(shape)
     }
+}
+
+impl Linear {
+    /// `residual + self(x)` in one op where there is no bias; shapes `[.., out]` and `[.., in]`.
+    pub fn forward_residual(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        let w = &self.weight;
+        let fits = x.dim(D::Minus1)? == w.dim(1)? && x.elem_count() > 0;
+        if self.bias.is_some() || !fits || !cpu::fused(&[x, w, residual]) || !w.is_contiguous() {
+            return residual + self.forward(x)?;
+        }
+        x.contiguous()?.apply_op3(w, &residual.contiguous()?, ResidualOp)
+    }
+}
+
+/// Up to this many rows, as in generation, [`few_rows`] replaces the GEMM. It reads the weight once
+/// and in order, and a row's result is the same to the last bit whoever shares its batch.
+const FEW: usize = 64;
+
+/// `y += x wᵀ` for a few rows of `x`.
+fn few_rows(x: &[f32], w: &[f32], k: usize, y: &mut [f32]) {
+    let (rows, out) = (x.len() / k, w.len() / k);
+    // Weight rows per task: 4 at a time in the kernel, and enough work to be worth a task.
+    let task = cpu::rows_per_task(k).next_multiple_of(4);
+    let place = cpu::Out::new(y);
+    w.par_chunks(task * k).enumerate().for_each_init(Vec::new, |part, (i, w)| {
+        let n = w.len() / k;
+        part.resize(rows * n, 0.);
+        dots(x, w, k, part);
+        for (r, part) in part.chunks_exact(n).enumerate() {
+            // SAFETY: the columns of this task's weight rows are written by it alone.
+            unsafe { place.add_at(r * out + i * task, part) }
+        }
+    });
+}
+
+wide! {
+    /// `part = x wᵀ`, every element summed over `k` in the same order.
+    fn dots(x: &[f32], w: &[f32], k: usize, part: &mut [f32]) {
+        let (rows, out) = (x.len() / k, w.len() / k);
+        for (c, w) in w.chunks(4 * k).enumerate() {
+            for (r, x) in x.chunks(2 * k).enumerate() {
+                let mut put = |i: usize, v: &[f32]| {
+                    let at = (2 * r + i) * out + 4 * c;
+                    part[at..at + v.len()].copy_from_slice(v);
+                };
+                match (x.len() == 2 * k, w.len() == 4 * k) {
+                    (true, true) => {
+                        let d = tile::<FMA, 2, 4>(x, w, k);
+                        (0..2).for_each(|i| put(i, &d[i]));
+                    }
+                    (false, true) => put(0, &tile::<FMA, 1, 4>(x, w, k)[0]),
+                    _ => {
+                        for (i, x) in x.chunks_exact(k).enumerate() {
+                            for (j, w) in w.chunks_exact(k).enumerate() {
+                                part[(2 * r + i) * out + 4 * c + j] = tile::<FMA, 1, 1>(x, w, k)[0][0];
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        debug_assert_eq!(part.len(), rows * out);
+    }
+}
+
+/// Inner products of `R` rows of `x` with `C` rows of `w`, each in one set of lanes.
+#[inline(always)]
+fn tile<const FMA: bool, const R: usize, const C: usize>(x: &[f32], w: &[f32], k: usize) -> [[f32; C]; R] {
+    let xs: [&[f32]; R] = std::array::from_fn(|i| &x[i * k..(i + 1) * k]);
+    let ws: [&[f32]; C] = std::array::from_fn(|j| &w[j * k..(j + 1) * k]);
+    let mut acc = [[[0f32; LANES]; C]; R];
+    let whole = k / LANES * LANES;
+    for at in (0..whole).step_by(LANES) {
+        for i in 0..R {
+            for j in 0..C {
+                for l in 0..LANES {
+                    acc[i][j][l] = madd::<FMA>(xs[i][at + l], ws[j][at + l], acc[i][j][l]);
+                }
+            }
+        }
+    }
+    for at in whole..k {
+        for i in 0..R {
+            for j in 0..C {
+                acc[i][j][at - whole] = madd::<FMA>(xs[i][at], ws[j][at], acc[i][j][at - whole]);
+            }
+        }
+    }
+    std::array::from_fn(|i| std::array::from_fn(|j| lanes_sum(acc[i][j])))
+}
+
+/// The linear map with its own backward: one GEMM per gradient that is wanted, none for frozen
+/// weights or constant inputs, and no transposed copies.
+struct LinearOp;
+
+impl LinearOp {
+    fn forward(
+        x: &[f32],
+        w: &[f32],
+        b: Option<&[f32]>,
+        lx: &Layout,
+        lw: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (out, k) = lw.shape().dims2()?;
+        let rows = x.len() / k;
+        let mut y = vec![0f32; rows * out];
+        if let Some(b) = b {
+            par_rows(&mut y, out, |_, y| y.chunks_exact_mut(out).for_each(|y| y.copy_from_slice(b)));
+        }
+        Self::product(x, w, k, &mut y, b.is_some());
+        let mut shape = lx.dims().to_vec();
+        shape[lx.dims().len() - 1] = out;
+        Ok((CpuStorage::F32(y), shape.into()))
+    }
+
+    /// `y = x wᵀ (+ y)`; `y` is zeros unless it is to be added to.
+    fn product(x: &[f32], w: &[f32], k: usize, y: &mut [f32], accumulate: bool) {
+        let (rows, out) = (x.len() / k, w.len() / k);
+        if rows <= FEW {
+            few_rows(x, w, k, y);
+        } else {
+            cpu::gemm((rows, out, k), y, accumulate, Mat::rows(x, k), Mat::rows(w, k).t());
+        }
+    }
+
+    fn backward(x: &Tensor, w: &Tensor, g: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let (out, k) = w.dims2()?;
+        let (hx, hw, hg) = (Held::new(x)?, Held::new(w)?, Held::new(g)?);
+        let (xs, ws, gs) = (hx.get()?, hw.get()?, hg.get()?);
+        let rows = xs.len() / k;
+        let product = |like: &Tensor, mnk, a, b| -> Result<Option<Tensor>> {
+            if !like.track_op() {
+                return Ok(None);
+            }
+            let mut d = vec![0f32; like.elem_count()];
+            cpu::gemm(mnk, &mut d, false, a, b);
+            Tensor::from_vec(d, like.shape(), like.device()).map(Some)
+        };
+        let dx = product(x, (rows, k, out), Mat::rows(gs, out), Mat::rows(ws, k))?;
+        let dw = product(w, (out, k, rows), Mat::rows(gs, out).t(), Mat::rows(xs, k))?;
+        Ok((dx, dw))
+    }
+}
+
+impl CustomOp2 for LinearOp {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        w: &CpuStorage,
+        lw: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        Self::forward(cpu::values(x, lx)?, cpu::values(w, lw)?, None, lx, lw)
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        _: &Tensor,
+        g: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        Self::backward(x, w, &g.contiguous()?)
+    }
+}
+
+impl CustomOp3 for LinearOp {
+    fn name(&self) -> &'static str {
+        "linear-bias"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        w: &CpuStorage,
+        lw: &Layout,
+        b: &CpuStorage,
+        lb: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        Self::forward(cpu::values(x, lx)?, cpu::values(w, lw)?, Some(cpu::values(b, lb)?), lx, lw)
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        b: &Tensor,
+        _: &Tensor,
+        g: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let g = g.contiguous()?;
+        let (dx, dw) = Self::backward(x, w, &g)?;
+        let db = if b.track_op() { Some(column_sums(&g, b)?) } else { None };
+        Ok((dx, dw, db))
+    }
+}
+
+/// [`LinearOp`] added to a residual stream.
+struct ResidualOp;
+
+impl CustomOp3 for ResidualOp {
+    fn name(&self) -> &'static str {
+        "linear-residual"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        w: &CpuStorage,
+        lw: &Layout,
+        residual: &CpuStorage,
+        lr: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (x, w, mut y) = (cpu::values(x, lx)?, cpu::values(w, lw)?, cpu::values(residual, lr)?.to_vec());
+        let (out, k) = lw.shape().dims2()?;
+        if y.len() != x.len() / k * out {
+            candle_core::bail!("linear: x {:?}, residual {:?}, out {out}", lx.shape(), lr.shape())
+        }
+        LinearOp::product(x, w, k, &mut y, true);
+        Ok((CpuStorage::F32(y), lr.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        g: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let g = g.contiguous()?;
+        let (dx, dw) = LinearOp::backward(x, w, &g)?;
+        Ok((dx, dw, Some(g)))
+    }
+}
+
+/// Sums `[.., out]` over all but the last dimension.
+fn column_sums(g: &Tensor, like: &Tensor) -> Result<Tensor> {
+    let (hg, n) = (Held::new(g)?, like.elem_count());
+    let parts = hg.get()?.par_chunks(cpu::rows_per_task(n) * n).map(|g| {
+        let mut sum = vec![0f32; n];
+        for row in g.chunks_exact(n) {
+            sum.iter_mut().zip(row).for_each(|(s, g)| *s += g);
+        }
+        sum
+    });
+    Tensor::from_vec(cpu::sum_partials(parts.collect(), n), like.shape(), like.device())
 }
 
 pub fn linear(inp: usize, out: usize, vb: VarBuilder) -> Result<Linear> {
@@ -65,6 +330,10 @@ pub struct Embedding {
 }
 
 impl Embedding {
+    pub fn new(weight: Tensor) -> Self {
+        Self { weight }
+    }
+
     pub fn weight(&self) -> &Tensor {
         &self.weight
     }
@@ -80,4 +349,63 @@ impl Embedding {
 pub fn embedding(vocab: usize, dim: usize, vb: VarBuilder) -> Result<Embedding> {
     let init = candle_nn::Init::Randn { mean: 0., stdev: 0.02 };
     Ok(Embedding { weight: vb.get_with_hints((vocab, dim), "weight", init)? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nn::gradcheck::{assert_same, max_gradient_error, random};
+
+    #[test]
+    fn equals_composed_and_differentiates() -> Result<()> {
+        let (x, w, b) = (random((3, 4, 10), 1)?, random((7, 10), 2)?, random(7, 3)?);
+        let product = || x.reshape((12, 10))?.matmul(&w.t()?)?.reshape((3, 4, 7));
+        let plain = Linear::new(w.as_tensor().clone(), None);
+        assert_same(&[&x, &w], || plain.forward(&x), product)?;
+        let r = random((3, 4, 7), 4)?;
+        assert_same(&[&x, &w, &r], || plain.forward_residual(&x, &r), || product()? + r.as_tensor())?;
+        let biased = Linear::new(w.as_tensor().clone(), Some(b.as_tensor().clone()));
+        assert_same(&[&x, &w, &b], || biased.forward(&x), || product()?.broadcast_add(&b))?;
+        let e = max_gradient_error(&[x.clone(), w.clone(), b.clone()], 1e-2, 60, || biased.forward(&x))?;
+        assert!(e < 1e-3, "{e}");
+        Ok(())
+    }
+
+    #[test]
+    fn a_row_does_not_depend_on_the_other_rows() -> Result<()> {
+        for (out, k) in [(70, 96), (33, 1100), (260, 37)] {
+            let (x, w) = (random((300, k), 1)?, random((out, k), 2)?);
+            let f = Linear::new(w.as_tensor().clone(), Some(random(out, 3)?.as_tensor().clone()));
+            let y = |from: usize, n: usize| -> Result<Vec<Vec<f32>>> {
+                f.forward(&x.narrow(0, from, n)?)?.to_vec2()
+            };
+            // Small batches, as in generation.
+            let all = y(0, FEW)?;
+            for (from, n) in [(0, 1), (7, 1), (3, 2), (5, 9), (1, FEW - 1)] {
+                assert_eq!(y(from, n)?, all[from..from + n]);
+            }
+            // Large ones, as in prefill.
+            let all = y(0, 300)?;
+            for (from, n) in [(0, 100), (117, 183), (40, 66)] {
+                assert_eq!(y(from, n)?, all[from..from + n]);
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn few_and_many_rows_agree() -> Result<()> {
+        let (x, w) = (random((FEW + 1, 45), 1)?, random((21, 45), 2)?);
+        let f = Linear::new(w.as_tensor().clone(), None);
+        let many = f.forward(&x)?.narrow(0, 0, FEW)?;
+        assert_same(&[&w], || f.forward(&x.narrow(0, 0, FEW)?), || many.contiguous())
+    }
+
+    #[test]
+    fn frozen_weights_get_no_gradient() -> Result<()> {
+        let (x, w) = (random((3, 10), 1)?, random((7, 10), 2)?.as_tensor().detach());
+        let grads = Linear::new(w.clone(), None).forward(&x)?.sum_all()?.backward()?;
+        assert!(grads.get(&x).is_some() && grads.get(&w).is_none());
+        Ok(())
+    }
 }

@@ -4,8 +4,30 @@
 //! [`VERSION`]; a change that alters any output raises the version, and voids every figure
 //! measured on the old one.
 
+pub mod demos;
+pub mod export;
+pub mod frames;
+mod kinds;
+pub mod mistakes;
+pub mod oracle;
+mod paint;
+pub mod plan;
+pub mod questions;
+pub mod recipe;
+pub mod render;
+pub mod scene;
+mod solid;
+pub mod spec;
+pub mod template;
+#[cfg(test)]
+mod tests;
+pub mod truth;
 pub mod view;
+pub mod vqa;
 
+pub use oracle::OracleTools;
+pub use questions::{Question, Split, sample_questions, scene_seed, score};
+pub use render::generate;
 pub use view::{Camera, Colour, Kind, Look, Thing, View};
 
 /// Stands in every file and table made from Rooms.

@@ -1,6 +1,9 @@
 //! The three tools that a program may call, behind one trait and one signature for every
 //! implementation: stub, oracle and real (method.md 7, 10.12).
 
+pub mod picture;
+
+pub use picture::Picture;
 pub mod mock;
 pub mod stub;
 

@@ -1,1 +1,254 @@
-//! (in the making)
+//! Where weights come from: safetensors as a file, a sharded folder or bytes in the binary.
+//!
+//! Files are memory-mapped. A network built on a [`Checkpoint`] must find every tensor that it
+//! asks for, with its shape, and must ask for every tensor that is there: anything else is one
+//! error that names them all. Nothing here downloads.
+
+mod files;
+
+pub use files::ModelFiles;
+
+use candle_core::safetensors::{Load, MmapedSafetensors, SliceSafetensors};
+use candle_core::{DType, Device, Shape, Tensor};
+use candle_nn::var_builder::SimpleBackend;
+use candle_nn::{Init, VarBuilder};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+#[derive(Debug, thiserror::Error)]
+pub enum WeightsError {
+    #[error("{path}: {message}")]
+    Unreadable { path: String, message: String },
+    #[error("{path}: weights do not fit the network: {problems}")]
+    Mismatch { path: String, problems: String },
+    #[error("{path}: {source}")]
+    Network { path: String, source: candle_core::Error },
+}
+
+enum Source {
+    Mapped(MmapedSafetensors),
+    Static(SliceSafetensors<'static>),
+    Tensors(HashMap<String, Tensor>),
+}
+
+impl Source {
+    fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
+        let views = |v: Vec<(String, safetensors::tensor::TensorView<'_>)>| {
+            v.into_iter().map(|(n, t)| (n, t.shape().to_vec())).collect()
+        };
+        match self {
+            Self::Mapped(s) => views(s.tensors()),
+            Self::Static(s) => views(s.tensors()),
+            Self::Tensors(t) => t.iter().map(|(n, t)| (n.clone(), t.dims().to_vec())).collect(),
+        }
+    }
+
+    fn load(&self, name: &str, device: &Device) -> candle_core::Result<Tensor> {
+        match self {
+            Self::Mapped(s) => s.get(name)?.load(device),
+            Self::Static(s) => s.get(name)?.load(device),
+            Self::Tensors(t) => match t.get(name) {
+                Some(t) => t.to_device(device),
+                None => candle_core::bail!("tensor {name} is missing"),
+            },
+        }
+    }
+}
+
+/// A set of named tensors.
+pub struct Checkpoint {
+    name: String,
+    source: Arc<Source>,
+}
+
+impl Checkpoint {
+    /// A `.safetensors` file, or a folder with `model.safetensors` or a sharded
+    /// `model.safetensors.index.json`.
+    pub fn open(path: &Path) -> Result<Self, WeightsError> {
+        let fail = |path: &Path, message: String| WeightsError::Unreadable {
+            path: path.display().to_string(),
+            message,
+        };
+        let files = if path.is_dir() {
+            let (single, index) = (path.join("model.safetensors"), path.join("model.safetensors.index.json"));
+            if single.is_file() {
+                vec![single]
+            } else if index.is_file() {
+                shards(&index).map_err(|m| fail(&index, m))?
+            } else {
+                return Err(fail(
+                    path,
+                    "holds neither model.safetensors nor model.safetensors.index.json".into(),
+                ));
+            }
+        } else if path.is_file() {
+            vec![path.to_path_buf()]
+        } else {
+            return Err(fail(path, "no such file or folder; give a .safetensors file or its folder".into()));
+        };
+        // SAFETY: the mapping is read-only. Another process that changes the file while it is
+        // mapped can change tensor values (never the checked layout), as in any mmap loader.
+        let mapped = unsafe { MmapedSafetensors::multi(&files) };
+        let mapped = mapped.map_err(|e| fail(path, format!("not a readable safetensors file ({e})")))?;
+        Ok(Self { name: path.display().to_string(), source: Arc::new(Source::Mapped(mapped)) })
+    }
+
+    /// Weights compiled into the binary.
+    pub fn embedded(name: &str, bytes: &'static [u8]) -> Result<Self, WeightsError> {
+        let s = SliceSafetensors::new(bytes)
+            .map_err(|e| WeightsError::Unreadable { path: name.into(), message: e.to_string() })?;
+        Ok(Self { name: name.into(), source: Arc::new(Source::Static(s)) })
+    }
+
+    /// Tensors already in memory, for name sets that are translated on load.
+    pub fn from_tensors(name: &str, tensors: HashMap<String, Tensor>) -> Self {
+        Self { name: name.into(), source: Arc::new(Source::Tensors(tensors)) }
+    }
+
+    /// Every tensor, as stored.
+    pub fn tensors(&self) -> Result<HashMap<String, Tensor>, WeightsError> {
+        let load = |n: String| Ok((n.clone(), self.source.load(&n, &Device::Cpu)?));
+        let all: candle_core::Result<_> = self.source.shapes().into_keys().map(load).collect();
+        all.map_err(|source| WeightsError::Network { path: self.name.clone(), source })
+    }
+
+    /// Builds a network. `unused` are name prefixes that may be there without being asked for.
+    pub fn build<T>(
+        &self,
+        dtype: DType,
+        device: &Device,
+        unused: &[&str],
+        network: impl FnOnce(VarBuilder<'static>) -> candle_core::Result<T>,
+    ) -> Result<T, WeightsError> {
+        let audit = Arc::new(Mutex::new(Audit::default()));
+        let backend =
+            Audited { source: self.source.clone(), shapes: self.source.shapes(), audit: audit.clone() };
+        let names: BTreeSet<String> = backend.shapes.keys().cloned().collect();
+        let built = network(VarBuilder::from_backend(Box::new(backend), dtype, device.clone()));
+        let audit = std::mem::take(&mut *audit.lock().unwrap_or_else(|e| e.into_inner()));
+        let mut problems = audit.problems;
+        if built.is_ok() {
+            let unknown = names.difference(&audit.asked).filter(|n| !unused.iter().any(|p| n.starts_with(p)));
+            problems.extend(unknown.map(|n| format!("{n} is not part of this network")));
+        }
+        if !problems.is_empty() {
+            return Err(WeightsError::Mismatch { path: self.name.clone(), problems: summary(&problems) });
+        }
+        built.map_err(|source| WeightsError::Network { path: self.name.clone(), source })
+    }
+}
+
+/// The shard files of an index, which are siblings of it and nothing else.
+fn shards(index: &Path) -> Result<Vec<PathBuf>, String> {
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let text = std::fs::read_to_string(index).map_err(|e| e.to_string())?;
+    let parsed: Index = serde_json::from_str(&text).map_err(|e| format!("not a safetensors index: {e}"))?;
+    let files: BTreeSet<String> = parsed.weight_map.into_values().collect();
+    let mut paths = Vec::new();
+    for f in files {
+        // An index is a downloaded file: it must not lead out of its folder.
+        if Path::new(&f).file_name().and_then(|n| n.to_str()) != Some(f.as_str()) {
+            return Err(format!("weight_map names {f:?}, which is not a file beside the index"));
+        }
+        let p = index.with_file_name(&f);
+        if !p.is_file() {
+            return Err(format!("shard {f} is missing; download it again"));
+        }
+        paths.push(p);
+    }
+    Ok(paths)
+}
+
+/// The first problems in full, the rest counted.
+fn summary(problems: &[String]) -> String {
+    const SHOWN: usize = 12;
+    let mut s = problems.iter().take(SHOWN).map(String::as_str).collect::<Vec<_>>().join("; ");
+    if problems.len() > SHOWN {
+        s.push_str(&format!("; and {} more", problems.len() - SHOWN));
+    }
+    s
+}
+
+#[derive(Default)]
+struct Audit {
+    asked: BTreeSet<String>,
+    problems: Vec<String>,
+}
+
+/// Answers a wrong request with zeros and remembers it, so that all are reported at once.
+struct Audited {
+    source: Arc<Source>,
+    shapes: BTreeMap<String, Vec<usize>>,
+    audit: Arc<Mutex<Audit>>,
+}
+
+impl SimpleBackend for Audited {
+    fn get(&self, s: Shape, name: &str, _: Init, dtype: DType, dev: &Device) -> candle_core::Result<Tensor> {
+        let mut audit = self.audit.lock().unwrap_or_else(|e| e.into_inner());
+        audit.asked.insert(name.to_string());
+        let problem = match self.shapes.get(name) {
+            None => format!("{name} is missing"),
+            Some(have) if have != s.dims() => format!("{name} has shape {have:?}, expected {:?}", s.dims()),
+            Some(_) => return self.source.load(name, dev)?.to_dtype(dtype),
+        };
+        audit.problems.push(problem);
+        Tensor::zeros(s, dtype, dev)
+    }
+
+    fn get_unchecked(&self, name: &str, dtype: DType, dev: &Device) -> candle_core::Result<Tensor> {
+        self.audit.lock().unwrap_or_else(|e| e.into_inner()).asked.insert(name.to_string());
+        self.source.load(name, dev)?.to_dtype(dtype)
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.shapes.contains_key(name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn checkpoint() -> Checkpoint {
+        let t = |s: &[usize]| Tensor::zeros(s, DType::F32, &Device::Cpu).unwrap();
+        let names = [("a.weight", t(&[2, 3])), ("a.bias", t(&[2])), ("old.weight", t(&[1]))];
+        Checkpoint::from_tensors("x.safetensors", names.map(|(n, t)| (n.to_string(), t)).into())
+    }
+
+    #[test]
+    fn one_error_names_missing_misshaped_and_unknown() {
+        let get = |vb: &VarBuilder, s: &[usize], n: &str| vb.get(s, n).map(|_| ());
+        let err = checkpoint().build(DType::F32, &Device::Cpu, &[], |vb| {
+            get(&vb, &[3, 3], "a.weight")?;
+            get(&vb, &[2], "a.bias")?;
+            get(&vb, &[2], "b.bias")
+        });
+        let text = err.unwrap_err().to_string();
+        for part in [
+            "x.safetensors",
+            "a.weight has shape [2, 3], expected [3, 3]",
+            "b.bias is missing",
+            "old.weight is not part",
+        ] {
+            assert!(text.contains(part), "{text}");
+        }
+        let ok = checkpoint().build(DType::F32, &Device::Cpu, &["old."], |vb| {
+            get(&vb, &[2, 3], "a.weight")?;
+            get(&vb, &[2], "a.bias")
+        });
+        ok.unwrap();
+    }
+
+    #[test]
+    fn an_index_cannot_lead_out_of_its_folder() {
+        let dir = tempfile::tempdir().unwrap();
+        let index = dir.path().join("model.safetensors.index.json");
+        std::fs::write(&index, r#"{"weight_map": {"a": "../../etc/passwd"}}"#).unwrap();
+        let err = Checkpoint::open(dir.path()).err().unwrap().to_string();
+        assert!(err.contains("not a file beside the index"), "{err}");
+    }
+}

@@ -9,8 +9,10 @@ use std::path::{Path, PathBuf};
 
 mod bert;
 mod dinov2;
+mod generate;
 mod grounding_dino;
 mod grounding_dino_loss;
+mod grounding_dino_text;
 mod moge;
 mod msda;
 mod preprocess;

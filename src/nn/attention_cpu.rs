@@ -1,0 +1,405 @@
+//! The fused attention op for f32 on the CPU.
+//!
+//! A task takes a block of queries and all keys that they see: scores by one small GEMM into
+//! scratch memory of the task, softmax in place, values by a second GEMM. Backward computes the
+//! probabilities again. Memory is a block of scores per thread; it grows with the number of keys
+//! but not with that of queries, so this is exact softmax, not an online one.
+//!
+//! Limits: one query-key dimension for keys and values; the mask takes no gradient.
+
+use super::cpu::{Held, Mat, Out, gemm_into};
+use super::simd::{self, madd, wide};
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// Queries per block: enough rows for the GEMM, few enough that their scores stay in cache.
+const BLOCK: usize = 64;
+
+/// Which keys a query sees; `super::Mask` made ready for the op.
+pub(super) enum Visible {
+    All,
+    Causal {
+        prefix: usize,
+        start: Option<Vec<u32>>,
+    },
+    /// Added to the scores, `[batch, heads, q, k]` with any strides but a dense last dimension.
+    Bias(Tensor),
+}
+
+pub(super) struct AttentionOp {
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub scale: f32,
+    pub visible: Visible,
+}
+
+/// Where the rows of one argument lie: `[batch, seq, heads · dim]` or `[batch, heads, seq, dim]`.
+struct Rows<'a> {
+    data: &'a [f32],
+    batch: usize,
+    head: usize,
+    token: usize,
+}
+
+impl<'a> Rows<'a> {
+    fn new(data: &'a [f32], l: &Layout, dim: usize) -> Result<Self> {
+        if l.stride().last() != Some(&1) && l.dims().last() != Some(&1) {
+            candle_core::bail!("attention: layout {l:?}")
+        }
+        match *l.stride() {
+            [batch, token, _] => Ok(Self { data, batch, head: dim, token }),
+            [batch, head, token, _] => Ok(Self { data, batch, head, token }),
+            _ => candle_core::bail!("attention: layout {l:?}"),
+        }
+    }
+
+    /// The tokens from `first` on of one head, as a matrix.
+    fn mat(&self, b: usize, h: usize, first: usize) -> Mat<'a> {
+        let at = b * self.batch + h * self.head + first * self.token;
+        Mat { data: &self.data[at..], rows_apart: self.token, cols_apart: 1 }
+    }
+
+    fn row(&self, b: usize, h: usize, token: usize, dim: usize) -> &'a [f32] {
+        let at = b * self.batch + h * self.head + token * self.token;
+        &self.data[at..at + dim]
+    }
+}
+
+/// Sizes of one call.
+#[derive(Clone, Copy)]
+struct Sizes {
+    batch: usize,
+    queries: usize,
+    keys: usize,
+    dim: usize,
+}
+
+impl AttentionOp {
+    fn sizes(&self, q: &[usize], k: &[usize]) -> Sizes {
+        match *q {
+            [batch, queries, w] => Sizes { batch, queries, keys: k[1], dim: w / self.heads },
+            _ => Sizes { batch: q[0], queries: q[2], keys: k[2], dim: q[3] },
+        }
+    }
+
+    /// The keys that the queries `rows` of batch row `b` may see, taken together.
+    fn columns(&self, s: Sizes, b: usize, rows: &Range<usize>) -> Range<usize> {
+        match &self.visible {
+            Visible::Causal { prefix, start } => {
+                let offset = s.keys - s.queries;
+                let own = start.as_ref().map_or(0, |v| v[b] as usize);
+                let from = if *prefix > 0 { 0 } else { own.min(rows.start + offset) };
+                from..rows.end + offset
+            }
+            _ => 0..s.keys,
+        }
+    }
+
+    /// Masks the scores of one query over the keys `cols` and returns how many of them, from the
+    /// first, may be non-zero.
+    fn mask(
+        &self,
+        s: Sizes,
+        (b, h, query): (usize, usize, usize),
+        cols: &Range<usize>,
+        bias: Option<&Rows>,
+        scores: &mut [f32],
+    ) -> usize {
+        match &self.visible {
+            Visible::All => cols.len(),
+            Visible::Causal { prefix, start } => {
+                let last = query + s.keys - s.queries;
+                if let Some(v) = start {
+                    // A padding query sees at least itself.
+                    let own = (v[b] as usize).min(last);
+                    let (from, to) = ((*prefix).max(cols.start), own.max(cols.start));
+                    if from < to {
+                        scores[from - cols.start..to - cols.start].fill(f32::NEG_INFINITY);
+                    }
+                }
+                last + 1 - cols.start
+            }
+            Visible::Bias(_) => {
+                if let Some(r) = bias {
+                    add(scores, r.row(b, h, query, s.keys));
+                }
+                cols.len()
+            }
+        }
+    }
+
+    /// Probabilities of the queries `rows` over the keys `cols`, row-major into `p`.
+    fn probabilities(
+        &self,
+        s: Sizes,
+        (b, h): (usize, usize),
+        rows: &Range<usize>,
+        cols: &Range<usize>,
+        q: &Rows,
+        k: &Rows,
+        bias: Option<&Rows>,
+        p: &mut [f32],
+    ) {
+        let (n, m) = (rows.len(), cols.len());
+        let kv = h / (self.heads / self.kv_heads);
+        let (qm, km) = (q.mat(b, h, rows.start), k.mat(b, kv, cols.start));
+        // SAFETY: `p` is borrowed exclusively.
+        unsafe { gemm_into((n, m, s.dim), Out::new(p), 0, m, false, self.scale, qm, km.t(), false) }
+        for (i, p) in p.chunks_exact_mut(m).enumerate() {
+            let seen = self.mask(s, (b, h, rows.start + i), cols, bias, p);
+            softmax(&mut p[..seen]);
+            p[seen..].fill(0.);
+        }
+    }
+
+    fn forward(&self, s: Sizes, q: &Rows, k: &Rows, v: &Rows, bias: Option<&Rows>) -> Vec<f32> {
+        let width = self.heads * s.dim;
+        let mut o = vec![0f32; s.batch * s.queries * width];
+        if s.queries == 1 {
+            self.decode(s, q, k, v, bias, &mut o);
+            return o;
+        }
+        let blocks = s.queries.div_ceil(BLOCK);
+        let out = Out::new(&mut o);
+        (0..s.batch * self.heads * blocks).into_par_iter().for_each_init(Vec::new, |p, task| {
+            let (bh, block) = (task / blocks, task % blocks);
+            let (b, h) = (bh / self.heads, bh % self.heads);
+            let rows = block * BLOCK..((block + 1) * BLOCK).min(s.queries);
+            let cols = self.columns(s, b, &rows);
+            p.resize(rows.len() * cols.len(), 0.);
+            self.probabilities(s, (b, h), &rows, &cols, q, k, bias, p);
+            let vm = v.mat(b, h / (self.heads / self.kv_heads), cols.start);
+            let at = (b * s.queries + rows.start) * width + h * s.dim;
+            let mnk = (rows.len(), s.dim, cols.len());
+            // SAFETY: the columns of head `h` in the rows of this block are this task's alone.
+            unsafe { gemm_into(mnk, out, at, width, false, 1., Mat::rows(p, cols.len()), vm, false) }
+        });
+        o
+    }
+
+    /// One query per row, as in generation: plain loops over each row's own keys, so that a row's
+    /// result depends neither on its neighbours nor on how far it is padded.
+    fn decode(&self, s: Sizes, q: &Rows, k: &Rows, v: &Rows, bias: Option<&Rows>, o: &mut [f32]) {
+        let group = self.heads / self.kv_heads;
+        o.par_chunks_mut(s.dim).enumerate().for_each_init(Vec::new, |p, (task, o)| {
+            let (b, h) = (task / self.heads, task % self.heads);
+            let (prefix, from) = match &self.visible {
+                Visible::Causal { prefix, start: Some(v) } => (*prefix, (v[b] as usize).min(s.keys - 1)),
+                _ => (0, 0),
+            };
+            let ranges = [0..prefix.min(from), from..s.keys];
+            let query = q.row(b, h, 0, s.dim);
+            p.clear();
+            for r in ranges.clone() {
+                let at = p.len();
+                p.resize(at + r.len(), 0.);
+                if !r.is_empty() {
+                    let km = k.mat(b, h / group, r.start);
+                    decode_scores(query, km.data, km.rows_apart, self.scale, &mut p[at..]);
+                }
+            }
+            if let Some(r) = bias {
+                add(p, r.row(b, h, 0, s.keys));
+            }
+            softmax(p);
+            let mut at = 0;
+            for r in ranges {
+                if !r.is_empty() {
+                    let vm = v.mat(b, h / group, r.start);
+                    decode_values(&p[at..at + r.len()], vm.data, vm.rows_apart, o);
+                }
+                at += r.len();
+            }
+        });
+    }
+
+    /// Gradients of q, k and v, each `[batch, seq, heads, dim]`.
+    fn backward(
+        &self,
+        s: Sizes,
+        q: &Rows,
+        k: &Rows,
+        v: &Rows,
+        g: &Rows,
+        bias: Option<&Rows>,
+    ) -> [Vec<f32>; 3] {
+        let group = self.heads / self.kv_heads;
+        let (wq, wk) = (self.heads * s.dim, self.kv_heads * s.dim);
+        let mut dq = vec![0f32; s.batch * s.queries * wq];
+        let mut dk = vec![0f32; s.batch * s.keys * wk];
+        let mut dv = vec![0f32; s.batch * s.keys * wk];
+        let (oq, ok, ov) = (Out::new(&mut dq), Out::new(&mut dk), Out::new(&mut dv));
+        let init = || (Vec::new(), Vec::new());
+        (0..s.batch * self.kv_heads).into_par_iter().for_each_init(init, |(p, dp), task| {
+            let (b, kv) = (task / self.kv_heads, task % self.kv_heads);
+            for h in kv * group..(kv + 1) * group {
+                for from in (0..s.queries).step_by(BLOCK) {
+                    let rows = from..(from + BLOCK).min(s.queries);
+                    let cols = self.columns(s, b, &rows);
+                    let (n, m) = (rows.len(), cols.len());
+                    p.resize(n * m, 0.);
+                    dp.resize(n * m, 0.);
+                    self.probabilities(s, (b, h), &rows, &cols, q, k, bias, p);
+                    let (gm, qm) = (g.mat(b, h, from), q.mat(b, h, from));
+                    let (km, vm) = (k.mat(b, kv, cols.start), v.mat(b, kv, cols.start));
+                    let to_kv = (b * s.keys + cols.start) * wk + kv * s.dim;
+                    let to_q = (b * s.queries + from) * wq + h * s.dim;
+                    let pm = Mat::rows(p, m);
+                    // SAFETY: `dp` is this task's; so are, in dq, dk and dv, the columns of its
+                    // key-value head's group in the rows of its batch row.
+                    unsafe {
+                        gemm_into((m, s.dim, n), ov, to_kv, wk, true, 1., pm.t(), gm, false);
+                        gemm_into((n, m, s.dim), Out::new(dp), 0, m, false, 1., gm, vm.t(), false);
+                    }
+                    for (p, dp) in p.chunks_exact(m).zip(dp.chunks_exact_mut(m)) {
+                        score_gradient(p, self.scale, dp);
+                    }
+                    let ds = Mat::rows(dp, m);
+                    // SAFETY: as above.
+                    unsafe {
+                        gemm_into((n, s.dim, m), oq, to_q, wq, false, 1., ds, km, false);
+                        gemm_into((m, s.dim, n), ok, to_kv, wk, true, 1., ds.t(), qm, false);
+                    }
+                }
+            }
+        });
+        [dq, dk, dv]
+    }
+}
+
+wide! {
+    fn softmax(p: &mut [f32]) {
+        if !p.is_empty() {
+            simd::softmax_row::<FMA>(p)
+        }
+    }
+}
+
+wide! {
+    fn add(a: &mut [f32], b: &[f32]) {
+        a.iter_mut().zip(b).for_each(|(a, b)| *a += b)
+    }
+}
+
+wide! {
+    /// `ds = scale · p (dp − Σ p dp)` in place of `dp`.
+    fn score_gradient(p: &[f32], scale: f32, dp: &mut [f32]) {
+        let c = simd::dot::<FMA>(p, dp);
+        for (p, dp) in p.iter().zip(dp) {
+            *dp = scale * p * (*dp - c);
+        }
+    }
+}
+
+wide! {
+    fn decode_scores(q: &[f32], k: &[f32], apart: usize, scale: f32, p: &mut [f32]) {
+        for (j, p) in p.iter_mut().enumerate() {
+            *p = scale * simd::dot::<FMA>(q, &k[j * apart..j * apart + q.len()]);
+        }
+    }
+}
+
+wide! {
+    fn decode_values(p: &[f32], v: &[f32], apart: usize, o: &mut [f32]) {
+        for (j, &p) in p.iter().enumerate() {
+            for (o, &v) in o.iter_mut().zip(&v[j * apart..]) {
+                *o = madd::<FMA>(p, v, *o);
+            }
+        }
+    }
+}
+
+fn from_start<'a>(s: &'a CpuStorage, l: &Layout) -> Result<&'a [f32]> {
+    match s {
+        CpuStorage::F32(v) => Ok(&v[l.start_offset()..]),
+        _ => candle_core::bail!("attention: expected f32"),
+    }
+}
+
+impl CustomOp3 for AttentionOp {
+    fn name(&self) -> &'static str {
+        "attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        lq: &Layout,
+        k: &CpuStorage,
+        lk: &Layout,
+        v: &CpuStorage,
+        lv: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let s = self.sizes(lq.dims(), lk.dims());
+        let q = Rows::new(from_start(q, lq)?, lq, s.dim)?;
+        let k = Rows::new(from_start(k, lk)?, lk, s.dim)?;
+        let v = Rows::new(from_start(v, lv)?, lv, s.dim)?;
+        let held = self.bias();
+        let bias = rows_of(held.as_ref(), self.bias_layout(), s.dim)?;
+        let o = self.forward(s, &q, &k, &v, bias.as_ref());
+        let shape: Shape = match lq.dims().len() {
+            3 => lq.shape().clone(),
+            _ => (s.batch, s.queries, self.heads, s.dim).into(),
+        };
+        Ok((CpuStorage::F32(o), shape))
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        _: &Tensor,
+        g: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let s = self.sizes(q.dims(), k.dims());
+        // `[batch, q, heads, dim]` or `[batch, q, heads · dim]`: the same elements in the same order.
+        let g = g.reshape((s.batch, s.queries, self.heads * s.dim))?.contiguous()?;
+        let (hq, hk, hv, hg) = (Held::strided(q), Held::strided(k), Held::strided(v), Held::new(&g)?);
+        let held = self.bias();
+        let [dq, dk, dv] = self.backward(
+            s,
+            &Rows::new(hq.get()?, q.layout(), s.dim)?,
+            &Rows::new(hk.get()?, k.layout(), s.dim)?,
+            &Rows::new(hv.get()?, v.layout(), s.dim)?,
+            &Rows::new(hg.get()?, g.layout(), s.dim)?,
+            rows_of(held.as_ref(), self.bias_layout(), s.dim)?.as_ref(),
+        );
+        let back = |d: Vec<f32>, like: &Tensor, seq: usize, heads: usize| -> Result<Option<Tensor>> {
+            let t = match like.rank() {
+                3 => Tensor::from_vec(d, like.shape(), like.device())?,
+                _ => Tensor::from_vec(d, (s.batch, seq, heads, s.dim), like.device())?.transpose(1, 2)?,
+            };
+            Ok(Some(t))
+        };
+        Ok((
+            back(dq, q, s.queries, self.heads)?,
+            back(dk, k, s.keys, self.kv_heads)?,
+            back(dv, v, s.keys, self.kv_heads)?,
+        ))
+    }
+}
+
+impl AttentionOp {
+    fn bias(&self) -> Option<Held<'_>> {
+        match &self.visible {
+            Visible::Bias(t) => Some(Held::strided(t)),
+            _ => None,
+        }
+    }
+
+    fn bias_layout(&self) -> Option<&Layout> {
+        match &self.visible {
+            Visible::Bias(t) => Some(t.layout()),
+            _ => None,
+        }
+    }
+}
+
+fn rows_of<'a>(held: Option<&'a Held>, layout: Option<&Layout>, dim: usize) -> Result<Option<Rows<'a>>> {
+    match (held, layout) {
+        (Some(h), Some(l)) => Ok(Some(Rows::new(h.get()?, l, dim)?)),
+        _ => Ok(None),
+    }
+}

@@ -1,0 +1,182 @@
+//! What the fused CPU ops share: access to tensors' values, strided matrix products, and how work
+//! is cut into tasks.
+
+use candle_core::{CpuStorage, DType, Layout, Result, Storage, StorageRef, Tensor};
+use rayon::prelude::*;
+
+/// Whether the fused kernels can take these tensors; else the op is composed of candle's.
+pub(super) fn fused(ts: &[&Tensor]) -> bool {
+    ts.iter().all(|t| t.device().is_cpu() && t.dtype() == DType::F32)
+}
+
+/// The values of an op's argument, which must be contiguous.
+pub(super) fn values<'a>(s: &'a CpuStorage, l: &Layout) -> Result<&'a [f32]> {
+    match (s, l.contiguous_offsets()) {
+        (CpuStorage::F32(v), Some((from, to))) => Ok(&v[from..to]),
+        _ => candle_core::bail!("fused op: expected contiguous f32, got {l:?}"),
+    }
+}
+
+/// A tensor held for reading, from its first element to the end of its storage.
+pub(super) struct Held<'a> {
+    storage: StorageRef<'a>,
+    from: usize,
+    len: Option<usize>,
+}
+
+impl<'a> Held<'a> {
+    /// Contiguous f32 on the CPU.
+    pub fn new(t: &'a Tensor) -> Result<Self> {
+        let (storage, layout) = t.storage_and_layout();
+        let Some((from, to)) = layout.contiguous_offsets() else {
+            candle_core::bail!("fused op: expected a contiguous tensor, got {layout:?}")
+        };
+        Ok(Self { storage, from, len: Some(to - from) })
+    }
+
+    /// With any strides.
+    pub fn strided(t: &'a Tensor) -> Self {
+        let (storage, layout) = t.storage_and_layout();
+        Self { storage, from: layout.start_offset(), len: None }
+    }
+
+    pub fn get(&self) -> Result<&[f32]> {
+        match &*self.storage {
+            Storage::Cpu(CpuStorage::F32(v)) => Ok(match self.len {
+                Some(n) => &v[self.from..self.from + n],
+                None => &v[self.from..],
+            }),
+            _ => candle_core::bail!("fused op: expected f32 on the CPU"),
+        }
+    }
+}
+
+/// Rows per task, so that a task outweighs its scheduling.
+pub(super) fn rows_per_task(row_len: usize) -> usize {
+    (32_768 / row_len.max(1)).max(1)
+}
+
+/// Calls `f(first row, rows of out)` on tasks of whole rows, in parallel.
+pub(super) fn par_rows(out: &mut [f32], row_len: usize, f: impl Fn(usize, &mut [f32]) + Sync + Send) {
+    let rows = rows_per_task(row_len);
+    out.par_chunks_mut((rows * row_len).max(1)).enumerate().for_each(|(i, o)| f(i * rows, o));
+}
+
+/// Sums per-task partial results in task order.
+pub(super) fn sum_partials(parts: Vec<Vec<f32>>, n: usize) -> Vec<f32> {
+    let mut total = vec![0f32; n];
+    for p in parts {
+        total.iter_mut().zip(p).for_each(|(t, p)| *t += p);
+    }
+    total
+}
+
+/// A matrix inside a slice: element `(i, j)` is at `i · rows_apart + j · cols_apart`.
+#[derive(Clone, Copy)]
+pub(super) struct Mat<'a> {
+    pub data: &'a [f32],
+    pub rows_apart: usize,
+    pub cols_apart: usize,
+}
+
+impl<'a> Mat<'a> {
+    /// Row-major, `cols` wide.
+    pub fn rows(data: &'a [f32], cols: usize) -> Self {
+        Self { data, rows_apart: cols, cols_apart: 1 }
+    }
+
+    pub fn t(self) -> Self {
+        Self { data: self.data, rows_apart: self.cols_apart, cols_apart: self.rows_apart }
+    }
+
+    fn holds(&self, rows: usize, cols: usize) -> bool {
+        rows == 0
+            || cols == 0
+            || (rows - 1) * self.rows_apart + (cols - 1) * self.cols_apart < self.data.len()
+    }
+}
+
+/// A place that parallel tasks write, each its own part.
+#[derive(Clone, Copy)]
+pub(super) struct Out {
+    ptr: *mut f32,
+    len: usize,
+}
+
+// SAFETY: an address and a length; who writes through it answers for disjointness (see `gemm_into`).
+unsafe impl Send for Out {}
+// SAFETY: as above.
+unsafe impl Sync for Out {}
+
+impl Out {
+    pub fn new(data: &mut [f32]) -> Self {
+        Self { ptr: data.as_mut_ptr(), len: data.len() }
+    }
+
+    /// Adds `values` to the elements from `at` on.
+    ///
+    /// # Safety
+    /// The buffer must be alive and no other thread may touch these elements meanwhile.
+    pub unsafe fn add_at(self, at: usize, values: &[f32]) {
+        assert!(at + values.len() <= self.len, "write out of bounds");
+        // SAFETY: in bounds as asserted; exclusive by the caller's word.
+        let part = unsafe { std::slice::from_raw_parts_mut(self.ptr.add(at), values.len()) };
+        part.iter_mut().zip(values).for_each(|(a, v)| *a += v);
+    }
+}
+
+/// `out = scale · a b (+ out)` with `a` `[m, k]`, `b` `[k, n]`; `out` starts at `at`, its rows are
+/// `apart` elements apart.
+///
+/// # Safety
+/// The buffer behind `out` must be alive and no other thread may touch these elements meanwhile.
+pub(super) unsafe fn gemm_into(
+    (m, n, k): (usize, usize, usize),
+    out: Out,
+    at: usize,
+    apart: usize,
+    accumulate: bool,
+    scale: f32,
+    a: Mat,
+    b: Mat,
+    parallel: bool,
+) {
+    if m == 0 || n == 0 {
+        return;
+    }
+    assert!(a.holds(m, k) && b.holds(k, n) && at + (m - 1) * apart + n <= out.len, "gemm out of bounds");
+    let threads = rayon::current_num_threads();
+    let parallelism =
+        if parallel && threads > 1 { gemm::Parallelism::Rayon(threads) } else { gemm::Parallelism::None };
+    // SAFETY: the assertion keeps all three matrices inside their slices; `out` is the caller's word.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            out.ptr.add(at),
+            1,
+            apart as isize,
+            accumulate,
+            a.data.as_ptr(),
+            a.cols_apart as isize,
+            a.rows_apart as isize,
+            b.data.as_ptr(),
+            b.cols_apart as isize,
+            b.rows_apart as isize,
+            1f32,
+            scale,
+            false,
+            false,
+            false,
+            parallelism,
+        )
+    }
+}
+
+/// [`gemm_into`] for a whole row-major `out` `[m, n]`, on all threads.
+pub(super) fn gemm(mnk: (usize, usize, usize), out: &mut [f32], accumulate: bool, a: Mat, b: Mat) {
+    assert_eq!(out.len(), mnk.0 * mnk.1);
+    // SAFETY: `out` is borrowed exclusively here.
+    unsafe { gemm_into(mnk, Out::new(out), 0, mnk.1, accumulate, 1., a, b, true) }
+}

@@ -1,0 +1,202 @@
+//! Log-probabilities over large vocabularies.
+
+use super::cpu::{self, Held, Mat, par_rows};
+use super::simd::{self, wide};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+/// `log softmax(logits)[i, targets[i]]`: `logits` `[n, vocab]`, `targets` u32 `[n]` → `[n]`.
+pub fn log_probs(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
+    let (n, vocab) = logits.dims2()?;
+    if cpu::fused(&[logits]) {
+        return logits.contiguous()?.apply_op1(LogProbs { targets: checked(targets, n, vocab)? });
+    }
+    let picked = logits.gather(&targets.unsqueeze(1)?, 1)?.squeeze(1)?;
+    let max = logits.max_keepdim(D::Minus1)?.detach();
+    let lse = logits.broadcast_sub(&max)?.exp()?.sum(D::Minus1)?.log()? + max.squeeze(1)?;
+    picked - lse?
+}
+
+/// [`log_probs`] of `hidden · weightᵀ`: `hidden` `[n, dim]`, `weight` `[vocab, dim]`.
+///
+/// On the CPU the logits exist for a few hundred rows at a time, and once more in backward.
+pub fn linear_log_probs(hidden: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<Tensor> {
+    let ((n, d), (vocab, wd)) = (hidden.dims2()?, weight.dims2()?);
+    if d != wd {
+        candle_core::bail!("log-probs: hidden {:?}, weight {:?}", hidden.shape(), weight.shape())
+    }
+    if cpu::fused(&[hidden, weight]) {
+        let op = LinearLogProbs { targets: checked(targets, n, vocab)? };
+        return hidden.contiguous()?.apply_op2(&weight.contiguous()?, op);
+    }
+    log_probs(&hidden.matmul(&weight.t()?)?, targets)
+}
+
+fn checked(targets: &Tensor, n: usize, vocab: usize) -> Result<Vec<u32>> {
+    let t = targets.to_vec1::<u32>()?;
+    if t.len() != n {
+        candle_core::bail!("log-probs: {} targets for {n} rows", t.len())
+    }
+    if let Some(bad) = t.iter().find(|&&t| t as usize >= vocab) {
+        candle_core::bail!("log-probs: target {bad} outside the vocabulary of {vocab}")
+    }
+    Ok(t)
+}
+
+wide! {
+    /// Log of the sum of exponentials of a row.
+    fn log_sum_exp(x: &[f32]) -> f32 {
+        let m = simd::max(x);
+        m + simd::sum_by(x.len(), |i| simd::exp::<FMA>(x[i] - m)).ln()
+    }
+}
+
+wide! {
+    /// Turns a row of logits into the gradient `g (onehot − softmax)` of its log-probability.
+    fn row_gradient(x: &mut [f32], target: usize, g: f32) {
+        simd::softmax_row::<FMA>(x);
+        for v in x.iter_mut() {
+            *v *= -g;
+        }
+        x[target] += g;
+    }
+}
+
+struct LogProbs {
+    targets: Vec<u32>,
+}
+
+impl CustomOp1 for LogProbs {
+    fn name(&self) -> &'static str {
+        "log-probs"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (x, (n, vocab)) = (cpu::values(x, l)?, l.shape().dims2()?);
+        let rows = x.par_chunks(vocab).zip(&self.targets);
+        let y: Vec<f32> = rows.map(|(x, &t)| x[t as usize] - log_sum_exp(x)).collect();
+        Ok((CpuStorage::F32(y), n.into()))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, g: &Tensor) -> Result<Option<Tensor>> {
+        let vocab = x.dim(1)?;
+        let (g, hx) = (g.to_vec1::<f32>()?, Held::new(x)?);
+        let xs = hx.get()?;
+        let mut dx = vec![0f32; xs.len()];
+        par_rows(&mut dx, vocab, |row, dx| {
+            dx.copy_from_slice(&xs[row * vocab..row * vocab + dx.len()]);
+            for (i, dx) in dx.chunks_exact_mut(vocab).enumerate() {
+                row_gradient(dx, self.targets[row + i] as usize, g[row + i]);
+            }
+        });
+        Tensor::from_vec(dx, x.shape(), x.device()).map(Some)
+    }
+}
+
+struct LinearLogProbs {
+    targets: Vec<u32>,
+}
+
+/// Rows whose logits exist at one time: about 16 MB of them.
+fn block_rows(vocab: usize) -> usize {
+    (4_194_304 / vocab.max(1)).clamp(16, 2048)
+}
+
+impl CustomOp2 for LinearLogProbs {
+    fn name(&self) -> &'static str {
+        "linear-log-probs"
+    }
+
+    fn cpu_fwd(
+        &self,
+        h: &CpuStorage,
+        lh: &Layout,
+        w: &CpuStorage,
+        lw: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (h, w) = (cpu::values(h, lh)?, cpu::values(w, lw)?);
+        let ((n, d), (vocab, _)) = (lh.shape().dims2()?, lw.shape().dims2()?);
+        let rows = block_rows(vocab).min(n);
+        let mut logits = vec![0f32; rows * vocab];
+        let mut y = vec![0f32; n];
+        for (i, y) in y.chunks_mut(rows.max(1)).enumerate() {
+            let (at, r) = (i * rows, y.len());
+            let logits = &mut logits[..r * vocab];
+            cpu::gemm(
+                (r, vocab, d),
+                logits,
+                false,
+                Mat::rows(&h[at * d..(at + r) * d], d),
+                Mat::rows(w, d).t(),
+            );
+            let targets = &self.targets[at..at + r];
+            y.par_iter_mut().zip(logits.par_chunks(vocab)).zip(targets).for_each(|((y, x), &t)| {
+                *y = x[t as usize] - log_sum_exp(x);
+            });
+        }
+        Ok((CpuStorage::F32(y), n.into()))
+    }
+
+    fn bwd(
+        &self,
+        h: &Tensor,
+        w: &Tensor,
+        _: &Tensor,
+        g: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let g = g.to_vec1::<f32>()?;
+        let (hh, hw) = (Held::new(h)?, Held::new(w)?);
+        let (hs, ws) = (hh.get()?, hw.get()?);
+        let ((n, d), vocab) = (h.dims2()?, w.dim(0)?);
+        let rows = block_rows(vocab).min(n).max(1);
+        let mut logits = vec![0f32; rows * vocab];
+        let mut dh = h.track_op().then(|| vec![0f32; hs.len()]);
+        let mut dw = w.track_op().then(|| vec![0f32; ws.len()]);
+        for at in (0..n).step_by(rows) {
+            let r = rows.min(n - at);
+            let logits = &mut logits[..r * vocab];
+            let block = Mat::rows(&hs[at * d..(at + r) * d], d);
+            cpu::gemm((r, vocab, d), logits, false, block, Mat::rows(ws, d).t());
+            let per_row = self.targets[at..at + r].par_iter().zip(&g[at..at + r]);
+            logits
+                .par_chunks_mut(vocab)
+                .zip(per_row)
+                .for_each(|(x, (&t, &g))| row_gradient(x, t as usize, g));
+            let logits = Mat::rows(logits, vocab);
+            if let Some(dh) = &mut dh {
+                cpu::gemm((r, d, vocab), &mut dh[at * d..(at + r) * d], false, logits, Mat::rows(ws, d));
+            }
+            if let Some(dw) = &mut dw {
+                cpu::gemm((vocab, d, r), dw, true, logits.t(), block);
+            }
+        }
+        let back = |v: Option<Vec<f32>>, like: &Tensor| {
+            v.map(|v| Tensor::from_vec(v, like.shape(), like.device())).transpose()
+        };
+        Ok((back(dh, h)?, back(dw, w)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nn::gradcheck::{assert_same, max_gradient_error, random};
+    use candle_core::Device;
+
+    #[test]
+    fn equals_composed_and_differentiates() -> Result<()> {
+        let (h, w) = (random((7, 12), 1)?, random((33, 12), 2)?);
+        let t = Tensor::new(&[0u32, 32, 5, 5, 17, 1, 30], &Device::Cpu)?;
+        let composed = || {
+            let all = candle_nn::ops::log_softmax(&h.matmul(&w.t()?)?, D::Minus1)?;
+            all.gather(&t.unsqueeze(1)?, 1)?.squeeze(1)
+        };
+        assert_same(&[&h, &w], || linear_log_probs(&h, &w, &t), composed)?;
+        assert_same(&[&h, &w], || log_probs(&h.matmul(&w.t()?)?, &t), composed)?;
+        let e = max_gradient_error(&[h.clone(), w.clone()], 1e-2, 60, || linear_log_probs(&h, &w, &t))?;
+        assert!(e < 1e-3, "{e}");
+        let outside = Tensor::new(&[33u32; 7], &Device::Cpu)?;
+        assert!(linear_log_probs(&h, &w, &outside).is_err());
+        Ok(())
+    }
+}

@@ -1,0 +1,166 @@
+//! The gated MLP of Llama-style decoders as one op.
+//!
+//! Composed of separate linear ops it is right but slow to train: each intermediate of the MLP's
+//! full width costs candle's autograd a zeroed buffer and an addition on one thread.
+
+use super::act::{swiglu, swiglu_backward, swiglu_forward};
+use super::cpu::{self, Held, Mat, rows_per_task};
+use super::{Linear, linear_no_bias};
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
+use candle_nn::VarBuilder;
+use rayon::prelude::*;
+use std::sync::OnceLock;
+
+/// `down(silu(gate(x)) · up(x))`, no biases.
+#[derive(Clone, Debug)]
+pub struct GatedMlp {
+    gate_proj: Linear,
+    up_proj: Linear,
+    down_proj: Linear,
+}
+
+impl GatedMlp {
+    pub fn new(hidden: usize, intermediate: usize, vb: VarBuilder) -> Result<Self> {
+        Ok(Self {
+            gate_proj: linear_no_bias(hidden, intermediate, vb.pp("gate_proj"))?,
+            up_proj: linear_no_bias(hidden, intermediate, vb.pp("up_proj"))?,
+            down_proj: linear_no_bias(intermediate, hidden, vb.pp("down_proj"))?,
+        })
+    }
+
+    /// `residual + mlp(x)`; both `[.., hidden]`.
+    pub fn forward_residual(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        let [gate, up, down] = [&self.gate_proj, &self.up_proj, &self.down_proj].map(Linear::weight);
+        let trained = gate.track_op() && up.track_op() && down.track_op();
+        if !(trained && cpu::fused(&[x, residual, gate, up, down])) {
+            return self.composed(x, residual);
+        }
+        // An op takes three tensors: the weights enter the graph as one, and are read where they are.
+        let weights = Tensor::cat(&[&gate.flatten_all()?, &up.flatten_all()?, &down.flatten_all()?], 0)?;
+        let op =
+            MlpOp { gate: gate.detach(), up: up.detach(), down: down.detach(), projections: OnceLock::new() };
+        x.contiguous()?.apply_op3(&weights, &residual.contiguous()?, op)
+    }
+
+    fn composed(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        let h = swiglu(&self.gate_proj.forward(x)?, &self.up_proj.forward(x)?)?;
+        residual + self.down_proj.forward(&h)?
+    }
+}
+
+struct MlpOp {
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    /// `gate(x)` and `up(x)`, kept for backward.
+    projections: OnceLock<(Vec<f32>, Vec<f32>)>,
+}
+
+impl MlpOp {
+    /// `silu(a) · u` into `y`.
+    fn activate(a: &[f32], u: &[f32], y: &mut [f32]) {
+        cpu::par_rows(y, 1, |at, y| swiglu_forward(&a[at..at + y.len()], &u[at..at + y.len()], y));
+    }
+}
+
+impl CustomOp3 for MlpOp {
+    fn name(&self) -> &'static str {
+        "gated-mlp"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        residual: &CpuStorage,
+        lr: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (x, mut y) = (cpu::values(x, lx)?, cpu::values(residual, lr)?.to_vec());
+        let (m, h) = self.gate.dims2()?;
+        if y.len() != x.len() || lx.dims().last() != Some(&h) {
+            candle_core::bail!("gated mlp of width {h}: x {:?}, residual {:?}", lx.shape(), lr.shape())
+        }
+        let n = x.len() / h;
+        let project = |w: &Tensor| -> Result<Vec<f32>> {
+            let mut p = vec![0f32; n * m];
+            cpu::gemm((n, m, h), &mut p, false, Mat::rows(x, h), Mat::rows(Held::new(w)?.get()?, h).t());
+            Ok(p)
+        };
+        let (a, u) = (project(&self.gate)?, project(&self.up)?);
+        let mut act = vec![0f32; n * m];
+        Self::activate(&a, &u, &mut act);
+        let down = Held::new(&self.down)?;
+        cpu::gemm((n, h, m), &mut y, true, Mat::rows(&act, m), Mat::rows(down.get()?, m).t());
+        // Set once: an op runs forward once.
+        let _ = self.projections.set((a, u));
+        Ok((CpuStorage::F32(y), lx.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weights: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        g: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let Some((a, u)) = self.projections.get() else {
+            candle_core::bail!("gated mlp: backward before forward")
+        };
+        let g = g.contiguous()?;
+        let (m, h) = self.gate.dims2()?;
+        let (hx, hg) = (Held::new(x)?, Held::new(&g)?);
+        let (hgate, hup, hdown) = (Held::new(&self.gate)?, Held::new(&self.up)?, Held::new(&self.down)?);
+        let (xs, gs) = (Mat::rows(hx.get()?, h), Mat::rows(hg.get()?, h));
+        let n = xs.data.len() / h;
+
+        let mut dw = vec![0f32; 3 * m * h];
+        let (dgate_w, rest) = dw.split_at_mut(m * h);
+        let (dup_w, ddown_w) = rest.split_at_mut(m * h);
+        // First silu(a)·u, later the gradient of u.
+        let mut act = vec![0f32; n * m];
+        Self::activate(a, u, &mut act);
+        cpu::gemm((h, m, n), ddown_w, false, gs.t(), Mat::rows(&act, m));
+        // First the gradient of silu(a)·u, later that of a.
+        let mut dact = vec![0f32; n * m];
+        cpu::gemm((n, m, h), &mut dact, false, gs, Mat::rows(hdown.get()?, m));
+        let chunk = rows_per_task(1);
+        dact.par_chunks_mut(chunk)
+            .zip(act.par_chunks_mut(chunk))
+            .zip(a.par_chunks(chunk).zip(u.par_chunks(chunk)))
+            .for_each(|((d, du), (a, u))| swiglu_backward(a, u, d, du));
+        let (da, du) = (Mat::rows(&dact, m), Mat::rows(&act, m));
+        cpu::gemm((m, h, n), dgate_w, false, da.t(), xs);
+        cpu::gemm((m, h, n), dup_w, false, du.t(), xs);
+        let mut dx = vec![0f32; n * h];
+        cpu::gemm((n, h, m), &mut dx, false, da, Mat::rows(hgate.get()?, h));
+        cpu::gemm((n, h, m), &mut dx, true, du, Mat::rows(hup.get()?, h));
+        Ok((
+            Some(Tensor::from_vec(dx, x.shape(), x.device())?),
+            Some(Tensor::from_vec(dw, weights.shape(), x.device())?),
+            Some(g.clone()),
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nn::gradcheck::{assert_same, max_gradient_error, random};
+
+    #[test]
+    fn equals_composed_and_differentiates() -> Result<()> {
+        let (x, r) = (random((2, 5, 12), 1)?, random((2, 5, 12), 2)?);
+        let (g, u, d) = (random((20, 12), 3)?, random((20, 12), 4)?, random((12, 20), 5)?);
+        let layer = |v: &candle_core::Var| Linear::new(v.as_tensor().clone(), None);
+        let mlp = GatedMlp { gate_proj: layer(&g), up_proj: layer(&u), down_proj: layer(&d) };
+        let vars = [&x, &r, &g, &u, &d];
+        assert_same(&vars, || mlp.forward_residual(&x, &r), || mlp.composed(&x, &r))?;
+        // The step is small beside the curvature of products of twelve terms.
+        let e = max_gradient_error(&vars.map(Clone::clone), 3e-3, 30, || mlp.forward_residual(&x, &r))?;
+        assert!(e < 2e-3, "{e}");
+        Ok(())
+    }
+}

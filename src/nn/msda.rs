@@ -1,0 +1,543 @@
+//! Multi-scale deformable attention (Zhu et al. 2021, "Deformable DETR", eq. 3): each query and
+//! head reads a few bilinearly interpolated points of every feature level and adds them up.
+//!
+//! On the CPU one fused op, forward and backward, over all levels, heads and points: nothing is
+//! gathered into memory. The forward runs in parallel over queries, the backward over
+//! (batch, head), each of which owns its part of the value's gradient, so neither needs atomics
+//! and results do not depend on the number of threads. Other devices and types use a version
+//! composed of candle ops.
+//!
+//! Positions are relative to a level's full extent (0 and 1 are its outer edges, pixel centres
+//! lie at (i + 0.5) / size); what lies outside reads as zero. f32 only on the fused path.
+
+use candle_core::{CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+/// `(height, width)` of each feature level, finest first.
+pub type LevelShapes = [(usize, usize)];
+
+/// Attention at given places with given weights.
+///
+/// `value` is `[batch, Σ h·w, heads, dim]`, `locations` `[batch, q, heads, levels, points, 2]` as
+/// (x, y), `weights` `[batch, q, heads, levels, points]`. Returns `[batch, q, heads · dim]`.
+pub fn msda(value: &Tensor, shapes: &LevelShapes, locations: &Tensor, weights: &Tensor) -> Result<Tensor> {
+    let (b, _, heads, _) = value.dims4()?;
+    let [lb, q, lh, levels, points, 2] = *locations.dims() else {
+        candle_core::bail!("msda: locations have shape {:?}", locations.dims())
+    };
+    if (lb, lh, levels) != (b, heads, shapes.len()) || weights.dims() != [b, q, heads, levels, points] {
+        candle_core::bail!(
+            "msda: value {:?}, locations {:?}, weights {:?}, {} levels",
+            value.dims(),
+            locations.dims(),
+            weights.dims(),
+            shapes.len()
+        )
+    }
+    check_tokens(value, shapes)?;
+    if !fused(value) {
+        return composed(value, shapes, locations, weights);
+    }
+    let op = Msda { shapes: shapes.to_vec(), points, reference: None };
+    value.contiguous()?.apply_op3(&locations.contiguous()?, &weights.contiguous()?, op)
+}
+
+/// Attention at reference points displaced by predicted offsets, with a softmax over all levels
+/// and points of a head: the whole of Deformable DETR's attention between its linear layers.
+///
+/// `reference` is `[batch or 1, q, levels, 2 or 4]`: (x, y), whose offsets are in pixels of the
+/// level, or (cx, cy, w, h), whose offsets are in units of half the box divided by `points`. It is
+/// a constant: no gradient flows to it. `offsets` is `[batch, q, heads · levels · points · 2]`,
+/// `logits` `[batch, q, heads · levels · points]`. Returns `[batch, q, heads · dim]`.
+pub fn msda_at(
+    value: &Tensor,
+    shapes: &LevelShapes,
+    reference: &Tensor,
+    offsets: &Tensor,
+    logits: &Tensor,
+) -> Result<Tensor> {
+    let (b, _, heads, _) = value.dims4()?;
+    let (rb, q, levels, coords) = reference.dims4()?;
+    let lb = logits.dim(0)?;
+    let per_query = logits.dim(2)?;
+    let points = per_query / (heads * levels).max(1);
+    let consistent = lb == b
+        && (rb == b || rb == 1)
+        && levels == shapes.len()
+        && (coords == 2 || coords == 4)
+        && logits.dims() == [b, q, heads * levels * points]
+        && offsets.dims() == [b, q, heads * levels * points * 2];
+    if !consistent {
+        candle_core::bail!(
+            "msda: value {:?}, reference {:?}, offsets {:?}, logits {:?}, {} levels",
+            value.dims(),
+            reference.dims(),
+            offsets.dims(),
+            logits.dims(),
+            shapes.len()
+        )
+    }
+    check_tokens(value, shapes)?;
+    let reference = reference.detach();
+    if !fused(value) {
+        let offsets = offsets.reshape((b, q, heads, levels, points, 2))?;
+        let weights = super::softmax(&logits.reshape((b, q, heads, levels * points))?)?;
+        let locations = locate(&reference, shapes, &offsets, points)?;
+        return composed(value, shapes, &locations, &weights.reshape((b, q, heads, levels, points))?);
+    }
+    let reference =
+        Reference { data: reference.flatten_all()?.to_vec1()?, batch: rb, coords, queries: q, levels };
+    let op = Msda { shapes: shapes.to_vec(), points, reference: Some(reference) };
+    value.contiguous()?.apply_op3(&offsets.contiguous()?, &logits.contiguous()?, op)
+}
+
+fn check_tokens(value: &Tensor, shapes: &LevelShapes) -> Result<()> {
+    let tokens: usize = shapes.iter().map(|(h, w)| h * w).sum();
+    if tokens != value.dim(1)? {
+        candle_core::bail!("msda: levels {shapes:?} hold {tokens} tokens, the value {}", value.dim(1)?)
+    }
+    Ok(())
+}
+
+fn fused(value: &Tensor) -> bool {
+    value.device().is_cpu() && value.dtype() == DType::F32
+}
+
+/// Reference points and offsets → sampling locations `[batch, q, heads, levels, points, 2]`.
+fn locate(reference: &Tensor, shapes: &LevelShapes, offsets: &Tensor, points: usize) -> Result<Tensor> {
+    let (b, q, levels, coords) = reference.dims4()?;
+    let xy = reference.narrow(3, 0, 2)?.reshape((b, q, 1, levels, 1, 2))?;
+    let scale = if coords == 4 {
+        let wh = reference.narrow(3, 2, 2)?.reshape((b, q, 1, levels, 1, 2))?;
+        (wh * (0.5 / points as f64))?
+    } else {
+        let s: Vec<f32> = shapes.iter().flat_map(|&(h, w)| [1. / w as f32, 1. / h as f32]).collect();
+        Tensor::from_vec(s, (1, 1, 1, levels, 1, 2), reference.device())?.to_dtype(reference.dtype())?
+    };
+    offsets.broadcast_mul(&scale)?.broadcast_add(&xy)
+}
+
+/// The same by candle ops, for any device and float type.
+fn composed(value: &Tensor, shapes: &LevelShapes, locations: &Tensor, weights: &Tensor) -> Result<Tensor> {
+    let (b, s, heads, dim) = value.dims4()?;
+    let (q, points) = (locations.dim(1)?, locations.dim(4)?);
+    let rows = b * heads;
+    let dtype = value.dtype();
+    let value = value.transpose(1, 2)?.reshape((rows, s, dim))?;
+    let mut out: Option<Tensor> = None;
+    let mut start = 0;
+    for (level, &(h, w)) in shapes.iter().enumerate() {
+        let at = |axis: usize, size: usize| -> Result<Tensor> {
+            let p = locations.narrow(3, level, 1)?.narrow(5, axis, 1)?;
+            let p = p.reshape((b, q, heads, points))?.transpose(1, 2)?.reshape((rows, q * points))?;
+            (p * size as f64)? - 0.5
+        };
+        let (x, y) = (at(0, w)?, at(1, h)?);
+        let (x0, y0) = (x.detach().floor()?, y.detach().floor()?);
+        let (fx, fy) = ((&x - &x0)?, (&y - &y0)?);
+        let a = weights.narrow(3, level, 1)?.reshape((b, q, heads, points))?;
+        let a = a.transpose(1, 2)?.reshape((rows, q * points))?;
+        for (dy, dx) in [(0., 0.), (0., 1.), (1., 0.), (1., 1.)] {
+            let (xi, yi) = ((&x0 + dx)?, (&y0 + dy)?);
+            let inside = [xi.ge(0.)?, xi.lt(w as f64)?, yi.ge(0.)?, yi.lt(h as f64)?]
+                .iter()
+                .map(|m| m.to_dtype(dtype))
+                .reduce(|m, n| m? * n?)
+                .expect("four conditions")?;
+            let index = ((yi.clamp(0., (h - 1) as f64)? * w as f64)? + xi.clamp(0., (w - 1) as f64)?)?;
+            let index = (index + start as f64)?.to_dtype(DType::U32)?;
+            let wx = if dx == 1. { fx.clone() } else { (1. - &fx)? };
+            let wy = if dy == 1. { fy.clone() } else { (1. - &fy)? };
+            let weight = (((wx * wy)? * inside)? * &a)?;
+            let index = index.unsqueeze(2)?.expand((rows, q * points, dim))?.contiguous()?;
+            let part = value.gather(&index, 1)?.broadcast_mul(&weight.unsqueeze(2)?)?;
+            let part = part.reshape((rows, q, points, dim))?.sum(2)?;
+            out = Some(match out {
+                Some(o) => (o + part)?,
+                None => part,
+            });
+        }
+        start += h * w;
+    }
+    match out {
+        Some(o) => o.reshape((b, heads, q, dim))?.transpose(1, 2)?.reshape((b, q, heads * dim)),
+        None => candle_core::bail!("msda: no feature levels"),
+    }
+}
+
+struct Reference {
+    data: Vec<f32>,
+    batch: usize,
+    coords: usize,
+    queries: usize,
+    levels: usize,
+}
+
+/// With a reference the second and third arguments are offsets and logits, without one they are
+/// locations and weights.
+struct Msda {
+    shapes: Vec<(usize, usize)>,
+    points: usize,
+    reference: Option<Reference>,
+}
+
+/// One head of one query: where it reads and how much.
+struct Samples {
+    at: Vec<[f32; 2]>,
+    weight: Vec<f32>,
+    /// d location / d offset.
+    scale: Vec<[f32; 2]>,
+}
+
+/// A bilinear sample: token index of each corner inside the level (or `NONE`), and the fractions.
+struct Corners {
+    token: [usize; 4],
+    fx: f32,
+    fy: f32,
+}
+
+const NONE: usize = usize::MAX;
+
+impl Corners {
+    /// Corners in the order (y0,x0), (y0,x1), (y1,x0), (y1,x1). `None` if all lie outside.
+    fn new([x, y]: [f32; 2], (h, w): (usize, usize)) -> Option<Self> {
+        let (x, y) = (x * w as f32 - 0.5, y * h as f32 - 0.5);
+        // Written so that a NaN counts as outside.
+        if !(x > -1. && y > -1. && x < w as f32 && y < h as f32) {
+            return None;
+        }
+        let (x0, y0) = (x.floor(), y.floor());
+        let (xi, yi) = (x0 as isize, y0 as isize);
+        let token = |yi: isize, xi: isize| {
+            let inside = yi >= 0 && xi >= 0 && yi < h as isize && xi < w as isize;
+            if inside { yi as usize * w + xi as usize } else { NONE }
+        };
+        let token = [token(yi, xi), token(yi, xi + 1), token(yi + 1, xi), token(yi + 1, xi + 1)];
+        Some(Self { token, fx: x - x0, fy: y - y0 })
+    }
+
+    fn weights(&self) -> [f32; 4] {
+        let (x, y) = (self.fx, self.fy);
+        [(1. - x) * (1. - y), x * (1. - y), (1. - x) * y, x * y]
+    }
+}
+
+struct Dims {
+    batch: usize,
+    tokens: usize,
+    heads: usize,
+    dim: usize,
+    queries: usize,
+    /// Samples per head: levels · points.
+    samples: usize,
+}
+
+impl Msda {
+    fn dims(&self, value: &Shape, second: &Shape) -> Result<Dims> {
+        let (batch, tokens, heads, dim) = value.dims4()?;
+        Ok(Dims {
+            batch,
+            tokens,
+            heads,
+            dim,
+            queries: second.dims()[1],
+            samples: self.shapes.len() * self.points,
+        })
+    }
+
+    fn buffers(&self) -> Samples {
+        let n = self.shapes.len() * self.points;
+        Samples { at: vec![[0.; 2]; n], weight: vec![0.; n], scale: vec![[1.; 2]; n] }
+    }
+
+    /// `place` and `mass` are this head's part of the second and third argument.
+    fn prepare(&self, b: usize, q: usize, place: &[f32], mass: &[f32], out: &mut Samples) {
+        let Some(r) = &self.reference else {
+            for (o, p) in out.at.iter_mut().zip(place.chunks_exact(2)) {
+                *o = [p[0], p[1]];
+            }
+            out.weight.copy_from_slice(mass);
+            return;
+        };
+        let b = if r.batch == 1 { 0 } else { b };
+        for (level, &(h, w)) in self.shapes.iter().enumerate() {
+            let p = &r.data[((b * r.queries + q) * r.levels + level) * r.coords..][..r.coords];
+            let scale = match p {
+                [_, _, bw, bh] => {
+                    let k = 0.5 / self.points as f32;
+                    [bw * k, bh * k]
+                }
+                _ => [1. / w as f32, 1. / h as f32],
+            };
+            for i in level * self.points..(level + 1) * self.points {
+                out.scale[i] = scale;
+                out.at[i] = [p[0] + place[2 * i] * scale[0], p[1] + place[2 * i + 1] * scale[1]];
+            }
+        }
+        let max = mass.iter().fold(f32::NEG_INFINITY, |m, x| m.max(*x));
+        let mut sum = 0.;
+        for (o, x) in out.weight.iter_mut().zip(mass) {
+            *o = (x - max).exp();
+            sum += *o;
+        }
+        out.weight.iter_mut().for_each(|o| *o /= sum);
+    }
+
+    fn forward(&self, value: &[f32], place: &[f32], mass: &[f32], d: &Dims) -> Vec<f32> {
+        let row = d.heads * d.dim;
+        let mut out = vec![0f32; d.batch * d.queries * row];
+        out.par_chunks_mut(row).with_min_len(8).enumerate().for_each_init(
+            || self.buffers(),
+            |s, (i, out)| {
+                let (b, q) = (i / d.queries, i % d.queries);
+                let value = &value[b * d.tokens * row..][..d.tokens * row];
+                for (h, out) in out.chunks_exact_mut(d.dim).enumerate() {
+                    let k = (i * d.heads + h) * d.samples;
+                    self.prepare(b, q, &place[2 * k..][..2 * d.samples], &mass[k..][..d.samples], s);
+                    let mut start = 0;
+                    for (level, &(lh, lw)) in self.shapes.iter().enumerate() {
+                        for j in level * self.points..(level + 1) * self.points {
+                            let Some(c) = Corners::new(s.at[j], (lh, lw)) else { continue };
+                            for (t, w) in c.token.into_iter().zip(c.weights()) {
+                                if t != NONE {
+                                    let v = &value[(start + t) * row + h * d.dim..][..d.dim];
+                                    axpy(w * s.weight[j], v, out);
+                                }
+                            }
+                        }
+                        start += lh * lw;
+                    }
+                }
+            },
+        );
+        out
+    }
+
+    /// Gradients of value, second and third argument, each with the head before the token or
+    /// query: `[batch, heads, n, ..]`.
+    fn backward(
+        &self,
+        value: &[f32],
+        place: &[f32],
+        mass: &[f32],
+        grad: &[f32],
+        d: &Dims,
+    ) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
+        let row = d.heads * d.dim;
+        let n = d.batch * d.heads;
+        let mut gv = vec![0f32; n * d.tokens * d.dim];
+        let mut gp = vec![0f32; n * d.queries * d.samples * 2];
+        let mut gm = vec![0f32; n * d.queries * d.samples];
+        gv.par_chunks_mut(d.tokens * d.dim)
+            .zip(gp.par_chunks_mut((d.queries * d.samples * 2).max(1)))
+            .zip(gm.par_chunks_mut((d.queries * d.samples).max(1)))
+            .enumerate()
+            .for_each(|(i, ((gv, gp), gm))| {
+                let (b, h) = (i / d.heads, i % d.heads);
+                let value = &value[b * d.tokens * row..][..d.tokens * row];
+                let mut s = self.buffers();
+                for q in 0..d.queries {
+                    let g = &grad[(b * d.queries + q) * row + h * d.dim..][..d.dim];
+                    let k = ((b * d.queries + q) * d.heads + h) * d.samples;
+                    self.prepare(b, q, &place[2 * k..][..2 * d.samples], &mass[k..][..d.samples], &mut s);
+                    let gp = &mut gp[q * d.samples * 2..][..d.samples * 2];
+                    let gm = &mut gm[q * d.samples..][..d.samples];
+                    let mut start = 0;
+                    for (level, &(lh, lw)) in self.shapes.iter().enumerate() {
+                        for j in level * self.points..(level + 1) * self.points {
+                            let Some(c) = Corners::new(s.at[j], (lh, lw)) else { continue };
+                            let (cw, a) = (c.weights(), s.weight[j]);
+                            let mut dots = [0f32; 4];
+                            for (k, t) in c.token.into_iter().enumerate() {
+                                if t != NONE {
+                                    dots[k] = dot(&value[(start + t) * row + h * d.dim..][..d.dim], g);
+                                    axpy(a * cw[k], g, &mut gv[(start + t) * d.dim..][..d.dim]);
+                                }
+                            }
+                            let [v00, v01, v10, v11] = dots;
+                            gm[j] = dots.iter().zip(cw).map(|(v, w)| v * w).sum();
+                            let gx = (v01 - v00) * (1. - c.fy) + (v11 - v10) * c.fy;
+                            let gy = (v10 - v00) * (1. - c.fx) + (v11 - v01) * c.fx;
+                            gp[2 * j] = a * gx * lw as f32 * s.scale[j][0];
+                            gp[2 * j + 1] = a * gy * lh as f32 * s.scale[j][1];
+                        }
+                        start += lh * lw;
+                    }
+                    if self.reference.is_some() {
+                        let mean: f32 = gm.iter().zip(&s.weight).map(|(g, w)| g * w).sum();
+                        gm.iter_mut().zip(&s.weight).for_each(|(g, w)| *g = w * (*g - mean));
+                    }
+                }
+            });
+        (gv, gp, gm)
+    }
+}
+
+fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
+    y.iter_mut().zip(x).for_each(|(y, x)| *y += a * x);
+}
+
+/// Eight partial sums, so that the compiler may use vector registers.
+fn dot(x: &[f32], y: &[f32]) -> f32 {
+    let mut acc = [0f32; 8];
+    let (cx, cy) = (x.chunks_exact(8), y.chunks_exact(8));
+    let tail: f32 = cx.remainder().iter().zip(cy.remainder()).map(|(a, b)| a * b).sum();
+    for (a, b) in cx.zip(cy) {
+        for k in 0..8 {
+            acc[k] += a[k] * b[k];
+        }
+    }
+    acc.iter().sum::<f32>() + tail
+}
+
+/// `[batch, heads, n, dim]` → `[batch, n, heads, dim]`.
+fn heads_inside(x: &[f32], heads: usize, n: usize, dim: usize) -> Vec<f32> {
+    let mut out = vec![0f32; x.len()];
+    if x.is_empty() {
+        return out;
+    }
+    out.par_chunks_mut(heads * dim).with_min_len(64).enumerate().for_each(|(i, out)| {
+        let (b, t) = (i / n, i % n);
+        for (h, out) in out.chunks_exact_mut(dim).enumerate() {
+            out.copy_from_slice(&x[((b * heads + h) * n + t) * dim..][..dim]);
+        }
+    });
+    out
+}
+
+fn slice<'a>(s: &'a CpuStorage, l: &Layout) -> Result<&'a [f32]> {
+    match l.contiguous_offsets() {
+        Some((from, to)) => Ok(&s.as_slice::<f32>()?[from..to]),
+        None => candle_core::bail!("msda: an argument is not contiguous"),
+    }
+}
+
+impl CustomOp3 for Msda {
+    fn name(&self) -> &'static str {
+        "msda"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let d = self.dims(l1.shape(), l2.shape())?;
+        let out = self.forward(slice(s1, l1)?, slice(s2, l2)?, slice(s3, l3)?, &d);
+        Ok((CpuStorage::F32(out), (d.batch, d.queries, d.heads * d.dim).into()))
+    }
+
+    fn bwd(
+        &self,
+        value: &Tensor,
+        place: &Tensor,
+        mass: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let d = self.dims(value.shape(), place.shape())?;
+        let grad = grad.contiguous()?;
+        let (gv, gp, gm) = {
+            let tensors = [value, place, mass, &grad];
+            let guards = tensors.map(|t| t.storage_and_layout());
+            let slices = guards.each_ref().map(|(s, l)| match &**s {
+                candle_core::Storage::Cpu(s) => slice(s, l),
+                _ => candle_core::bail!("msda: not on the CPU"),
+            });
+            let [v, p, m, g] = slices;
+            self.backward(v?, p?, m?, g?, &d)
+        };
+        let tensor = |x: Vec<f32>, n: usize, dim: usize, like: &Tensor| -> Result<Option<Tensor>> {
+            let x = heads_inside(&x, d.heads, n, dim);
+            Ok(Some(Tensor::from_vec(x, like.shape(), &Device::Cpu)?))
+        };
+        Ok((
+            tensor(gv, d.tokens, d.dim, value)?,
+            tensor(gp, d.queries, d.samples * 2, place)?,
+            tensor(gm, d.queries, d.samples, mass)?,
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nn::gradcheck::max_gradient_error;
+    use candle_core::Var;
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    fn uniform(shape: &[usize], lo: f32, hi: f32, rng: &mut ChaCha8Rng) -> Var {
+        let n = shape.iter().product();
+        let v: Vec<f32> = (0..n).map(|_| rng.random_range(lo..hi)).collect();
+        Var::from_vec(v, shape, &Device::Cpu).unwrap()
+    }
+
+    const SHAPES: [(usize, usize); 2] = [(5, 4), (2, 3)];
+
+    fn difference(a: &Tensor, b: &Tensor) -> Result<f32> {
+        (a - b)?.abs()?.max_all()?.to_scalar()
+    }
+
+    #[test]
+    fn gradients_match_finite_differences() -> Result<()> {
+        let mut rng = ChaCha8Rng::seed_from_u64(3);
+        let value = uniform(&[2, 26, 2, 9], -1., 1., &mut rng);
+        let weights = uniform(&[2, 3, 2, 2, 2], 0., 1., &mut rng);
+        // Bilinear interpolation has kinks at pixel centres: keep well inside a cell.
+        let cell: Vec<f32> = (0..2 * 3 * 2 * 2 * 2)
+            .flat_map(|i| {
+                let (h, w) = SHAPES[i / 2 % 2];
+                let mut at = |n: usize| {
+                    (rng.random_range(-1..n as i32) as f32 + 0.5 + rng.random_range(0.2..0.8)) / n as f32
+                };
+                [at(w), at(h)]
+            })
+            .collect();
+        let locations = Var::from_vec(cell, (2, 3, 2, 2, 2, 2), &Device::Cpu)?;
+        let vars = [value.clone(), locations.clone(), weights.clone()];
+        let e = max_gradient_error(&vars, 1e-2, 200, || msda(&value, &SHAPES, &locations, &weights))?;
+        assert!(e < 1e-3, "{e}");
+        Ok(())
+    }
+
+    #[test]
+    fn fused_offsets_equal_the_composed_version_in_values_and_gradients() -> Result<()> {
+        let mut rng = ChaCha8Rng::seed_from_u64(4);
+        let (b, q, heads, points) = (2, 7, 2, 3);
+        let n = heads * SHAPES.len() * points;
+        let value = uniform(&[b, 26, heads, 8], -1., 1., &mut rng);
+        let offsets = uniform(&[b, q, n * 2], -2., 2., &mut rng);
+        let logits = uniform(&[b, q, n], -2., 2., &mut rng);
+        for shape in [[b, q, 2, 4], [1, q, 2, 2]] {
+            let reference = uniform(&shape, 0., 1., &mut rng);
+            let y = msda_at(&value, &SHAPES, &reference, &offsets, &logits)?;
+            let o = offsets.reshape((b, q, heads, 2, points, 2))?;
+            let at = locate(&reference.detach(), &SHAPES, &o, points)?;
+            let w = crate::nn::softmax(&logits.reshape((b, q, heads, 2 * points))?)?;
+            let z = composed(&value, &SHAPES, &at, &w.reshape((b, q, heads, 2, points))?)?;
+            assert!(difference(&y, &z)? < 1e-5);
+            let (gy, gz) = (y.sqr()?.sum_all()?.backward()?, z.sqr()?.sum_all()?.backward()?);
+            for v in [&value, &offsets, &logits] {
+                assert!(difference(gy.get(v).unwrap(), gz.get(v).unwrap())? < 1e-4);
+            }
+            assert!(gy.get(&reference).is_none());
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn places_outside_and_nan_read_as_zero() -> Result<()> {
+        let value = Tensor::ones((1, 26, 1, 8), DType::F32, &Device::Cpu)?;
+        let at =
+            Tensor::from_vec(vec![-9f32, 0.5, f32::NAN, 0.5, 0.5, 7., f32::INFINITY, 0.5], 8, &Device::Cpu)?;
+        let w = Tensor::ones((1, 1, 1, 2, 2), DType::F32, &Device::Cpu)?;
+        let y = msda(&value, &SHAPES, &at.reshape((1, 1, 1, 2, 2, 2))?, &w)?;
+        assert_eq!(y.flatten_all()?.to_vec1::<f32>()?, [0.; 8]);
+        Ok(())
+    }
+}

@@ -1,0 +1,569 @@
+//! From a scene to a picture with its exact truth.
+//!
+//! Each solid is ray-cast only inside its projected bounds, into a depth buffer; shading is
+//! deferred: once for a pixel inside a surface, at edges once for each surface that 2×2 samples see. Shadows come from depth
+//! maps seen from the light and from straight above (ambient occlusion). Depth and ids are those
+//! of the ray through the pixel's centre. One thread per picture: the result cannot depend on
+//! their number. No reflections, no transparency, no light bounces.
+
+use super::paint::hash_bits;
+use super::scene::{Item, Scene};
+use super::solid::{Frame, Solid, V3, add, cross, dot, meet, mix, mul, scale, sub, unit};
+use super::view::{Camera, Look, Thing, View};
+
+/// A pinhole: rays through pixel (x, y) have the direction `corner + x·right + y·down`, whose
+/// forward part is 1.
+#[derive(Clone, Debug)]
+pub struct Eye {
+    pub origin: V3,
+    pub right: V3,
+    pub down: V3,
+    pub forward: V3,
+    /// Pixels per unit of tangent.
+    focal: f64,
+    width: usize,
+    height: usize,
+}
+
+/// Things nearer than this are treated as filling the screen.
+const NEAR: f64 = 0.05;
+
+impl Eye {
+    /// A camera at `origin` with its heading (sin, cos), 0 along +z.
+    pub fn camera(camera: &Camera, origin: V3, heading: (f64, f64), width: usize, height: usize) -> Self {
+        let (st, ct) = camera.tilt.to_radians().sin_cos();
+        let (sh, ch) = heading;
+        let forward = [sh * ct, -st, ch * ct];
+        let right = [ch, 0., -sh];
+        let focal = width as f64 / 2. / (camera.fov_x.to_radians() / 2.).tan();
+        let down = [-sh * st, -ct, -ch * st];
+        Self { origin, right, down, forward, focal, width, height }
+    }
+
+    fn looking(origin: V3, at: V3, half_tangent: f64, size: usize) -> Self {
+        let forward = unit(sub(at, origin));
+        let right = unit(cross(if forward[1].abs() > 0.99 { [0., 0., 1.] } else { [0., 1., 0.] }, forward));
+        let down = cross(right, forward);
+        Self {
+            origin,
+            right,
+            down,
+            forward,
+            focal: size as f64 / 2. / half_tangent,
+            width: size,
+            height: size,
+        }
+    }
+
+    /// Pixel coordinates and depth of a point.
+    pub fn project(&self, p: V3) -> [f64; 3] {
+        let v = sub(p, self.origin);
+        let z = dot(v, self.forward);
+        let k = self.focal / z;
+        [self.width as f64 / 2. + k * dot(v, self.right), self.height as f64 / 2. + k * dot(v, self.down), z]
+    }
+
+    /// The point in camera coordinates: right, down, forward.
+    pub fn local(&self, p: V3) -> V3 {
+        let v = sub(p, self.origin);
+        [dot(v, self.right), dot(v, self.down), dot(v, self.forward)]
+    }
+
+    fn ray(&self, x: f64, y: f64) -> V3 {
+        let (x, y) = ((x - self.width as f64 / 2.) / self.focal, (y - self.height as f64 / 2.) / self.focal);
+        add(self.forward, add(scale(self.right, x), scale(self.down, y)))
+    }
+
+    /// Half-open pixel ranges that the solid can touch.
+    fn bounds(&self, solid: &Solid) -> Option<[usize; 4]> {
+        let (mut low, mut high) = ([f64::INFINITY; 2], [f64::NEG_INFINITY; 2]);
+        let mut behind = 0;
+        for corner in solid.corners() {
+            let p = self.project(corner);
+            if p[2] < NEAR {
+                behind += 1;
+                continue;
+            }
+            for k in 0..2 {
+                low[k] = low[k].min(p[k]);
+                high[k] = high[k].max(p[k]);
+            }
+        }
+        let (w, h) = (self.width as f64, self.height as f64);
+        match behind {
+            0 => {}
+            8 => return None,
+            _ => (low, high) = ([0., 0.], [w, h]),
+        }
+        let cut = |v: f64, max: f64| v.clamp(0., max) as usize;
+        let [x0, y0] = [cut(low[0] - 0.5, w), cut(low[1] - 0.5, h)];
+        let [x1, y1] = [cut(high[0] + 1.5, w), cut(high[1] + 1.5, h)];
+        (x0 < x1 && y0 < y1).then_some([x0, y0, x1, y1])
+    }
+}
+
+/// What each ray met: depth, and the solid's number · 8 + face; the room's shell is number 0.
+struct Hits {
+    depth: Vec<f64>,
+    surface: Vec<u32>,
+}
+
+/// Casts a ray through the centre of each pixel against one solid.
+#[inline(always)]
+fn cast(eye: &Eye, solid: &Solid, mut hit: impl FnMut(usize, f64, u8)) {
+    let Some([x0, y0, x1, y1]) = eye.bounds(solid) else { return };
+    let frame = solid.frame();
+    let o = frame.apply(sub(eye.origin, solid.centre));
+    let dx = frame.apply(scale(eye.right, 1. / eye.focal));
+    for y in y0..y1 {
+        let start = frame.apply(eye.ray(x0 as f64 + 0.5, y as f64 + 0.5));
+        for x in x0..x1 {
+            let d = add(start, scale(dx, (x - x0) as f64));
+            if let Some((t, face)) = meet(solid.shape, o, d) {
+                hit(y * eye.width + x, t, face);
+            }
+        }
+    }
+}
+
+/// All first hits, and what each thing would cover alone.
+fn cast_all(eye: &Eye, scene: &Scene) -> (Hits, Vec<Extent>) {
+    let n = eye.width * eye.height;
+    let mut hits = Hits { depth: Vec::with_capacity(n), surface: Vec::with_capacity(n) };
+    for y in 0..eye.height {
+        for x in 0..eye.width {
+            let (t, face) = leave(scene.room, eye.origin, eye.ray(x as f64 + 0.5, y as f64 + 0.5));
+            hits.depth.push(t);
+            hits.surface.push(face as u32);
+        }
+    }
+    let mut alone = vec![Extent::EMPTY; scene.things.len() + 1];
+    // The solids of one thing follow one another, so the last thing at each pixel is enough to
+    // count the pixel once.
+    let mut last = vec![0u16; n];
+    for (i, item) in scene.items.iter().enumerate() {
+        let base = (i as u32 + 1) << 3;
+        let extent = &mut alone[item.thing as usize];
+        cast(eye, &item.solid, |at, t, face| {
+            if last[at] != item.thing {
+                last[at] = item.thing;
+                extent.grow(at % eye.width, at / eye.width);
+            }
+            if t < hits.depth[at] {
+                hits.depth[at] = t;
+                hits.surface[at] = base | face as u32;
+            }
+        });
+    }
+    (hits, alone)
+}
+
+/// Where a ray from inside leaves the room, and through which of its six sides.
+fn leave(room: V3, o: V3, d: V3) -> (f64, u8) {
+    let mut best = (f64::INFINITY, 0);
+    for i in 0..3 {
+        let (t, side) = if d[i] > 0. { ((room[i] - o[i]) / d[i], 1) } else { (-o[i] / d[i], 0) };
+        if t < best.0 {
+            best = (t, 2 * i as u8 + side);
+        }
+    }
+    best
+}
+
+/// Depth of the nearest solid as a light sees it; coarse texels make soft shadows.
+struct ShadowMap {
+    eye: Eye,
+    depth: Vec<f32>,
+    /// Metres a surface is lifted along its normal before the comparison, against self-shadow.
+    lift: f64,
+}
+
+impl ShadowMap {
+    fn new(eye: Eye, scene: &Scene) -> Self {
+        let mut depth = vec![f32::INFINITY; eye.width * eye.height];
+        for item in scene.items.iter().filter(|item| item.casts) {
+            cast(&eye, &item.solid, |at, t, _| depth[at] = depth[at].min(t as f32));
+        }
+        let far = dot(sub([scene.room[0] / 2., 0., scene.room[2] / 2.], eye.origin), eye.forward);
+        Self { lift: 2.2 * far / eye.focal, eye, depth }
+    }
+
+    /// Share of the light that arrives, by 4×4 texels with bilinear weights at the rim.
+    fn arrives(&self, p: V3, n: V3) -> f64 {
+        let [x, y, z] = self.eye.project(add(p, scale(n, self.lift)));
+        // Outside the map, its rim.
+        let limit = |v: f64, size: usize| (v - 0.5).clamp(1., size as f64 - 3.001);
+        let (x, y) = (limit(x, self.eye.width), limit(y, self.eye.height));
+        let (i, j) = (x as usize, y as usize);
+        let (fx, fy) = ((x - i as f64) as f32, (y - j as f64) as f32);
+        let z = (z - self.lift * 0.5) as f32;
+        let mut lit = 0.;
+        for (b, wy) in [1. - fy, 1., 1., fy].into_iter().enumerate() {
+            let at = (j + b - 1) * self.eye.width + i - 1;
+            let lets = |k: usize| if self.depth[at + k] >= z { 1f32 } else { 0. };
+            lit += wy * (lets(0) * (1. - fx) + lets(1) + lets(2) + lets(3) * fx);
+        }
+        lit as f64 / 9.
+    }
+}
+
+struct Shader<'a> {
+    scene: &'a Scene,
+    frames: Vec<Frame>,
+    key: ShadowMap,
+    above: ShadowMap,
+}
+
+impl<'a> Shader<'a> {
+    fn new(scene: &'a Scene) -> Self {
+        let [w, _, l] = scene.room;
+        let middle = [w / 2., 0., l / 2.];
+        let reach = 0.5 * (w * w + l * l).sqrt() + 0.2;
+        let light = scene.light.position;
+        let key = Eye::looking(light, middle, reach / light[1].max(2.) * 0.95, scene.light.texels);
+        let zenith = Eye::looking([w / 2., 14., l / 2.], middle, 0.55 * w.max(l) / 12., 48);
+        Self {
+            frames: scene.items.iter().map(|item| item.solid.frame()).collect(),
+            key: ShadowMap::new(key, scene),
+            above: ShadowMap::new(zenith, scene),
+            scene,
+        }
+    }
+
+    /// Linear light that a surface sends to the camera from `p`.
+    fn light(&self, p: V3, surface: u32) -> V3 {
+        let face = (surface & 7) as u8;
+        let (paint, n, albedo) = if surface < 8 {
+            let (paint, n) = (&self.scene.shell[face as usize], shell_normal(face));
+            let (u, v) = face_uv(p, face);
+            let room = self.scene.room;
+            let q: V3 = std::array::from_fn(|i| p[i] / room[i] * 2. - 1.);
+            let (a, b) = face_uv(q, face);
+            let skirting = face / 2 != 1 && p[1] < self.scene.skirting.0;
+            let albedo = if skirting { self.scene.skirting.1 } else { paint.at(u, v, [a, b]) };
+            (paint, n, albedo)
+        } else {
+            let i = (surface >> 3) as usize - 1;
+            let Item { solid, .. } = &self.scene.items[i];
+            let q = self.frames[i].apply(sub(p, solid.centre));
+            let n = solid.normal(q, face);
+            let axis = if solid.shape == super::solid::Shape::Box { face } else { 4 };
+            let (a, b) = face_uv(q, axis);
+            let (u, v) = face_uv(mul(q, solid.half), axis);
+            (&solid.paint, n, solid.paint.at(u, v, [a, b]))
+        };
+        let light = &self.scene.light;
+        let to_light = sub(light.position, p);
+        let distance = dot(to_light, to_light);
+        let l = scale(to_light, 1. / distance.sqrt());
+        let facing = dot(n, l).max(0.);
+        let lit = if facing > 0. { self.key.arrives(p, n) } else { 0. };
+        let open = self.above.arrives(p, n) * self.corner(p, surface);
+        let ambient = scale(mix(light.bounce, light.ambient, 0.5 + 0.5 * n[1]), 0.4 + 0.6 * open);
+        let fall = light.reference * light.reference / distance;
+        let mut sum = mul(albedo, add(ambient, scale(light.colour, facing * lit * fall)));
+        if paint.gloss > 0. && facing * lit > 0. {
+            let h = unit(add(l, unit(sub(self.scene.eye, p))));
+            let s = dot(n, h).max(0.);
+            let s = s * s * s * s;
+            let s = s * s * s * s;
+            sum = add(sum, scale(light.colour, paint.gloss * s * s * lit * fall));
+        }
+        add(sum, scale(albedo, paint.glow))
+    }
+
+    /// Darkening where the room's sides meet.
+    fn corner(&self, p: V3, surface: u32) -> f64 {
+        if surface >= 8 {
+            return 1.;
+        }
+        let mut open = 1.;
+        for i in 0..3 {
+            if i as u32 != (surface & 7) / 2 {
+                let d = p[i].min(self.scene.room[i] - p[i]).max(0.) / 0.22;
+                open *= 1. - 0.4 / (1. + d * d);
+            }
+        }
+        open
+    }
+}
+
+fn shell_normal(face: u8) -> V3 {
+    let mut n = [0.; 3];
+    n[(face / 2) as usize] = if face % 2 == 0 { 1. } else { -1. };
+    n
+}
+
+/// The two coordinates that run over a face of a box: v is height on its upright faces.
+fn face_uv(p: V3, face: u8) -> (f64, f64) {
+    match face / 2 {
+        0 => (p[2], p[1]),
+        1 => (p[0], p[2]),
+        _ => (p[0], p[1]),
+    }
+}
+
+/// Where in a pixel the four colour samples lie.
+const SAMPLES: [[f64; 2]; 4] = [[-0.25, -0.25], [0.25, -0.25], [-0.25, 0.25], [0.25, 0.25]];
+
+/// Four samples for each pixel that lies at an edge of a surface.
+struct Edges {
+    /// Index into the other two (× 4), or [`Edges::NONE`].
+    number: Vec<u32>,
+    depth: Vec<[f64; 4]>,
+    surface: Vec<[u32; 4]>,
+}
+
+impl Edges {
+    const NONE: u32 = u32::MAX;
+
+    fn new(eye: &Eye, scene: &Scene, hits: &Hits) -> Self {
+        let (w, h) = (eye.width, eye.height);
+        let mut edges = Self { number: vec![Self::NONE; w * h], depth: Vec::new(), surface: Vec::new() };
+        for y in 0..h {
+            for x in 0..w {
+                let own = hits.surface[y * w + x];
+                let rows = y.saturating_sub(1)..(y + 2).min(h);
+                let (x0, x1) = (x.saturating_sub(1), (x + 2).min(w));
+                if rows.into_iter().all(|y| hits.surface[y * w + x0..y * w + x1].iter().all(|&s| s == own)) {
+                    continue;
+                }
+                edges.number[y * w + x] = edges.depth.len() as u32;
+                let far = SAMPLES.map(|[dx, dy]| {
+                    leave(scene.room, eye.origin, eye.ray(x as f64 + 0.5 + dx, y as f64 + 0.5 + dy))
+                });
+                edges.depth.push(far.map(|f| f.0));
+                edges.surface.push(far.map(|f| f.1 as u32));
+            }
+        }
+        for (i, item) in scene.items.iter().enumerate() {
+            edges.cast(eye, &item.solid, (i as u32 + 1) << 3);
+        }
+        edges
+    }
+
+    fn cast(&mut self, eye: &Eye, solid: &Solid, base: u32) {
+        let Some([x0, y0, x1, y1]) = eye.bounds(solid) else { return };
+        let frame = solid.frame();
+        let o = frame.apply(sub(eye.origin, solid.centre));
+        let dx = frame.apply(scale(eye.right, 1. / eye.focal));
+        let dy = frame.apply(scale(eye.down, 1. / eye.focal));
+        let offsets = SAMPLES.map(|[x, y]| add(scale(dx, x), scale(dy, y)));
+        for y in y0..y1 {
+            let start = frame.apply(eye.ray(x0 as f64 + 0.5, y as f64 + 0.5));
+            for x in x0..x1 {
+                let number = self.number[y * eye.width + x];
+                if number == Self::NONE {
+                    continue;
+                }
+                let middle = add(start, scale(dx, (x - x0) as f64));
+                for (k, offset) in offsets.iter().enumerate() {
+                    if let Some((t, face)) = meet(solid.shape, o, add(middle, *offset))
+                        && t < self.depth[number as usize][k]
+                    {
+                        self.depth[number as usize][k] = t;
+                        self.surface[number as usize][k] = base | face as u32;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Colours of all pixels, linear: four samples at edges, the centre elsewhere.
+fn colours(eye: &Eye, scene: &Scene, hits: &Hits) -> Vec<V3> {
+    let shader = Shader::new(scene);
+    let edges = Edges::new(eye, scene, hits);
+    let colour = |p: V3, surface: u32| shader.light(add(eye.origin, p), surface);
+    let mut out = Vec::with_capacity(eye.width * eye.height);
+    for y in 0..eye.height {
+        for x in 0..eye.width {
+            let at = y * eye.width + x;
+            let (cx, cy) = (x as f64 + 0.5, y as f64 + 0.5);
+            if edges.number[at] == Edges::NONE {
+                out.push(colour(scale(eye.ray(cx, cy), hits.depth[at]), hits.surface[at]));
+                continue;
+            }
+            let number = edges.number[at] as usize;
+            let (depth, surface) = (&edges.depth[number], &edges.surface[number]);
+            let mut sum = [0.; 3];
+            let mut done = [false; 4];
+            // Each surface in the pixel is shaded once, in the middle of its samples.
+            for k in 0..4 {
+                if done[k] {
+                    continue;
+                }
+                let (mut p, mut n) = ([0.; 3], 0.);
+                for j in k..4 {
+                    if surface[j] == surface[k] {
+                        p = add(p, scale(eye.ray(cx + SAMPLES[j][0], cy + SAMPLES[j][1]), depth[j]));
+                        n += 1.;
+                        done[j] = true;
+                    }
+                }
+                // A glint may not outshine the edge.
+                let c = colour(scale(p, 1. / n), surface[k]).map(|c| c.min(1.5));
+                sum = add(sum, scale(c, n / 4.));
+            }
+            out.push(sum);
+        }
+    }
+    out
+}
+
+/// sRGB bytes, with the sensor's blur and noise.
+fn develop(scene: &Scene, mut linear: Vec<V3>, w: usize, h: usize) -> Vec<u8> {
+    let table = gamma_table();
+    let sensor = scene.sensor;
+    if sensor.blur > 0. {
+        let side = (sensor.blur * w as f64 / 256.).min(0.33);
+        blur_rows(&mut linear, w, side);
+        blur_columns(&mut linear, w, side);
+    }
+    let mut rgb = Vec::with_capacity(3 * w * h);
+    for (i, c) in linear.iter().enumerate() {
+        let noise = grain(i as u64, scene.seed);
+        for (c, noise) in c.iter().zip(noise) {
+            let v = table[((c * sensor.exposure).clamp(0., 1.) * 4095. + 0.5) as usize];
+            rgb.push((v + sensor.noise * noise + 0.5).clamp(0., 255.) as u8);
+        }
+    }
+    rgb
+}
+
+/// Each pixel gives `side` of its light to each neighbour in its row; the rim keeps its own.
+fn blur_rows(pixels: &mut [V3], w: usize, side: f64) {
+    for row in pixels.chunks_exact_mut(w) {
+        let mut before = row[0];
+        for x in 0..w {
+            let own = row[x];
+            let after = if x + 1 < w { row[x + 1] } else { own };
+            row[x] = add(scale(own, 1. - 2. * side), scale(add(before, after), side));
+            before = own;
+        }
+    }
+}
+
+fn blur_columns(pixels: &mut [V3], w: usize, side: f64) {
+    let mut before = pixels[..w].to_vec();
+    for y in 0..pixels.len() / w {
+        for x in 0..w {
+            let at = y * w + x;
+            let own = pixels[at];
+            let after = pixels.get(at + w).copied().unwrap_or(own);
+            pixels[at] = add(scale(own, 1. - 2. * side), scale(add(before[x], after), side));
+            before[x] = own;
+        }
+    }
+}
+
+/// Noise of the three channels, about normal with variance 1, half of it common to them.
+fn grain(pixel: u64, seed: u64) -> V3 {
+    let word = |salt| hash_bits(pixel, seed, salt);
+    let (a, b) = (word(1), word(2));
+    // A sum of two uniform numbers on [-½, ½) has the variance 1/6.
+    let part = |i: u32| {
+        let u = |w: u64| (w >> (16 * i) & 0xffff) as f64 / 65536. - 0.5;
+        (u(a) + u(b)) * 6f64.sqrt()
+    };
+    let common = part(3);
+    std::array::from_fn(|i| (common + part(i as u32)) * std::f64::consts::FRAC_1_SQRT_2)
+}
+
+fn gamma_table() -> &'static [f64] {
+    static TABLE: std::sync::OnceLock<Vec<f64>> = std::sync::OnceLock::new();
+    TABLE.get_or_init(|| {
+        (0..4096)
+            .map(|i| {
+                let c = i as f64 / 4095.;
+                255. * if c <= 0.0031308 { 12.92 * c } else { 1.055 * c.powf(1. / 2.4) - 0.055 }
+            })
+            .collect()
+    })
+}
+
+/// A growing tight box over pixels.
+#[derive(Clone, Copy)]
+struct Extent {
+    low: [usize; 2],
+    high: [usize; 2],
+    count: u32,
+}
+
+impl Extent {
+    const EMPTY: Self = Self { low: [usize::MAX; 2], high: [0; 2], count: 0 };
+
+    fn grow(&mut self, x: usize, y: usize) {
+        self.low = [self.low[0].min(x), self.low[1].min(y)];
+        self.high = [self.high[0].max(x + 1), self.high[1].max(y + 1)];
+        self.count += 1;
+    }
+
+    fn bbox(&self) -> [f64; 4] {
+        [self.low[0] as f64, self.low[1] as f64, self.high[0] as f64, self.high[1] as f64]
+    }
+}
+
+/// Renders a scene at `width` × `height` pixels.
+pub fn render(scene: &Scene, width: u32, height: u32) -> View {
+    let (w, h) = (width as usize, height as usize);
+    let eye = Eye::camera(&scene.camera, scene.eye, scene.heading, w, h);
+    let (hits, alone) = cast_all(&eye, scene);
+    let mut seen = vec![Extent::EMPTY; scene.things.len() + 1];
+    let mut ids = vec![0u16; w * h];
+    for (at, id) in ids.iter_mut().enumerate() {
+        let surface = hits.surface[at];
+        if surface >= 8 {
+            *id = scene.items[(surface >> 3) as usize - 1].thing;
+            seen[*id as usize].grow(at % w, at / w);
+        }
+    }
+
+    // Things that are not seen at all do not exist for the viewer; the others are numbered from 1.
+    let mut number = vec![0u16; scene.things.len() + 1];
+    let mut things = Vec::new();
+    for (i, thing) in scene.things.iter().enumerate() {
+        let (whole, part) = (&alone[i + 1], &seen[i + 1]);
+        if part.count == 0 {
+            continue;
+        }
+        number[i + 1] = things.len() as u16 + 1;
+        let full_bbox = whole.bbox();
+        things.push(Thing {
+            id: number[i + 1],
+            kind: thing.kind,
+            colour: thing.colour,
+            size: thing.size,
+            centre: eye.local(thing.centre),
+            bbox: part.bbox(),
+            full_bbox,
+            visible_pixels: part.count,
+            visible_fraction: part.count as f64 / whole.count as f64,
+            truncated: full_bbox[0] == 0.
+                || full_bbox[1] == 0.
+                || full_bbox[2] == w as f64
+                || full_bbox[3] == h as f64,
+        });
+    }
+    for id in &mut ids {
+        *id = number[*id as usize];
+    }
+
+    let rgb = develop(scene, colours(&eye, scene, &hits), w, h);
+    View {
+        seed: scene.seed,
+        look: scene.look,
+        width,
+        height,
+        camera: scene.camera,
+        rgb,
+        depth: hits.depth.iter().map(|&t| t as f32).collect(),
+        ids,
+        things,
+    }
+}
+
+/// The room of a seed, seen. The content does not depend on the size of the picture.
+pub fn generate(seed: u64, look: Look, width: u32, height: u32) -> View {
+    render(&Scene::new(seed, look), width, height)
+}

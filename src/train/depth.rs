@@ -1,0 +1,276 @@
+//! Metric depth from exact depth: the losses that train MoGe-2 from nothing.
+//!
+//! As in MoGe-2 the point map and the metric scale are learnt apart: the map is compared after
+//! aligning its scale to the truth, picture by picture, and the scale head learns that alignment.
+//! Distances are relative to depth (MoGe weights an L1 distance by 1/z; to first order that is
+//! the L1 distance of log depths, which is what the `exp` remapping predicts). Unlike MoGe, the
+//! map's shift is not left free: the truth here comes from known pinhole cameras, so the rays are
+//! supervised as they are and the released solver finds a shift near 0.
+//!
+//! Points and scale only: a model with mask or normal head is refused, for want of a loss.
+
+use crate::models::moge::{MoGe, Raw, Remap};
+use candle_core::{D, Device, Result, Tensor};
+
+/// Pictures with their truth.
+#[derive(Clone, Debug)]
+pub struct DepthBatch {
+    /// `[batch, 3, h, w]` in 0..1.
+    pub image: Tensor,
+    /// Natural logarithm of metres along the axis `[batch, h, w]`; 0 where not valid.
+    pub log_depth: Tensor,
+    /// x/z and y/z of each pixel `[batch, 2, h, w]`.
+    pub rays: Tensor,
+    /// 1 where the depth is known, else 0 `[batch, h, w]`.
+    pub valid: Tensor,
+}
+
+/// One picture with its truth: rows from the top, `fov_x` in degrees, square pixels.
+#[derive(Clone, Debug)]
+pub struct DepthSample<'a> {
+    pub rgb: &'a [u8],
+    pub metres: &'a [f32],
+    pub fov_x: f64,
+}
+
+impl DepthBatch {
+    /// Depth that is not finite or not positive is left out of the loss.
+    pub fn new(samples: &[DepthSample<'_>], width: usize, height: usize) -> Result<Self> {
+        let (b, n) = (samples.len(), width * height);
+        let mut image = vec![0f32; b * 3 * n];
+        let (mut log_depth, mut valid) = (vec![0f32; b * n], vec![0f32; b * n]);
+        let mut rays = vec![0f32; b * 2 * n];
+        for (i, s) in samples.iter().enumerate() {
+            if s.rgb.len() != 3 * n || s.metres.len() != n {
+                candle_core::bail!("depth batch: sample {i} is not {width}×{height}")
+            }
+            let pixel = 2. * (s.fov_x.to_radians() / 2.).tan() / width as f64;
+            for p in 0..n {
+                for c in 0..3 {
+                    image[(3 * i + c) * n + p] = s.rgb[3 * p + c] as f32 / 255.;
+                }
+                let z = s.metres[p];
+                if z.is_finite() && z > 0. {
+                    log_depth[i * n + p] = z.ln();
+                    valid[i * n + p] = 1.;
+                }
+                let centred = |at: usize, side: usize| (at as f64 + 0.5 - side as f64 / 2.) * pixel;
+                rays[2 * i * n + p] = centred(p % width, width) as f32;
+                rays[(2 * i + 1) * n + p] = centred(p / width, height) as f32;
+            }
+        }
+        let dev = Device::Cpu;
+        Ok(Self {
+            image: Tensor::from_vec(image, (b, 3, height, width), &dev)?,
+            log_depth: Tensor::from_vec(log_depth, (b, height, width), &dev)?,
+            rays: Tensor::from_vec(rays, (b, 2, height, width), &dev)?,
+            valid: Tensor::from_vec(valid, (b, height, width), &dev)?,
+        })
+    }
+}
+
+/// Weights of the parts of the loss.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DepthLossWeights {
+    pub depth: f64,
+    /// Differences of log depth between neighbours, at strides 1, 2, 4: edges and flat surfaces.
+    pub gradient: f64,
+    pub rays: f64,
+    pub scale: f64,
+}
+
+impl Default for DepthLossWeights {
+    fn default() -> Self {
+        Self { depth: 1., gradient: 0.5, rays: 2., scale: 1. }
+    }
+}
+
+/// Scalars; all but `total` are for the log.
+#[derive(Clone, Debug)]
+pub struct DepthLoss {
+    pub total: Tensor,
+    pub depth: f32,
+    pub gradient: f32,
+    pub rays: f32,
+    pub scale: f32,
+}
+
+/// That a model can be trained by [`depth_loss`].
+pub fn check_trainable(net: &MoGe) -> Result<()> {
+    let c = net.config();
+    if c.points_head.is_none() || c.scale_head.is_none() {
+        candle_core::bail!("depth training needs a model with points_head and scale_head")
+    }
+    if c.mask_head.is_some() || c.normal_head.is_some() {
+        candle_core::bail!(
+            "depth training has no loss for mask_head or normal_head: remove them from the config"
+        )
+    }
+    if c.remap_output != Remap::Exp {
+        candle_core::bail!("depth training needs remap_output = \"exp\", not {:?}", c.remap_output)
+    }
+    Ok(())
+}
+
+/// The loss of a batch, the mean over its valid pixels; see the module's head.
+pub fn depth_loss(raw: &Raw, truth: &DepthBatch, weights: &DepthLossWeights) -> Result<DepthLoss> {
+    let (Some(points), Some(log_scale)) = (&raw.points, &raw.log_scale) else {
+        candle_core::bail!("depth training needs points and a metric scale")
+    };
+    let b = points.dim(0)?;
+    let count = truth.valid.sum_all()?.to_scalar::<f32>()?.max(1.) as f64;
+    let mean = |x: Tensor, m: &Tensor| x.abs()?.broadcast_mul(m)?.sum_all()? / count;
+    // Log of truth over prediction; its median over a picture aligns the scales under L1.
+    let ratio = (&truth.log_depth - points.narrow(1, 2, 1)?.squeeze(1)?)?;
+    let aligned = medians(&ratio.detach(), &truth.valid)?;
+    let off = ratio.broadcast_sub(&aligned.reshape((b, 1, 1))?)?;
+    let depth = mean(off.clone(), &truth.valid)?;
+    let rays = (mean((points.narrow(1, 0, 2)? - &truth.rays)?, &truth.valid.unsqueeze(1)?)? * 0.5)?;
+    let scale = (log_scale - &aligned)?.abs()?.mean_all()?;
+    let mut gradient = depth.zeros_like()?;
+    for stride in [1, 2, 4] {
+        for dim in [1, 2] {
+            let n = off.dim(dim)?;
+            if n <= stride {
+                continue;
+            }
+            let pair = |t: &Tensor| {
+                Ok::<_, candle_core::Error>((
+                    t.narrow(dim, stride, n - stride)?,
+                    t.narrow(dim, 0, n - stride)?,
+                ))
+            };
+            let ((a, b), (ma, mb)) = (pair(&off)?, pair(&truth.valid)?);
+            gradient = (gradient + mean((a - b)?, &(ma * mb)?)?)?;
+        }
+    }
+    let gradient = (gradient / 3.)?;
+    let total = ((&depth * weights.depth)? + (&gradient * weights.gradient)?)?;
+    let total = ((total + (&rays * weights.rays)?)? + (&scale * weights.scale)?)?;
+    let [depth, gradient, rays, scale] = [depth, gradient, rays, scale].map(|t| t.to_scalar::<f32>());
+    Ok(DepthLoss { total, depth: depth?, gradient: gradient?, rays: rays?, scale: scale? })
+}
+
+/// The median of each picture's valid pixels `[batch]`, 0 where there is none.
+fn medians(x: &Tensor, valid: &Tensor) -> Result<Tensor> {
+    let (x, valid) = (x.flatten_from(1)?.to_vec2::<f32>()?, valid.flatten_from(1)?.to_vec2::<f32>()?);
+    let median = |(x, valid): (Vec<f32>, Vec<f32>)| {
+        let mut x: Vec<f32> = x.into_iter().zip(valid).filter(|(_, v)| *v > 0.).map(|(x, _)| x).collect();
+        let middle = x.len() / 2;
+        if x.is_empty() { 0. } else { *x.select_nth_unstable_by(middle, f32::total_cmp).1 }
+    };
+    let m: Vec<f32> = x.into_iter().zip(valid).map(median).collect();
+    let n = m.len();
+    Tensor::from_vec(m, n, &Device::Cpu)
+}
+
+/// Mean of `|predicted − true| / true` over the pixels where the truth is known; a pixel
+/// without a valid prediction counts as wholly wrong (1).
+pub fn abs_rel(predicted: &crate::models::moge::Depth, truth: &[f32]) -> f64 {
+    let (mut sum, mut n) = (0., 0usize);
+    for ((p, ok), t) in predicted.metres.iter().zip(&predicted.valid).zip(truth) {
+        if t.is_finite() && *t > 0. {
+            sum += if *ok { ((p - t).abs() / t) as f64 } else { 1. };
+            n += 1;
+        }
+    }
+    sum / n.max(1) as f64
+}
+
+/// The predicted map after the best scale for it (ratio of medians): what remains of
+/// [`abs_rel`] when the metric scale is right.
+pub fn abs_rel_aligned(predicted: &crate::models::moge::Depth, truth: &[f32]) -> f64 {
+    let known = |t: f32| t.is_finite() && t > 0.;
+    let mut ratios: Vec<f32> = (predicted.metres.iter().zip(&predicted.valid).zip(truth))
+        .filter(|((_, ok), t)| **ok && known(**t))
+        .map(|((p, _), t)| t / p)
+        .collect();
+    if ratios.is_empty() {
+        return 1.;
+    }
+    let middle = ratios.len() / 2;
+    let s = *ratios.select_nth_unstable_by(middle, f32::total_cmp).1;
+    let mut scaled = predicted.clone();
+    scaled.metres.iter_mut().for_each(|z| *z *= s);
+    abs_rel(&scaled, truth)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::models::moge::Depth;
+
+    fn truth(width: usize, height: usize) -> DepthBatch {
+        let n = width * height;
+        let (near, mut far): (Vec<f32>, Vec<f32>) =
+            (0..n).map(|i| (1. + i as f32 * 0.1, 4. + (i as f32).sin())).unzip();
+        far[3] = f32::INFINITY;
+        let rgb = vec![100u8; 3 * n];
+        let sample = |metres, fov_x| DepthSample { rgb: &rgb, metres, fov_x };
+        DepthBatch::new(&[sample(&near, 60.), sample(&far, 80.)], width, height).unwrap()
+    }
+
+    /// A prediction that is exact up to the scale, which the scale head knows.
+    fn perfect(t: &DepthBatch, scales: [f32; 2]) -> Raw {
+        let s = Tensor::new(&scales, &Device::Cpu).unwrap();
+        let z = t.log_depth.broadcast_sub(&s.reshape((2, 1, 1)).unwrap()).unwrap().unsqueeze(1).unwrap();
+        let points = Tensor::cat(&[&t.rays, &z], 1).unwrap();
+        Raw { points: Some(points), normal: None, mask: None, log_scale: Some(s) }
+    }
+
+    #[test]
+    fn a_map_that_is_right_up_to_its_known_scale_costs_nothing() {
+        let t = truth(8, 6);
+        let loss = depth_loss(&perfect(&t, [0.4, -1.1]), &t, &DepthLossWeights::default()).unwrap();
+        assert!(loss.total.to_scalar::<f32>().unwrap() < 1e-5, "{loss:?}");
+        let mut wrong = perfect(&t, [0.4, -1.1]);
+        wrong.log_scale = Some(Tensor::new(&[0.4f32, -0.9], &Device::Cpu).unwrap());
+        let loss = depth_loss(&wrong, &t, &DepthLossWeights::default()).unwrap();
+        assert!((loss.scale - 0.1).abs() < 1e-5 && loss.depth < 1e-5, "{loss:?}");
+    }
+
+    #[test]
+    fn rays_are_those_of_the_camera() {
+        let t = truth(8, 6);
+        let rays = t.rays.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let half = (30f32).to_radians().tan();
+        assert!((rays[7] - half * 7. / 8.).abs() < 1e-6 && (rays[0] + half * 7. / 8.).abs() < 1e-6);
+        assert!((rays[48] + half * 5. / 8.).abs() < 1e-6, "square pixels");
+    }
+
+    #[test]
+    fn abs_rel_counts_missing_pixels_as_wrong() {
+        let d = Depth::new(2, 1, vec![1.1, f32::NAN], None);
+        assert!((abs_rel(&d, &[1., 2.]) - 0.55).abs() < 1e-6);
+        let d = Depth::new(2, 1, vec![2., 4.], None);
+        assert!(abs_rel_aligned(&d, &[1., 2.]) < 1e-6 && abs_rel(&d, &[1., 2.]) == 1.);
+        assert!((abs_rel(&d, &[2., f32::INFINITY])) < 1e-6);
+    }
+
+    #[test]
+    fn gradients_stop_at_the_alignment_and_reach_both_heads() {
+        let t = truth(8, 6);
+        let p =
+            candle_core::Var::from_tensor(&perfect(&t, [0., 0.]).points.unwrap().affine(0.9, 0.1).unwrap())
+                .unwrap();
+        let s = candle_core::Var::zeros(2, candle_core::DType::F32, &Device::Cpu).unwrap();
+        let raw = Raw {
+            points: Some(p.as_tensor().clone()),
+            normal: None,
+            mask: None,
+            log_scale: Some(s.as_tensor().clone()),
+        };
+        let only_scale = DepthLossWeights { depth: 0., gradient: 0., rays: 0., scale: 1. };
+        let g = depth_loss(&raw, &t, &only_scale).unwrap().total.backward().unwrap();
+        let norm = |g: &candle_core::Tensor| g.abs().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(norm(g.get(&s).unwrap()) > 0. && g.get(&p).is_none_or(|g| norm(g) == 0.));
+        let g = depth_loss(&raw, &t, &DepthLossWeights::default()).unwrap().total.backward().unwrap();
+        let g = g.get(&p).unwrap();
+        assert!(g.dim(D::Minus1).unwrap() == 8 && norm(g).is_finite());
+        // The unknown pixel of the second picture has no say.
+        let at =
+            |c: usize| g.get(1).unwrap().get(c).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()[3];
+        assert_eq!([at(0), at(1), at(2)], [0.; 3]);
+    }
+}

@@ -1,0 +1,3 @@
+//! Making the embedded models from nothing on Rooms: one file per model.
+
+pub mod depth;

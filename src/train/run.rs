@@ -1,0 +1,240 @@
+//! What every training run shares: steps, a checkpoint that resumes exactly, a metrics log,
+//! progress.
+//!
+//! A checkpoint is one safetensors file (parameters, optimiser state, step, settings), so it is
+//! written whole or not at all. Randomness must follow from the run's seed and the step number
+//! alone: then a resumed run repeats what an undisturbed one would have done, and no generator
+//! state is stored. The metrics log is JSON lines; on resume, lines after the checkpoint's step
+//! are dropped.
+
+use crate::files::write_atomic;
+use crate::nn::Params;
+use candle_core::{Device, Tensor};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Map, Value, json};
+use std::collections::HashMap;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+pub type Metrics = Map<String, Value>;
+
+/// Something that learns by steps.
+pub trait Trainee {
+    /// What is saved and loaded as the network.
+    fn params(&self) -> &Params;
+    /// The optimiser's state by name, to be handed back to [`Trainee::restore`].
+    fn optimiser_state(&self) -> candle_core::Result<HashMap<String, Tensor>>;
+    fn restore(&mut self, state: HashMap<String, Tensor>, step: u64) -> candle_core::Result<()>;
+    /// One optimiser step, counted from 0; returns what to log (a number under `"loss"` at least).
+    fn step(&mut self, step: u64) -> anyhow::Result<Metrics>;
+    /// Held-out figures.
+    fn evaluate(&mut self) -> anyhow::Result<Metrics>;
+}
+
+#[derive(Clone, Debug)]
+pub struct RunOptions {
+    /// Holds `checkpoint.safetensors` and `metrics.jsonl`.
+    pub dir: PathBuf,
+    pub steps: u64,
+    /// Continue from the folder's checkpoint; without it, a folder that holds one is refused.
+    pub resume: bool,
+    pub save_every: u64,
+    pub eval_every: u64,
+    pub log_every: u64,
+    /// What must be the same for a resumed run to be the same run.
+    pub settings: Value,
+    pub label: String,
+}
+
+/// Runs `trainee` up to `options.steps`, evaluates at the end, and leaves the final checkpoint.
+pub fn train(trainee: &mut dyn Trainee, options: &RunOptions) -> anyhow::Result<Metrics> {
+    std::fs::create_dir_all(&options.dir)?;
+    let checkpoint = options.dir.join("checkpoint.safetensors");
+    let log = options.dir.join("metrics.jsonl");
+    let mut start = 0;
+    if checkpoint.exists() {
+        if !options.resume {
+            anyhow::bail!("{} exists: give --resume to continue it or another folder", checkpoint.display());
+        }
+        start = load(&checkpoint, trainee, &options.settings)?;
+    }
+    let mut log = MetricsLog::open(&log, start)?;
+    let bar = ProgressBar::new(options.steps).with_position(start);
+    bar.set_style(ProgressStyle::with_template("{prefix} {bar:30} {pos}/{len} {elapsed} eta {eta} {msg}")?);
+    bar.set_prefix(options.label.clone());
+    let begun = Instant::now();
+    for step in start..options.steps {
+        let mut m = trainee.step(step)?;
+        let done = step + 1;
+        if !m.get("loss").and_then(Value::as_f64).is_some_and(f64::is_finite) {
+            anyhow::bail!("step {done}: the loss is not finite ({m:?}); the last checkpoint is kept");
+        }
+        if done % options.log_every.max(1) == 0 || done == options.steps {
+            m.insert("seconds".into(), json!(begun.elapsed().as_secs_f64()));
+            bar.set_message(format!("loss {:.4}", m["loss"].as_f64().unwrap_or(f64::NAN)));
+            log.write(done, m)?;
+        }
+        bar.set_position(done);
+        if options.eval_every > 0 && done % options.eval_every == 0 && done < options.steps {
+            let m = trainee.evaluate()?;
+            bar.println(format!("{} step {done}: {}", options.label, Value::Object(m.clone())));
+            log.write(done, m)?;
+        }
+        if done % options.save_every.max(1) == 0 || done == options.steps {
+            save(&checkpoint, trainee, done, &options.settings)?;
+        }
+    }
+    bar.finish_and_clear();
+    let m = trainee.evaluate()?;
+    log.write(options.steps, m.clone())?;
+    Ok(m)
+}
+
+fn save(path: &Path, trainee: &dyn Trainee, step: u64, settings: &Value) -> anyhow::Result<()> {
+    let mut all = HashMap::new();
+    all.extend(trainee.params().tensors().into_iter().map(|(n, t)| (format!("p/{n}"), t)));
+    all.extend(trainee.optimiser_state()?.into_iter().map(|(n, t)| (format!("o/{n}"), t)));
+    let meta =
+        HashMap::from([("step".to_string(), step.to_string()), ("settings".into(), settings.to_string())]);
+    let bytes = safetensors::serialize(&all, Some(meta))?;
+    write_atomic(path, |w| w.write_all(&bytes))?;
+    Ok(())
+}
+
+fn load(path: &Path, trainee: &mut dyn Trainee, settings: &Value) -> anyhow::Result<u64> {
+    let named = |m: String| anyhow::anyhow!("{}: {m}", path.display());
+    let bytes = std::fs::read(path)?;
+    let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).map_err(|e| named(e.to_string()))?;
+    let meta = header.metadata().clone().unwrap_or_default();
+    let step = meta.get("step").and_then(|s| s.parse().ok()).ok_or_else(|| named("no step in it".into()))?;
+    let was: Value = serde_json::from_str(meta.get("settings").map_or("null", String::as_str))?;
+    if &was != settings {
+        return Err(named(format!("made with other settings ({was}); this run has {settings}")));
+    }
+    let mut tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)?;
+    for (name, var) in trainee.params().named() {
+        let Some(t) = tensors.remove(&format!("p/{name}")) else {
+            return Err(named(format!("parameter {name} is missing")));
+        };
+        var.set(&t)?;
+    }
+    let state = tensors.into_iter().filter_map(|(n, t)| Some((n.strip_prefix("o/")?.to_string(), t)));
+    trainee.restore(state.collect(), step)?;
+    Ok(step)
+}
+
+/// Parameters of a finished or running run, for evaluation or export.
+pub fn parameters(path: &Path) -> anyhow::Result<HashMap<String, Tensor>> {
+    let all = candle_core::safetensors::load(path, &Device::Cpu)?;
+    Ok(all.into_iter().filter_map(|(n, t)| Some((n.strip_prefix("p/")?.to_string(), t))).collect())
+}
+
+struct MetricsLog(std::fs::File);
+
+impl MetricsLog {
+    /// Opens for appending, without the lines of steps after `start` (lost with the crash that
+    /// made the resume necessary) and without a half-written last line.
+    fn open(path: &Path, start: u64) -> anyhow::Result<Self> {
+        let old = std::fs::read_to_string(path).unwrap_or_default();
+        let step = |l: &str| serde_json::from_str::<Value>(l).ok()?.get("step")?.as_u64();
+        let kept: Vec<&str> = old.lines().filter(|l| step(l).is_some_and(|s| s <= start)).collect();
+        write_atomic(path, |w| kept.iter().try_for_each(|l| writeln!(w, "{l}")))?;
+        Ok(Self(std::fs::OpenOptions::new().append(true).open(path)?))
+    }
+
+    fn write(&mut self, step: u64, metrics: Metrics) -> anyhow::Result<()> {
+        let mut line = Map::from_iter([("step".to_string(), json!(step))]);
+        line.extend(metrics);
+        writeln!(self.0, "{}", Value::Object(line))?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::DType;
+
+    /// Plain gradient descent on Σ (w − target)², the target drawn from the step.
+    struct Toy {
+        params: Params,
+        momentum: Tensor,
+    }
+
+    impl Toy {
+        fn new() -> Self {
+            let params = Params::new(5);
+            params.builder().get_with_hints(3, "w", candle_nn::Init::Const(1.)).unwrap();
+            Self { params, momentum: Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap() }
+        }
+    }
+
+    impl Trainee for Toy {
+        fn params(&self) -> &Params {
+            &self.params
+        }
+        fn optimiser_state(&self) -> candle_core::Result<HashMap<String, Tensor>> {
+            Ok(HashMap::from([("m".to_string(), self.momentum.clone())]))
+        }
+        fn restore(&mut self, mut state: HashMap<String, Tensor>, _: u64) -> candle_core::Result<()> {
+            self.momentum = state.remove("m").expect("saved above");
+            Ok(())
+        }
+        fn step(&mut self, step: u64) -> anyhow::Result<Metrics> {
+            let w = self.params.get("w").unwrap();
+            let target = (step as f64 * 0.7).sin();
+            let loss = (w.as_tensor() - target)?.sqr()?.sum_all()?;
+            let g = loss.backward()?.remove(&w).unwrap();
+            self.momentum = ((&self.momentum * 0.9)? + g)?;
+            w.set(&(w.as_tensor() - (&self.momentum * 0.01)?)?)?;
+            Ok(Map::from_iter([("loss".to_string(), json!(loss.to_scalar::<f32>()?))]))
+        }
+        fn evaluate(&mut self) -> anyhow::Result<Metrics> {
+            Ok(Map::new())
+        }
+    }
+
+    fn options(dir: &Path, steps: u64) -> RunOptions {
+        RunOptions {
+            dir: dir.into(),
+            steps,
+            resume: true,
+            save_every: 4,
+            eval_every: 0,
+            log_every: 1,
+            settings: json!({"seed": 5}),
+            label: "toy".into(),
+        }
+    }
+
+    fn run(dir: &Path, steps: u64) -> Vec<f32> {
+        let mut toy = Toy::new();
+        train(&mut toy, &options(dir, steps)).unwrap();
+        toy.params.get("w").unwrap().to_vec1().unwrap()
+    }
+
+    #[test]
+    fn a_resumed_run_equals_an_undisturbed_one() {
+        let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let whole = run(a.path(), 20);
+        run(b.path(), 8);
+        assert_eq!(run(b.path(), 20), whole);
+        let lines = |d: &Path| -> Vec<Value> {
+            let text = std::fs::read_to_string(d.join("metrics.jsonl")).unwrap();
+            let parse = |l: &str| serde_json::from_str::<Value>(l).unwrap();
+            text.lines().map(parse).filter(|l| l.get("loss").is_some()).collect()
+        };
+        let losses = |d| lines(d).iter().map(|l| (l["step"].clone(), l["loss"].clone())).collect::<Vec<_>>();
+        assert_eq!(losses(a.path()), losses(b.path()));
+    }
+
+    #[test]
+    fn other_settings_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        run(dir.path(), 4);
+        let other = RunOptions { settings: json!({"seed": 6}), ..options(dir.path(), 8) };
+        let e = train(&mut Toy::new(), &other).unwrap_err().to_string();
+        assert!(e.contains("other settings"), "{e}");
+    }
+}
