@@ -8,6 +8,7 @@
 //! Known gaps of the language are listed, and held to be exact, in `tests/it/sandbox.rs`.
 
 mod alloc;
+pub mod check;
 mod desugar;
 pub mod guard;
 mod host;

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use monty::{FunctionCall, MontyRun, RunProgress};
 use monty_types::{
-    CompileOptions, ExcType, MontyException, MontyObject, NameLookupResult, PrintWriter, PrintWriterCallback,
-    ResourceLimits, ResourceTracker,
+    CompileOptions, ExcType, ExtFunctionResult, MontyException, MontyObject, NameLookupResult, PrintWriter,
+    PrintWriterCallback, ResourceLimits, ResourceTracker,
 };
 
 use super::desugar::{self, Prepared};
@@ -243,6 +243,7 @@ impl Run<'_> {
                 Err(e) => return Ok(Err(self.diagnose(e))),
                 Ok(RunProgress::Complete(answer)) => return Ok(self.finish(&answer)),
                 Ok(RunProgress::FunctionCall(call)) => self.call(call)?,
+<<<<<<< HEAD
                 Ok(RunProgress::NameLookup(lookup)) => {
                     let name = lookup.name.clone();
                     if self.prepared.refused.contains(&name) || REFUSED.contains(&name.as_str()) {
@@ -257,6 +258,12 @@ impl Run<'_> {
                         self.timed(|print| lookup.resume(NameLookupResult::Undefined, print))
                     }
                 }
+=======
+                Ok(RunProgress::NameLookup(lookup)) => match self.refused(&lookup.name) {
+                    Some(exc) => self.timed(|print| lookup.abort(exc, print)),
+                    None => self.timed(|print| lookup.resume(NameLookupResult::Undefined, print)),
+                },
+>>>>>>> program
                 Ok(RunProgress::OsCall(call)) => {
                     let exc = self
                         .stop(ErrorKind::Denied, "a program has no files, clock or environment".to_owned());
@@ -285,12 +292,27 @@ impl Run<'_> {
         exc
     }
 
+    /// The end of a program that asks for a name which no program gets.
+    fn refused(&mut self, name: &str) -> Option<MontyException> {
+        let refused = self.prepared.refused.contains(name) || REFUSED.contains(&name);
+        let kind = if matches!(name, "exit" | "quit") { ErrorKind::Exit } else { ErrorKind::Denied };
+        refused.then(|| self.stop(kind, format!("'{name}' is not available to programs")))
+    }
+
     fn call(&mut self, call: FunctionCall) -> io::Result<Result<RunProgress, MontyException>> {
         let raise = |exc_type, message: String| MontyException::new(exc_type, Some(message));
         if call.function_name == desugar::REFUSE {
             let what = call.args.first().map(ToString::to_string).unwrap_or_default();
             let exc = self.stop(ErrorKind::Denied, format!("'{what}' is not available to programs"));
             return Ok(self.timed(|print| call.abort(exc, print)));
+        }
+        // The interpreter also pauses for a call of a name that nothing binds.
+        if !SIGNATURES.iter().any(|(tool, _)| *tool == call.function_name) {
+            let name = call.function_name.clone();
+            if let Some(exc) = self.refused(&name) {
+                return Ok(self.timed(|print| call.abort(exc, print)));
+            }
+            return Ok(self.timed(|print| call.resume(ExtFunctionResult::NotFound(name), print)));
         }
         let mut budget = Budget { depth: 8, nodes: 1000, text: self.limits.prompt_bytes + 4096 };
         let mut line = Plain::None;
@@ -393,6 +415,10 @@ impl Run<'_> {
                 ErrorKind::Unsupported
             }
             ExcType::PermissionError => ErrorKind::Denied,
+            // Attributes that a format string reaches for are only met there.
+            ExcType::AttributeError if line.is_some_and(|line| self.prepared.reaches_out(line)) => {
+                ErrorKind::Denied
+            }
             ExcType::FileNotFoundError if self.wrong_picture => ErrorKind::Denied,
             _ => ErrorKind::Error,
         };

@@ -86,31 +86,14 @@ fn method(rewriter: &mut Rewriter, function: &StmtFunctionDef) {
         };
         match with {
             "property" => rewriter.edits.replace(function.name.range(), format!("{OURS}prop_{name}")),
-            "classmethod" => {}
-            "staticmethod" => {
-                // A partial object is not bound to the instance that it is read from.
-                if let Some(last) = function.body.last()
-                    && let Some(blanks) = decorator_blanks(rewriter.source, decorator.range())
-                {
-                    let again = format!("\n{blanks}{name} = {OURS}static({name})");
-                    rewriter.edits.close(last.end().to_usize(), again);
-                }
-            }
-            "abstractmethod" => {}
+            "classmethod" | "staticmethod" | "abstractmethod" => {}
             _ => return rewriter.refuse(decorator.range(), "this method decorator"),
         }
         rewriter.edits.replace(decorator.range(), "");
     }
 }
 
-fn decorator_blanks(source: &str, decorator: TextRange) -> Option<String> {
-    let start = decorator.start().to_usize();
-    let line = source[..start].rfind('\n').map_or(0, |at| at + 1);
-    let before = &source[line..start];
-    before.trim().is_empty().then(|| before.to_owned())
-}
-
-/// `super().m(…)` and `Class.classmethod(…)`.
+/// `super().m(…)`, `Class.classmethod(…)` and `self.staticmethod(…)`.
 pub(super) fn call(rewriter: &mut Rewriter, call: &ExprCall) {
     let Expr::Attribute(attribute) = &*call.func else { return };
     let method = attribute.attr.as_str();
@@ -135,6 +118,10 @@ pub(super) fn call(rewriter: &mut Rewriter, call: &ExprCall) {
                 }
                 None => rewriter.refuse(call.range(), "super() of this class"),
             }
+        }
+        // Read from its class a method is a plain function.
+        Expr::Name(object) if rewriter.facts.statics.contains_key(method) => {
+            rewriter.edits.replace(object.range, rewriter.facts.statics[method]);
         }
         Expr::Name(class) => {
             let class = class.id.as_str();

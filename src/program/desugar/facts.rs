@@ -35,6 +35,8 @@ pub(super) struct Facts<'a> {
     pub implicit_math: bool,
     pub classes: HashMap<&'a str, Class<'a>>,
     pub properties: HashSet<&'a str>,
+    /// Static methods, each with a class that has it.
+    pub statics: HashMap<&'a str, &'a str>,
     /// The program's own exception classes, each with the builtin that stands for it.
     pub exceptions: HashMap<&'a str, &'static str>,
     pub raises: HashSet<u32>,
@@ -200,6 +202,9 @@ impl<'a> Walk<'_, '_, 'a> {
                     };
                     if decorated("property") {
                         self.facts.properties.insert(name);
+                    }
+                    if decorated("staticmethod") {
+                        self.facts.statics.insert(name, class.name.as_str());
                     }
                     if decorated("classmethod") {
                         entry.classmethods.insert(name);

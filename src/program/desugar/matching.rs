@@ -4,12 +4,10 @@ use ruff_python_ast::visitor::Visitor;
 use ruff_python_ast::{Pattern, Singleton, StmtMatch};
 use ruff_text_size::{Ranged, TextRange};
 
-use super::OURS;
 use super::rewrite::Rewriter;
 
 pub(super) fn rewrite(rewriter: &mut Rewriter, stmt: &StmtMatch) {
-    let subject = format!("{OURS}subject{}", rewriter.subjects);
-    rewriter.subjects += 1;
+    let subject = rewriter.temporary();
     // `match x:` → `if [subject := (x)]:`, a list that is never empty, around the chain.
     let before = TextRange::new(stmt.range.start(), stmt.subject.start());
     rewriter.edits.replace(before, format!("if [{subject} := ("));
