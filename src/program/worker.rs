@@ -243,27 +243,10 @@ impl Run<'_> {
                 Err(e) => return Ok(Err(self.diagnose(e))),
                 Ok(RunProgress::Complete(answer)) => return Ok(self.finish(&answer)),
                 Ok(RunProgress::FunctionCall(call)) => self.call(call)?,
-<<<<<<< HEAD
-                Ok(RunProgress::NameLookup(lookup)) => {
-                    let name = lookup.name.clone();
-                    if self.prepared.refused.contains(&name) || REFUSED.contains(&name.as_str()) {
-                        let kind = if matches!(name.as_str(), "exit" | "quit") {
-                            ErrorKind::Exit
-                        } else {
-                            ErrorKind::Denied
-                        };
-                        let exc = self.stop(kind, format!("'{name}' is not available to programs"));
-                        self.timed(|print| lookup.abort(exc, print))
-                    } else {
-                        self.timed(|print| lookup.resume(NameLookupResult::Undefined, print))
-                    }
-                }
-=======
                 Ok(RunProgress::NameLookup(lookup)) => match self.refused(&lookup.name) {
                     Some(exc) => self.timed(|print| lookup.abort(exc, print)),
                     None => self.timed(|print| lookup.resume(NameLookupResult::Undefined, print)),
                 },
->>>>>>> program
                 Ok(RunProgress::OsCall(call)) => {
                     let exc = self
                         .stop(ErrorKind::Denied, "a program has no files, clock or environment".to_owned());

@@ -5,13 +5,8 @@ use std::collections::HashSet;
 use ruff_python_ast::token::{TokenKind, Tokens};
 use ruff_python_ast::visitor::{self, Visitor};
 use ruff_python_ast::{
-<<<<<<< HEAD
-    CmpOp, Expr, ExprCall, ExprContext, InterpolatedElement, InterpolatedStringElement, Operator, Stmt,
-    UnaryOp,
-=======
     CmpOp, Expr, ExprCall, ExprContext, ExprSubscript, InterpolatedElement, InterpolatedStringElement,
     Operator, Stmt, StmtAssign, UnaryOp,
->>>>>>> program
 };
 use ruff_text_size::{Ranged, TextRange, TextSize};
 
@@ -103,11 +98,7 @@ pub(super) fn rewrite(
         edits,
         generator: vec![],
         supers: vec![],
-<<<<<<< HEAD
-        subjects: 0,
-=======
         temporaries: 0,
->>>>>>> program
         error: None,
     };
     rewriter.visit_body(body);
