@@ -1,1 +1,46 @@
-//! (in the making)
+//! Arguments and one thin file per subcommand.
+
+pub mod rooms;
+//! Arguments, and one thin file per subcommand: build the parts, call, print.
+//!
+//! Exit codes: 0 done, 1 the work failed, 2 bad usage or input. Answers go to stdout, everything
+//! else to stderr; a broken pipe is not an error.
+
+mod program;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Debug, Parser)]
+#[command(name = "valor", version, about, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run planners' programs
+    Program(program::ProgramArgs),
+}
+
+/// Parses the command line, runs what it asks for, gives the exit code.
+pub fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Program(args) => program::run(args),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("valor: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let io = error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>());
+    io.is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+}

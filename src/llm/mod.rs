@@ -6,6 +6,10 @@
 //! speaks text and pictures only, no tensors, so that a remote endpoint can implement it too.
 
 pub mod bpe;
+pub mod engine;
+pub mod format;
+pub mod local;
+mod network;
 pub mod sampler;
 pub mod template;
 pub mod tokenizer;

@@ -9,8 +9,8 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::frames::{seen_frames, sentence};
-use super::mistakes::{Head, Mistake, Reply, base_mistakes, demonstration, judge};
-use super::recipe::Then;
+use super::mistakes::{Head, Mistake, Reply, applies, base_mistakes, demonstration, judge};
+use super::recipe::{Measure, Then};
 use super::spec::{AnyNoun, Family, Form, Spec};
 
 /// A question that training may use: families alike often, then their forms.
@@ -47,16 +47,29 @@ pub struct VerifierSample {
     pub applies: bool,
 }
 
-/// A case for the verifier: about half of the verdicts are objections.
+/// A case for the verifier; for each head about half of the verdicts are objections, where the
+/// head applies.
 pub fn verifier_sample(rng: &mut impl Rng) -> VerifierSample {
-    let (spec, question) = training_question(rng);
-    let reply = verifier_reply(&spec, rng);
-    let labels = judge(&spec, &reply.plan, &reply.program);
-    let heads: Vec<Head> = Head::ALL.into_iter().filter(|&h| labels.of(h).applies).collect();
+    let head = *Head::ALL.choose(rng).expect("not empty");
     // Now and then a head that does not apply: it must learn not to object.
-    let head = if rng.random_bool(0.85) { heads.choose(rng) } else { Head::ALL.choose(rng) };
-    let head = *head.expect("logic applies always");
-    let label = labels.of(head);
+    let any = rng.random_bool(0.1);
+    let (spec, question) = loop {
+        let (spec, question) = training_question(rng);
+        if any || applies(&spec, head) {
+            break (spec, question);
+        }
+    };
+    let wanted = rng.random_bool(0.5);
+    let mut reply = verifier_reply(&spec, wanted, rng);
+    let mut label = judge(&spec, &reply.plan, &reply.program).of(head);
+    // A handful of tries: where the head does not apply there may be nothing to object to.
+    for _ in 0..8 {
+        if label.ok == wanted {
+            break;
+        }
+        reply = verifier_reply(&spec, wanted, rng);
+        label = judge(&spec, &reply.plan, &reply.program).of(head);
+    }
     VerifierSample {
         head,
         question,
@@ -67,41 +80,46 @@ pub fn verifier_sample(rng: &mut impl Rng) -> VerifierSample {
     }
 }
 
-fn verifier_reply(spec: &Spec, rng: &mut impl Rng) -> Reply {
-    let fitting: Vec<Mistake> =
-        Mistake::that_fit(spec).filter(|&m| m != Mistake::KEPT_FROM_VERIFIER).collect();
+/// A reply in which most is right, or most likely not: what other heads object to must not
+/// sway this one, so consent too is learned from replies with mistakes.
+fn verifier_reply(spec: &Spec, right: bool, rng: &mut impl Rng) -> Reply {
+    if right && rng.random_bool(0.6) {
+        return demonstration(spec, &[]);
+    }
+    let mut fitting: Vec<Mistake> = Mistake::that_fit(spec).collect();
+    fitting.retain(|&m| m != Mistake::KEPT_FROM_VERIFIER);
     match rng.random_range(0..100) {
-        0..38 => demonstration(spec, &[]),
-        38..78 => demonstration(spec, &[*fitting.choose(rng).expect("no question is proof")]),
-        78..88 => {
+        0..65 => demonstration(spec, &[*fitting.choose(rng).expect("no question is proof")]),
+        65..80 => {
             let two: Vec<Mistake> = fitting.choose_multiple(rng, 2).copied().collect();
             demonstration(spec, &two)
         }
-        // A good plan for another question, mostly of the same kind.
-        88..93 => {
-            let other = near_miss(spec, rng);
-            demonstration(&other, &[])
-        }
+        // A good plan for another question, mostly of the same form.
+        80..88 => demonstration(&near_miss(spec, rng), &[]),
         // A program for another question.
-        93..96 => {
-            let other = near_miss(spec, rng);
-            Reply { plan: spec.recipe().plan(), program: other.recipe().program() }
-        }
+        88..93 => Reply { plan: spec.recipe().plan(), program: near_miss(spec, rng).recipe().program() },
         _ => degenerate(spec, rng),
     }
 }
 
-/// A question that is easily taken for this one.
+/// Another question, mostly one that is easily taken for this one.
 fn near_miss(spec: &Spec, rng: &mut impl Rng) -> Spec {
-    for _ in 0..8 {
+    loop {
         let mut supply = ChaCha8Rng::from_rng(rng);
-        if let Some(other) = Spec::draw(spec.form(), &mut AnyNoun(&mut supply), rng)
-            && other != *spec
-        {
+        let other = match rng.random_bool(0.8) {
+            true => Spec::draw(spec.form(), &mut AnyNoun(&mut supply), rng),
+            false => Some(training_question(rng).0),
+        };
+        if let Some(other) = other.filter(|o| o != spec && !shows_kept_mistake(spec, o)) {
             return other;
         }
     }
-    training_question(rng).0
+}
+
+/// Would the other's plan, given for this question, be the mistake that is kept back?
+fn shows_kept_mistake(spec: &Spec, other: &Spec) -> bool {
+    let by_depth = |s: &Spec| matches!(s.recipe().then, Then::Rank { measure: Measure::Depth, .. });
+    applies(spec, Head::Attribute) && by_depth(other)
 }
 
 fn degenerate(spec: &Spec, rng: &mut impl Rng) -> Reply {

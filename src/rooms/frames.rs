@@ -1,7 +1,8 @@
 //! Sentence frames: how a [`Spec`] is worded, and how a sentence is read back.
 //!
 //! Each form has at least eight frames; its last two are held out of all training data of planner
-//! and verifier. Slots: `{a}` `{b}` nouns, `{as}` `{bs}` their plurals, `{an}` with article.
+//! and verifier. Slots: `{a}` `{b}` `{c}` nouns, `{as}` `{bs}` plurals, `{an}` with an article,
+//! `{near}` closer, `{near_to}` closer to; the others hold what they are called.
 //! The first frame of a form is also what programs ask the VLM about the whole image.
 
 use super::Kind;
@@ -39,16 +40,16 @@ pub fn frames(form: Form) -> &'static [&'static str] {
             "Can {an} be found in this room?",
         ],
         Form::Depth => &[
-            "Which is {near} to the camera, the {a} or the {b}?",
+            "Which is {near_to} the camera, the {a} or the {b}?",
             "Which one is {near}: the {a} or the {b}?",
-            "What is {near} to the camera, the {a} or the {b}?",
+            "What is {near_to} the camera, the {a} or the {b}?",
             "Of the {a} and the {b}, which is {near}?",
-            "Is the {a} or the {b} {near} to the camera?",
+            "Is the {a} or the {b} {near_to} the camera?",
             "Between the {a} and the {b}, which one is {near}?",
-            "The {a} or the {b}: which is {near} to us?",
-            "Tell me which is {near} to the viewer, the {a} or the {b}.",
+            "The {a} or the {b}: which is {near_to} us?",
+            "Tell me which is {near_to} the viewer, the {a} or the {b}.",
             "From where we stand, which of the {a} and the {b} is {near}?",
-            "Name the thing that is {near} to the camera: the {a} or the {b}.",
+            "Name the thing that is {near_to} the camera: the {a} or the {b}.",
         ],
         Form::Position => &[
             "Is the {a} {side} the {b}?",
@@ -184,17 +185,17 @@ pub fn frames(form: Form) -> &'static [&'static str] {
         ],
         Form::CountNearer => &[
             "How many {as} are {near} than the {b}?",
-            "How many {as} are {near} to the camera than the {b}?",
+            "How many {as} are {near_to} the camera than the {b}?",
             "Count the {as} that are {near} than the {b}.",
             "What is the number of {as} {near} than the {b}?",
             "In the picture, how many {as} are {near} than the {b}?",
             "Tell me how many {as} are {near} than the {b}.",
             "Give the number of {as} that are {near} than the {b}.",
-            "How many of the {as} are {near} to us than the {b}?",
+            "How many of the {as} are {near_to} us than the {b}?",
         ],
         Form::MostNearer => &[
             "Is the {most} {a} {near} than the {b}?",
-            "Is the {most} {a} {near} to the camera than the {b}?",
+            "Is the {most} {a} {near_to} the camera than the {b}?",
             "Is it true that the {most} {a} is {near} than the {b}?",
             "Would you say the {most} {a} is {near} than the {b}?",
             "Find the {most} {a}. Is it {near} than the {b}?",
@@ -202,7 +203,7 @@ pub fn frames(form: Form) -> &'static [&'static str] {
             "The {most} {a} is {near} than the {b}, yes or no?",
             "Does the {most} {a} appear {near} than the {b}?",
             "Tell me whether the {most} {a} is {near} than the {b}.",
-            "Can we say that the {most} {a} stands {near} to us than the {b}?",
+            "Can we say that the {most} {a} stands {near_to} us than the {b}?",
         ],
     }
 }
@@ -268,9 +269,9 @@ fn value(spec: &Spec, slot: &str) -> String {
         ("bs", _) => noun(1).plural(),
         ("an", _) => noun(0).with_article(),
         (
-            "near",
+            "near" | "near_to",
             Spec::Depth { near, .. } | Spec::CountNearer { near, .. } | Spec::MostNearer { near, .. },
-        ) => near.text().to_owned(),
+        ) => if slot == "near" { near.text() } else { with_preposition(*near) }.to_owned(),
         ("side", Spec::Position { side, .. } | Spec::CountBeside { side, .. }) => side.text().to_owned(),
         (
             "most",
@@ -291,6 +292,7 @@ fn accept(slot: &str, held: &str) -> bool {
         "as" | "bs" => Noun::parse(held).is_some_and(|n| n.plural() == held),
         "an" => article(held).is_some(),
         "near" => Near::parse(held).is_some(),
+        "near_to" => near_to(held).is_some(),
         "side" => Side::parse(held).is_some(),
         "most" => Most::parse(held).is_some(),
         "more" => More::parse(held).is_some(),
@@ -301,13 +303,24 @@ fn accept(slot: &str, held: &str) -> bool {
     }
 }
 
+/// "closer to", "farther from".
+fn near_to(held: &str) -> Option<Near> {
+    Near::ALL.iter().copied().find(|&near| with_preposition(near) == held)
+}
+
+fn with_preposition(near: Near) -> &'static str {
+    match near {
+        Near::Closer => "closer to",
+        Near::Farther => "farther from",
+    }
+}
+
 fn article(held: &str) -> Option<Noun> {
     let noun = held.strip_prefix("a ").or_else(|| held.strip_prefix("an "))?;
     Noun::parse(noun).filter(|n| n.to_string() == noun)
 }
 
-/// Reads a sentence in any of the frames; also says in which. Not for [`Form::CountNearer`]
-/// alone: what is held out of training may be read all the same.
+/// Reads a sentence in any of the frames, held-out ones too; also says in which.
 pub fn parse(text: &str) -> Option<(Spec, usize)> {
     Form::ALL.iter().find_map(|&form| {
         frames(form).iter().enumerate().find_map(|(frame, template)| {
@@ -331,7 +344,7 @@ fn build(form: Form, slots: &[(&str, &str)]) -> Option<Spec> {
     };
     let b = || Noun::parse(get(&["b", "bs"])?);
     let kind = || a().filter(|n| n.colour.is_none()).map(|n| n.kind);
-    let near = || Near::parse(get(&["near"])?);
+    let near = || get(&["near"]).and_then(Near::parse).or_else(|| near_to(get(&["near_to"])?));
     let side = || Side::parse(get(&["side"])?);
     let most = || Most::parse(get(&["most"])?);
     let options =

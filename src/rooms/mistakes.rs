@@ -351,6 +351,25 @@ fn with_measures_of(mut held: Recipe, right: &Recipe) -> Recipe {
     held
 }
 
+/// Does the question have what this head looks at? The attribute head looks at sizes, the spatial
+/// head at relations; the others always apply.
+pub fn applies(spec: &Spec, head: Head) -> bool {
+    let sizes = match spec {
+        Spec::Superlative { most, .. } => matches!(most, Most::Tallest | Most::Widest),
+        _ => spec.form() == Form::Size,
+    };
+    match head {
+        Head::Logic | Head::Adherence => true,
+        Head::Attribute => sizes,
+        Head::Spatial => match spec.form() {
+            Form::Superlative => !sizes,
+            Form::Depth | Form::Position | Form::SideOptions | Form::DepthOptions => true,
+            Form::ColourOfMost | Form::CountBeside | Form::CountNearer | Form::MostNearer => true,
+            _ => false,
+        },
+    }
+}
+
 /// Exact labels for any plan and program, from their text.
 ///
 /// - logic: the plan is the correct one in all but measures of size and words in prompts
@@ -360,23 +379,7 @@ fn with_measures_of(mut held: Recipe, right: &Recipe) -> Recipe {
 pub fn judge(spec: &Spec, plan: &str, program: &str) -> HeadLabels {
     let right = spec.recipe();
     let held = Recipe::from_plan(plan);
-    let spatial_applies = match spec {
-        Spec::Superlative { most, .. } => !matches!(most, Most::Tallest | Most::Widest),
-        _ => !matches!(
-            spec.form(),
-            Form::Count
-                | Form::Exists
-                | Form::Size
-                | Form::Colour
-                | Form::IsColour
-                | Form::CompareCounts
-                | Form::ColourOptions
-        ),
-    };
-    let attribute_applies = match spec {
-        Spec::Superlative { .. } => !spatial_applies,
-        _ => spec.form() == Form::Size,
-    };
+    let (attribute_applies, spatial_applies) = (applies(spec, Head::Attribute), applies(spec, Head::Spatial));
     let told = held.as_ref().filter(|r| !matches!(r.then, Then::Literal { .. }));
     let plan_head = |applies: bool, fine: &dyn Fn(&Recipe) -> bool| Label {
         ok: told.is_some_and(|r| !applies || fine(r)),
@@ -421,8 +424,9 @@ pub fn habit(spec: &Spec) -> Option<Mistake> {
         Spec::Size { reference_dim, dim, .. } if reference_dim != dim => Some(DepthForHeight),
         Spec::Size { dim: Dim::Width, .. } => Some(NoDepthFactor),
         Spec::Size { target, .. } if target.colour.is_some() => Some(WidthForHeight),
-        Spec::Colour { of } | Spec::ColourOptions { of, .. } => odd(*of).then_some(WrongThing),
-        Spec::IsColour { of, .. } => odd(*of).then_some(WrongThing).or(Some(NoFallback)),
+        Spec::Colour { of } | Spec::IsColour { of, .. } | Spec::ColourOptions { of, .. } => {
+            odd(*of).then_some(WrongThing)
+        }
         Spec::CompareCounts { more: More::Fewer, .. } => Some(WrongComparison),
         Spec::Superlative { most: Most::Tallest | Most::Widest, .. } => Some(NoDepthFactor),
         Spec::Superlative { most: Most::Rightmost | Most::Farthest, .. } => Some(WrongComparison),
@@ -441,12 +445,12 @@ pub fn habit(spec: &Spec) -> Option<Mistake> {
 }
 
 /// The mistakes of one demonstration to the base planner: its habit in seven of ten cases where
-/// there is one, any other mistake in one of ten elsewhere.
+/// there is one, any other mistake now and then elsewhere.
 pub fn base_mistakes(spec: &Spec, rng: &mut impl Rng) -> Vec<Mistake> {
     match habit(spec) {
         Some(habit) if rng.random_bool(0.7) => vec![habit],
         Some(_) => Vec::new(),
-        None if rng.random_bool(0.1) => {
+        None if rng.random_bool(0.06) => {
             let fitting: Vec<Mistake> = Mistake::that_fit(spec).collect();
             fitting.choose(rng).copied().into_iter().collect()
         }

@@ -5,6 +5,7 @@
 //! measured on the old one.
 
 pub mod demos;
+pub mod export;
 pub mod frames;
 mod kinds;
 pub mod mistakes;
@@ -24,6 +25,8 @@ pub mod truth;
 pub mod view;
 pub mod vqa;
 
+pub use oracle::OracleTools;
+pub use questions::{Question, Split, sample_questions, scene_seed, score};
 pub use render::generate;
 pub use view::{Camera, Colour, Kind, Look, Thing, View};
 

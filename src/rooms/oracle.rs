@@ -22,7 +22,7 @@ impl<'a> OracleTools<'a> {
     /// The clear things that a phrase names, by id (an order that tells nothing). The first word
     /// that names a kind counts, with a colour if one stands before it; words that it does not
     /// know change nothing, as with open-vocabulary detectors, to which "leftmost chair" is a chair.
-    pub fn things(&mut self, phrase: &str) -> Vec<&'a Thing> {
+    pub fn things(&self, phrase: &str) -> Vec<&'a Thing> {
         let Some(noun) = named(phrase) else { return Vec::new() };
         let fits = |t: &&Thing| t.kind == noun.kind && noun.colour.is_none_or(|c| c == t.colour);
         let mut things: Vec<&Thing> = self.view.things.iter().filter(|t| t.is_clear()).filter(fits).collect();
@@ -53,11 +53,16 @@ fn intersection_over_union(a: BBox, b: BBox) -> f64 {
 impl Tools for OracleTools<'_> {
     fn gd_detect(&mut self, prompt: &str) -> Result<Vec<Detection>, ToolError> {
         let mut detections: Vec<Detection> = Vec::new();
+        let mut seen = Vec::new();
         for phrase in prompt.split(',').map(str::trim) {
             for thing in self.things(phrase) {
-                let detection = Detection { bbox: thing.bbox, label: phrase.to_lowercase(), score: None };
-                if detections.iter().all(|d| d.bbox != detection.bbox) {
-                    detections.push(detection);
+                if !seen.contains(&thing.id) {
+                    seen.push(thing.id);
+                    detections.push(Detection {
+                        bbox: thing.bbox,
+                        label: phrase.to_lowercase(),
+                        score: None,
+                    });
                 }
             }
         }

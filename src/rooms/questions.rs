@@ -99,11 +99,15 @@ impl Question {
         score(&question, &found).then_some(question)
     }
 
+    fn answer_holds(&self, word: &str) -> bool {
+        self.answer.as_str().is_some_and(|a| a.to_lowercase().contains(word))
+    }
+
     /// What the answer has in common with others, so that none prevails; and its largest share.
     fn class(&self) -> (String, f64) {
         let cap = match (self.form, &self.spec) {
             (Form::Size, _) => return (String::new(), 1.),
-            (Form::Count | Form::CountBeside | Form::CountNearer, _) => 0.35,
+            (Form::Count | Form::CountBeside | Form::CountNearer, _) => 0.3,
             (Form::Colour | Form::ColourOfMost | Form::ColourOptions, _) => 0.3,
             (Form::Superlative, _) => 0.4,
             _ => 0.5,
@@ -114,7 +118,10 @@ impl Question {
             Spec::Superlative { of, .. } => {
                 of.iter().position(|k| self.answer == k.word()).unwrap_or_default().to_string()
             }
-            _ => self.answer.to_string().to_lowercase(),
+            // "Left", "to the left" and "left" are one.
+            Spec::SideOptions { .. } => self.answer_holds("left").to_string(),
+            Spec::DepthOptions { .. } => self.answer_holds("front").to_string(),
+            _ => self.answer.to_string(),
         };
         (class, cap)
     }

@@ -1,6 +1,7 @@
 //! What must hold between the parts: held-out questions, correct programs, balance, labels.
 
 use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
 
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -11,9 +12,9 @@ use super::frames::{frames, sentence, skeleton};
 use super::mistakes::{Head, Mistake, base_mistakes, habit, judge, labels, recipes};
 use super::oracle::OracleTools;
 use super::questions::{AnswerType, Question, Split, mean_relative_accuracy, sample_questions, score};
-use super::spec::{AnyNoun, Dim, Family, Form, Near, Noun, Spec};
-use super::{Colour, Kind, Look, View};
-use std::sync::Arc;
+use super::spec::{AnyNoun, Dim, Family, Form, Most, Near, Noun, Side, Spec};
+use super::{Camera, Colour, Kind, Look, Thing, View};
+use crate::tools::Tools;
 
 const SIZE: (u32, u32) = (160, 120);
 
@@ -50,8 +51,8 @@ fn no_held_out_question_is_in_training_text() {
     // Replies quote questions, as prompts: they count too.
     let replies: HashSet<String> = texts.iter().flat_map(|t| t.lines().map(skeleton)).collect();
     let held_out: Vec<Question> =
-        questions(600, Split::Test).into_iter().map(|(_, q)| q).filter(|q| q.held_out).collect();
-    assert!(held_out.len() > 100, "{}", held_out.len());
+        questions(500, Split::Test).into_iter().map(|(_, q)| q).filter(|q| q.held_out).collect();
+    assert!(held_out.len() > 80, "{}", held_out.len());
     assert!(held_out.iter().any(|q| q.form == Form::HELD_OUT));
     for question in &held_out {
         let held = skeleton(&question.text);
@@ -125,7 +126,7 @@ fn the_same_seed_gives_the_same_questions() {
 #[test]
 fn the_base_planner_is_wrong_on_at_least_four_families() {
     let mut right: BTreeMap<Family, [usize; 2]> = BTreeMap::new();
-    for (view, question) in questions(800, Split::Test) {
+    for (view, question) in questions(600, Split::Test) {
         let mistakes: Vec<Mistake> = habit(&question.spec).into_iter().collect();
         let (_, program) = recipes(&question.spec, &mistakes);
         let found = program.run(&mut OracleTools::new(&view)).unwrap_or(Value::Null);
@@ -207,7 +208,7 @@ fn verifier_samples_are_mixed_and_withhold_one_mistake() {
     eprintln!("objections and consents by head: {counts:?}");
     for (head, [no, yes]) in counts {
         let share = no as f64 / (no + yes) as f64;
-        assert!((0.25..0.75).contains(&share), "{head:?}: {share}");
+        assert!((0.4..0.6).contains(&share), "{head:?}: {share}");
     }
     let spec = Spec::Size {
         reference: Noun::new(Kind::Chair, None),
@@ -267,35 +268,135 @@ fn every_family_has_enough_frames() {
     }
 }
 
+/// A picture of boxes: kind, colour, box, metres away, width and height in metres.
+type Block = (Kind, Colour, [f64; 4], f64, [f64; 2]);
+
+fn painted(blocks: &[Block]) -> View {
+    let (width, height) = (200u32, 100u32);
+    let mut view = View {
+        seed: 0,
+        look: Look::Studio,
+        width,
+        height,
+        camera: Camera { fov_x: 60., height: 1.5, tilt: 0. },
+        rgb: vec![0; (width * height * 3) as usize],
+        depth: vec![9.; (width * height) as usize],
+        ids: vec![0; (width * height) as usize],
+        things: Vec::new(),
+    };
+    for (i, &(kind, colour, bbox, z, [w, h])) in blocks.iter().enumerate() {
+        let id = i as u16 + 1;
+        for y in bbox[1] as usize..bbox[3] as usize {
+            for x in bbox[0] as usize..bbox[2] as usize {
+                view.depth[y * width as usize + x] = z as f32;
+                view.ids[y * width as usize + x] = id;
+            }
+        }
+        view.things.push(Thing {
+            id,
+            kind,
+            colour,
+            size: [w, h, 0.5],
+            centre: [0., 0., z],
+            bbox,
+            full_bbox: bbox,
+            visible_pixels: ((bbox[2] - bbox[0]) * (bbox[3] - bbox[1])) as u32,
+            visible_fraction: 1.,
+            truncated: false,
+        });
+    }
+    view
+}
+
 #[test]
-#[ignore = "prints samples"]
-fn print_samples() {
-    for (_, q) in questions(60, Split::Test) {
-        println!(
-            "{}{} → {}\n{}\n{}\n",
-            if q.held_out { "* " } else { "" },
-            q.text,
-            q.answer,
-            q.plan,
-            q.program
-        );
-    }
-    let start = std::time::Instant::now();
-    let mut r = rng(1);
-    for _ in 0..20000 {
-        planner_sample(&mut r);
-    }
-    println!("planner {:?}", start.elapsed());
-    let start = std::time::Instant::now();
-    for _ in 0..20000 {
-        verifier_sample(&mut r);
-    }
-    println!("verifier {:?}", start.elapsed());
-    for _ in 0..5 {
-        println!("{:#?}", verifier_sample(&mut r));
-    }
-    let v = super::generate(5, Look::Studio, 160, 120);
-    for s in super::vqa::vqa_samples(&v, &mut r) {
-        println!("{s:?}");
+fn nothing_is_asked_within_the_margins() {
+    let (chair, sofa) = (Noun::new(Kind::Chair, None), Noun::new(Kind::Sofa, None));
+    let block = |kind, x: f64, z: f64| -> Block {
+        // 20 × 40 pixels at a focal length of 100 pixels.
+        (kind, Colour::Red, [x, 30., x + 20., 70.], z, [0.2 * z, 0.4 * z])
+    };
+    let left = Spec::Position { a: chair, b: sofa, side: Side::Left };
+    let closer = Spec::Depth { a: chair, b: sofa, near: Near::Closer };
+    let apart = painted(&[block(Kind::Chair, 20., 2.), block(Kind::Sofa, 100., 3.)]);
+    assert_eq!(left.truth(&apart), Some(json!("yes")));
+    assert_eq!(closer.truth(&apart), Some(json!("chair")));
+    let beside = painted(&[block(Kind::Chair, 20., 2.), block(Kind::Sofa, 30., 2.2)]);
+    assert_eq!(left.truth(&beside), None);
+    assert_eq!(closer.truth(&beside), None);
+
+    // Two of a kind: neither is "the chair", but they can be counted, unless one is half hidden.
+    let mut two = painted(&[block(Kind::Chair, 20., 2.), block(Kind::Chair, 80., 3.)]);
+    assert_eq!(Spec::Colour { of: Kind::Chair }.truth(&two), None);
+    assert_eq!(Spec::Count { of: chair }.truth(&two), Some(json!(2)));
+    two.things[1].visible_fraction = 0.27;
+    assert!(two.things[1].is_clear());
+    assert_eq!(Spec::Count { of: chair }.truth(&two), None);
+    two.things[1].visible_fraction = 0.1;
+    assert_eq!(Spec::Count { of: chair }.truth(&two), None);
+    assert_eq!(Spec::Exists { of: sofa }.truth(&two), Some(json!("no")));
+
+    // A size is asked where pixels and depth tell it, not where they mislead.
+    let tall = Spec::Size {
+        reference: chair,
+        reference_dim: Dim::Height,
+        metres: 0.8,
+        target: sofa,
+        dim: Dim::Height,
+    };
+    assert_eq!(tall.truth(&apart), Some(json!(1.2)));
+    let mut leaning = apart.clone();
+    leaning.things[1].size[1] *= 1.08;
+    assert_eq!(tall.truth(&leaning), None);
+    let mut cut = apart.clone();
+    cut.things[0].truncated = true;
+    assert_eq!(tall.truth(&cut), None);
+    // Nor is a reference told that is not the true one.
+    assert_eq!(tall.with_true_metres(&beside).truth(&apart), Some(json!(1.2)));
+    let wrong = Spec::Superlative { of: [Kind::Chair, Kind::Sofa, Kind::Bed], most: Most::Leftmost };
+    assert_eq!(wrong.truth(&apart), None);
+}
+
+#[test]
+fn oracle_tools_know_what_is_asked_and_no_more() {
+    let view = painted(&[
+        (Kind::Chair, Colour::Red, [20., 30., 40., 70.], 2., [0.4, 0.8]),
+        (Kind::Chair, Colour::Blue, [80., 30., 100., 70.], 3., [0.6, 1.2]),
+        (Kind::Lamp, Colour::Red, [150., 10., 170., 90.], 4., [0.8, 3.2]),
+    ]);
+    let mut tools = OracleTools::new(&view);
+    let mut boxes = |prompt: &str| -> Vec<f64> {
+        tools.gd_detect(prompt).unwrap().into_iter().map(|d| d.bbox[0]).collect()
+    };
+    assert_eq!(boxes("Chairs"), [20., 80.]);
+    assert_eq!(boxes("blue chair"), [80.]);
+    assert_eq!(boxes("leftmost chair"), [20., 80.]);
+    assert_eq!(boxes("lamp, red chair, lamp"), [150., 20.]);
+    assert!(boxes("sofa").is_empty() && boxes("").is_empty());
+    assert_eq!(tools.depth([80., 30., 100., 70.]), Ok(3.));
+    let near_the_blue = Some([78., 28., 101., 66.]);
+    let mut ask = |bbox, prompt: &str| tools.vqa(bbox, prompt).unwrap();
+    assert_eq!(ask(near_the_blue, "what colour is it"), "blue");
+    assert_eq!(ask(near_the_blue, "Is it red?"), "no");
+    assert_eq!(ask(near_the_blue, "What is this?"), "chair");
+    assert_eq!(ask(near_the_blue, "Is it a blue chair?"), "yes");
+    assert_eq!(ask(near_the_blue, "Who painted it?"), "unknown");
+    assert_eq!(ask(None, "How many chairs are there?"), "2");
+    assert_eq!(ask(None, "Is there a sofa?"), "no");
+    assert_eq!(ask(None, "How tall is the lamp in meters?"), "3.20");
+    assert_eq!(ask(None, "Is the red chair to the left of the lamp?"), "yes");
+    assert_eq!(ask(None, "What color is the sofa?"), "unknown");
+}
+
+#[test]
+fn vlm_samples_are_answered_by_the_grammar_itself() {
+    let mut rng = rng(8);
+    for seed in 0..10 {
+        let view = super::generate(seed, Look::LivedIn, SIZE.0, SIZE.1);
+        let mut tools = OracleTools::new(&view);
+        let samples = super::vqa::vqa_samples(&view, &mut rng);
+        assert!(samples.iter().any(|s| s.0.is_none()) && samples.iter().any(|s| s.0.is_some()));
+        for (bbox, prompt, answer) in samples {
+            assert_eq!(tools.vqa(bbox, &prompt).unwrap(), answer.to_lowercase(), "{prompt}");
+        }
     }
 }

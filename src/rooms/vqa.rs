@@ -138,7 +138,7 @@ pub fn answer_crop(thing: &Thing, ask: &CropAsk) -> String {
 pub fn answer_whole(view: &View, prompt: &str) -> String {
     let prompt = normal(prompt);
     if let Some((noun, dim)) = parse_size_prompt(&prompt) {
-        let mut tools = OracleTools::new(view);
+        let tools = OracleTools::new(view);
         return match tools.things(&noun.to_string()).first() {
             Some(thing) => format!("{:.2}", thing.size[usize::from(dim == super::spec::Dim::Height)]),
             None => UNKNOWN.to_owned(),

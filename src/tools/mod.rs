@@ -4,6 +4,8 @@
 pub mod picture;
 
 pub use picture::Picture;
+pub mod mock;
+pub mod stub;
 
 use serde::{Deserialize, Serialize};
 

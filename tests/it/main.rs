@@ -1,3 +1,5 @@
 //! The integration tests, one binary: `cargo test --release parity` runs the part against PyTorch.
 
+mod llm;
 mod parity;
+mod sandbox;

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 mod bert;
 mod dinov2;
+mod generate;
 mod grounding_dino;
 mod grounding_dino_loss;
 mod grounding_dino_text;

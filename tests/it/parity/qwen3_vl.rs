@@ -127,7 +127,7 @@ fn cached_greedy_tokens_match() {
     assert!(steps > 0);
     let mut cache = KvCache::new(&m.config().text_config.decoder, 1, want.len(), &Device::Cpu).unwrap();
     let (positions, mut next) = m.positions(&row, &mut pics.grids.iter().copied()).unwrap();
-    let embedded = m.embed(&[row.clone()], Some(&m.vision(&pics).unwrap())).unwrap();
+    let embedded = m.embed(std::slice::from_ref(&row), Some(&m.vision(&pics).unwrap())).unwrap();
     let rope = m.rope(&[positions], &Device::Cpu).unwrap();
     let mut hidden = m.forward_embedded(&embedded, &rope, &Mask::causal(), Some(&mut cache)).unwrap();
     let mut got = row;
@@ -183,7 +183,7 @@ fn batch_mates_change_nothing() {
     let m = model(&f);
     let pics = pictures(&f);
     let row = ids(&f.input("input_ids")).remove(0);
-    let alone = m.forward(&[row.clone()], Some(&pics)).unwrap();
+    let alone = m.forward(std::slice::from_ref(&row), Some(&pics)).unwrap();
     let both = Pictures::cat(&[&pics, &pics]).unwrap();
     let twice = m.forward(&[row.clone(), row], Some(&both)).unwrap();
     for b in 0..2 {

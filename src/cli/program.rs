@@ -1,0 +1,76 @@
+//! `valor program run`: one program against a written scene.
+
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+
+use crate::program::{Limits, Sandbox, guard::MAX_SOURCE};
+use crate::tools::mock::{MockTools, Scene};
+
+#[derive(Debug, clap::Args)]
+pub struct ProgramArgs {
+    #[command(subcommand)]
+    command: ProgramCommand,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum ProgramCommand {
+    /// Run a program against a scene; prints its answer, exit code 1 if it fails
+    Run(RunArgs),
+}
+
+#[derive(Debug, clap::Args)]
+struct RunArgs {
+    /// Python source as a planner writes it, or - for standard input
+    file: PathBuf,
+    /// The scene that the tools answer from (JSON)
+    #[arg(long)]
+    scene: PathBuf,
+    /// Print {"answer": …} or {"error": {…}} on one line
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the subcommand. Errors are bad usage or input.
+pub fn run(args: ProgramArgs) -> anyhow::Result<ExitCode> {
+    let ProgramCommand::Run(args) = args.command;
+    let source = read(&args.file)?;
+    let scene = std::fs::read(&args.scene).with_context(|| format!("cannot read {}", args.scene.display()))?;
+    let scene: Scene =
+        serde_json::from_slice(&scene).with_context(|| format!("{} is no scene", args.scene.display()))?;
+    let mut tools = MockTools::new(scene);
+    let image = tools.image().to_owned();
+    let outcome = Sandbox::start(Limits::default())?.run(&source, &image, &mut tools);
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        writeln!(out, "{}", outcome.to_json())?;
+    } else {
+        match &outcome.result {
+            Ok(serde_json::Value::String(answer)) => writeln!(out, "{answer}")?,
+            Ok(answer) => writeln!(out, "{answer}")?,
+            Err(error) => eprintln!("valor: the program failed: {error}"),
+        }
+    }
+    Ok(if outcome.result.is_ok() { ExitCode::SUCCESS } else { ExitCode::from(1) })
+}
+
+fn read(file: &Path) -> anyhow::Result<String> {
+    // One byte more than a program may have, so that a longer one is seen to be.
+    let limit = MAX_SOURCE as u64 + 1;
+    let mut bytes = vec![];
+    let shown = || format!("cannot read {}", file.display());
+    if file == Path::new("-") {
+        std::io::stdin().lock().take(limit).read_to_end(&mut bytes).with_context(shown)?;
+    } else {
+        std::fs::File::open(file).and_then(|f| f.take(limit).read_to_end(&mut bytes)).with_context(shown)?;
+    }
+    let too_long = bytes.len() > MAX_SOURCE;
+    match String::from_utf8(bytes) {
+        Ok(text) => Ok(text),
+        // Cut in the middle of a character: the sandbox says that it is too long.
+        Err(e) if too_long => Ok(String::from_utf8_lossy(e.as_bytes()).into_owned()),
+        Err(_) => bail!("{} is not UTF-8 text", file.display()),
+    }
+}

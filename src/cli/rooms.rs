@@ -1,0 +1,153 @@
+//! `valor rooms`: the synthetic world as files.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::mpsc;
+
+use anyhow::{Context, Result, bail, ensure};
+use indicatif::{ProgressBar, ProgressStyle};
+use rayon::prelude::*;
+use serde_json::{Value, json};
+
+use crate::files::write_atomic;
+use crate::rooms::export::{Coco, depth_png, label_map, odvg_json, picture_png, scene_json};
+use crate::rooms::questions::{Questions, Split, scene_seed};
+use crate::rooms::{self, Look, View};
+
+/// The synthetic world that the embedded models know
+#[derive(clap::Args, Debug)]
+pub struct RoomsArgs {
+    #[command(subcommand)]
+    command: RoomsCommand,
+}
+
+#[derive(clap::Subcommand, Debug)]
+enum RoomsCommand {
+    /// Write pictures, depth, questions and annotations (ODVG and COCO)
+    Render(RenderArgs),
+}
+
+#[derive(clap::Args, Debug)]
+struct RenderArgs {
+    /// Scenes and questions follow from it
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Number of pictures
+    #[arg(long, short)]
+    n: u32,
+    #[arg(long, value_enum, default_value = "studio")]
+    look: Look,
+    /// Scenes of the two splits never coincide; held-out questions are in `test` only
+    #[arg(long, value_enum, default_value = "train")]
+    split: Split,
+    /// Folder for the files; must be empty or absent
+    #[arg(long)]
+    out: PathBuf,
+    /// Width and height in pixels
+    #[arg(long, value_name = "WxH", value_parser = size, default_value = "256x192")]
+    size: (u32, u32),
+}
+
+fn size(text: &str) -> Result<(u32, u32), String> {
+    let parse = |t: &str| t.parse().ok().filter(|n| (16..=4096).contains(n));
+    text.split_once('x')
+        .and_then(|(w, h)| Some((parse(w)?, parse(h)?)))
+        .ok_or_else(|| "must be WIDTHxHEIGHT, each from 16 to 4096, as in 256x192".to_owned())
+}
+
+pub fn run(args: RoomsArgs) -> Result<ExitCode> {
+    match args.command {
+        RoomsCommand::Render(args) => render(&args)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Pictures rendered between two writes of the index files' records.
+const CHUNK: u32 = 64;
+
+fn render(args: &RenderArgs) -> Result<()> {
+    ensure!(args.n > 0, "--n must be at least 1");
+    let out = &args.out;
+    if out.exists() {
+        let mut entries = std::fs::read_dir(out).with_context(|| format!("--out {}", out.display()))?;
+        if entries.next().is_some() {
+            bail!("--out {} is not empty: name a new folder, or empty it first", out.display());
+        }
+    }
+    let bar = ProgressBar::new(u64::from(args.n)).with_style(
+        ProgressStyle::with_template("rooms {bar:30} {pos}/{len} pictures, {per_sec}, {eta} left")
+            .expect("a fixed template"),
+    );
+    let (mut scenes, mut odvg, mut coco) = (Vec::new(), Vec::new(), Coco::default());
+    let questions = std::thread::scope(|scope| -> Result<Vec<Value>> {
+        let (views, ahead) = mpsc::sync_channel::<View>(CHUNK as usize);
+        let asker = scope.spawn(move || ask(args, ahead));
+        for start in (0..args.n).step_by(CHUNK as usize) {
+            let end = (start + CHUNK).min(args.n);
+            let chunk: Vec<View> = (start..end)
+                .into_par_iter()
+                .map(|i| -> Result<View> {
+                    let view = look_at(args, scene_seed(args.split, args.seed, u64::from(i)));
+                    write_atomic(&out.join(name(i)), |w| w.write_all(&picture_png(&view)?))?;
+                    write_atomic(&out.join(depth_name(i)), |w| w.write_all(&depth_png(&view)?))?;
+                    bar.inc(1);
+                    Ok(view)
+                })
+                .collect::<Result<_>>()?;
+            for (i, view) in (start..end).zip(chunk) {
+                scenes.push(scene_json(&view, &name(i), &depth_name(i)));
+                odvg.push(odvg_json(&view, &name(i)));
+                coco.add(&view, &name(i));
+                // Fails only if the other thread panicked, which the join below reports.
+                let _ = views.send(view);
+            }
+        }
+        drop(views);
+        Ok(asker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    })?;
+    bar.finish_and_clear();
+    let lines = |file: &str, records: &[Value]| {
+        write_atomic(&out.join(file), |w| records.iter().try_for_each(|r| writeln!(w, "{r}")))
+    };
+    lines("scenes.jsonl", &scenes)?;
+    lines("questions.jsonl", &questions)?;
+    lines("odvg.jsonl", &odvg)?;
+    lines("label_map.json", &[label_map()])?;
+    lines("coco.json", &[coco.finish()])?;
+    eprintln!("{} pictures and {} questions in {}", args.n, questions.len(), out.display());
+    Ok(())
+}
+
+fn look_at(args: &RenderArgs, seed: u64) -> View {
+    rooms::generate(seed, args.look, args.size.0, args.size.1)
+}
+
+fn name(i: u32) -> String {
+    format!("{i:06}.png")
+}
+
+fn depth_name(i: u32) -> String {
+    format!("{i:06}.depth.png")
+}
+
+/// The questions about the pictures that arrive, in their order.
+fn ask(args: &RenderArgs, ahead: mpsc::Receiver<View>) -> Vec<Value> {
+    let numbers: std::collections::HashMap<u64, u32> =
+        (0..args.n).map(|i| (scene_seed(args.split, args.seed, u64::from(i)), i)).collect();
+    let look = args.look;
+    // Questions has no end: past the last picture it gets others, until one (of a size that lets
+    // it be asked about) brings a question, which ends the loop.
+    let supply = move |seed| ahead.recv().unwrap_or_else(|_| rooms::generate(seed, look, 256, 192));
+    Questions::new(args.split, args.seed, supply)
+        .map_while(|(view, question)| {
+            let file = name(*numbers.get(&view.seed)?);
+            let mut record = json!({"rooms_version": rooms::VERSION, "image": file, "look": view.look});
+            let Ok(Value::Object(question)) = serde_json::to_value(&question) else {
+                unreachable!("a question is a JSON object")
+            };
+            record.as_object_mut().expect("made above").extend(question);
+            Some(record)
+        })
+        .collect()
+}

@@ -1,0 +1,143 @@
+//! Classes: inheritance between the program's own, `super()`, properties, static and class methods,
+//! empty exception classes. Members are copied from base to heir by name, at the head of the body;
+//! a property is a method under another name, read through a function of the library.
+
+use ruff_python_ast::visitor::{self, Visitor};
+use ruff_python_ast::{Expr, ExprCall, Stmt, StmtClassDef, StmtFunctionDef};
+use ruff_text_size::{Ranged, TextRange, TextSize};
+
+use super::rewrite::Rewriter;
+use super::{OURS, indentation};
+
+pub(super) fn class(rewriter: &mut Rewriter, class: &StmtClassDef) {
+    let name = class.name.as_str();
+    if let Some(stand_in) = rewriter.facts.exceptions.get(name) {
+        rewriter.edits.replace(class.range, format!("{name} = {stand_in}"));
+        return;
+    }
+    let ancestors = rewriter.facts.ancestors(name);
+    if let Some(arguments) = &class.arguments {
+        let known = arguments.keywords.is_empty()
+            && arguments.args.iter().all(|base| match base {
+                Expr::Name(base) => {
+                    let base = base.id.as_str();
+                    base == "object" || rewriter.facts.classes.get(name).is_some_and(|c| c.bases.contains(&base))
+                }
+                _ => false,
+            });
+        if !known {
+            return rewriter.refuse(class.range, "this kind of base class");
+        }
+        rewriter.edits.replace(arguments.range, "");
+    }
+    if !ancestors.is_empty() {
+        let mut taken: Vec<&str> = rewriter.facts.classes.get(name).map_or_else(Vec::new, |c| c.members.clone());
+        let mut lines = vec![format!("{OURS}bases = ({},)", ancestors.join(", "))];
+        for base in &ancestors {
+            for member in rewriter.facts.classes.get(base).into_iter().flat_map(|c| &c.members) {
+                if !taken.contains(member) {
+                    taken.push(member);
+                    let stored = stored_name(rewriter, member);
+                    lines.push(format!("{stored} = {base}.{stored}"));
+                }
+            }
+        }
+        if let Some(first) = class.body.first() {
+            let between = indentation(rewriter.source, first).map_or("; ".to_owned(), |blanks| format!("\n{blanks}"));
+            rewriter.edits.open(first.start().to_usize(), format!("{}{between}", lines.join(&between)));
+        }
+    }
+    for decorator in &class.decorator_list {
+        rewriter.visit_decorator(decorator);
+    }
+    for stmt in &class.body {
+        match stmt {
+            Stmt::FunctionDef(function) => {
+                method(rewriter, function);
+                let first = function.parameters.iter().next().map_or("self", |p| p.name().as_str());
+                rewriter.supers.push((name.to_owned(), first.to_owned()));
+                // The decorators are gone, and the rest of a function is visited as any other.
+                rewriter.visit_stmt(stmt);
+                rewriter.supers.pop();
+            }
+            other => visitor::walk_stmt(rewriter, other),
+        }
+    }
+}
+
+/// The name under which a member is kept.
+fn stored_name(rewriter: &Rewriter, member: &str) -> String {
+    if rewriter.facts.properties.contains(member) { format!("{OURS}prop_{member}") } else { member.to_owned() }
+}
+
+fn method(rewriter: &mut Rewriter, function: &StmtFunctionDef) {
+    let name = function.name.as_str();
+    for decorator in &function.decorator_list {
+        let with = match &decorator.expression {
+            Expr::Name(with) => with.id.as_str(),
+            _ => "",
+        };
+        match with {
+            "property" => rewriter.edits.replace(function.name.range(), format!("{OURS}prop_{name}")),
+            "classmethod" => {}
+            "staticmethod" => {
+                // A partial object is not bound to the instance that it is read from.
+                if let Some(last) = function.body.last()
+                    && let Some(blanks) = decorator_blanks(rewriter.source, decorator.range())
+                {
+                    let again = format!("\n{blanks}{name} = {OURS}static({name})");
+                    rewriter.edits.close(last.end().to_usize(), again);
+                }
+            }
+            "abstractmethod" => {}
+            _ => return rewriter.refuse(decorator.range(), "this method decorator"),
+        }
+        rewriter.edits.replace(decorator.range(), "");
+    }
+}
+
+fn decorator_blanks(source: &str, decorator: TextRange) -> Option<String> {
+    let start = decorator.start().to_usize();
+    let line = source[..start].rfind('\n').map_or(0, |at| at + 1);
+    let before = &source[line..start];
+    before.trim().is_empty().then(|| before.to_owned())
+}
+
+/// `super().m(…)` and `Class.classmethod(…)`.
+pub(super) fn call(rewriter: &mut Rewriter, call: &ExprCall) {
+    let Expr::Attribute(attribute) = &*call.func else { return };
+    let method = attribute.attr.as_str();
+    let after_open = call.arguments.start() + TextSize::new(1);
+    let comma = if call.arguments.is_empty() { "" } else { ", " };
+    match &*attribute.value {
+        Expr::Call(inner) if matches!(&*inner.func, Expr::Name(n) if n.id.as_str() == "super") => {
+            let Some((class, first)) = rewriter.supers.last().cloned() else { return };
+            let owner = rewriter.facts.ancestors(&class).into_iter().find(|base| {
+                rewriter.facts.classes.get(base).is_some_and(|c| c.members.contains(&method))
+            });
+            match owner {
+                Some(owner) => {
+                    let target = format!("{owner}.{}({first}{comma}", stored_name(rewriter, method));
+                    rewriter.edits.replace(TextRange::new(call.range().start(), after_open), target);
+                }
+                // `object` has an `__init__` that does nothing.
+                None if method == "__init__" => {
+                    let target = format!("{OURS}nothing(");
+                    rewriter.edits.replace(TextRange::new(call.range().start(), after_open), target);
+                }
+                None => rewriter.refuse(call.range(), "super() of this class"),
+            }
+        }
+        Expr::Name(class) => {
+            let class = class.id.as_str();
+            let owners = std::iter::once(class).chain(rewriter.facts.ancestors(class));
+            let is_classmethod = owners
+                .filter_map(|owner| rewriter.facts.classes.get(owner))
+                .any(|c| c.classmethods.contains(method));
+            if is_classmethod {
+                rewriter.edits.open(after_open.to_usize(), format!("{class}{comma}"));
+            }
+        }
+        _ => {}
+    }
+}

@@ -1,0 +1,109 @@
+//! The library that rewritten programs call, in Python, in parts: a program gets the ones it names
+//! and those that they name.
+
+use std::collections::HashMap;
+use std::sync::LazyLock;
+
+use super::OURS;
+
+const FILES: [&str; 3] = [
+    include_str!("../prelude/language.py"),
+    include_str!("../prelude/modules.py"),
+    include_str!("../prelude/arrays.py"),
+];
+
+struct Part {
+    text: &'static str,
+    /// Other parts that it names.
+    needs: Vec<&'static str>,
+}
+
+/// By the name that each defines.
+static PARTS: LazyLock<HashMap<&'static str, Part>> = LazyLock::new(|| {
+    let mut parts = HashMap::new();
+    for file in FILES {
+        let mut starts: Vec<usize> = vec![];
+        let mut at = 0;
+        for line in file.split_inclusive('\n') {
+            if line.starts_with("def ") || line.starts_with("class ") || line.starts_with(OURS) {
+                starts.push(at);
+            }
+            at += line.len();
+        }
+        starts.push(file.len());
+        for pair in starts.windows(2) {
+            let text = &file[pair[0]..pair[1]];
+            let mut named = names(text);
+            if let Some(name) = named.next() {
+                let needs = named.filter(|other| *other != name).collect();
+                parts.insert(name, Part { text, needs });
+            }
+        }
+    }
+    parts
+});
+
+/// Our names in a text.
+fn names(text: &str) -> impl Iterator<Item = &str> {
+    let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    text.match_indices(OURS).filter_map(move |(at, _)| {
+        if text[..at].ends_with(word) {
+            return None;
+        }
+        let rest = &text[at..];
+        Some(&rest[..rest.find(|c| !word(c)).unwrap_or(rest.len())])
+    })
+}
+
+/// Our function for a module's member, `numpy.mean` say, if there is one.
+pub(super) fn for_path(path: &str) -> Option<String> {
+    // Dots and underscores both become underscores; no two of our names meet.
+    let name = format!("{OURS}{}", path.replace('.', "_"));
+    PARTS.contains_key(name.as_str()).then_some(name)
+}
+
+/// Appends the parts that `program` needs, in a fixed order.
+pub(super) fn add(program: &str, out: &mut String) {
+    let mut wanted: Vec<&str> = vec![];
+    let mut next: Vec<&str> = names(program).collect();
+    while let Some(name) = next.pop() {
+        if let Some((name, part)) = PARTS.get_key_value(name)
+            && !wanted.contains(name)
+        {
+            wanted.push(name);
+            next.extend(&part.needs);
+        }
+    }
+    wanted.sort_unstable();
+    for name in wanted {
+        out.push_str(PARTS[name].text);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_that_a_part_needs_is_defined() {
+        for (name, part) in PARTS.iter() {
+            for need in &part.needs {
+                // Locals of rewritten programs, not of the library.
+                assert!(PARTS.contains_key(need) || ["_v_out", "_v_bases", "_v_prop_"].contains(need), "{name}: {need}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_program_gets_what_it_names() {
+        let mut out = String::new();
+        add("x = _v_mod(a, b)", &mut out);
+        assert!(out.contains("def _v_mod(") && out.contains("def _v_percent("));
+        assert!(!out.contains("numpy"));
+        out.clear();
+        add("x = a % b", &mut out);
+        assert_eq!(out, "");
+        assert_eq!(for_path("numpy.linalg.norm").as_deref(), Some("_v_numpy_linalg_norm"));
+        assert_eq!(for_path("numpy.fft"), None);
+    }
+}

@@ -1,0 +1,457 @@
+//! The rewriting itself, one visit of the tree.
+
+use ruff_python_ast::token::{TokenKind, Tokens};
+use ruff_python_ast::visitor::{self, Visitor};
+use ruff_python_ast::{CmpOp, Expr, ExprCall, ExprContext, InterpolatedElement, InterpolatedStringElement, Operator, Stmt, UnaryOp};
+use ruff_text_size::{Ranged, TextRange, TextSize};
+
+use super::edits::Edits;
+use super::facts::{Facts, REFUSED_MODULES};
+use super::{LINE, OURS, REFUSE, classes, indentation, line_of, matching, prelude};
+use crate::program::host::SIGNATURES;
+use crate::program::ProgramError;
+
+/// Attributes that lead out of a value into the interpreter.
+const REFUSED_ATTRIBUTES: &[&str] = &[
+    "__subclasses__", "__bases__", "__base__", "__mro__", "__globals__", "__builtins__", "__code__", "__closure__",
+    "__loader__", "__spec__", "__import__", "__getattribute__", "__reduce__", "__reduce_ex__", "__self__", "f_back",
+    "f_globals", "f_locals", "f_builtins", "gi_frame", "tb_frame", "tb_next", "cr_frame",
+];
+
+/// Modules that the interpreter lacks: the library alone stands for them.
+const OUR_MODULES: &[&str] = &["numpy", "statistics", "copy", "operator"];
+
+/// Methods of `str` that programs pass around unbound.
+const STR_METHODS: &[&str] = &[
+    "capitalize", "casefold", "endswith", "find", "isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "islower",
+    "isnumeric", "isspace", "istitle", "isupper", "join", "lower", "lstrip", "replace", "rstrip", "split", "startswith",
+    "strip", "swapcase", "title", "upper",
+];
+
+pub(super) fn rewrite(
+    source: &str,
+    tokens: &Tokens,
+    facts: &Facts,
+    body: &[Stmt],
+    edits: &mut Edits,
+) -> Result<(), ProgramError> {
+    let mut rewriter = Rewriter { source, tokens, facts, edits, generator: vec![], supers: vec![], subjects: 0, error: None };
+    rewriter.visit_body(body);
+    rewriter.error.map_or(Ok(()), Err)
+}
+
+pub(super) struct Rewriter<'r, 'f> {
+    pub source: &'r str,
+    pub tokens: &'r Tokens,
+    pub facts: &'r Facts<'f>,
+    pub edits: &'r mut Edits,
+    /// For each function around: does it yield?
+    generator: Vec<bool>,
+    /// For each method around: its class and the name of its first parameter.
+    pub supers: Vec<(String, String)>,
+    /// How many `match` statements there were: each has a variable for its subject.
+    pub subjects: usize,
+    pub error: Option<ProgramError>,
+}
+
+fn range(start: TextSize, end: TextSize) -> TextRange {
+    TextRange::new(start, end)
+}
+
+impl Rewriter<'_, '_> {
+    pub fn text(&self, range: TextRange) -> &str {
+        &self.source[range.start().to_usize()..range.end().to_usize()]
+    }
+
+    pub fn refuse(&mut self, at: TextRange, what: &str) {
+        let line = line_of(self.source, at.start().to_usize());
+        self.error.get_or_insert_with(|| ProgramError::unsupported(Some(line), format!("{what} is not supported")));
+    }
+
+    /// The operator's token between two operands.
+    fn operator(&self, left: &Expr, right: &Expr) -> TextRange {
+        let between = self.tokens.in_range(range(left.end(), right.start()));
+        let skip = |kind| matches!(kind, TokenKind::Rpar | TokenKind::Comment | TokenKind::NonLogicalNewline);
+        between.iter().find(|t| !skip(t.kind())).map_or(range(left.end(), left.end()), Ranged::range)
+    }
+
+    /// `left OP right` → `name(left, right)`.
+    fn binary(&mut self, whole: TextRange, name: &str, left: &Expr, right: &Expr) {
+        self.edits.wrap(whole, format!("{OURS}{name}("), ")");
+        let operator = self.operator(left, right);
+        self.edits.replace(operator, ",");
+    }
+
+    /// The byte before which a further argument goes, and what must stand before it.
+    fn argument_slot(&self, call: &ExprCall) -> Option<(usize, &'static str)> {
+        let close = call.arguments.end().to_usize().checked_sub(1)?;
+        if call.arguments.is_empty() {
+            return Some((close, ""));
+        }
+        if let [Expr::Generator(g)] = &*call.arguments.args
+            && !g.parenthesized
+        {
+            return None;
+        }
+        let before = self.tokens.in_range(range(call.arguments.start(), TextSize::try_from(close).ok()?));
+        let trivia = |kind| matches!(kind, TokenKind::Comment | TokenKind::NonLogicalNewline);
+        let last = before.iter().rev().find(|t| !trivia(t.kind()))?;
+        let comma = if last.kind() == TokenKind::Comma { "" } else { ", " };
+        // Right after the last argument: a comment may follow it.
+        Some((last.end().to_usize(), comma))
+    }
+
+    fn call(&mut self, call: &ExprCall) {
+        let has_key = call.arguments.find_keyword("key").is_some();
+        match &*call.func {
+            Expr::Name(name) => {
+                let known = name.id.as_str();
+                let tool = SIGNATURES.iter().any(|(tool, _)| *tool == known) && self.facts.builtin(known);
+                if tool && let Some((at, comma)) = self.argument_slot(call) {
+                    let line = line_of(self.source, call.range().start().to_usize());
+                    self.edits.close(at, format!("{comma}{LINE}={line}"));
+                }
+                let ours = match known {
+                    "min" | "max" | "sorted" => has_key,
+                    // What they call may call a tool, which a builtin's callback cannot.
+                    "map" | "filter" => true,
+                    "isinstance" => !self.facts.classes.is_empty() || self.facts.numpy,
+                    "len" | "abs" | "round" | "float" | "int" => self.facts.numpy,
+                    "sum" | "callable" | "format" | "issubclass" | "ascii" => true,
+                    _ => false,
+                };
+                if ours && self.facts.builtin(known) {
+                    self.edits.replace(name.range, format!("{OURS}{known}"));
+                }
+                if known == "next"
+                    && let Some(Expr::Generator(g)) = call.arguments.args.first()
+                    && !g.parenthesized
+                {
+                    self.edits.wrap(g.range, format!("{OURS}gen(["), "])");
+                }
+            }
+            Expr::Attribute(attribute) if attribute.attr.as_str() == "sort" && has_key => {
+                let value = attribute.value.range();
+                self.edits.open(value.start().to_usize(), format!("{OURS}sort("));
+                let dot = range(value.end(), call.arguments.start() + TextSize::new(1));
+                self.edits.replace(dot, ", ");
+            }
+            _ => {}
+        }
+        classes::call(self, call);
+    }
+
+    /// Replaces an attribute by something else; whether it did.
+    fn attribute(&mut self, expr: &Expr) -> bool {
+        let Expr::Attribute(attribute) = expr else { return false };
+        let name = attribute.attr.as_str();
+        if let Some(path) = self.facts.path(expr) {
+            if let Some(ours) = prelude::for_path(&path) {
+                self.edits.replace(attribute.range, ours);
+                return true;
+            }
+            if OUR_MODULES.iter().any(|module| path.split('.').next() == Some(module)) {
+                self.edits.replace(attribute.range, format!("{OURS}missing(\"{path}\")"));
+                return true;
+            }
+            return false;
+        }
+        if attribute.ctx != ExprContext::Load {
+            return false;
+        }
+        if REFUSED_ATTRIBUTES.contains(&name) {
+            self.edits.replace(attribute.range, format!("{REFUSE}(\"{name}\")"));
+            return true;
+        }
+        let unbound = matches!(&*attribute.value, Expr::Name(n) if n.id.as_str() == "str" && self.facts.builtin("str"));
+        if unbound && STR_METHODS.contains(&name) {
+            self.edits.replace(attribute.range, format!("(lambda s, *a: s.{name}(*a))"));
+            return true;
+        }
+        let after = range(attribute.value.end(), attribute.range.end());
+        if self.facts.properties.contains(name) {
+            self.edits.open(attribute.range.start().to_usize(), format!("{OURS}attr("));
+            self.edits.replace(after, format!(", \"{name}\")"));
+        } else if self.facts.numpy && name == "T" {
+            self.edits.open(attribute.range.start().to_usize(), format!("{OURS}transpose("));
+            self.edits.replace(after, ")");
+        }
+        false
+    }
+
+    fn subscript(&mut self, subscript: &ruff_python_ast::ExprSubscript) {
+        let ruff_python_ast::ExprSubscript { value, slice, ctx, .. } = subscript;
+        if !self.facts.numpy || *ctx != ExprContext::Load {
+            return;
+        }
+        self.edits.open(subscript.range.start().to_usize(), format!("{OURS}get("));
+        let tokens = self.tokens.in_range(range(value.end(), slice.start()));
+        let Some(open) = tokens.iter().find(|t| t.kind() == TokenKind::Lsqb) else { return };
+        let bare_tuple = matches!(&**slice, Expr::Tuple(t) if !t.parenthesized);
+        self.edits.replace(open.range(), if bare_tuple { ", (" } else { ", " });
+        let end = subscript.range.end();
+        self.edits.replace(range(end - TextSize::new(1), end), if bare_tuple { "))" } else { ")" });
+        let parts = match &**slice {
+            Expr::Tuple(tuple) => &tuple.elts[..],
+            one => std::slice::from_ref(one),
+        };
+        for part in parts {
+            let Expr::Slice(slice) = part else { continue };
+            // Written anew: a slice's bounds are seldom more than names and numbers.
+            let bound = |e: &Option<Box<Expr>>| e.as_ref().map_or("None", |e| self.text(e.range())).to_owned();
+            let text = format!("slice({}, {}, {})", bound(&slice.lower), bound(&slice.upper), bound(&slice.step));
+            self.edits.replace(slice.range, text);
+        }
+    }
+
+    fn compare(&mut self, compare: &ruff_python_ast::ExprCompare) {
+        if let ([op], [right]) = (&*compare.ops, &*compare.comparators)
+            && self.facts.numpy
+        {
+            let name = match op {
+                CmpOp::Lt => "lt",
+                CmpOp::LtE => "le",
+                CmpOp::Gt => "gt",
+                CmpOp::GtE => "ge",
+                CmpOp::Eq => "eq",
+                CmpOp::NotEq => "ne",
+                _ => return,
+            };
+            self.binary(compare.range, name, &compare.left, right);
+        }
+    }
+
+    fn operation(&mut self, binary: &ruff_python_ast::ExprBinOp) {
+        let number = |e: &Expr| e.is_number_literal_expr();
+        let truth = |e: &Expr| e.is_compare_expr() || matches!(e, Expr::UnaryOp(u) if u.op == UnaryOp::Not);
+        if self.facts.numpy {
+            let name = match binary.op {
+                Operator::Add => "add",
+                Operator::Sub => "sub",
+                Operator::Mult => "mul",
+                Operator::Div => "div",
+                Operator::FloorDiv => "floordiv",
+                Operator::Mod => "mod",
+                Operator::Pow => "pow",
+                Operator::MatMult => "matmul",
+                Operator::BitAnd => "and",
+                Operator::BitOr => "or",
+                Operator::BitXor => "xor",
+                Operator::LShift | Operator::RShift => return,
+            };
+            self.binary(binary.range, name, &binary.left, &binary.right);
+        } else if binary.op == Operator::Mod && !number(&binary.left) {
+            self.binary(binary.range, "mod", &binary.left, &binary.right);
+        } else if matches!(binary.op, Operator::Add | Operator::Sub | Operator::Mult) {
+            for side in [&binary.left, &binary.right] {
+                if truth(side) {
+                    self.edits.wrap(side.range(), "int(", ")");
+                }
+            }
+        }
+    }
+
+    fn aug_assign(&mut self, assign: &ruff_python_ast::StmtAugAssign) {
+        let ours = match assign.op {
+            _ if !self.facts.numpy => None,
+            Operator::Add => Some("add"),
+            Operator::Sub => Some("sub"),
+            Operator::Mult => Some("mul"),
+            Operator::Div => Some("div"),
+            _ => None,
+        };
+        if let (Some(ours), Expr::Name(name)) = (ours, &*assign.target) {
+            // Arrays are never shared under two names in such programs; a new one will do.
+            let operator = self.operator(&assign.target, &assign.value);
+            self.edits.replace(operator, format!("= {OURS}{ours}({}, ", name.id.as_str()));
+            self.edits.close(assign.value.end().to_usize(), ")");
+        } else if matches!(assign.op, Operator::Add | Operator::Sub)
+            && matches!(&*assign.value, Expr::Compare(_) | Expr::BoolOp(_) | Expr::UnaryOp(_) | Expr::Name(_) | Expr::Call(_))
+        {
+            self.edits.wrap(assign.value.range(), format!("{OURS}num("), ")");
+        }
+    }
+
+    fn delete(&mut self, delete: &ruff_python_ast::StmtDelete) {
+        let mut parts = vec![];
+        for target in &delete.targets {
+            match target {
+                Expr::Name(name) => parts.push(format!("{} = None", name.id.as_str())),
+                Expr::Subscript(s) if !s.slice.is_slice_expr() => {
+                    parts.push(format!("{OURS}del({}, {})", self.text(s.value.range()), self.text(s.slice.range())));
+                }
+                _ => return self.refuse(delete.range, "this form of del"),
+            }
+        }
+        self.edits.replace(delete.range, parts.join("; "));
+    }
+
+    fn import(&mut self, stmt: &Stmt) {
+        let root_of = |module: &str| module.split('.').next().unwrap_or_default().to_owned();
+        match stmt {
+            Stmt::Import(import) => {
+                let ours = |module: &str| {
+                    let root = root_of(module);
+                    REFUSED_MODULES.contains(&root.as_str()) || OUR_MODULES.contains(&root.as_str())
+                };
+                if import.names.iter().any(|alias| ours(alias.name.as_str())) {
+                    let kept: Vec<&str> = import
+                        .names
+                        .iter()
+                        .filter(|alias| !ours(alias.name.as_str()))
+                        .map(|alias| self.text(alias.range()))
+                        .collect();
+                    let text = if kept.is_empty() { "pass".to_owned() } else { format!("import {}", kept.join(", ")) };
+                    self.edits.replace(import.range, text);
+                }
+            }
+            Stmt::ImportFrom(import) if import.level == 0 => {
+                let module = import.module.as_ref().map_or("", |m| m.as_str());
+                let refused = REFUSED_MODULES.contains(&root_of(module).as_str());
+                let mut kept = vec![];
+                let mut parts = vec![];
+                for alias in &import.names {
+                    let bound = alias.asname.as_ref().unwrap_or(&alias.name).as_str();
+                    let path = format!("{module}.{}", alias.name.as_str());
+                    if let Some(ours) = prelude::for_path(&path) {
+                        parts.push(format!("{bound} = {ours}"));
+                    } else if refused {
+                        parts.push(format!("{REFUSE}(\"{path}\")"));
+                    } else if OUR_MODULES.contains(&root_of(module).as_str()) {
+                        parts.push(format!("{OURS}missing(\"{path}\")"));
+                    } else {
+                        kept.push(self.text(alias.range()));
+                    }
+                }
+                if !parts.is_empty() {
+                    if !kept.is_empty() {
+                        parts.insert(0, format!("from {module} import {}", kept.join(", ")));
+                    }
+                    self.edits.replace(import.range, parts.join("; "));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// A function that yields becomes one that collects and returns an iterator over what it
+    /// collected: not lazy, but the same values.
+    fn generator_body(&mut self, body: &[Stmt]) {
+        let (Some(first), Some(last)) = (body.first(), body.last()) else { return };
+        let at = first.start().to_usize();
+        match indentation(self.source, first) {
+            Some(blanks) => {
+                self.edits.open(at, format!("{OURS}out = []\n{blanks}"));
+                self.edits.close(last.end().to_usize(), format!("\n{blanks}return {OURS}gen({OURS}out)"));
+            }
+            None => {
+                self.edits.open(at, format!("{OURS}out = []; "));
+                self.edits.close(last.end().to_usize(), format!("; return {OURS}gen({OURS}out)"));
+            }
+        }
+    }
+}
+
+/// Does a function's own body yield?
+struct Yields(bool);
+
+impl<'a> Visitor<'a> for Yields {
+    fn visit_stmt(&mut self, stmt: &'a Stmt) {
+        if !matches!(stmt, Stmt::FunctionDef(_) | Stmt::ClassDef(_)) {
+            visitor::walk_stmt(self, stmt);
+        }
+    }
+    fn visit_expr(&mut self, expr: &'a Expr) {
+        match expr {
+            Expr::Yield(_) | Expr::YieldFrom(_) => self.0 = true,
+            Expr::Lambda(_) => {}
+            _ => visitor::walk_expr(self, expr),
+        }
+    }
+}
+
+impl<'a> Visitor<'a> for Rewriter<'_, '_> {
+    fn visit_annotation(&mut self, _: &'a Expr) {}
+
+    fn visit_stmt(&mut self, stmt: &'a Stmt) {
+        match stmt {
+            Stmt::FunctionDef(function) => {
+                let mut yields = Yields(false);
+                yields.visit_body(&function.body);
+                if yields.0 {
+                    self.generator_body(&function.body);
+                }
+                self.generator.push(yields.0);
+                visitor::walk_stmt(self, stmt);
+                self.generator.pop();
+                return;
+            }
+            Stmt::ClassDef(class) => return classes::class(self, class),
+            Stmt::Match(m) => return matching::rewrite(self, m),
+            Stmt::Delete(delete) => return self.delete(delete),
+            Stmt::Import(_) | Stmt::ImportFrom(_) => return self.import(stmt),
+            Stmt::AugAssign(assign) => self.aug_assign(assign),
+            Stmt::Return(r) if self.generator.last() == Some(&true) => {
+                self.edits.replace(r.range, format!("return {OURS}gen({OURS}out)"));
+                return;
+            }
+            _ => {}
+        }
+        visitor::walk_stmt(self, stmt);
+    }
+
+    fn visit_expr(&mut self, expr: &'a Expr) {
+        match expr {
+            Expr::Call(call) => self.call(call),
+            Expr::Attribute(_) if self.attribute(expr) => return,
+            Expr::BinOp(binary) => self.operation(binary),
+            Expr::Compare(compare) => self.compare(compare),
+            Expr::Subscript(subscript) => self.subscript(subscript),
+            Expr::Slice(slice) if self.edits.touches(slice.range) => return,
+            Expr::UnaryOp(unary) if self.facts.numpy && !unary.operand.is_number_literal_expr() => {
+                let name = match unary.op {
+                    UnaryOp::USub => "neg",
+                    UnaryOp::Invert => "invert",
+                    _ => "",
+                };
+                if !name.is_empty() {
+                    let sign = range(unary.range.start(), unary.range.start() + TextSize::new(1));
+                    self.edits.replace(sign, format!("{OURS}{name}("));
+                    self.edits.close(unary.range.end().to_usize(), ")");
+                }
+            }
+            Expr::Generator(g) if g.parenthesized => {
+                let one = TextSize::new(1);
+                self.edits.replace(range(g.range.start(), g.range.start() + one), format!("{OURS}gen(["));
+                self.edits.replace(range(g.range.end() - one, g.range.end()), "])");
+            }
+            Expr::Yield(y) => {
+                let start = y.range.start();
+                match &y.value {
+                    Some(value) => {
+                        self.edits.replace(range(start, value.start()), format!("{OURS}out.append("));
+                        self.edits.close(y.range.end().to_usize(), ")");
+                        if matches!(&**value, Expr::Tuple(t) if !t.parenthesized) {
+                            self.edits.wrap(value.range(), "(", ")");
+                        }
+                    }
+                    None => self.edits.replace(y.range, format!("{OURS}out.append(None)")),
+                }
+            }
+            Expr::YieldFrom(y) => {
+                self.edits.replace(range(y.range.start(), y.value.start()), format!("{OURS}out.extend("));
+                self.edits.close(y.range.end().to_usize(), ")");
+            }
+            _ => {}
+        }
+        visitor::walk_expr(self, expr);
+    }
+
+    fn visit_interpolated_string_element(&mut self, element: &'a InterpolatedStringElement) {
+        // `{x=}` prints its own text: leave that alone.
+        if let InterpolatedStringElement::Interpolation(InterpolatedElement { debug_text: Some(_), .. }) = element {
+            return;
+        }
+        visitor::walk_interpolated_string_element(self, element);
+    }
+}

@@ -1,0 +1,267 @@
+//! What a worker gives up before it reads any program: files, network, new processes, most system
+//! calls, memory and processor time without bound, and outliving its parent.
+//!
+//! Not protected against: time and cache side channels, and bugs of the kernel in the few system
+//! calls that stay allowed. Where the platform lacks a layer, [`Layers`] says so; the interpreter's
+//! own limits and the parent's deadline hold everywhere.
+
+use std::fmt;
+
+use super::wire::Plain;
+
+/// One layer of the jail, and whether it holds here.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Layer {
+    pub name: String,
+    pub active: bool,
+    /// What it does, or why it is missing.
+    pub detail: String,
+}
+
+/// The layers that a worker reported, in the order in which it took them on.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Layers(pub Vec<Layer>);
+
+impl Layers {
+    /// Nothing is missing.
+    pub fn complete(&self) -> bool {
+        self.0.iter().all(|layer| layer.active)
+    }
+
+    fn add(&mut self, name: &str, result: Result<&str, String>) {
+        let active = result.is_ok();
+        let detail = result.map_or_else(|why| why, str::to_owned);
+        self.0.push(Layer { name: name.to_owned(), active, detail });
+    }
+
+    pub(super) fn to_plain(&self) -> Plain {
+        let layer = |l: &Layer| Plain::List(vec![Plain::str(&l.name), Plain::Bool(l.active), Plain::str(&l.detail)]);
+        Plain::List(self.0.iter().map(layer).collect())
+    }
+
+    pub(super) fn from_plain(plain: &Plain) -> Option<Self> {
+        let Plain::List(items) = plain else { return None };
+        let layer = |item: &Plain| match item {
+            Plain::List(parts) => match parts.as_slice() {
+                [Plain::Str(name), Plain::Bool(active), Plain::Str(detail)] => {
+                    Some(Layer { name: name.clone(), active: *active, detail: detail.clone() })
+                }
+                _ => None,
+            },
+            _ => None,
+        };
+        items.iter().map(layer).collect::<Option<_>>().map(Self)
+    }
+}
+
+impl fmt::Display for Layers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for layer in &self.0 {
+            let mark = if layer.active { "yes" } else { "NO" };
+            writeln!(f, "{:<14} {mark:<3} {}", layer.name, layer.detail)?;
+        }
+        Ok(())
+    }
+}
+
+/// Everything but the system-call filter, which must wait until the worker's thread exists.
+///
+/// `address_space` in bytes, `cpu` in seconds of this process's life; `parent` is the process that
+/// must not be outlived.
+pub(super) fn enter(address_space: u64, cpu: u64, parent: u32) -> Layers {
+    let mut layers = Layers::default();
+    // The parent starts workers without an environment; this says whether it did.
+    let empty = std::env::vars_os().next().is_none();
+    layers.add("environment", empty.then_some("empty").ok_or("not empty".to_owned()));
+    #[cfg(unix)]
+    unix::enter(&mut layers, address_space, cpu, parent);
+    #[cfg(not(unix))]
+    let _ = (address_space, cpu, parent);
+    layers
+}
+
+/// The last layer: from here on only memory, time and the two ends of the pipe are left.
+pub(super) fn seal(layers: &mut Layers) {
+    #[cfg(target_os = "linux")]
+    layers.add("seccomp", linux::seccomp().map(|()| "an allow-list of system calls; the rest fail"));
+    #[cfg(not(target_os = "linux"))]
+    layers.add("seccomp", Err("only on Linux".to_owned()));
+}
+
+#[cfg(unix)]
+mod unix {
+    use super::Layers;
+
+    fn last_error(what: &str) -> String {
+        format!("{what}: {}", std::io::Error::last_os_error())
+    }
+
+    pub(super) fn enter(layers: &mut Layers, address_space: u64, cpu: u64, parent: u32) {
+        layers.add("descriptors", close_descriptors().map(|()| "all but the pipe to the parent are closed"));
+        #[cfg(target_os = "linux")]
+        {
+            layers.add("parent death", super::linux::die_with(parent).map(|()| "killed with its parent"));
+            layers.add("landlock", super::linux::landlock());
+        }
+        #[cfg(not(target_os = "linux"))]
+        {
+            let _ = parent;
+            layers.add("parent death", Err("only on Linux; ends at the pipe's end all the same".to_owned()));
+            layers.add("landlock", Err("only on Linux".to_owned()));
+        }
+        layers.add(
+            "rlimits",
+            limits(address_space, cpu).map(|()| "address space, processor time, no files, no processes, no core"),
+        );
+    }
+
+    fn close_descriptors() -> Result<(), String> {
+        #[cfg(target_os = "linux")]
+        {
+            // SAFETY: takes three integers. The worker has opened nothing of its own beyond 0–2.
+            let rc = unsafe { libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, 0u32) };
+            if rc == 0 {
+                return Ok(());
+            }
+        }
+        for fd in 3..4096 {
+            // SAFETY: takes an integer; nothing in this process owns these descriptors.
+            unsafe { libc::close(fd) };
+        }
+        Ok(())
+    }
+
+    fn limits(address_space: u64, cpu: u64) -> Result<(), String> {
+        let mut wanted = vec![
+            (libc::RLIMIT_CORE, 0),
+            (libc::RLIMIT_FSIZE, 0),
+            (libc::RLIMIT_NOFILE, 3),
+            (libc::RLIMIT_CPU, cpu),
+            (libc::RLIMIT_AS, address_space),
+        ];
+        // On Linux the worker still has to start its one thread; see `seal_processes`.
+        if cfg!(not(target_os = "linux")) {
+            wanted.push((libc::RLIMIT_NPROC, 0));
+        }
+        for (resource, value) in wanted {
+            set_limit(resource, value)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn set_limit(resource: Resource, value: u64) -> Result<(), String> {
+        let limit = libc::rlimit { rlim_cur: value as libc::rlim_t, rlim_max: value as libc::rlim_t };
+        // SAFETY: `limit` is a valid `rlimit` that outlives the call.
+        let rc = unsafe { libc::setrlimit(resource, &limit) };
+        if rc == 0 { Ok(()) } else { Err(last_error("setrlimit")) }
+    }
+
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    pub(super) type Resource = libc::__rlimit_resource_t;
+    #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+    pub(super) type Resource = libc::c_int;
+}
+
+#[cfg(target_os = "linux")]
+mod linux {
+    use std::collections::BTreeMap;
+
+    use landlock::{ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetStatus, Scope};
+    use seccompiler::{
+        BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    };
+
+    pub(super) fn die_with(parent: u32) -> Result<(), String> {
+        // SAFETY: these `prctl` operations take integers only.
+        let rc = unsafe {
+            libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0);
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0)
+        };
+        if rc != 0 {
+            return Err(format!("prctl: {}", std::io::Error::last_os_error()));
+        }
+        // The parent may have died before the call: then no signal will ever come.
+        if std::os::unix::process::parent_id() != parent {
+            std::process::exit(0);
+        }
+        Ok(())
+    }
+
+    pub(super) fn landlock() -> Result<&'static str, String> {
+        // The newest rules this crate knows; the kernel takes what it understands.
+        let abi = ABI::V6;
+        let status = Ruleset::default()
+            .set_compatibility(CompatLevel::BestEffort)
+            .handle_access(AccessFs::from_all(abi))
+            .and_then(|rules| rules.handle_access(AccessNet::from_all(abi)))
+            .and_then(|rules| rules.scope(Scope::from_all(abi)))
+            .and_then(|rules| rules.create())
+            .and_then(|rules| rules.restrict_self())
+            .map_err(|e| e.to_string())?;
+        match status.ruleset {
+            RulesetStatus::FullyEnforced => Ok("no file, no TCP, no signal or socket beyond itself"),
+            RulesetStatus::PartiallyEnforced => Ok("no file; this kernel does not know the newer rules"),
+            RulesetStatus::NotEnforced => Err("this kernel has none".to_owned()),
+        }
+    }
+
+    pub(super) fn seccomp() -> Result<(), String> {
+        super::unix::set_limit(libc::RLIMIT_NPROC, 0)?;
+        let program = filter().map_err(|e| e.to_string())?;
+        seccompiler::apply_filter_all_threads(&program).map_err(|e| e.to_string())
+    }
+
+    fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
+        let mut rules: BTreeMap<i64, Vec<SeccompRule>> = ALLOWED.iter().map(|&call| (call, vec![])).collect();
+        // Memory may be had, but none that can be executed.
+        for call in [libc::SYS_mmap, libc::SYS_mprotect] {
+            let exec = libc::PROT_EXEC as u64;
+            let no_exec = SeccompCondition::new(2, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(exec), 0)?;
+            rules.insert(call, vec![SeccompRule::new(vec![no_exec])?]);
+        }
+        SeccompFilter::new(
+            rules,
+            SeccompAction::Errno(libc::EPERM as u32),
+            SeccompAction::Allow,
+            std::env::consts::ARCH.try_into()?,
+        )?
+        .try_into()
+    }
+
+    // No call here opens, connects, starts or signals anything but this process itself.
+    const ALLOWED: &[i64] = &[
+        libc::SYS_read,
+        libc::SYS_write,
+        libc::SYS_close,
+        libc::SYS_futex,
+        libc::SYS_munmap,
+        libc::SYS_mremap,
+        libc::SYS_madvise,
+        libc::SYS_brk,
+        libc::SYS_exit,
+        libc::SYS_exit_group,
+        libc::SYS_rt_sigreturn,
+        libc::SYS_rt_sigprocmask,
+        libc::SYS_sigaltstack,
+        libc::SYS_clock_gettime,
+        libc::SYS_sched_yield,
+        libc::SYS_getrandom,
+        libc::SYS_restart_syscall,
+    ];
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layers_cross_the_wire() {
+        let mut layers = Layers::default();
+        layers.add("a", Ok("holds"));
+        assert!(layers.complete());
+        layers.add("b", Err("lacks".into()));
+        assert!(!layers.complete());
+        assert_eq!(Layers::from_plain(&layers.to_plain()), Some(layers));
+        assert_eq!(Layers::from_plain(&Plain::Int(1)), None);
+    }
+}

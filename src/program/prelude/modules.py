@@ -1,0 +1,110 @@
+def _v_itertools_combinations(items, size):
+    items = list(items)
+    out = []
+    at = list(range(size))
+    if size > len(items):
+        return iter(out)
+    while True:
+        out.append(tuple([items[i] for i in at]))
+        turn = size - 1
+        while turn >= 0 and at[turn] == turn + len(items) - size:
+            turn -= 1
+        if turn < 0:
+            return iter(out)
+        at[turn] += 1
+        for later in range(turn + 1, size):
+            at[later] = at[later - 1] + 1
+def _v_itertools_permutations(items, size=None):
+    items = list(items)
+    size = len(items) if size is None else size
+    rows = [()]
+    for turn in range(size):
+        rows = [row + (at,) for row in rows for at in range(len(items)) if at not in row]
+    return iter([tuple([items[at] for at in row]) for row in rows])
+def _v_itertools_product(*lists, repeat=1):
+    rows = [()]
+    for items in [list(one) for one in lists] * repeat:
+        rows = [row + (item,) for row in rows for item in items]
+    return iter(rows)
+def _v_itertools_groupby(items, key=None):
+    out = []
+    for item in items:
+        label = item if key is None else key(item)
+        if len(out) > 0 and out[-1][0] == label:
+            out[-1][1].append(item)
+        else:
+            out.append((label, [item]))
+    return iter([(label, iter(group)) for label, group in out])
+def _v_functools_lru_cache(function=None, maxsize=None):
+    if function is None or isinstance(function, int):
+        return lambda inner: inner
+    return function
+def _v_functools_cache(function):
+    return function
+def _v_math_hypot(*sides):
+    return sum([side * side for side in sides]) ** 0.5
+def _v_math_dist(a, b):
+    return sum([(x - y) * (x - y) for x, y in zip(a, b)]) ** 0.5
+def _v_collections_OrderedDict(*args, **options):
+    return dict(*args, **options)
+def _v_copy_copy(value):
+    return value.copy() if isinstance(value, (list, dict, set)) else value
+def _v_copy_deepcopy(value):
+    if isinstance(value, list):
+        return [_v_copy_deepcopy(item) for item in value]
+    if isinstance(value, tuple):
+        return tuple([_v_copy_deepcopy(item) for item in value])
+    if isinstance(value, dict):
+        return {key: _v_copy_deepcopy(item) for key, item in value.items()}
+    return value.copy() if isinstance(value, set) else value
+def _v_operator_itemgetter(*keys):
+    if len(keys) == 1:
+        return lambda value: value[keys[0]]
+    return lambda value: tuple([value[key] for key in keys])
+def _v_operator_attrgetter(name):
+    return lambda value: getattr(value, name)
+def _v_operator_add(a, b):
+    return a + b
+def _v_operator_mul(a, b):
+    return a * b
+def _v_statistics_numbers(values):
+    values = list(values)
+    if len(values) == 0:
+        raise ValueError('no data points')
+    return values
+def _v_statistics_mean(values):
+    values = _v_statistics_numbers(values)
+    return sum(values) / len(values)
+def _v_statistics_fmean(values):
+    return float(_v_statistics_mean(values))
+def _v_statistics_median(values):
+    values = sorted(_v_statistics_numbers(values))
+    middle = len(values) // 2
+    return values[middle] if len(values) % 2 == 1 else (values[middle - 1] + values[middle]) / 2
+def _v_statistics_median_low(values):
+    values = sorted(_v_statistics_numbers(values))
+    return values[(len(values) - 1) // 2]
+def _v_statistics_median_high(values):
+    values = sorted(_v_statistics_numbers(values))
+    return values[len(values) // 2]
+def _v_statistics_multimode(values):
+    counts = {}
+    for value in values:
+        counts[value] = counts.get(value, 0) + 1
+    most = max(counts.values()) if len(counts) > 0 else 0
+    return [value for value in counts if counts[value] == most]
+def _v_statistics_mode(values):
+    return _v_statistics_multimode(_v_statistics_numbers(values))[0]
+def _v_statistics_pvariance(values):
+    values = _v_statistics_numbers(values)
+    middle = sum(values) / len(values)
+    return sum([(value - middle) ** 2 for value in values]) / len(values)
+def _v_statistics_variance(values):
+    values = _v_statistics_numbers(values)
+    if len(values) < 2:
+        raise ValueError('variance requires at least two data points')
+    return _v_statistics_pvariance(values) * len(values) / (len(values) - 1)
+def _v_statistics_pstdev(values):
+    return _v_statistics_pvariance(values) ** 0.5
+def _v_statistics_stdev(values):
+    return _v_statistics_variance(values) ** 0.5

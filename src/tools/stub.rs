@@ -1,0 +1,24 @@
+//! Tools that look at nothing: what the syntax head of the reward runs programs on (method.md 3).
+
+use super::{BBox, Detection, ToolError, Tools};
+
+/// Fixed answers: 0.5 m, one box per noun, one phrase.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct StubTools;
+
+impl Tools for StubTools {
+    fn gd_detect(&mut self, prompt: &str) -> Result<Vec<Detection>, ToolError> {
+        let nouns = prompt.split(',').map(str::trim).filter(|noun| !noun.is_empty());
+        Ok(nouns
+            .map(|noun| Detection { bbox: [0., 0., 10., 10.], label: noun.to_owned(), score: None })
+            .collect())
+    }
+
+    fn depth(&mut self, _bbox: BBox) -> Result<f64, ToolError> {
+        Ok(0.5)
+    }
+
+    fn vqa(&mut self, _bbox: Option<BBox>, _prompt: &str) -> Result<String, ToolError> {
+        Ok("object".to_owned())
+    }
+}

@@ -1,0 +1,242 @@
+//! Programs through the real worker: the corpus in tests/sandbox (and in the folder named by
+//! `VALOR_SANDBOX`), the defects of method.md 10 that concern programs, and what becomes of workers.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use valor::program::{ErrorKind, Limits, Outcome, Sandbox};
+use valor::tools::mock::MockTools;
+use valor::tools::stub::StubTools;
+
+/// Good programs that the executor does not run. Exact: one that starts to pass must leave the list.
+const GAPS: &[&str] = &[];
+
+fn sandbox() -> Sandbox {
+    Sandbox::with_executable(Limits::default(), env!("CARGO_BIN_EXE_valor")).expect("a worker starts")
+}
+
+fn run(source: &str) -> Outcome {
+    sandbox().run(source, "a.png", &mut StubTools)
+}
+
+fn kind(source: &str) -> Option<ErrorKind> {
+    run(source).result.err().map(|e| e.kind)
+}
+
+fn answer(source: &str) -> Value {
+    run(source).result.unwrap_or_else(|e| panic!("{e}\n{source}"))
+}
+
+fn here() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/sandbox")
+}
+
+fn folders() -> Vec<PathBuf> {
+    std::iter::once(here()).chain(std::env::var_os("VALOR_SANDBOX").map(PathBuf::from)).collect()
+}
+
+fn programs(folder: &Path) -> Vec<(String, String)> {
+    let mut files: Vec<PathBuf> = std::fs::read_dir(folder)
+        .unwrap_or_else(|e| panic!("{}: {e}", folder.display()))
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|ext| ext == "py"))
+        .collect();
+    files.sort();
+    assert!(!files.is_empty(), "{} holds no program", folder.display());
+    let name = |path: &Path| path.file_stem().unwrap().to_string_lossy().into_owned();
+    files.iter().map(|path| (name(path), std::fs::read_to_string(path).unwrap())).collect()
+}
+
+fn header<'a>(source: &'a str, key: &str) -> Option<&'a str> {
+    source.lines().find_map(|line| line.strip_prefix("# ")?.strip_prefix(key)?.strip_prefix(": ")).map(str::trim)
+}
+
+fn tools(folder: &Path) -> MockTools {
+    let scene = std::fs::read_to_string(folder.join("scene.json")).unwrap();
+    MockTools::new(serde_json::from_str(&scene).unwrap())
+}
+
+/// Equal as JSON, numbers to 1e-6.
+fn same(a: &Value, b: &Value) -> bool {
+    match (a, b) {
+        (Value::Number(a), Value::Number(b)) => (a.as_f64().unwrap() - b.as_f64().unwrap()).abs() <= 1e-6,
+        (Value::Array(a), Value::Array(b)) => a.len() == b.len() && a.iter().zip(b).all(|(a, b)| same(a, b)),
+        (Value::Object(a), Value::Object(b)) => {
+            a.len() == b.len() && a.iter().all(|(key, a)| b.get(key).is_some_and(|b| same(a, b)))
+        }
+        _ => a == b,
+    }
+}
+
+/// Is the outcome one that a header's `expect` names?
+fn expected(outcome: &Outcome, expect: &str) -> bool {
+    match &outcome.result {
+        Ok(answer) => serde_json::from_str(expect).is_ok_and(|value| same(answer, &value)),
+        Err(error) => {
+            let Some(wanted) = expect.strip_prefix("error:") else { return false };
+            let (wanted, line) = wanted.split_once('@').map_or((wanted, None), |(w, line)| (w, line.parse().ok()));
+            (error.kind.as_str() == wanted || error.type_name.as_deref() == Some(wanted))
+                && (line.is_none() || error.line == line)
+        }
+    }
+}
+
+/// `denied` and `unsupported` count alike.
+fn contained(outcome: &Outcome, expect: &str) -> bool {
+    expect.split('|').any(|one| match (&outcome.result, one.strip_prefix("value:")) {
+        (Ok(answer), Some(value)) => same(answer, &serde_json::from_str(value).unwrap()),
+        (Err(error), None) => {
+            let alike = |kind: &str| if kind == "unsupported" { "denied".to_owned() } else { kind.to_owned() };
+            alike(error.kind.as_str()) == alike(one)
+        }
+        _ => false,
+    })
+}
+
+#[test]
+fn good_programs_answer() {
+    for folder in folders() {
+        let mut tools = tools(&folder);
+        let image = tools.image().to_owned();
+        let mut sandbox = sandbox();
+        let mut failed = BTreeSet::new();
+        let mut notes = String::new();
+        for (name, source) in programs(&folder.join("ok")) {
+            let outcome = sandbox.run(&source, &image, &mut tools);
+            if !expected(&outcome, header(&source, "expect").unwrap()) {
+                notes.push_str(&format!("{name}: {:?}\n", outcome.result));
+                failed.insert(name);
+            }
+        }
+        let gaps: BTreeSet<String> = GAPS.iter().map(|name| (*name).to_owned()).collect();
+        // A folder of the reader's own may lack programs of the list.
+        let listed: BTreeSet<String> = programs(&folder.join("ok")).into_iter().map(|(name, _)| name).collect();
+        let gaps: BTreeSet<String> = gaps.intersection(&listed).cloned().collect();
+        assert_eq!(failed, gaps, "{}\n{notes}", folder.display());
+    }
+}
+
+#[test]
+fn hostile_programs_are_contained() {
+    for folder in folders() {
+        let mut tools = tools(&folder);
+        let image = tools.image().to_owned();
+        let mut sandbox = sandbox();
+        let mut wrong = String::new();
+        for (name, source) in programs(&folder.join("hostile")) {
+            let outcome = sandbox.run(&source, &image, &mut tools);
+            let escaped = matches!(&outcome.result, Ok(Value::String(s)) if s.starts_with("ESCAPED"));
+            if escaped || !contained(&outcome, header(&source, "expect").unwrap()) {
+                wrong.push_str(&format!("{name}: {:?}\n", outcome.result));
+            }
+            // Nothing of it is left for the next one.
+            let next = sandbox.run("final_answer = [len([1, 2]), depth(img_pth, [0, 0, 1, 1])]", &image, &mut tools);
+            if next.result != Ok(json!([2, 10.0])) {
+                wrong.push_str(&format!("after {name}: {:?}\n", next.result));
+            }
+        }
+        assert!(wrong.is_empty(), "{}\n{wrong}", folder.display());
+    }
+}
+
+/// Programs run outside this process, with no builtins that reach it, and an endless one ends.
+#[test]
+fn defect_10_4_programs_run_in_a_jail_with_a_time_limit() {
+    let limits = Limits { seconds: 0.2, ..Limits::default() };
+    let mut sandbox = Sandbox::with_executable(limits, env!("CARGO_BIN_EXE_valor")).unwrap();
+    let mut kind = |source: &str| sandbox.run(source, "a.png", &mut StubTools).result.unwrap_err().kind;
+    assert_eq!(kind("while True: pass"), ErrorKind::Timeout);
+    for source in ["eval('1')", "open('/etc/passwd')", "__import__('os')", "import os\nos.getcwd()", "globals()"] {
+        assert_eq!(kind(source), ErrorKind::Denied, "{source}");
+    }
+}
+
+/// The stub, like every other implementation, takes the box by either name.
+#[test]
+fn defect_10_12_one_signature_for_every_tool() {
+    for name in ["box", "bbox"] {
+        let source = format!("final_answer = vqa(img_pth, {name}=[0, 0, 5, 5], prompt='what is it?')");
+        assert_eq!(answer(&source), json!("object"));
+    }
+}
+
+#[test]
+fn a_look_alike_is_no_limit() {
+    for (raised, limit) in [
+        ("MemoryError('memory limit exceeded: 1 bytes > 1 bytes')", ErrorKind::Memory),
+        ("TimeoutError('time limit exceeded')", ErrorKind::Timeout),
+        ("RecursionError('maximum recursion depth exceeded')", ErrorKind::Recursion),
+    ] {
+        assert_eq!(kind(&format!("raise {raised}")), Some(ErrorKind::Error), "{limit}");
+    }
+}
+
+#[test]
+fn lines_are_the_programs_own() {
+    for (source, line) in [
+        ("x = 1\ny = x + 'a'\n", 2),
+        ("import numpy as np\n\nx = np.array([1, 2])\ny = x[5]\n", 4),
+        ("if True:\n    s = '''a\nb'''\n    1 / 0\nreturn\n", 4),
+        ("class A:\n    pass\nclass B(A):\n    def f(self):\n        return 1 / 0\nB().f()\n", 5),
+        ("def g():\n    yield 1\n    yield 1 / 0\nlist(g())\n", 3),
+    ] {
+        assert_eq!(run(source).result.unwrap_err().line, Some(line), "{source}");
+    }
+}
+
+#[test]
+fn the_trace_tells_what_the_tools_said() {
+    let outcome = run("o = gd_detect(img_pth, 'chair, table')\nfinal_answer = depth(img_pth, o[1]['bbox'])\n");
+    assert_eq!(outcome.result, Ok(json!(0.5)));
+    let [detect, depth] = outcome.calls.as_slice() else { panic!("{:?}", outcome.calls) };
+    assert_eq!((detect.tool.as_str(), detect.line), ("gd_detect", Some(1)));
+    assert_eq!(detect.args, json!({"prompt": "chair, table"}));
+    assert_eq!(detect.value.as_ref().unwrap()[1], json!({"bbox": [0, 0, 10, 10], "label": "table"}));
+    assert_eq!((depth.tool.as_str(), depth.line, &depth.value), ("depth", Some(2), &Some(json!(0.5))));
+}
+
+#[cfg(unix)]
+#[test]
+fn a_killed_worker_is_replaced() {
+    struct Killer(u32);
+    impl valor::tools::Tools for Killer {
+        fn gd_detect(&mut self, _: &str) -> Result<Vec<valor::tools::Detection>, valor::tools::ToolError> {
+            // SAFETY: sends a signal to the worker that this test started.
+            unsafe { libc::kill(self.0 as i32, libc::SIGKILL) };
+            Ok(vec![])
+        }
+        fn depth(&mut self, _: valor::tools::BBox) -> Result<f64, valor::tools::ToolError> {
+            Ok(1.)
+        }
+        fn vqa(&mut self, _: Option<valor::tools::BBox>, _: &str) -> Result<String, valor::tools::ToolError> {
+            Ok(String::new())
+        }
+    }
+    let mut sandbox = sandbox();
+    let first = sandbox.worker_id().unwrap();
+    let outcome = sandbox.run("gd_detect(img_pth, 'a')\nfinal_answer = 1", "a.png", &mut Killer(first));
+    assert_eq!(outcome.result.unwrap_err().kind, ErrorKind::Crash);
+    assert_eq!(outcome.calls.len(), 1);
+    // Killed while idle, too: the next program does not notice.
+    let outcome = sandbox.run("final_answer = 2", "a.png", &mut StubTools);
+    assert_eq!(outcome.result, Ok(json!(2)));
+    let second = sandbox.worker_id().unwrap();
+    assert_ne!(first, second);
+    // SAFETY: as above.
+    unsafe { libc::kill(second as i32, libc::SIGKILL) };
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    assert_eq!(sandbox.run("final_answer = 3", "a.png", &mut StubTools).result, Ok(json!(3)));
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn every_layer_of_the_jail_holds_here() {
+    let sandbox = sandbox();
+    let names: Vec<&str> = sandbox.layers().0.iter().map(|layer| layer.name.as_str()).collect();
+    assert_eq!(names, ["environment", "descriptors", "parent death", "landlock", "rlimits", "seccomp"]);
+    // Landlock is the kernel's to have; the others are not.
+    for layer in &sandbox.layers().0 {
+        assert!(layer.active || layer.name == "landlock", "{}", sandbox.layers());
+    }
+}
