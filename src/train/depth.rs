@@ -10,7 +10,7 @@
 //! Points and scale only: a model with mask or normal head is refused, for want of a loss.
 
 use crate::models::moge::{MoGe, Raw, Remap};
-use candle_core::{D, Device, Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 
 /// Pictures with their truth.
 #[derive(Clone, Debug)]
