@@ -1,21 +1,5 @@
 use std::process::ExitCode;
 
-<<<<<<< HEAD
-use clap::Parser;
-use valor::cli::rooms;
-
-#[derive(Parser)]
-enum Cli {
-    Rooms(rooms::RoomsArgs),
-}
-
-fn main() -> ExitCode {
-    let Cli::Rooms(args) = Cli::parse();
-    rooms::run(args).unwrap_or_else(|error| {
-        eprintln!("error: {error:#}");
-        ExitCode::FAILURE
-    })
-=======
 #[global_allocator]
 static ALLOCATOR: valor::program::WorkerAllocator = valor::program::WorkerAllocator;
 
@@ -25,5 +9,4 @@ fn main() -> ExitCode {
         return code;
     }
     valor::cli::main()
->>>>>>> program
 }

@@ -1,12 +1,11 @@
-//! Arguments and one thin file per subcommand.
-
-pub mod rooms;
 //! Arguments, and one thin file per subcommand: build the parts, call, print.
 //!
 //! Exit codes: 0 done, 1 the work failed, 2 bad usage or input. Answers go to stdout, everything
 //! else to stderr; a broken pipe is not an error.
 
+mod eval;
 mod program;
+mod rooms;
 
 use std::process::ExitCode;
 
@@ -21,14 +20,20 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Measure planners and tools on benches
+    Eval(eval::EvalArgs),
     /// Run planners' programs
     Program(program::ProgramArgs),
+    /// The synthetic world
+    Rooms(rooms::RoomsArgs),
 }
 
 /// Parses the command line, runs what it asks for, gives the exit code.
 pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
+        Command::Eval(args) => eval::run(args),
         Command::Program(args) => program::run(args),
+        Command::Rooms(args) => rooms::run(args),
     };
     match result {
         Ok(code) => code,

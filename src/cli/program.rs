@@ -37,7 +37,8 @@ struct RunArgs {
 pub fn run(args: ProgramArgs) -> anyhow::Result<ExitCode> {
     let ProgramCommand::Run(args) = args.command;
     let source = read(&args.file)?;
-    let scene = std::fs::read(&args.scene).with_context(|| format!("cannot read {}", args.scene.display()))?;
+    let scene =
+        std::fs::read(&args.scene).with_context(|| format!("cannot read {}", args.scene.display()))?;
     let scene: Scene =
         serde_json::from_slice(&scene).with_context(|| format!("{} is no scene", args.scene.display()))?;
     let mut tools = MockTools::new(scene);

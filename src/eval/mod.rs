@@ -1,3 +1,5 @@
 //! Measuring.
 
+pub mod detection;
+pub mod rooms;
 pub mod stats;

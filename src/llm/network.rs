@@ -9,7 +9,7 @@ use crate::models::qwen3_vl::{Embedded, Features, Pictures, Position, Qwen3Vl};
 use crate::nn::Mask;
 
 /// The network to generate with, or to train. Where its parameters are being trained, build it from
-/// [`Params::frozen`](crate::nn::Params::frozen): it shares the values and records no gradients.
+/// [`nn::frozen`](crate::nn::frozen()): it shares the values and records no gradients.
 #[allow(clippy::large_enum_variant)] // one per engine
 pub enum Network {
     Text { model: Qwen3, cfg: qwen3::Config },

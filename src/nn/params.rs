@@ -43,13 +43,6 @@ impl Params {
         VarBuilder::from_backend(Box::new(self.clone()), DType::F32, Device::Cpu)
     }
 
-    /// A builder over the same values, for a network that only infers: it follows every update of
-    /// the variables and records no operations for gradients. Every tensor must exist already.
-    pub fn frozen(&self) -> VarBuilder<'static> {
-        let tensors = self.lock().iter().map(|(n, v)| (n.clone(), v.as_detached_tensor())).collect();
-        VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu)
-    }
-
     /// All variables in the order of their names.
     pub fn named(&self) -> Vec<(String, Var)> {
         self.lock().iter().map(|(n, v)| (n.clone(), v.clone())).collect()

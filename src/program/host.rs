@@ -92,16 +92,23 @@ fn answer(
         Plain::Str(path) if path == img_pth => {}
         Plain::Str(path) => {
             shown.insert("img_pth".into(), json!(shorten(path)));
-            return Err(raised("FileNotFoundError", format!("no picture '{}': a program sees only img_pth", shorten(path))));
+            return Err(raised(
+                "FileNotFoundError",
+                format!("no picture '{}': a program sees only img_pth", shorten(path)),
+            ));
         }
         other => {
-            return Err(raised("TypeError", format!("{tool}() needs img_pth as str, not {}", other.type_name())));
+            return Err(raised(
+                "TypeError",
+                format!("{tool}() needs img_pth as str, not {}", other.type_name()),
+            ));
         }
     }
     let prompt = |shown: &mut Map<String, Value>| match arg("prompt") {
-        Plain::Str(text) if text.len() > limits.prompt_bytes => {
-            Err(raised("ValueError", format!("{tool}() takes a prompt of at most {} bytes", limits.prompt_bytes)))
-        }
+        Plain::Str(text) if text.len() > limits.prompt_bytes => Err(raised(
+            "ValueError",
+            format!("{tool}() takes a prompt of at most {} bytes", limits.prompt_bytes),
+        )),
         Plain::Str(text) => {
             shown.insert("prompt".into(), json!(text));
             Ok(text.as_str())
@@ -117,7 +124,11 @@ fn answer(
             let bbox = bbox(tool, arg("bbox"))?;
             shown.insert("bbox".into(), json!(bbox));
             let metres = tools.depth(bbox).map_err(of_tool)?;
-            if metres.is_finite() { Ok(Plain::Float(metres)) } else { Err(raised("RuntimeError", "no depth is known there")) }
+            if metres.is_finite() {
+                Ok(Plain::Float(metres))
+            } else {
+                Err(raised("RuntimeError", "no depth is known there"))
+            }
         }
         _ => {
             // "The whole image if the box is None or empty" (method.md 7).
@@ -151,7 +162,10 @@ fn of_tool(error: ToolError) -> Raised {
 fn bind<'a>(tool: &str, params: &[&str], request: &'a Request) -> Result<Vec<&'a Plain>, Raised> {
     if request.args.len() > params.len() {
         let (takes, given) = (params.len(), request.args.len());
-        return Err(raised("TypeError", format!("{tool}() takes {takes} positional arguments but {given} were given")));
+        return Err(raised(
+            "TypeError",
+            format!("{tool}() takes {takes} positional arguments but {given} were given"),
+        ));
     }
     let mut bound: Vec<Option<&Plain>> = request.args.iter().map(Some).collect();
     bound.resize(params.len(), None);
@@ -166,18 +180,21 @@ fn bind<'a>(tool: &str, params: &[&str], request: &'a Request) -> Result<Vec<&'a
             return Err(raised("TypeError", format!("{tool}() got multiple values for argument '{known}'")));
         }
     }
-    let missing = |at: usize| raised("TypeError", format!("{tool}() missing required argument: '{}'", params[at]));
+    let missing =
+        |at: usize| raised("TypeError", format!("{tool}() missing required argument: '{}'", params[at]));
     bound.into_iter().enumerate().map(|(at, value)| value.ok_or_else(|| missing(at))).collect()
 }
 
 fn bbox(tool: &str, value: &Plain) -> Result<BBox, Raised> {
-    let wrong = |what: String| raised("TypeError", format!("{tool}() needs bbox as four numbers, not {what}"));
+    let wrong =
+        |what: String| raised("TypeError", format!("{tool}() needs bbox as four numbers, not {what}"));
     let Plain::List(items) = value else { return Err(wrong(value.type_name().to_owned())) };
     let sides: Vec<f64> = items
         .iter()
         .map(|side| side.as_number().ok_or_else(|| wrong(format!("a list with {}", side.type_name()))))
         .collect::<Result<_, _>>()?;
-    let sides: BBox = sides.try_into().map_err(|sides: Vec<f64>| wrong(format!("{} of them", sides.len())))?;
+    let sides: BBox =
+        sides.try_into().map_err(|sides: Vec<f64>| wrong(format!("{} of them", sides.len())))?;
     if sides.iter().all(|side| side.is_finite()) {
         Ok(sides)
     } else {
@@ -187,7 +204,8 @@ fn bbox(tool: &str, value: &Plain) -> Result<BBox, Raised> {
 
 /// As the program sees it: no score, and whole sides as ints.
 fn detection(found: &Detection) -> Plain {
-    let side = |x: &f64| if x.fract() == 0. && x.abs() < 1e15 { Plain::Int(*x as i64) } else { Plain::Float(*x) };
+    let side =
+        |x: &f64| if x.fract() == 0. && x.abs() < 1e15 { Plain::Int(*x as i64) } else { Plain::Float(*x) };
     Plain::Dict(vec![
         ("bbox".into(), Plain::List(found.bbox.iter().map(side).collect())),
         ("label".into(), Plain::str(&found.label)),
@@ -219,7 +237,10 @@ mod tests {
         assert_eq!(ask("depth", vec![img(), sides([0., f64::NAN, 1., 1.])], vec![]), Err("ValueError"));
         assert_eq!(ask("depth", vec![img()], vec![]), Err("TypeError"));
         assert_eq!(ask("depth", vec![img(), Plain::None, Plain::None], vec![]), Err("TypeError"));
-        assert_eq!(ask("gd_detect", vec![Plain::str("b.png"), Plain::str("x")], vec![]), Err("FileNotFoundError"));
+        assert_eq!(
+            ask("gd_detect", vec![Plain::str("b.png"), Plain::str("x")], vec![]),
+            Err("FileNotFoundError")
+        );
         assert_eq!(ask("gd_detect", vec![img(), Plain::str("x".repeat(5000))], vec![]), Err("ValueError"));
         assert_eq!(ask("gd_detect", vec![img(), Plain::Int(3)], vec![]), Err("TypeError"));
         assert_eq!(ask("system", vec![], vec![]), Err("NameError"));

@@ -35,7 +35,8 @@ impl Layers {
     }
 
     pub(super) fn to_plain(&self) -> Plain {
-        let layer = |l: &Layer| Plain::List(vec![Plain::str(&l.name), Plain::Bool(l.active), Plain::str(&l.detail)]);
+        let layer =
+            |l: &Layer| Plain::List(vec![Plain::str(&l.name), Plain::Bool(l.active), Plain::str(&l.detail)]);
         Plain::List(self.0.iter().map(layer).collect())
     }
 
@@ -111,7 +112,8 @@ mod unix {
         }
         layers.add(
             "rlimits",
-            limits(address_space, cpu).map(|()| "address space, processor time, no files, no processes, no core"),
+            limits(address_space, cpu)
+                .map(|()| "address space, processor time, no files, no processes, no core"),
         );
     }
 
@@ -166,9 +168,12 @@ mod unix {
 mod linux {
     use std::collections::BTreeMap;
 
-    use landlock::{ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetStatus, Scope};
+    use landlock::{
+        ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetStatus, Scope,
+    };
     use seccompiler::{
-        BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+        BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+        SeccompRule,
     };
 
     pub(super) fn die_with(parent: u32) -> Result<(), String> {

@@ -8,6 +8,7 @@
 //! Known gaps of the language are listed, and held to be exact, in `tests/it/sandbox.rs`.
 
 mod alloc;
+pub mod check;
 mod desugar;
 pub mod guard;
 mod host;
@@ -195,7 +196,12 @@ impl ProgramError {
     }
 
     fn syntax(line: Option<u32>, message: impl Into<String>) -> Self {
-        Self { kind: ErrorKind::Error, type_name: Some("SyntaxError".to_owned()), line, message: message.into() }
+        Self {
+            kind: ErrorKind::Error,
+            type_name: Some("SyntaxError".to_owned()),
+            line,
+            message: message.into(),
+        }
     }
 
     fn unsupported(line: Option<u32>, message: impl Into<String>) -> Self {

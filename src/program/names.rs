@@ -109,7 +109,9 @@ impl<'a> Visitor<'a> for Walk<'a> {
     fn visit_expr(&mut self, expr: &'a Expr) {
         match expr {
             Expr::Name(name) => match name.ctx {
-                ExprContext::Store if self.comprehension => self.add(name.id.as_str(), name.range, How::Comprehension),
+                ExprContext::Store if self.comprehension => {
+                    self.add(name.id.as_str(), name.range, How::Comprehension)
+                }
                 ExprContext::Store => self.add(name.id.as_str(), name.range, How::Assign),
                 ExprContext::Del => self.add(name.id.as_str(), name.range, How::Delete),
                 _ => {}

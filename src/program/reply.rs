@@ -83,7 +83,13 @@ impl Reply {
         }
         for (tag, name) in [(PLAN.0, "plan"), (PLAN.1, "plan"), (ANSWER.0, "answer"), (ANSWER.1, "answer")] {
             match count(text, tag) {
-                0 => return Err(ReplyError::Missing(if tag.starts_with("</") { closing(name) } else { opening(name) })),
+                0 => {
+                    return Err(ReplyError::Missing(if tag.starts_with("</") {
+                        closing(name)
+                    } else {
+                        opening(name)
+                    }));
+                }
                 1 => {}
                 _ => return Err(ReplyError::Several(name)),
             }
@@ -295,7 +301,13 @@ mod tests {
             let reply = Reply::parse(text).unwrap();
             assert_eq!((reply.program.as_str(), reply.flags.as_slice()), ("x = 1", flags), "{text}");
         }
-        for text in ["", "no program", "<answer></answer>", "```\na\n```\n```\nb\n```", "<answer>a</answer><answer>b</answer>"] {
+        for text in [
+            "",
+            "no program",
+            "<answer></answer>",
+            "```\na\n```\n```\nb\n```",
+            "<answer>a</answer><answer>b</answer>",
+        ] {
             assert!(Reply::parse(text).is_err(), "{text}");
         }
         assert_eq!(Reply::parse(&"x".repeat(MAX_REPLY + 1)), Err(ReplyError::TooLong));

@@ -235,7 +235,8 @@ impl Run {
                     Plain::Int(line) => u32::try_from(*line).ok(),
                     _ => None,
                 };
-                let request = Request { tool: tool.clone(), args: args.clone(), kwargs: kwargs.clone(), line };
+                let request =
+                    Request { tool: tool.clone(), args: args.clone(), kwargs: kwargs.clone(), line };
                 Some(Next::Call(request))
             }
             ("done", [answer, Plain::Str(stdout)]) => {
@@ -308,7 +309,9 @@ mod worker {
             let (link, theirs) = UnixStream::pair().map_err(failed)?;
             let child = Command::new(path)
                 .arg(ARGUMENT)
-                .args([u64::from(std::process::id()), limits.address_space, WORKER_CPU].map(|n| n.to_string()))
+                .args(
+                    [u64::from(std::process::id()), limits.address_space, WORKER_CPU].map(|n| n.to_string()),
+                )
                 .env_clear()
                 .current_dir("/")
                 .stdin(Stdio::from(OwnedFd::from(theirs)))
@@ -377,7 +380,11 @@ mod worker {
         }
 
         fn left(&self) -> io::Result<Duration> {
-            if self.budget.left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(self.budget.left) }
+            if self.budget.left.is_zero() {
+                Err(io::ErrorKind::TimedOut.into())
+            } else {
+                Ok(self.budget.left)
+            }
         }
     }
 

@@ -49,7 +49,9 @@ pub(super) fn to_plain(value: &MontyObject, budget: &mut Budget) -> Result<Plain
             let data = attrs.find(|(name, _)| matches!(name, MontyObject::String(s) if s == "data"));
             return to_plain(data.map(|(_, data)| data).ok_or("an array without data")?, budget);
         }
-        MontyObject::ClassInstance(instance) => return Err(format!("a '{}' object", instance.class_type.name)),
+        MontyObject::ClassInstance(instance) => {
+            return Err(format!("a '{}' object", instance.class_type.name));
+        }
         MontyObject::Cycle(..) => return Err("a value that holds itself".to_owned()),
         MontyObject::Repr(_) => return Err("a value nested too deeply, or not data".to_owned()),
         MontyObject::Type(MontyType::Instance(_)) | MontyObject::Type(_) => return Err("a type".to_owned()),
@@ -89,8 +91,8 @@ pub(super) fn from_plain(value: Plain) -> MontyObject {
         Plain::Float(f) => MontyObject::Float(f),
         Plain::Str(s) => MontyObject::String(s),
         Plain::List(items) => MontyObject::List(items.into_iter().map(from_plain).collect()),
-        Plain::Dict(items) => {
-            MontyObject::dict(items.into_iter().map(|(k, v)| (MontyObject::String(k), from_plain(v))).collect::<Vec<_>>())
-        }
+        Plain::Dict(items) => MontyObject::dict(
+            items.into_iter().map(|(k, v)| (MontyObject::String(k), from_plain(v))).collect::<Vec<_>>(),
+        ),
     }
 }

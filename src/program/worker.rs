@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use monty::{FunctionCall, MontyRun, RunProgress};
 use monty_types::{
-    CompileOptions, ExcType, MontyException, MontyObject, NameLookupResult, PrintWriter, PrintWriterCallback,
-    ResourceLimits, ResourceTracker,
+    CompileOptions, ExcType, ExtFunctionResult, MontyException, MontyObject, NameLookupResult, PrintWriter,
+    PrintWriterCallback, ResourceLimits, ResourceTracker,
 };
 
 use super::desugar::{self, Prepared};
@@ -196,8 +196,25 @@ fn failure(error: &ProgramError, stdout: String) -> Plain {
 
 /// Builtins of Python that are not here because a program has no business with them.
 const REFUSED: &[&str] = &[
-    "__build_class__", "__import__", "__loader__", "breakpoint", "builtins", "compile", "delattr", "dir", "eval",
-    "exec", "exit", "globals", "help", "input", "locals", "memoryview", "quit", "vars", "__builtins__",
+    "__build_class__",
+    "__import__",
+    "__loader__",
+    "breakpoint",
+    "builtins",
+    "compile",
+    "delattr",
+    "dir",
+    "eval",
+    "exec",
+    "exit",
+    "globals",
+    "help",
+    "input",
+    "locals",
+    "memoryview",
+    "quit",
+    "vars",
+    "__builtins__",
 ];
 
 impl Run<'_> {
@@ -226,22 +243,18 @@ impl Run<'_> {
                 Err(e) => return Ok(Err(self.diagnose(e))),
                 Ok(RunProgress::Complete(answer)) => return Ok(self.finish(&answer)),
                 Ok(RunProgress::FunctionCall(call)) => self.call(call)?,
-                Ok(RunProgress::NameLookup(lookup)) => {
-                    let name = lookup.name.clone();
-                    if self.prepared.refused.contains(&name) || REFUSED.contains(&name.as_str()) {
-                        let kind = if matches!(name.as_str(), "exit" | "quit") { ErrorKind::Exit } else { ErrorKind::Denied };
-                        let exc = self.stop(kind, format!("'{name}' is not available to programs"));
-                        self.timed(|print| lookup.abort(exc, print))
-                    } else {
-                        self.timed(|print| lookup.resume(NameLookupResult::Undefined, print))
-                    }
-                }
+                Ok(RunProgress::NameLookup(lookup)) => match self.refused(&lookup.name) {
+                    Some(exc) => self.timed(|print| lookup.abort(exc, print)),
+                    None => self.timed(|print| lookup.resume(NameLookupResult::Undefined, print)),
+                },
                 Ok(RunProgress::OsCall(call)) => {
-                    let exc = self.stop(ErrorKind::Denied, "a program has no files, clock or environment".to_owned());
+                    let exc = self
+                        .stop(ErrorKind::Denied, "a program has no files, clock or environment".to_owned());
                     self.timed(|print| call.abort(exc, print))
                 }
                 Ok(RunProgress::ResolveFutures(futures)) => {
-                    let exc = self.stop(ErrorKind::Unsupported, "async programs are not supported".to_owned());
+                    let exc =
+                        self.stop(ErrorKind::Unsupported, "async programs are not supported".to_owned());
                     self.timed(|print| futures.abort(exc, print))
                 }
             };
@@ -262,12 +275,27 @@ impl Run<'_> {
         exc
     }
 
+    /// The end of a program that asks for a name which no program gets.
+    fn refused(&mut self, name: &str) -> Option<MontyException> {
+        let refused = self.prepared.refused.contains(name) || REFUSED.contains(&name);
+        let kind = if matches!(name, "exit" | "quit") { ErrorKind::Exit } else { ErrorKind::Denied };
+        refused.then(|| self.stop(kind, format!("'{name}' is not available to programs")))
+    }
+
     fn call(&mut self, call: FunctionCall) -> io::Result<Result<RunProgress, MontyException>> {
         let raise = |exc_type, message: String| MontyException::new(exc_type, Some(message));
         if call.function_name == desugar::REFUSE {
             let what = call.args.first().map(ToString::to_string).unwrap_or_default();
             let exc = self.stop(ErrorKind::Denied, format!("'{what}' is not available to programs"));
             return Ok(self.timed(|print| call.abort(exc, print)));
+        }
+        // The interpreter also pauses for a call of a name that nothing binds.
+        if !SIGNATURES.iter().any(|(tool, _)| *tool == call.function_name) {
+            let name = call.function_name.clone();
+            if let Some(exc) = self.refused(&name) {
+                return Ok(self.timed(|print| call.abort(exc, print)));
+            }
+            return Ok(self.timed(|print| call.resume(ExtFunctionResult::NotFound(name), print)));
         }
         let mut budget = Budget { depth: 8, nodes: 1000, text: self.limits.prompt_bytes + 4096 };
         let mut line = Plain::None;
@@ -276,7 +304,9 @@ impl Run<'_> {
         let mut wrong = args.as_ref().err().cloned();
         for (name, value) in &call.kwargs {
             match (name, value) {
-                (MontyObject::String(name), MontyObject::Int(at)) if name == desugar::LINE => line = Plain::Int(*at),
+                (MontyObject::String(name), MontyObject::Int(at)) if name == desugar::LINE => {
+                    line = Plain::Int(*at)
+                }
                 (MontyObject::String(name), value) => match to_plain(value, &mut budget) {
                     Ok(value) => kwargs.push((name.clone(), value)),
                     Err(e) => wrong = Some(e),
@@ -330,7 +360,10 @@ impl Run<'_> {
     }
 
     fn overflow(&self) -> ProgramError {
-        ProgramError::new(ErrorKind::OutputLimit, format!("printed more than {} bytes", self.limits.output_bytes))
+        ProgramError::new(
+            ErrorKind::OutputLimit,
+            format!("printed more than {} bytes", self.limits.output_bytes),
+        )
     }
 
     /// What ended the program, from the state of this run and where the exception came from.
@@ -348,7 +381,10 @@ impl Run<'_> {
             return with_line(self.overflow());
         }
         if self.spent.as_secs_f64() >= self.limits.seconds {
-            return ProgramError::new(ErrorKind::Timeout, format!("ran longer than {} s", self.limits.seconds));
+            return ProgramError::new(
+                ErrorKind::Timeout,
+                format!("ran longer than {} s", self.limits.seconds),
+            );
         }
         // Did a `raise` of the program's own make it?
         let own = frames.last().is_some_and(|frame| self.prepared.raises(frame.start.line));
@@ -358,8 +394,14 @@ impl Run<'_> {
             _ if own => ErrorKind::Error,
             ExcType::MemoryError => ErrorKind::Memory,
             ExcType::RecursionError => ErrorKind::Recursion,
-            ExcType::NotImplementedError | ExcType::ImportError | ExcType::ModuleNotFoundError => ErrorKind::Unsupported,
+            ExcType::NotImplementedError | ExcType::ImportError | ExcType::ModuleNotFoundError => {
+                ErrorKind::Unsupported
+            }
             ExcType::PermissionError => ErrorKind::Denied,
+            // Attributes that a format string reaches for are only met there.
+            ExcType::AttributeError if line.is_some_and(|line| self.prepared.reaches_out(line)) => {
+                ErrorKind::Denied
+            }
             ExcType::FileNotFoundError if self.wrong_picture => ErrorKind::Denied,
             _ => ErrorKind::Error,
         };

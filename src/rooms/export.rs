@@ -133,3 +133,46 @@ impl Coco {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rooms::{Look, generate};
+
+    #[test]
+    fn pictures_and_depth_come_back_from_their_files_with_the_version() {
+        let view = generate(5, Look::LivedIn, 64, 48);
+        let picture = picture_png(&view).unwrap();
+        let read = image::load_from_memory(&picture).unwrap();
+        assert_eq!(read.into_rgb8().into_raw(), view.rgb);
+        let note = format!("rooms\0version {VERSION}, look lived-in, scene 5");
+        assert!(picture.windows(note.len()).any(|w| w == note.as_bytes()));
+        let depth = image::load_from_memory(&depth_png(&view).unwrap()).unwrap().into_luma16();
+        for (mm, z) in depth.as_raw().iter().zip(&view.depth) {
+            assert!((f32::from(*mm) / 1000. - z).abs() < 6e-4);
+        }
+        // The check value of CRC-32, over "tEXt" and a note, as zlib gives it.
+        assert_eq!(text_chunk(b"a\0b")[11..], 0xdc49_a23bu32.to_be_bytes());
+    }
+
+    #[test]
+    fn unclear_things_are_ignore_regions_everywhere() {
+        let view = (0..)
+            .map(|seed| generate(seed, Look::Studio, 128, 96))
+            .find(|v| v.things.iter().any(|t| !t.is_clear()) && v.things.iter().any(Thing::is_clear));
+        let view = view.expect("an endless supply");
+        let clear = view.things.iter().filter(|t| t.is_clear()).count();
+        let odvg = odvg_json(&view, "a.png");
+        let count = |key: &str| odvg["detection"][key].as_array().unwrap().len();
+        assert_eq!((count("instances"), count("ignore")), (clear, view.things.len() - clear));
+        let mut coco = Coco::default();
+        coco.add(&view, "a.png");
+        let coco = coco.finish();
+        for (annotation, thing) in coco["annotations"].as_array().unwrap().iter().zip(&view.things) {
+            assert_eq!(annotation["iscrowd"] == 1, !thing.is_clear());
+            let category = annotation["category_id"].as_u64().unwrap().to_string();
+            assert_eq!(label_map()[&category], thing.kind.word());
+            assert_eq!(annotation["bbox"][2], thing.bbox[2] - thing.bbox[0]);
+        }
+    }
+}

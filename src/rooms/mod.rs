@@ -3,6 +3,11 @@
 //! It gives inputs and knows nothing of training. Everything follows from a seed and
 //! [`VERSION`]; a change that alters any output raises the version, and voids every figure
 //! measured on the old one.
+//!
+//! How hard it is, each averaged over pictures, with everything visible counted (one pixel is
+//! enough): things a picture; the share of them that is *occluded*, less than 0.8 of their pixels
+//! within the picture being seen; the share that is *small*, the visible box narrower than a tenth
+//! of the picture's width or lower than a tenth of its height.
 
 pub mod demos;
 pub mod export;

@@ -290,7 +290,7 @@ impl<'a> Shader<'a> {
 
 fn shell_normal(face: u8) -> V3 {
     let mut n = [0.; 3];
-    n[(face / 2) as usize] = if face % 2 == 0 { 1. } else { -1. };
+    n[(face / 2) as usize] = if face.is_multiple_of(2) { 1. } else { -1. };
     n
 }
 
@@ -566,4 +566,160 @@ pub fn render(scene: &Scene, width: u32, height: u32) -> View {
 /// The room of a seed, seen. The content does not depend on the size of the picture.
 pub fn generate(seed: u64, look: Look, width: u32, height: u32) -> View {
     render(&Scene::new(seed, look), width, height)
+}
+
+#[cfg(test)]
+mod tests {
+    use rayon::prelude::*;
+
+    use super::*;
+    use crate::rooms::kinds::{cuboid, ellipsoid};
+    use crate::rooms::paint::Paint;
+    use crate::rooms::scene::Placed;
+    use crate::rooms::{Colour, Kind};
+
+    const LOOKS: [Look; 2] = [Look::Studio, Look::LivedIn];
+
+    fn views(look: Look, n: u64) -> Vec<View> {
+        (0..n).into_par_iter().map(|seed| generate(seed, look, 256, 192)).collect()
+    }
+
+    fn equal(a: &View, b: &View) -> bool {
+        a.rgb == b.rgb && a.depth == b.depth && a.ids == b.ids && a.things == b.things && a.camera == b.camera
+    }
+
+    #[test]
+    fn a_seed_gives_one_picture_whatever_the_threads() {
+        for look in LOOKS {
+            let alone: Vec<_> = (0..6).map(|seed| generate(seed, look, 256, 192)).collect();
+            for threads in [1, 2] {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let again = pool.install(|| views(look, 6));
+                assert!(alone.iter().zip(&again).all(|(a, b)| equal(a, b)));
+            }
+            assert!(!equal(&alone[0], &alone[1]));
+        }
+    }
+
+    /// The measures of module [`crate::rooms`], over 200 pictures of each look.
+    #[test]
+    fn the_world_is_not_easy() {
+        for look in LOOKS {
+            let views = views(look, 200);
+            let mean = |f: &dyn Fn(&View) -> f64| views.iter().map(f).sum::<f64>() / views.len() as f64;
+            let share = |f: fn(&Thing) -> bool| {
+                mean(&|v| v.things.iter().filter(|t| f(t)).count() as f64 / v.things.len() as f64)
+            };
+            let things = mean(&|v| v.things.len() as f64);
+            let occluded = share(|t| t.visible_fraction < 0.8);
+            let small = share(|t| t.bbox[2] - t.bbox[0] < 25.6 || t.bbox[3] - t.bbox[1] < 19.2);
+            let clear = share(Thing::is_clear);
+            println!(
+                "{look:?}: {things:.2} things, occluded {occluded:.3}, small {small:.3}, clear {clear:.3}"
+            );
+            assert!((6.0..12.0).contains(&things), "{things} things a picture");
+            assert!(occluded >= 0.3, "{occluded} occluded");
+            assert!(small >= 0.2, "{small} small");
+            assert!(clear >= 0.9, "{clear} clear");
+            for kind in Kind::ALL {
+                let of_kind = mean(&|v| v.things.iter().filter(|t| t.kind == *kind).count() as f64);
+                assert!(of_kind > 0.25, "{of_kind} {kind} a picture");
+            }
+        }
+    }
+
+    #[test]
+    fn boxes_are_tight_around_ids_and_depth_lies_on_the_thing() {
+        for look in LOOKS {
+            for view in views(look, 20) {
+                let mut seen = vec![Extent::EMPTY; view.things.len() + 1];
+                let w = view.width as usize;
+                let focal = view.width as f64 / 2. / (view.camera.fov_x.to_radians() / 2.).tan();
+                for (at, &id) in view.ids.iter().enumerate() {
+                    seen[id as usize].grow(at % w, at / w);
+                    let z = view.depth[at] as f64;
+                    assert!(z > 0.3 && z < 12.);
+                    if id > 0 {
+                        let thing = &view.things[id as usize - 1];
+                        let ray = |p: usize, n: u32| (p as f64 + 0.5 - n as f64 / 2.) / focal * z;
+                        let p = [ray(at % w, view.width), ray(at / w, view.height), z];
+                        let off = sub(p, thing.centre);
+                        let [a, b, c] = thing.size;
+                        let radius = 0.5 * (a * a + b * b + c * c).sqrt();
+                        assert!(dot(off, off).sqrt() <= radius + 1e-4, "{:?}", thing.kind);
+                    }
+                }
+                for (i, thing) in view.things.iter().enumerate() {
+                    assert_eq!(usize::from(thing.id), i + 1);
+                    assert_eq!(thing.bbox, seen[i + 1].bbox());
+                    assert_eq!(thing.visible_pixels, seen[i + 1].count);
+                    assert!(thing.visible_fraction > 0. && thing.visible_fraction <= 1.);
+                    let (b, f) = (thing.bbox, thing.full_bbox);
+                    assert!(f[0] <= b[0] && f[1] <= b[1] && f[2] >= b[2] && f[3] >= b[3]);
+                }
+            }
+        }
+    }
+
+    /// A board of 1.2 × 0.8 m, 3 m ahead, and a ball behind its right edge.
+    #[test]
+    fn size_and_depth_of_a_frontal_thing_follow_from_the_pinhole() {
+        let mut scene = Scene::new(0, Look::Studio);
+        scene.room = [6., 3., 6.];
+        scene.camera = Camera { fov_x: 60., height: 1.4, tilt: 0. };
+        (scene.eye, scene.heading) = ([3., 1.4, 0.5], (0., 1.));
+        let paint = Paint::plain([0.5; 3]);
+        let (board, ball) = ([3., 1.4, 3.55], [3.65, 1.4, 4.5]);
+        let placed = |kind, size, centre| Placed { kind, colour: Colour::Gray, size, centre, yaw: (0., 1.) };
+        scene.things = vec![placed(Kind::Box, [1.2, 0.8, 0.1], board), placed(Kind::Ball, [0.6; 3], ball)];
+        scene.items = vec![
+            Item { solid: cuboid(board, [1.2, 0.8, 0.1], paint), thing: 1, casts: true },
+            Item { solid: ellipsoid(ball, [0.3; 3], paint), thing: 2, casts: true },
+        ];
+        let view = render(&scene, 400, 300);
+        let focal = 200. / 30f64.to_radians().tan();
+        let [board, ball] = &view.things[..] else { panic!("{:?}", view.things) };
+        let extent = |b: [f64; 4]| [b[2] - b[0], b[3] - b[1]];
+        let [w, h] = extent(board.bbox);
+        let depth = view.depth_at(board.bbox);
+        assert!((depth - 3.).abs() < 1e-6);
+        assert!(
+            (w * depth / focal - 1.2).abs() < depth / focal
+                && (h * depth / focal - 0.8).abs() < depth / focal
+        );
+        assert_eq!(board.visible_fraction, 1.);
+        assert!((board.centre[2] - 3.05).abs() < 1e-9 && board.centre[0].abs() < 1e-9);
+        assert!(!board.truncated && !ball.truncated);
+        // Its disc is 0.35 to 0.95 m aside at 4 m; the board hides all up to 0.6 · 4 / 3 = 0.8 m.
+        let [w, _] = extent(ball.full_bbox);
+        assert!((w * 4. / focal - 0.6).abs() < 0.02, "{w}");
+        assert!((0.15..0.25).contains(&ball.visible_fraction), "{}", ball.visible_fraction);
+        // The wall above the board, and the floor.
+        assert!((view.depth[60 * 400 + 200] as f64 - 5.5).abs() < 1e-5);
+        let below = view.depth[(299 * 400 + 30) as usize] as f64;
+        assert!((below - 1.4 * focal / 149.5).abs() < 1e-5, "{below}");
+    }
+
+    #[test]
+    fn content_does_not_depend_on_the_pictures_size() {
+        for look in LOOKS {
+            for seed in 0..5 {
+                let [small, large] = [256, 512].map(|w| generate(seed, look, w, w * 3 / 4));
+                for thing in small.things.iter().filter(|t| t.is_clear()) {
+                    let same = |t: &&Thing| {
+                        (t.kind, t.colour) == (thing.kind, thing.colour) && t.centre == thing.centre
+                    };
+                    let twin = large.things.iter().find(same).expect("seen at both sizes");
+                    assert_eq!(twin.size, thing.size);
+                    for k in 0..4 {
+                        // Thin parts may be missed at one size.
+                        assert!(
+                            (twin.full_bbox[k] / 2. - thing.full_bbox[k]).abs() <= 3.,
+                            "{thing:?} {twin:?}"
+                        );
+                    }
+                }
+            }
+        }
+    }
 }

@@ -798,3 +798,79 @@ impl Furnisher {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rooms::solid::{dot, sub};
+
+    fn scenes() -> impl Iterator<Item = Scene> {
+        (0..120).flat_map(|seed| [Look::Studio, Look::LivedIn].map(|look| Scene::new(seed, look)))
+    }
+
+    fn space(thing: &Placed) -> Room3 {
+        let base = sub(thing.centre, [0., thing.size[1] / 2., 0.]);
+        Room3::new(base, thing.yaw, thing.size)
+    }
+
+    #[test]
+    fn every_solid_is_within_its_things_box_and_the_box_within_the_room() {
+        for scene in scenes() {
+            for item in scene.items.iter().filter(|item| item.thing > 0) {
+                let thing = &scene.things[item.thing as usize - 1];
+                let (s, c) = thing.yaw;
+                for (k, axis) in [[c, 0., -s], [0., 1., 0.], [s, 0., c]].into_iter().enumerate() {
+                    let (low, high) = item.solid.reach(axis);
+                    let at = dot(sub(item.solid.centre, thing.centre), axis);
+                    let half = thing.size[k] / 2. + 1e-9;
+                    assert!(at + low >= -half && at + high <= half, "{:?} seed {}", thing.kind, scene.seed);
+                }
+            }
+            for thing in &scene.things {
+                for corner in space(thing).corners() {
+                    for k in 0..3 {
+                        let inside = -1e-9..=scene.room[k] + 1e-9;
+                        assert!(inside.contains(&corner[k]), "{:?} seed {}", thing.kind, scene.seed);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn things_do_not_interpenetrate_and_stand_on_something() {
+        for scene in scenes() {
+            let spaces: Vec<_> = scene.things.iter().map(space).collect();
+            for (i, a) in spaces.iter().enumerate() {
+                for b in &spaces[..i] {
+                    assert!(!a.meets(b, 0.), "seed {}", scene.seed);
+                }
+                let hangs = matches!(scene.things[i].kind, Kind::Tv | Kind::Picture);
+                let supported = a.low.abs() < 1e-9
+                    || spaces.iter().any(|b| {
+                        (b.high - a.low).abs() < 0.02 && {
+                            let lowered = Room3 { low: a.low - 0.05, high: a.low, ..*a };
+                            lowered.meets(b, 0.)
+                        }
+                    });
+                assert!(hangs || supported, "{:?} floats, seed {}", scene.things[i].kind, scene.seed);
+            }
+        }
+    }
+
+    #[test]
+    fn cameras_keep_their_ranges_and_use_them() {
+        let cameras: Vec<_> = scenes().map(|s| s.camera).collect();
+        for c in &cameras {
+            assert!((45.0..=80.0).contains(&c.fov_x) && (1.0..=2.0).contains(&c.height));
+            assert!((0.0..=25.0).contains(&c.tilt));
+        }
+        for value in
+            [|c: &Camera| (c.fov_x - 45.) / 35., |c: &Camera| c.height - 1., |c: &Camera| c.tilt / 25.]
+        {
+            let low = cameras.iter().map(value).fold(1., f64::min);
+            let high = cameras.iter().map(value).fold(0., f64::max);
+            assert!(low < 0.15 && high > 0.85, "{low} to {high}");
+        }
+    }
+}

@@ -138,7 +138,10 @@ impl Tools for MockTools {
             }
             None => {
                 let known = &self.scene.whole_image.0;
-                known.iter().find(|(phrase, _)| prompt.contains(phrase.as_str())).map(|(_, said)| said.clone())
+                known
+                    .iter()
+                    .find(|(phrase, _)| prompt.contains(phrase.as_str()))
+                    .map(|(_, said)| said.clone())
             }
         };
         Ok(answer.unwrap_or_else(|| "unknown".to_owned()))

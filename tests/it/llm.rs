@@ -10,7 +10,7 @@ use valor::llm::template::{CHATML, ChatTemplate};
 use valor::llm::tokenizer::Tokenizer;
 use valor::llm::{ChatModel, ChatReply, ChatRequest, Finish, Message, Role, SamplingOptions};
 use valor::models::qwen3::{Config, Qwen3};
-use valor::nn::Params;
+use valor::nn::{Params, frozen};
 
 const VOCAB: usize = 300;
 
@@ -42,7 +42,7 @@ fn params(cfg: &Config) -> Params {
 }
 
 fn chat_on(params: &Params, cfg: &Config, options: EngineOptions) -> LocalChat {
-    let model = Qwen3::new(cfg, params.frozen()).unwrap();
+    let model = Qwen3::new(cfg, frozen(params.builder())).unwrap();
     let tokenizer = tokenizer();
     let eos = tokenizer.id("<|im_end|>").unwrap();
     let engine = Engine::new(Network::Text { model, cfg: cfg.clone() }, Device::Cpu, vec![eos], options);

@@ -49,7 +49,10 @@ fn programs(folder: &Path) -> Vec<(String, String)> {
 }
 
 fn header<'a>(source: &'a str, key: &str) -> Option<&'a str> {
-    source.lines().find_map(|line| line.strip_prefix("# ")?.strip_prefix(key)?.strip_prefix(": ")).map(str::trim)
+    source
+        .lines()
+        .find_map(|line| line.strip_prefix("# ")?.strip_prefix(key)?.strip_prefix(": "))
+        .map(str::trim)
 }
 
 fn tools(folder: &Path) -> MockTools {
@@ -75,7 +78,8 @@ fn expected(outcome: &Outcome, expect: &str) -> bool {
         Ok(answer) => serde_json::from_str(expect).is_ok_and(|value| same(answer, &value)),
         Err(error) => {
             let Some(wanted) = expect.strip_prefix("error:") else { return false };
-            let (wanted, line) = wanted.split_once('@').map_or((wanted, None), |(w, line)| (w, line.parse().ok()));
+            let (wanted, line) =
+                wanted.split_once('@').map_or((wanted, None), |(w, line)| (w, line.parse().ok()));
             (error.kind.as_str() == wanted || error.type_name.as_deref() == Some(wanted))
                 && (line.is_none() || error.line == line)
         }
@@ -87,7 +91,8 @@ fn contained(outcome: &Outcome, expect: &str) -> bool {
     expect.split('|').any(|one| match (&outcome.result, one.strip_prefix("value:")) {
         (Ok(answer), Some(value)) => same(answer, &serde_json::from_str(value).unwrap()),
         (Err(error), None) => {
-            let alike = |kind: &str| if kind == "unsupported" { "denied".to_owned() } else { kind.to_owned() };
+            let alike =
+                |kind: &str| if kind == "unsupported" { "denied".to_owned() } else { kind.to_owned() };
             alike(error.kind.as_str()) == alike(one)
         }
         _ => false,
@@ -111,7 +116,8 @@ fn good_programs_answer() {
         }
         let gaps: BTreeSet<String> = GAPS.iter().map(|name| (*name).to_owned()).collect();
         // A folder of the reader's own may lack programs of the list.
-        let listed: BTreeSet<String> = programs(&folder.join("ok")).into_iter().map(|(name, _)| name).collect();
+        let listed: BTreeSet<String> =
+            programs(&folder.join("ok")).into_iter().map(|(name, _)| name).collect();
         let gaps: BTreeSet<String> = gaps.intersection(&listed).cloned().collect();
         assert_eq!(failed, gaps, "{}\n{notes}", folder.display());
     }
@@ -131,7 +137,8 @@ fn hostile_programs_are_contained() {
                 wrong.push_str(&format!("{name}: {:?}\n", outcome.result));
             }
             // Nothing of it is left for the next one.
-            let next = sandbox.run("final_answer = [len([1, 2]), depth(img_pth, [0, 0, 1, 1])]", &image, &mut tools);
+            let next =
+                sandbox.run("final_answer = [len([1, 2]), depth(img_pth, [0, 0, 1, 1])]", &image, &mut tools);
             if next.result != Ok(json!([2, 10.0])) {
                 wrong.push_str(&format!("after {name}: {:?}\n", next.result));
             }
@@ -147,7 +154,9 @@ fn defect_10_4_programs_run_in_a_jail_with_a_time_limit() {
     let mut sandbox = Sandbox::with_executable(limits, env!("CARGO_BIN_EXE_valor")).unwrap();
     let mut kind = |source: &str| sandbox.run(source, "a.png", &mut StubTools).result.unwrap_err().kind;
     assert_eq!(kind("while True: pass"), ErrorKind::Timeout);
-    for source in ["eval('1')", "open('/etc/passwd')", "__import__('os')", "import os\nos.getcwd()", "globals()"] {
+    for source in
+        ["eval('1')", "open('/etc/passwd')", "__import__('os')", "import os\nos.getcwd()", "globals()"]
+    {
         assert_eq!(kind(source), ErrorKind::Denied, "{source}");
     }
 }
@@ -187,7 +196,8 @@ fn lines_are_the_programs_own() {
 
 #[test]
 fn the_trace_tells_what_the_tools_said() {
-    let outcome = run("o = gd_detect(img_pth, 'chair, table')\nfinal_answer = depth(img_pth, o[1]['bbox'])\n");
+    let outcome =
+        run("o = gd_detect(img_pth, 'chair, table')\nfinal_answer = depth(img_pth, o[1]['bbox'])\n");
     assert_eq!(outcome.result, Ok(json!(0.5)));
     let [detect, depth] = outcome.calls.as_slice() else { panic!("{:?}", outcome.calls) };
     assert_eq!((detect.tool.as_str(), detect.line), ("gd_detect", Some(1)));

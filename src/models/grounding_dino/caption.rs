@@ -6,6 +6,7 @@
 //! table (method.md 10.16).
 
 use candle_core::{Result, bail};
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -34,7 +35,8 @@ pub struct Caption {
 }
 
 /// How a noun's inner blanks are written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Blanks {
     /// "coffee table": training captions (method.md 6).
     Keep,

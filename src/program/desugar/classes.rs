@@ -21,7 +21,8 @@ pub(super) fn class(rewriter: &mut Rewriter, class: &StmtClassDef) {
             && arguments.args.iter().all(|base| match base {
                 Expr::Name(base) => {
                     let base = base.id.as_str();
-                    base == "object" || rewriter.facts.classes.get(name).is_some_and(|c| c.bases.contains(&base))
+                    base == "object"
+                        || rewriter.facts.classes.get(name).is_some_and(|c| c.bases.contains(&base))
                 }
                 _ => false,
             });
@@ -31,7 +32,8 @@ pub(super) fn class(rewriter: &mut Rewriter, class: &StmtClassDef) {
         rewriter.edits.replace(arguments.range, "");
     }
     if !ancestors.is_empty() {
-        let mut taken: Vec<&str> = rewriter.facts.classes.get(name).map_or_else(Vec::new, |c| c.members.clone());
+        let mut taken: Vec<&str> =
+            rewriter.facts.classes.get(name).map_or_else(Vec::new, |c| c.members.clone());
         let mut lines = vec![format!("{OURS}bases = ({},)", ancestors.join(", "))];
         for base in &ancestors {
             for member in rewriter.facts.classes.get(base).into_iter().flat_map(|c| &c.members) {
@@ -43,7 +45,8 @@ pub(super) fn class(rewriter: &mut Rewriter, class: &StmtClassDef) {
             }
         }
         if let Some(first) = class.body.first() {
-            let between = indentation(rewriter.source, first).map_or("; ".to_owned(), |blanks| format!("\n{blanks}"));
+            let between =
+                indentation(rewriter.source, first).map_or("; ".to_owned(), |blanks| format!("\n{blanks}"));
             rewriter.edits.open(first.start().to_usize(), format!("{}{between}", lines.join(&between)));
         }
     }
@@ -67,7 +70,11 @@ pub(super) fn class(rewriter: &mut Rewriter, class: &StmtClassDef) {
 
 /// The name under which a member is kept.
 fn stored_name(rewriter: &Rewriter, member: &str) -> String {
-    if rewriter.facts.properties.contains(member) { format!("{OURS}prop_{member}") } else { member.to_owned() }
+    if rewriter.facts.properties.contains(member) {
+        format!("{OURS}prop_{member}")
+    } else {
+        member.to_owned()
+    }
 }
 
 fn method(rewriter: &mut Rewriter, function: &StmtFunctionDef) {
@@ -79,31 +86,14 @@ fn method(rewriter: &mut Rewriter, function: &StmtFunctionDef) {
         };
         match with {
             "property" => rewriter.edits.replace(function.name.range(), format!("{OURS}prop_{name}")),
-            "classmethod" => {}
-            "staticmethod" => {
-                // A partial object is not bound to the instance that it is read from.
-                if let Some(last) = function.body.last()
-                    && let Some(blanks) = decorator_blanks(rewriter.source, decorator.range())
-                {
-                    let again = format!("\n{blanks}{name} = {OURS}static({name})");
-                    rewriter.edits.close(last.end().to_usize(), again);
-                }
-            }
-            "abstractmethod" => {}
+            "classmethod" | "staticmethod" | "abstractmethod" => {}
             _ => return rewriter.refuse(decorator.range(), "this method decorator"),
         }
         rewriter.edits.replace(decorator.range(), "");
     }
 }
 
-fn decorator_blanks(source: &str, decorator: TextRange) -> Option<String> {
-    let start = decorator.start().to_usize();
-    let line = source[..start].rfind('\n').map_or(0, |at| at + 1);
-    let before = &source[line..start];
-    before.trim().is_empty().then(|| before.to_owned())
-}
-
-/// `super().m(…)` and `Class.classmethod(…)`.
+/// `super().m(…)`, `Class.classmethod(…)` and `self.staticmethod(…)`.
 pub(super) fn call(rewriter: &mut Rewriter, call: &ExprCall) {
     let Expr::Attribute(attribute) = &*call.func else { return };
     let method = attribute.attr.as_str();
@@ -112,9 +102,10 @@ pub(super) fn call(rewriter: &mut Rewriter, call: &ExprCall) {
     match &*attribute.value {
         Expr::Call(inner) if matches!(&*inner.func, Expr::Name(n) if n.id.as_str() == "super") => {
             let Some((class, first)) = rewriter.supers.last().cloned() else { return };
-            let owner = rewriter.facts.ancestors(&class).into_iter().find(|base| {
-                rewriter.facts.classes.get(base).is_some_and(|c| c.members.contains(&method))
-            });
+            let owner =
+                rewriter.facts.ancestors(&class).into_iter().find(|base| {
+                    rewriter.facts.classes.get(base).is_some_and(|c| c.members.contains(&method))
+                });
             match owner {
                 Some(owner) => {
                     let target = format!("{owner}.{}({first}{comma}", stored_name(rewriter, method));
@@ -127,6 +118,10 @@ pub(super) fn call(rewriter: &mut Rewriter, call: &ExprCall) {
                 }
                 None => rewriter.refuse(call.range(), "super() of this class"),
             }
+        }
+        // Read from its class a method is a plain function.
+        Expr::Name(object) if rewriter.facts.statics.contains_key(method) => {
+            rewriter.edits.replace(object.range, rewriter.facts.statics[method]);
         }
         Expr::Name(class) => {
             let class = class.id.as_str();

@@ -35,6 +35,8 @@ pub(super) struct Facts<'a> {
     pub implicit_math: bool,
     pub classes: HashMap<&'a str, Class<'a>>,
     pub properties: HashSet<&'a str>,
+    /// Static methods, each with a class that has it.
+    pub statics: HashMap<&'a str, &'a str>,
     /// The program's own exception classes, each with the builtin that stands for it.
     pub exceptions: HashMap<&'a str, &'static str>,
     pub raises: HashSet<u32>,
@@ -42,12 +44,63 @@ pub(super) struct Facts<'a> {
 
 /// Modules that reach for the machine: importing one is harmless, using it ends the program.
 pub(super) const REFUSED_MODULES: &[&str] = &[
-    "asyncio", "atexit", "builtins", "concurrent", "cffi", "code", "codecs", "contextvars", "ctypes", "datetime",
-    "dis", "fcntl", "gc", "glob", "http", "imp", "importlib", "inspect", "io", "linecache", "logging", "marshal",
-    "mmap", "multiprocessing", "os", "pathlib", "pickle", "pkgutil", "platform", "posix", "pty", "random", "requests",
-    "resource", "runpy", "secrets", "select", "shelve", "shutil", "signal", "site", "socket", "sqlite3", "ssl",
-    "subprocess", "sys", "sysconfig", "tempfile", "threading", "time", "traceback", "types", "urllib", "uuid", "warnings",
-    "weakref", "zipfile",
+    "asyncio",
+    "atexit",
+    "builtins",
+    "concurrent",
+    "cffi",
+    "code",
+    "codecs",
+    "contextvars",
+    "ctypes",
+    "datetime",
+    "dis",
+    "fcntl",
+    "gc",
+    "glob",
+    "http",
+    "imp",
+    "importlib",
+    "inspect",
+    "io",
+    "linecache",
+    "logging",
+    "marshal",
+    "mmap",
+    "multiprocessing",
+    "os",
+    "pathlib",
+    "pickle",
+    "pkgutil",
+    "platform",
+    "posix",
+    "pty",
+    "random",
+    "requests",
+    "resource",
+    "runpy",
+    "secrets",
+    "select",
+    "shelve",
+    "shutil",
+    "signal",
+    "site",
+    "socket",
+    "sqlite3",
+    "ssl",
+    "subprocess",
+    "sys",
+    "sysconfig",
+    "tempfile",
+    "threading",
+    "time",
+    "traceback",
+    "types",
+    "urllib",
+    "uuid",
+    "warnings",
+    "weakref",
+    "zipfile",
 ];
 
 /// Builtins that no program gets to see raised otherwise: each can stand for one exception class
@@ -143,17 +196,24 @@ impl<'a> Walk<'_, '_, 'a> {
                 Stmt::FunctionDef(f) => {
                     let name = f.name.as_str();
                     let decorated = |with: &str| {
-                        f.decorator_list.iter().any(|d| matches!(&d.expression, Expr::Name(n) if n.id.as_str() == with))
+                        f.decorator_list
+                            .iter()
+                            .any(|d| matches!(&d.expression, Expr::Name(n) if n.id.as_str() == with))
                     };
                     if decorated("property") {
                         self.facts.properties.insert(name);
+                    }
+                    if decorated("staticmethod") {
+                        self.facts.statics.insert(name, class.name.as_str());
                     }
                     if decorated("classmethod") {
                         entry.classmethods.insert(name);
                     }
                     entry.members.push(name);
                 }
-                Stmt::Assign(a) => entry.members.extend(a.targets.iter().filter_map(|t| Some(t.as_name_expr()?.id.as_str()))),
+                Stmt::Assign(a) => {
+                    entry.members.extend(a.targets.iter().filter_map(|t| Some(t.as_name_expr()?.id.as_str())))
+                }
                 Stmt::AnnAssign(a) if a.value.is_some() => {
                     entry.members.extend(a.target.as_name_expr().map(|name| name.id.as_str()));
                 }

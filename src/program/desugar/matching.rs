@@ -4,12 +4,10 @@ use ruff_python_ast::visitor::Visitor;
 use ruff_python_ast::{Pattern, Singleton, StmtMatch};
 use ruff_text_size::{Ranged, TextRange};
 
-use super::OURS;
 use super::rewrite::Rewriter;
 
 pub(super) fn rewrite(rewriter: &mut Rewriter, stmt: &StmtMatch) {
-    let subject = format!("{OURS}subject{}", rewriter.subjects);
-    rewriter.subjects += 1;
+    let subject = rewriter.temporary();
     // `match x:` → `if [subject := (x)]:`, a list that is never empty, around the chain.
     let before = TextRange::new(stmt.range.start(), stmt.subject.start());
     rewriter.edits.replace(before, format!("if [{subject} := ("));
@@ -84,7 +82,8 @@ fn condition(rewriter: &Rewriter, pattern: &Pattern, subject: &str) -> Option<St
                     }
                     inner => {
                         let from_end = star.is_some_and(|star| at > star);
-                        let index = if from_end { format!("-{}", p.patterns.len() - at) } else { at.to_string() };
+                        let index =
+                            if from_end { format!("-{}", p.patterns.len() - at) } else { at.to_string() };
                         parts.push(condition(rewriter, inner, &format!("{subject}[{index}]"))?);
                     }
                 }
@@ -112,7 +111,11 @@ fn condition(rewriter: &Rewriter, pattern: &Pattern, subject: &str) -> Option<St
                 _ => return None,
             }
             for keyword in &p.arguments.keywords {
-                parts.push(condition(rewriter, &keyword.pattern, &format!("{subject}.{}", keyword.attr.as_str()))?);
+                parts.push(condition(
+                    rewriter,
+                    &keyword.pattern,
+                    &format!("{subject}.{}", keyword.attr.as_str()),
+                )?);
             }
             all(parts)
         }

@@ -39,6 +39,8 @@ pub(super) struct Prepared {
     lines: Vec<u32>,
     /// Source lines that a `raise` of the program covers.
     raises: HashSet<u32>,
+    /// Source lines that name an attribute which no program gets.
+    reaching: HashSet<u32>,
     /// The last line of `code`, which reads `final_answer`.
     tail: u32,
     /// Names that stand for modules no program gets.
@@ -57,6 +59,11 @@ impl Prepared {
     /// Is there a `raise` of the program on that line of `code`?
     pub fn raises(&self, line: u32) -> bool {
         self.line(line).is_some_and(|source| self.raises.contains(&source))
+    }
+
+    /// Does that line of the program name an attribute which no program gets?
+    pub fn reaches_out(&self, source_line: u32) -> bool {
+        self.reaching.contains(&source_line)
     }
 
     pub fn is_tail(&self, line: u32) -> bool {
@@ -113,7 +120,8 @@ pub(super) fn prepare(source: &str) -> Result<Prepared, ProgramError> {
         // Everything that the program binds stays global, as it is without the wrapping: a closure's
         // `nonlocal` names are the exception.
         code.push_str("def _v_program():\n");
-        let mut names: Vec<&str> = facts.top.iter().copied().filter(|n| !facts.nonlocals.contains(n)).collect();
+        let mut names: Vec<&str> =
+            facts.top.iter().copied().filter(|n| !facts.nonlocals.contains(n)).collect();
         names.push("final_answer");
         names.sort_unstable();
         names.dedup();
@@ -133,8 +141,13 @@ pub(super) fn prepare(source: &str) -> Result<Prepared, ProgramError> {
         code,
         lines: all,
         raises: facts.raises,
+        reaching: rewrite::reaching_lines(source),
         refused: facts.refused.iter().map(|name| (*name).to_owned()).collect(),
-        exceptions: facts.exceptions.iter().map(|(class, builtin)| ((*builtin).to_owned(), (*class).to_owned())).collect(),
+        exceptions: facts
+            .exceptions
+            .iter()
+            .map(|(class, builtin)| ((*builtin).to_owned(), (*class).to_owned()))
+            .collect(),
     })
 }
 

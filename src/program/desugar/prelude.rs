@@ -1,6 +1,7 @@
 //! The library that rewritten programs call, in Python, in parts: a program gets the ones it names
 //! and those that they name.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::LazyLock;
 
@@ -64,20 +65,40 @@ pub(super) fn for_path(path: &str) -> Option<String> {
 
 /// Appends the parts that `program` needs, in a fixed order.
 pub(super) fn add(program: &str, out: &mut String) {
-    let mut wanted: Vec<&str> = vec![];
-    let mut next: Vec<&str> = names(program).collect();
+    let mut wanted: Vec<(&str, Cow<'static, str>)> = vec![];
+    let mut next: Vec<Cow<'static, str>> = names(program).map(|name| Cow::Owned(name.to_owned())).collect();
     while let Some(name) = next.pop() {
-        if let Some((name, part)) = PARTS.get_key_value(name)
-            && !wanted.contains(name)
-        {
-            wanted.push(name);
-            next.extend(&part.needs);
+        let Some((name, part)) = PARTS.get_key_value(&*name) else { continue };
+        if wanted.iter().any(|(known, _)| known == name) {
+            continue;
+        }
+        if part.text.starts_with("class ") {
+            // Its methods name most of the library: only those that the program may call.
+            let text = used_methods(part.text, program);
+            next.extend(names(&text).map(|name| Cow::Owned(name.to_owned())));
+            wanted.push((name, Cow::Owned(text)));
+        } else {
+            next.extend(part.needs.iter().map(|name| Cow::Borrowed(*name)));
+            wanted.push((name, Cow::Borrowed(part.text)));
         }
     }
     wanted.sort_unstable();
-    for name in wanted {
-        out.push_str(PARTS[name].text);
+    for (_, text) in wanted {
+        out.push_str(&text);
     }
+}
+
+/// A class without the methods whose name the program never reads.
+fn used_methods(class: &str, program: &str) -> String {
+    let mut keep = true;
+    let kept = class.split_inclusive('\n').filter(|line| {
+        if let Some(method) = line.strip_prefix("    def ") {
+            let name = &method[..method.find('(').unwrap_or(0)];
+            keep = name.starts_with("__") || program.contains(&format!(".{name}"));
+        }
+        keep || line.starts_with("class ")
+    });
+    kept.collect()
 }
 
 #[cfg(test)]
@@ -89,7 +110,10 @@ mod tests {
         for (name, part) in PARTS.iter() {
             for need in &part.needs {
                 // Locals of rewritten programs, not of the library.
-                assert!(PARTS.contains_key(need) || ["_v_out", "_v_bases", "_v_prop_"].contains(need), "{name}: {need}");
+                assert!(
+                    PARTS.contains_key(need) || ["_v_out", "_v_bases", "_v_prop_"].contains(need),
+                    "{name}: {need}"
+                );
             }
         }
     }

@@ -1,32 +1,88 @@
 //! The rewriting itself, one visit of the tree.
 
+use std::collections::HashSet;
+
 use ruff_python_ast::token::{TokenKind, Tokens};
 use ruff_python_ast::visitor::{self, Visitor};
-use ruff_python_ast::{CmpOp, Expr, ExprCall, ExprContext, InterpolatedElement, InterpolatedStringElement, Operator, Stmt, UnaryOp};
+use ruff_python_ast::{
+    CmpOp, Expr, ExprCall, ExprContext, ExprSubscript, InterpolatedElement, InterpolatedStringElement,
+    Operator, Stmt, StmtAssign, UnaryOp,
+};
 use ruff_text_size::{Ranged, TextRange, TextSize};
 
 use super::edits::Edits;
 use super::facts::{Facts, REFUSED_MODULES};
 use super::{LINE, OURS, REFUSE, classes, indentation, line_of, matching, prelude};
-use crate::program::host::SIGNATURES;
 use crate::program::ProgramError;
+use crate::program::host::SIGNATURES;
 
 /// Attributes that lead out of a value into the interpreter.
 const REFUSED_ATTRIBUTES: &[&str] = &[
-    "__subclasses__", "__bases__", "__base__", "__mro__", "__globals__", "__builtins__", "__code__", "__closure__",
-    "__loader__", "__spec__", "__import__", "__getattribute__", "__reduce__", "__reduce_ex__", "__self__", "f_back",
-    "f_globals", "f_locals", "f_builtins", "gi_frame", "tb_frame", "tb_next", "cr_frame",
+    "__subclasses__",
+    "__bases__",
+    "__base__",
+    "__mro__",
+    "__globals__",
+    "__builtins__",
+    "__code__",
+    "__closure__",
+    "__loader__",
+    "__spec__",
+    "__import__",
+    "__getattribute__",
+    "__reduce__",
+    "__reduce_ex__",
+    "__self__",
+    "f_back",
+    "f_globals",
+    "f_locals",
+    "f_builtins",
+    "gi_frame",
+    "tb_frame",
+    "tb_next",
+    "cr_frame",
 ];
+
+/// Methods that programs hand over, `key=counts.get` say; the interpreter can only call them.
+const BOUND_METHODS: &[&str] = &["get", "count", "index", "append", "add", "__getitem__"];
 
 /// Modules that the interpreter lacks: the library alone stands for them.
 const OUR_MODULES: &[&str] = &["numpy", "statistics", "copy", "operator"];
 
 /// Methods of `str` that programs pass around unbound.
 const STR_METHODS: &[&str] = &[
-    "capitalize", "casefold", "endswith", "find", "isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "islower",
-    "isnumeric", "isspace", "istitle", "isupper", "join", "lower", "lstrip", "replace", "rstrip", "split", "startswith",
-    "strip", "swapcase", "title", "upper",
+    "capitalize",
+    "casefold",
+    "endswith",
+    "find",
+    "isalnum",
+    "isalpha",
+    "isascii",
+    "isdecimal",
+    "isdigit",
+    "islower",
+    "isnumeric",
+    "isspace",
+    "istitle",
+    "isupper",
+    "join",
+    "lower",
+    "lstrip",
+    "replace",
+    "rstrip",
+    "split",
+    "startswith",
+    "strip",
+    "swapcase",
+    "title",
+    "upper",
 ];
+
+/// Lines, from 1, that hold one of [`REFUSED_ATTRIBUTES`] in whatever form.
+pub(super) fn reaching_lines(source: &str) -> HashSet<u32> {
+    let holds = |line: &str| line.contains("_") && REFUSED_ATTRIBUTES.iter().any(|name| line.contains(name));
+    source.lines().zip(1..).filter(|(line, _)| holds(line)).map(|(_, at)| at).collect()
+}
 
 pub(super) fn rewrite(
     source: &str,
@@ -35,7 +91,16 @@ pub(super) fn rewrite(
     body: &[Stmt],
     edits: &mut Edits,
 ) -> Result<(), ProgramError> {
-    let mut rewriter = Rewriter { source, tokens, facts, edits, generator: vec![], supers: vec![], subjects: 0, error: None };
+    let mut rewriter = Rewriter {
+        source,
+        tokens,
+        facts,
+        edits,
+        generator: vec![],
+        supers: vec![],
+        temporaries: 0,
+        error: None,
+    };
     rewriter.visit_body(body);
     rewriter.error.map_or(Ok(()), Err)
 }
@@ -49,8 +114,8 @@ pub(super) struct Rewriter<'r, 'f> {
     generator: Vec<bool>,
     /// For each method around: its class and the name of its first parameter.
     pub supers: Vec<(String, String)>,
-    /// How many `match` statements there were: each has a variable for its subject.
-    pub subjects: usize,
+    /// How many variables of our own there are so far.
+    pub temporaries: usize,
     pub error: Option<ProgramError>,
 }
 
@@ -65,7 +130,8 @@ impl Rewriter<'_, '_> {
 
     pub fn refuse(&mut self, at: TextRange, what: &str) {
         let line = line_of(self.source, at.start().to_usize());
-        self.error.get_or_insert_with(|| ProgramError::unsupported(Some(line), format!("{what} is not supported")));
+        self.error
+            .get_or_insert_with(|| ProgramError::unsupported(Some(line), format!("{what} is not supported")));
     }
 
     /// The operator's token between two operands.
@@ -141,8 +207,8 @@ impl Rewriter<'_, '_> {
         classes::call(self, call);
     }
 
-    /// Replaces an attribute by something else; whether it did.
-    fn attribute(&mut self, expr: &Expr) -> bool {
+    /// Replaces an attribute by something else; whether it did. `called`: it is what a call calls.
+    fn attribute(&mut self, expr: &Expr, called: bool) -> bool {
         let Expr::Attribute(attribute) = expr else { return false };
         let name = attribute.attr.as_str();
         if let Some(path) = self.facts.path(expr) {
@@ -163,12 +229,19 @@ impl Rewriter<'_, '_> {
             self.edits.replace(attribute.range, format!("{REFUSE}(\"{name}\")"));
             return true;
         }
-        let unbound = matches!(&*attribute.value, Expr::Name(n) if n.id.as_str() == "str" && self.facts.builtin("str"));
+        let unbound =
+            matches!(&*attribute.value, Expr::Name(n) if n.id.as_str() == "str" && self.facts.builtin("str"));
         if unbound && STR_METHODS.contains(&name) {
             self.edits.replace(attribute.range, format!("(lambda s, *a: s.{name}(*a))"));
             return true;
         }
         let after = range(attribute.value.end(), attribute.range.end());
+        if !called && BOUND_METHODS.contains(&name) {
+            self.edits.open(attribute.range.start().to_usize(), "(lambda *a: ");
+            let call = if name == "__getitem__" { "[a[0]])".to_owned() } else { format!(".{name}(*a))") };
+            self.edits.replace(after, call);
+            return false;
+        }
         if self.facts.properties.contains(name) {
             self.edits.open(attribute.range.start().to_usize(), format!("{OURS}attr("));
             self.edits.replace(after, format!(", \"{name}\")"));
@@ -179,18 +252,30 @@ impl Rewriter<'_, '_> {
         false
     }
 
-    fn subscript(&mut self, subscript: &ruff_python_ast::ExprSubscript) {
-        let ruff_python_ast::ExprSubscript { value, slice, ctx, .. } = subscript;
-        if !self.facts.numpy || *ctx != ExprContext::Load {
-            return;
+    pub fn temporary(&mut self) -> String {
+        self.temporaries += 1;
+        format!("{OURS}t{}", self.temporaries)
+    }
+
+    fn subscript(&mut self, subscript: &ExprSubscript) {
+        if self.facts.numpy && subscript.ctx == ExprContext::Load {
+            self.edits.open(subscript.range.start().to_usize(), format!("{OURS}get("));
+            self.keyed(subscript, ")");
         }
-        self.edits.open(subscript.range.start().to_usize(), format!("{OURS}get("));
+    }
+
+    /// `value[key]` → `value, key` and then `end`.
+    fn keyed(&mut self, subscript: &ExprSubscript, end_text: &str) {
+        let ExprSubscript { value, slice, .. } = subscript;
         let tokens = self.tokens.in_range(range(value.end(), slice.start()));
         let Some(open) = tokens.iter().find(|t| t.kind() == TokenKind::Lsqb) else { return };
         let bare_tuple = matches!(&**slice, Expr::Tuple(t) if !t.parenthesized);
         self.edits.replace(open.range(), if bare_tuple { ", (" } else { ", " });
         let end = subscript.range.end();
-        self.edits.replace(range(end - TextSize::new(1), end), if bare_tuple { "))" } else { ")" });
+        self.edits.replace(
+            range(end - TextSize::new(1), end),
+            format!("{}{end_text}", if bare_tuple { ")" } else { "" }),
+        );
         let parts = match &**slice {
             Expr::Tuple(tuple) => &tuple.elts[..],
             one => std::slice::from_ref(one),
@@ -198,9 +283,42 @@ impl Rewriter<'_, '_> {
         for part in parts {
             let Expr::Slice(slice) = part else { continue };
             // Written anew: a slice's bounds are seldom more than names and numbers.
-            let bound = |e: &Option<Box<Expr>>| e.as_ref().map_or("None", |e| self.text(e.range())).to_owned();
-            let text = format!("slice({}, {}, {})", bound(&slice.lower), bound(&slice.upper), bound(&slice.step));
+            let bound =
+                |e: &Option<Box<Expr>>| e.as_ref().map_or("None", |e| self.text(e.range())).to_owned();
+            let text =
+                format!("slice({}, {}, {})", bound(&slice.lower), bound(&slice.upper), bound(&slice.step));
             self.edits.replace(slice.range, text);
+        }
+    }
+
+    /// What the interpreter cannot assign to: an item of an array, an attribute or item among several
+    /// targets.
+    fn assign(&mut self, assign: &StmtAssign) {
+        match assign.targets.as_slice() {
+            [Expr::Subscript(target)] if self.facts.numpy || target.slice.is_slice_expr() => {
+                let ours = if self.facts.numpy { "set" } else { "splice" };
+                self.edits.open(assign.range.start().to_usize(), format!("{OURS}{ours}("));
+                self.keyed(target, ", ");
+                let between = self.tokens.in_range(range(target.end(), assign.value.start()));
+                if let Some(equal) = between.iter().find(|t| t.kind() == TokenKind::Equal) {
+                    self.edits.replace(equal.range(), "(");
+                }
+                self.edits.close(assign.range.end().to_usize(), "))");
+            }
+            [Expr::Tuple(_) | Expr::List(_)] => {
+                let mut leaves = vec![];
+                collect_leaves(&assign.targets[0], &mut leaves);
+                let mut after = String::new();
+                for leaf in leaves {
+                    let temporary = self.temporary();
+                    after.push_str(&format!("; {} = {temporary}", self.text(leaf)));
+                    self.edits.replace(leaf, temporary);
+                }
+                if !after.is_empty() {
+                    self.edits.close(assign.range.end().to_usize(), after);
+                }
+            }
+            _ => {}
         }
     }
 
@@ -266,7 +384,10 @@ impl Rewriter<'_, '_> {
             self.edits.replace(operator, format!("= {OURS}{ours}({}, ", name.id.as_str()));
             self.edits.close(assign.value.end().to_usize(), ")");
         } else if matches!(assign.op, Operator::Add | Operator::Sub)
-            && matches!(&*assign.value, Expr::Compare(_) | Expr::BoolOp(_) | Expr::UnaryOp(_) | Expr::Name(_) | Expr::Call(_))
+            && matches!(
+                &*assign.value,
+                Expr::Compare(_) | Expr::BoolOp(_) | Expr::UnaryOp(_) | Expr::Name(_) | Expr::Call(_)
+            )
         {
             self.edits.wrap(assign.value.range(), format!("{OURS}num("), ")");
         }
@@ -278,7 +399,11 @@ impl Rewriter<'_, '_> {
             match target {
                 Expr::Name(name) => parts.push(format!("{} = None", name.id.as_str())),
                 Expr::Subscript(s) if !s.slice.is_slice_expr() => {
-                    parts.push(format!("{OURS}del({}, {})", self.text(s.value.range()), self.text(s.slice.range())));
+                    parts.push(format!(
+                        "{OURS}del({}, {})",
+                        self.text(s.value.range()),
+                        self.text(s.slice.range())
+                    ));
                 }
                 _ => return self.refuse(delete.range, "this form of del"),
             }
@@ -301,7 +426,11 @@ impl Rewriter<'_, '_> {
                         .filter(|alias| !ours(alias.name.as_str()))
                         .map(|alias| self.text(alias.range()))
                         .collect();
-                    let text = if kept.is_empty() { "pass".to_owned() } else { format!("import {}", kept.join(", ")) };
+                    let text = if kept.is_empty() {
+                        "pass".to_owned()
+                    } else {
+                        format!("import {}", kept.join(", "))
+                    };
                     self.edits.replace(import.range, text);
                 }
             }
@@ -352,6 +481,17 @@ impl Rewriter<'_, '_> {
     }
 }
 
+/// The attributes and items among the targets of an unpacking.
+fn collect_leaves(target: &Expr, leaves: &mut Vec<TextRange>) {
+    match target {
+        Expr::Tuple(t) => t.elts.iter().for_each(|e| collect_leaves(e, leaves)),
+        Expr::List(l) => l.elts.iter().for_each(|e| collect_leaves(e, leaves)),
+        Expr::Starred(s) => collect_leaves(&s.value, leaves),
+        Expr::Attribute(_) | Expr::Subscript(_) => leaves.push(target.range()),
+        _ => {}
+    }
+}
+
 /// Does a function's own body yield?
 struct Yields(bool);
 
@@ -391,6 +531,7 @@ impl<'a> Visitor<'a> for Rewriter<'_, '_> {
             Stmt::Delete(delete) => return self.delete(delete),
             Stmt::Import(_) | Stmt::ImportFrom(_) => return self.import(stmt),
             Stmt::AugAssign(assign) => self.aug_assign(assign),
+            Stmt::Assign(assign) => self.assign(assign),
             Stmt::Return(r) if self.generator.last() == Some(&true) => {
                 self.edits.replace(r.range, format!("return {OURS}gen({OURS}out)"));
                 return;
@@ -402,8 +543,19 @@ impl<'a> Visitor<'a> for Rewriter<'_, '_> {
 
     fn visit_expr(&mut self, expr: &'a Expr) {
         match expr {
-            Expr::Call(call) => self.call(call),
-            Expr::Attribute(_) if self.attribute(expr) => return,
+            Expr::Call(call) => {
+                self.call(call);
+                if call.func.is_attribute_expr() {
+                    if !self.attribute(&call.func, true) {
+                        visitor::walk_expr(self, &call.func);
+                    }
+                } else {
+                    self.visit_expr(&call.func);
+                }
+                self.visit_arguments(&call.arguments);
+                return;
+            }
+            Expr::Attribute(_) if self.attribute(expr, false) => return,
             Expr::BinOp(binary) => self.operation(binary),
             Expr::Compare(compare) => self.compare(compare),
             Expr::Subscript(subscript) => self.subscript(subscript),
@@ -449,7 +601,9 @@ impl<'a> Visitor<'a> for Rewriter<'_, '_> {
 
     fn visit_interpolated_string_element(&mut self, element: &'a InterpolatedStringElement) {
         // `{x=}` prints its own text: leave that alone.
-        if let InterpolatedStringElement::Interpolation(InterpolatedElement { debug_text: Some(_), .. }) = element {
+        if let InterpolatedStringElement::Interpolation(InterpolatedElement { debug_text: Some(_), .. }) =
+            element
+        {
             return;
         }
         visitor::walk_interpolated_string_element(self, element);

@@ -210,9 +210,9 @@ def _v_round(value, digits=None):
         return _v_numpy_round(value, digits or 0)
     return round(value) if digits is None else round(value, digits)
 def _v_float(*value):
-    return float(*[one.item() if _v_is_array(one) else one for one in value])
+    return float(*[_v_flat(one.data)[0] if _v_is_array(one) else one for one in value])
 def _v_int(*value):
-    return int(*[one.item() if _v_is_array(one) else one for one in value])
+    return int(*[_v_flat(one.data)[0] if _v_is_array(one) else one for one in value])
 def _v_get(value, key):
     if not _v_is_array(value):
         return value[key]
@@ -238,6 +238,39 @@ def _v_pick(data, keys):
             return [_v_pick(item, rest) for item, wanted in zip(data, chosen) if wanted]
         return [_v_pick(data[at], rest) for at in chosen]
     return _v_pick(data[key], rest)
+def _v_set(value, key, item):
+    if not _v_is_array(value):
+        if isinstance(key, slice):
+            _v_splice(value, key, item)
+        else:
+            value[key] = item
+        return
+    keys = list(key) if isinstance(key, tuple) else [key]
+    _v_put(value.data, keys, _v_plain(item))
+def _v_places(data, key):
+    if isinstance(key, slice):
+        return list(range(len(data)))[key]
+    if _v_is_array(key) or isinstance(key, list):
+        chosen = _v_plain(key)
+        if len(chosen) > 0 and (chosen[0] is True or chosen[0] is False):
+            return [at for at in range(len(data)) if chosen[at]]
+        return chosen
+    return None
+def _v_put(data, keys, item):
+    places = _v_places(data, keys[0])
+    if places is None:
+        if len(keys) > 1:
+            _v_put(data[keys[0]], keys[1:], item)
+        elif isinstance(data[keys[0]], list):
+            row = data[keys[0]]
+            for at in range(len(row)):
+                row[at] = item[at] if isinstance(item, list) else item
+        else:
+            data[keys[0]] = item
+        return
+    for turn, at in enumerate(places):
+        one = item[turn] if isinstance(item, list) and len(item) == len(places) else item
+        _v_put(data, [at] + keys[1:], one)
 def _v_transpose(value):
     if value.ndim < 2:
         return value

@@ -62,13 +62,22 @@ def _v_attr(value, name):
     if hasattr(value, '_v_prop_' + name):
         return getattr(value, '_v_prop_' + name)()
     return getattr(value, name)
-def _v_static(function):
-    from functools import partial
-    return partial(function)
 def _v_nothing(*args, **options):
     return None
 def _v_del(container, key):
     container.pop(key)
+def _v_splice(value, key, items):
+    items = list(items)
+    if key.step is not None:
+        for at, item in zip(list(range(len(value)))[key], items):
+            value[at] = item
+        return
+    head = [] if key.start is None else value[:key.start]
+    tail = [] if key.stop is None else value[key.stop:]
+    if len(head) + len(tail) > len(value):
+        tail = value[len(head):]
+    value.clear()
+    value.extend(head + items + tail)
 def _v_missing(name):
     raise NotImplementedError(name + ' is not supported')
 def _v_mod(a, b):

@@ -108,3 +108,34 @@ def _v_statistics_pstdev(values):
     return _v_statistics_pvariance(values) ** 0.5
 def _v_statistics_stdev(values):
     return _v_statistics_variance(values) ** 0.5
+def _v_math_prod(items, start=1):
+    for item in items:
+        start = start * item
+    return start
+def _v_itertools_chain_from_iterable(lists):
+    return iter([item for items in lists for item in items])
+def _v_re_sub(pattern, repl, text, count=0, flags=0):
+    import re
+    if isinstance(repl, str):
+        return re.sub(pattern, repl, text, count, flags)
+    out = []
+    at = 0
+    done = 0
+    for found in re.finditer(pattern, text, flags):
+        if count > 0 and done >= count:
+            break
+        start, stop = found.span()
+        out.append(text[at:start])
+        out.append(repl(found))
+        at = stop
+        done += 1
+    out.append(text[at:])
+    return ''.join(out)
+def _v_math_fsum(items):
+    total = 0.0
+    rest = 0.0
+    for item in items:
+        moved = total + item
+        rest += (total - moved) + item if abs(total) >= abs(item) else (item - moved) + total
+        total = moved
+    return total + rest

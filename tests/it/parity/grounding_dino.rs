@@ -7,11 +7,11 @@ use std::collections::HashMap;
 use valor::models::grounding_dino::{Config, GroundingDino, Inputs, Outputs, Trace, names, text_masks};
 use valor::nn::Params;
 
-fn config(f: &Fixture) -> Config {
+pub fn config(f: &Fixture) -> Config {
     Config::from_json(&std::fs::read_to_string(f.dir.join("config.json")).unwrap()).unwrap()
 }
 
-fn load(f: &Fixture) -> HashMap<String, Tensor> {
+pub fn load(f: &Fixture) -> HashMap<String, Tensor> {
     let t = candle_core::safetensors::load(f.dir.join("model.safetensors"), &Device::Cpu).unwrap();
     if names::is_original(t.keys().map(String::as_str)) { names::to_hf(t).unwrap() } else { t }
 }
@@ -43,7 +43,7 @@ fn logits_within(name: &str, got: &Tensor, want: &Tensor, max: usize) {
     assert!(rest.iter().all(|x| *x == f32::NEG_INFINITY), "{name}: columns beyond the prompt");
 }
 
-fn hf_inputs(f: &Fixture) -> Inputs {
+pub fn hf_inputs(f: &Fixture) -> Inputs {
     let mut x = Inputs::new(
         f.input("pixel_values"),
         Some(f.input("pixel_mask")),
@@ -170,7 +170,7 @@ fn hf_wide_picture_without_padding() {
 }
 
 /// The original's pictures, as `case` stores them. Its masks are true in padding.
-fn original_inputs(f: &Fixture, case: &str) -> Inputs {
+pub fn original_inputs(f: &Fixture, case: &str) -> Inputs {
     let special = config(f).special_tokens;
     let real = |m: Tensor| m.eq(0u8).unwrap();
     if case != "batch2" {
@@ -201,7 +201,7 @@ fn original_inputs(f: &Fixture, case: &str) -> Inputs {
     inputs
 }
 
-const CASES: [(&str, &str); 5] =
+pub const CASES: [(&str, &str); 5] =
     [("a", "a"), ("b", "b"), ("c", "c"), ("d", "d"), ("batch2", "batch2_fixedmask")];
 
 #[test]

@@ -11,6 +11,7 @@ mod bert;
 mod dinov2;
 mod generate;
 mod grounding_dino;
+mod grounding_dino_grad;
 mod grounding_dino_loss;
 mod grounding_dino_text;
 mod moge;

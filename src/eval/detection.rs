@@ -1,0 +1,224 @@
+//! COCO's average precision, with the semantics of pycocotools (`bbox`, area "all").
+//!
+//! Per class, detections of all pictures are taken best first; each picture's are matched
+//! greedily to its truths at ten IoU thresholds; precision is made monotone and sampled at 101
+//! recalls. Truths marked `ignore` are what pycocotools calls crowds: they may swallow any number
+//! of detections (overlap over the *detection's* area), which then count neither way. Not here:
+//! area ranges, average recall, masks.
+
+use crate::tools::BBox;
+use rayon::prelude::*;
+use serde::Serialize;
+
+/// A thing that is really there, or a region (`ignore`) where detections do not count.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Truth {
+    pub class: usize,
+    pub bbox: BBox,
+    pub ignore: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Found {
+    pub class: usize,
+    pub bbox: BBox,
+    pub score: f64,
+}
+
+/// One picture's truths and detections.
+#[derive(Clone, Debug, Default)]
+pub struct Scored {
+    pub truths: Vec<Truth>,
+    pub found: Vec<Found>,
+}
+
+/// Means over the classes that occur; NaN where none does.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct AveragePrecision {
+    /// Mean over IoU 0.50, 0.55 … 0.95.
+    pub ap: f64,
+    pub ap50: f64,
+    pub ap75: f64,
+    /// AP50 of each class, `None` where it does not occur.
+    pub ap50_by_class: Vec<Option<f64>>,
+    /// Truths that count.
+    pub truths: usize,
+}
+
+const THRESHOLDS: usize = 10;
+
+/// Detections per picture and class that count; pycocotools' `maxDets`.
+pub const MAX_DETECTIONS: usize = 100;
+
+pub fn average_precision(pictures: &[Scored], classes: usize) -> AveragePrecision {
+    let by_class: Vec<Option<[f64; THRESHOLDS]>> =
+        (0..classes).into_par_iter().map(|class| one_class(pictures, class)).collect();
+    let mean = |pick: &dyn Fn(&[f64; THRESHOLDS]) -> f64| {
+        let values: Vec<f64> = by_class.iter().flatten().map(pick).collect();
+        values.iter().sum::<f64>() / values.len() as f64
+    };
+    AveragePrecision {
+        ap: mean(&|t| t.iter().sum::<f64>() / THRESHOLDS as f64),
+        ap50: mean(&|t| t[0]),
+        ap75: mean(&|t| t[5]),
+        ap50_by_class: by_class.iter().map(|c| c.map(|t| t[0])).collect(),
+        truths: pictures.iter().flat_map(|p| &p.truths).filter(|t| !t.ignore && t.class < classes).count(),
+    }
+}
+
+/// What became of one detection at each threshold.
+#[derive(Clone, Copy, PartialEq)]
+enum Fate {
+    Hit,
+    Miss,
+    Ignored,
+}
+
+fn one_class(pictures: &[Scored], class: usize) -> Option<[f64; THRESHOLDS]> {
+    let mut all: Vec<(f64, [Fate; THRESHOLDS])> = Vec::new();
+    let mut positives = 0usize;
+    for p in pictures {
+        // Truths that count come first: a detection prefers them to any ignore region.
+        let mut truths: Vec<&Truth> = p.truths.iter().filter(|t| t.class == class).collect();
+        truths.sort_by_key(|t| t.ignore);
+        positives += truths.iter().filter(|t| !t.ignore).count();
+        let mut found: Vec<&Found> = p.found.iter().filter(|f| f.class == class).collect();
+        found.sort_by(|a, b| b.score.total_cmp(&a.score));
+        found.truncate(MAX_DETECTIONS);
+        let overlaps: Vec<Vec<f64>> =
+            found.iter().map(|f| truths.iter().map(|t| overlap(f.bbox, t)).collect()).collect();
+        let mut fates = vec![[Fate::Miss; THRESHOLDS]; found.len()];
+        for k in 0..THRESHOLDS {
+            let threshold = 0.5 + 0.05 * k as f64;
+            let mut taken = vec![false; truths.len()];
+            for (overlaps, fate) in overlaps.iter().zip(&mut fates) {
+                let mut best: Option<usize> = None;
+                let mut least = threshold.min(1. - 1e-10);
+                for (i, truth) in truths.iter().enumerate() {
+                    if taken[i] && !truth.ignore {
+                        continue;
+                    }
+                    if truth.ignore && best.is_some_and(|b| !truths[b].ignore) {
+                        break;
+                    }
+                    if overlaps[i] >= least {
+                        (best, least) = (Some(i), overlaps[i]);
+                    }
+                }
+                if let Some(i) = best {
+                    taken[i] = true;
+                    fate[k] = if truths[i].ignore { Fate::Ignored } else { Fate::Hit };
+                }
+            }
+        }
+        all.extend(found.iter().map(|f| f.score).zip(fates));
+    }
+    if positives == 0 {
+        return None;
+    }
+    all.sort_by(|a, b| b.0.total_cmp(&a.0));
+    Some(std::array::from_fn(|k| area(all.iter().map(|(_, fate)| fate[k]), positives)))
+}
+
+/// Area under the monotone precision–recall curve, sampled at recalls 0, 0.01 … 1.
+fn area(fates: impl Iterator<Item = Fate>, positives: usize) -> f64 {
+    let (mut hits, mut misses) = (0usize, 0usize);
+    let mut curve: Vec<(f64, f64)> = Vec::new();
+    for fate in fates {
+        match fate {
+            Fate::Hit => hits += 1,
+            Fate::Miss => misses += 1,
+            Fate::Ignored => continue,
+        }
+        curve.push((hits as f64 / positives as f64, hits as f64 / (hits + misses) as f64));
+    }
+    for i in (1..curve.len()).rev() {
+        curve[i - 1].1 = curve[i - 1].1.max(curve[i].1);
+    }
+    let at = |recall: f64| {
+        let i = curve.partition_point(|p| p.0 < recall);
+        curve.get(i).map_or(0., |p| p.1)
+    };
+    (0..=100).map(|i| at(i as f64 / 100.)).sum::<f64>() / 101.
+}
+
+fn overlap(found: BBox, truth: &Truth) -> f64 {
+    let area = |b: BBox| (b[2] - b[0]).max(0.) * (b[3] - b[1]).max(0.);
+    let t = truth.bbox;
+    let inter = area([found[0].max(t[0]), found[1].max(t[1]), found[2].min(t[2]), found[3].min(t[3])]);
+    let union = if truth.ignore { area(found) } else { area(found) + area(t) - inter };
+    if union > 0. { inter / union } else { 0. }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn truth(class: usize, x: f64) -> Truth {
+        Truth { class, bbox: [x, 0., x + 10., 10.], ignore: false }
+    }
+
+    fn found(class: usize, x: f64, score: f64) -> Found {
+        Found { class, bbox: [x, 0., x + 10., 10.], score }
+    }
+
+    fn ap50(truths: Vec<Truth>, found: Vec<Found>) -> f64 {
+        average_precision(&[Scored { truths, found }], 1).ap50
+    }
+
+    #[test]
+    fn perfect_and_absent_detections() {
+        assert!(
+            (ap50(vec![truth(0, 0.), truth(0, 50.)], vec![found(0, 0., 0.5), found(0, 50., 0.4)]) - 1.).abs()
+                < 1e-12
+        );
+        assert_eq!(ap50(vec![truth(0, 0.)], vec![]), 0.);
+        assert!(ap50(vec![], vec![found(0, 0., 0.9)]).is_nan(), "a class that does not occur is left out");
+    }
+
+    #[test]
+    fn a_better_scored_mistake_halves_the_precision() {
+        // Precision 1/2 at every recall.
+        let ap = ap50(vec![truth(0, 0.)], vec![found(0, 80., 0.9), found(0, 0., 0.5)]);
+        assert!((ap - 0.5).abs() < 1e-12, "{ap}");
+        // A worse-scored one costs nothing.
+        assert!((ap50(vec![truth(0, 0.)], vec![found(0, 80., 0.1), found(0, 0., 0.5)]) - 1.).abs() < 1e-12);
+        // So does a second box on the same thing: it counts as a mistake, after the hit.
+        let twice = vec![found(0, 0., 0.9), found(0, 1., 0.8), found(0, 50., 0.7)];
+        let ap = ap50(vec![truth(0, 0.), truth(0, 50.)], twice);
+        // Recall ≤ 0.5 at precision 1 (51 samples), above at 2/3 (50 samples).
+        assert!((ap - (51. + 50. * 2. / 3.) / 101.).abs() < 1e-12, "{ap}");
+    }
+
+    #[test]
+    fn half_the_truths_found_is_fifty_one_samples() {
+        let ap = ap50(vec![truth(0, 0.), truth(0, 50.)], vec![found(0, 0., 0.9)]);
+        assert!((ap - 51. / 101.).abs() < 1e-12, "{ap}");
+    }
+
+    #[test]
+    fn thresholds_run_from_half_to_nearly_one() {
+        // Shifted by 1 of 10: IoU 9/11 = 0.818, so seven of ten thresholds hold.
+        let all =
+            average_precision(&[Scored { truths: vec![truth(0, 0.)], found: vec![found(0, 1., 0.9)] }], 1);
+        assert!((all.ap - 0.7).abs() < 1e-12 && all.ap75 == all.ap50, "{all:?}");
+    }
+
+    #[test]
+    fn ignore_regions_swallow_detections_but_do_not_attract_hits() {
+        let region = Truth { class: 0, bbox: [0., 0., 100., 10.], ignore: true };
+        let boxes = vec![found(0, 20., 0.9), found(0, 40., 0.8), found(0, 0., 0.7)];
+        assert!((ap50(vec![region, truth(0, 0.)], boxes) - 1.).abs() < 1e-12);
+        assert!(ap50(vec![region], vec![found(0, 20., 0.9)]).is_nan(), "a region is nothing to be found");
+    }
+
+    #[test]
+    fn classes_are_averaged_and_pictures_ranked_together() {
+        let one = Scored { truths: vec![truth(0, 0.)], found: vec![found(0, 0., 0.4), found(1, 0., 0.9)] };
+        let two = Scored { truths: vec![truth(1, 0.)], found: vec![found(0, 0., 0.8), found(1, 0., 0.5)] };
+        let got = average_precision(&[one, two], 3);
+        assert_eq!(got.ap50_by_class, [Some(0.5), Some(0.5), None]);
+        assert!((got.ap50 - 0.5).abs() < 1e-12);
+        assert_eq!(got.truths, 2);
+    }
+}

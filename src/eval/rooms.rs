@@ -1,0 +1,150 @@
+//! The Rooms bench: questions about freshly rendered rooms, scored exactly.
+//!
+//! Test scenes are never training scenes; a fifth of the questions stand in sentence frames that
+//! no training data holds, and are reported apart.
+
+use super::stats::Share;
+use crate::program::{Outcome, ProgramError};
+use crate::rooms::questions::{Question, Questions, Split, mean_relative_accuracy, score};
+use crate::rooms::{self, Look, View};
+use serde::Serialize;
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::sync::Arc;
+
+/// Width and height of the bench's pictures, pixels.
+pub const SIZE: (u32, u32) = (256, 192);
+
+/// The bench's questions, the same for the same seed whatever is measured on them.
+pub fn questions(look: Look, seed: u64) -> impl Iterator<Item = (Arc<View>, Question)> {
+    Questions::new(Split::Test, seed, move |s| rooms::generate(s, look, SIZE.0, SIZE.1))
+}
+
+/// One scored question.
+#[derive(Clone, Debug, Serialize)]
+pub struct Sample {
+    pub index: usize,
+    pub scene: u64,
+    pub family: String,
+    pub held_out: bool,
+    pub question: String,
+    pub truth: Value,
+    /// What the program answered; `None` where it failed.
+    pub answer: Option<Value>,
+    pub correct: bool,
+    /// Mean relative accuracy, for floats (method.md 8).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mra: Option<f64>,
+    /// Why there is no answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failure: Option<String>,
+}
+
+impl Sample {
+    /// Scores one run. A failed program is wrong, never an answer.
+    pub fn new(index: usize, view: &View, q: &Question, outcome: Result<Outcome, String>) -> Self {
+        let (answer, failure) = match outcome {
+            Ok(Outcome { result: Ok(answer), .. }) => (Some(answer), None),
+            Ok(Outcome { result: Err(ProgramError { kind, .. }), .. }) => (None, Some(kind.to_string())),
+            Err(reason) => (None, Some(reason)),
+        };
+        Self {
+            index,
+            scene: view.seed,
+            family: q.family.text().to_string(),
+            held_out: q.held_out,
+            question: q.text.clone(),
+            truth: q.answer.clone(),
+            correct: answer.as_ref().is_some_and(|a| score(q, a)),
+            mra: q
+                .answer
+                .is_f64()
+                .then(|| answer.as_ref().and_then(|a| mean_relative_accuracy(q, a)).unwrap_or(0.)),
+            answer,
+            failure,
+        }
+    }
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    pub family: String,
+    pub seen: Share,
+    pub unseen: Share,
+    pub all: Share,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mra: Option<f64>,
+}
+
+/// Accuracy per family and in all, with the failures counted.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    pub bench: &'static str,
+    pub rooms_version: u32,
+    pub rows: Vec<Row>,
+    pub failures: BTreeMap<String, usize>,
+}
+
+impl Report {
+    pub fn new(samples: &[Sample]) -> Self {
+        let mut families: Vec<&str> = Vec::new();
+        for s in samples {
+            if !families.contains(&s.family.as_str()) {
+                families.push(&s.family);
+            }
+        }
+        families.sort_unstable();
+        let mut rows: Vec<Row> = families.iter().map(|f| row(f, samples, |s| s.family == *f)).collect();
+        rows.push(row("all", samples, |_| true));
+        let mut failures = BTreeMap::new();
+        for f in samples.iter().filter_map(|s| s.failure.as_ref()) {
+            *failures.entry(f.clone()).or_default() += 1;
+        }
+        Self { bench: "rooms", rooms_version: rooms::VERSION, rows, failures }
+    }
+
+    /// For a terminal.
+    pub fn table(&self) -> String {
+        let cell = |s: &Share| format!("{:<25}{:>5}", s.to_string(), s.n);
+        let head = |s: &str| format!("{:<25}{:>5}", s, "n");
+        let mut out = format!(
+            "{:<12} {}  {}  {}  MRA\n",
+            "family",
+            head("all"),
+            head("seen frames"),
+            head("unseen frames")
+        );
+        for r in &self.rows {
+            let mra = r.mra.map_or(String::new(), |m| format!("{:.1} %", 100. * m));
+            let _ = writeln!(
+                out,
+                "{:<12} {}  {}  {}  {mra}",
+                r.family,
+                cell(&r.all),
+                cell(&r.seen),
+                cell(&r.unseen)
+            );
+        }
+        if !self.failures.is_empty() {
+            let list: Vec<_> = self.failures.iter().map(|(k, n)| format!("{k} {n}")).collect();
+            let _ = writeln!(out, "no answer: {}", list.join(", "));
+        }
+        out
+    }
+}
+
+fn row(family: &str, samples: &[Sample], keep: impl Fn(&Sample) -> bool) -> Row {
+    let share = |held_out: Option<bool>| {
+        let these = samples.iter().filter(|s| keep(s) && held_out.is_none_or(|h| s.held_out == h));
+        Share::clustered(these.map(|s| (s.scene, s.correct)))
+    };
+    let mra: Vec<f64> = samples.iter().filter(|s| keep(s)).filter_map(|s| s.mra).collect();
+    Row {
+        family: family.to_string(),
+        seen: share(Some(false)),
+        unseen: share(Some(true)),
+        all: share(None),
+        mra: (!mra.is_empty()).then(|| mra.iter().sum::<f64>() / mra.len() as f64),
+    }
+}

@@ -1,0 +1,370 @@
+//! Detector training: pictures with boxes and nouns → captions with sampled negatives → the
+//! grounding loss → AdamW (method.md 6), and average precision on held-out pictures.
+//!
+//! Serves both training from nothing and fine-tuning; what is frozen says the network's own
+//! configuration. Everything random follows from the seed and the step, so a resumed run repeats
+//! an undisturbed one ([`super::run`]). Batches are made on all cores before each step, not ahead
+//! of it. Not here: several machines, mixed precision, weight averaging.
+
+use super::augment::Augment;
+use super::grounding_loss::{LayerLoss, LossConfig, Target, layer_loss, total};
+use super::run::{Metrics, Trainee};
+use crate::eval::detection::{self, AveragePrecision, Scored, Truth};
+use crate::models::grounding_dino::caption::{Blanks, Caption, TextTokenizer};
+use crate::models::grounding_dino::postprocess::noun_scores;
+use crate::models::grounding_dino::preprocess::ImageProcessor;
+use crate::models::grounding_dino::{Config, GroundingDino, Inputs, Outputs};
+use crate::nn::optim::{AdamW, AdamWConfig, Group, Schedule};
+use crate::nn::{Params, TrainCtx};
+use crate::tools::{BBox, Picture};
+use candle_core::{Device, Result, Tensor};
+use rand::seq::SliceRandom;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use std::collections::HashMap;
+
+/// One picture with what is known to be in it and what is known not to be.
+#[derive(Clone, Debug)]
+pub struct Sample {
+    pub picture: Picture,
+    /// Pixels, and the noun of each.
+    pub boxes: Vec<BBox>,
+    pub nouns: Vec<String>,
+    /// Known to be absent: candidates for the caption's negatives. A class that is merely
+    /// unlabelled here must not be among them (method.md 5.4).
+    pub absent: Vec<String>,
+    /// Part of every caption although there is no box: hard negatives from mining.
+    pub hard_negatives: Vec<String>,
+    pub ignore: Vec<Region>,
+}
+
+/// Where predictions are neither right nor wrong.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Region {
+    pub bbox: BBox,
+    /// For which noun, in evaluation; `None` for all. Training ignores regions for all.
+    pub noun: Option<String>,
+}
+
+/// Where samples come from. The same index gives the same sample.
+pub trait Samples: Send + Sync {
+    fn sample(&self, index: u64) -> anyhow::Result<Sample>;
+    /// `None`: as many as anyone asks for.
+    fn len(&self) -> Option<u64>;
+    fn is_empty(&self) -> bool {
+        self.len() == Some(0)
+    }
+}
+
+/// Held-out pictures, all asked for the same nouns.
+pub struct Validation {
+    pub samples: Box<dyn Samples>,
+    pub pictures: u64,
+    /// The classes of the average precision and the caption.
+    pub nouns: Vec<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainConfig {
+    pub seed: u64,
+    pub batch: usize,
+    pub schedule: Schedule,
+    pub optimiser: AdamWConfig,
+    pub loss: LossConfig,
+    pub augment: Augment,
+    /// Nouns in a caption, at most.
+    pub max_nouns: usize,
+    /// How captions are written; as prompts will be.
+    pub blanks: Blanks,
+}
+
+impl Default for TrainConfig {
+    /// The paper's fine-tuning (method.md 6), but for the schedule's length.
+    fn default() -> Self {
+        Self {
+            seed: 0,
+            batch: 2,
+            schedule: Schedule::constant(1e-5),
+            optimiser: AdamWConfig { weight_decay: 1e-4, max_grad_norm: Some(0.1), ..Default::default() },
+            loss: LossConfig::original(),
+            augment: Augment::default(),
+            max_nouns: 50,
+            blanks: Blanks::Keep,
+        }
+    }
+}
+
+pub struct GroundingTrainer {
+    pub params: Params,
+    pub model: GroundingDino,
+    cfg: TrainConfig,
+    tokenizer: TextTokenizer,
+    processor: ImageProcessor,
+    optimiser: AdamW,
+    data: Box<dyn Samples>,
+    validation: Option<Validation>,
+    /// The order of the epoch it belongs to, for data of known length.
+    order: Option<(u64, Vec<u64>)>,
+}
+
+/// A batch as the network and the loss want it.
+pub struct Batch {
+    pub inputs: Inputs,
+    pub text_lens: Vec<usize>,
+    pub targets: Vec<Target>,
+}
+
+impl GroundingTrainer {
+    /// `params` hold the checkpoint to start from, or nothing (then call
+    /// [`crate::models::grounding_dino::init_offsets`] afterwards).
+    pub fn new(
+        params: Params,
+        model: &Config,
+        cfg: TrainConfig,
+        tokenizer: TextTokenizer,
+        processor: ImageProcessor,
+        data: Box<dyn Samples>,
+        validation: Option<Validation>,
+    ) -> Result<Self> {
+        if cfg.batch == 0 || data.is_empty() {
+            candle_core::bail!("detector training needs a batch size of at least 1 and some pictures")
+        }
+        let frozen = model.freeze;
+        let model = GroundingDino::new(model, params.builder())?;
+        let optimiser = AdamW::new(params.named(), cfg.optimiser.clone(), |name, var| {
+            let fixed = (frozen.backbone && name.starts_with("model.backbone."))
+                || (frozen.text && name.starts_with("model.text_backbone."));
+            (!fixed).then(|| Group::usual(var))
+        })?;
+        Ok(Self { params, model, cfg, tokenizer, processor, optimiser, data, validation, order: None })
+    }
+
+    /// Which sample stands at a position of the whole run.
+    fn index(&mut self, position: u64) -> u64 {
+        let Some(len) = self.data.len() else { return position };
+        let epoch = position / len;
+        if self.order.as_ref().is_none_or(|(e, _)| *e != epoch) {
+            let mut order: Vec<u64> = (0..len).collect();
+            order.shuffle(&mut rng(self.cfg.seed, epoch, ORDER));
+            self.order = Some((epoch, order));
+        }
+        self.order.as_ref().map_or(position, |(_, order)| order[(position % len) as usize])
+    }
+
+    /// The batch of a step: augmented, captioned, padded.
+    pub fn batch(&mut self, step: u64) -> anyhow::Result<Batch> {
+        let n = self.cfg.batch as u64;
+        let indices: Vec<u64> = (step * n..(step + 1) * n).map(|p| self.index(p)).collect();
+        let parts: Vec<(Tensor, Caption, Target)> = indices
+            .par_iter()
+            .enumerate()
+            .map(|(i, &index)| {
+                let sample = self.data.sample(index)?;
+                let mut rng = rng(self.cfg.seed, step * n + i as u64, SAMPLE);
+                Ok(prepare(&sample, &self.cfg, &self.tokenizer, &self.processor, &mut rng)?)
+            })
+            .collect::<anyhow::Result<_>>()?;
+        let (mut pixels, mut captions, mut targets) = (Vec::new(), Vec::new(), Vec::new());
+        for (p, c, t) in parts {
+            pixels.push(p);
+            captions.push(c);
+            targets.push(t);
+        }
+        let inputs = inputs(&pixels, &captions, &self.tokenizer, self.model.config())?;
+        Ok(Batch { inputs, text_lens: captions.iter().map(|c| c.ids.len()).collect(), targets })
+    }
+
+    /// Every layer's loss, the decoder's last one first, the encoder's proposals last.
+    pub fn losses(&self, out: &Outputs, batch: &Batch) -> Result<Vec<LayerLoss>> {
+        losses(&self.cfg.loss, out, &batch.text_lens, &batch.targets)
+    }
+
+    /// Average precision over the held-out pictures.
+    pub fn average_precision(&self, validation: &Validation) -> anyhow::Result<AveragePrecision> {
+        let caption = self.tokenizer.caption_of(&validation.nouns, self.cfg.blanks)?;
+        let mut scored = Vec::new();
+        let all: Vec<u64> = (0..validation.pictures).collect();
+        for chunk in all.chunks(8) {
+            let samples: Vec<Sample> =
+                chunk.par_iter().map(|&i| validation.samples.sample(i)).collect::<anyhow::Result<_>>()?;
+            let pixels: Vec<Tensor> =
+                samples.iter().map(|s| self.processor.apply(&s.picture)).collect::<Result<_>>()?;
+            let captions = vec![caption.clone(); samples.len()];
+            let inputs = inputs(&pixels, &captions, &self.tokenizer, self.model.config())?;
+            let out = self.model.forward(&inputs, None)?;
+            let (Some(logits), Some(boxes)) = (out.logits.last(), out.boxes.last()) else {
+                anyhow::bail!("the detector has no decoder layers")
+            };
+            for (i, s) in samples.iter().enumerate() {
+                scored.push(score(s, &caption, &validation.nouns, &logits.get(i)?, &boxes.get(i)?)?);
+            }
+        }
+        Ok(detection::average_precision(&scored, validation.nouns.len()))
+    }
+}
+
+/// Every layer's loss of a forward pass, the decoder's last one first, the encoder's last.
+pub fn losses(
+    cfg: &LossConfig,
+    out: &Outputs,
+    text_lens: &[usize],
+    targets: &[Target],
+) -> Result<Vec<LayerLoss>> {
+    let layers = out.logits.iter().zip(&out.boxes).rev();
+    let all = layers.chain(std::iter::once((&out.encoder_logits, &out.encoder_boxes)));
+    all.map(|(logits, boxes)| layer_loss(cfg, logits, boxes, text_lens, targets)).collect()
+}
+
+impl Trainee for GroundingTrainer {
+    fn params(&self) -> &Params {
+        &self.params
+    }
+
+    fn optimiser_state(&self) -> Result<HashMap<String, Tensor>> {
+        self.optimiser.state()
+    }
+
+    fn restore(&mut self, state: HashMap<String, Tensor>, _step: u64) -> Result<()> {
+        self.optimiser.restore(&state)
+    }
+
+    fn step(&mut self, step: u64) -> anyhow::Result<Metrics> {
+        let batch = self.batch(step)?;
+        // A seed of its own for each step stands in for a stored generator state.
+        let mut ctx = TrainCtx::new(rng(self.cfg.seed, step, NETWORK).random());
+        let out = self.model.forward(&batch.inputs, Some(&mut ctx))?;
+        let layers = self.losses(&out, &batch)?;
+        let loss = total(&self.cfg.loss, &layers)?;
+        let value = loss.to_scalar::<f32>()?;
+        if value.is_finite() {
+            self.optimiser.accumulate(&loss.backward()?, 1.)?;
+        }
+        let lr = self.cfg.schedule.lr(step);
+        let report = self.optimiser.step(lr)?;
+        let mut m = Metrics::new();
+        m.insert("loss".into(), json!(value));
+        for (name, layer) in [("", layers.first()), ("_enc", layers.last())] {
+            let Some(l) = layer else { continue };
+            for (key, t) in [("class", &l.class), ("bbox", &l.bbox), ("giou", &l.giou)] {
+                m.insert(format!("{key}{name}"), json!(t.to_scalar::<f32>()?));
+            }
+        }
+        m.insert("lr".into(), json!(lr));
+        m.insert("grad_norm".into(), json!(report.grad_norm));
+        m.insert("applied".into(), json!(report.applied));
+        Ok(m)
+    }
+
+    fn evaluate(&mut self) -> anyhow::Result<Metrics> {
+        let mut m = Metrics::new();
+        if let Some(v) = &self.validation {
+            let ap = self.average_precision(v)?;
+            m.insert("ap50".into(), json!(ap.ap50));
+            m.insert("ap".into(), json!(ap.ap));
+            let by_class = v.nouns.iter().cloned().zip(ap.ap50_by_class.iter().map(|x| json!(x)));
+            m.insert("ap50_by_class".into(), by_class.collect::<Metrics>().into());
+        }
+        Ok(m)
+    }
+}
+
+/// Streams of randomness, so that no two uses of one seed and number coincide.
+const ORDER: u64 = 0;
+const SAMPLE: u64 = 1;
+const NETWORK: u64 = 2;
+
+fn rng(seed: u64, number: u64, stream: u64) -> ChaCha8Rng {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    rng.set_stream(number.wrapping_mul(4).wrapping_add(stream));
+    rng
+}
+
+/// Augments a sample and writes its caption: what is there, the hard negatives, and as many
+/// absent nouns as chance wills.
+fn prepare(
+    sample: &Sample,
+    cfg: &TrainConfig,
+    tokenizer: &TextTokenizer,
+    processor: &ImageProcessor,
+    rng: &mut ChaCha8Rng,
+) -> Result<(Tensor, Caption, Target)> {
+    if sample.boxes.len() != sample.nouns.len() {
+        candle_core::bail!("{} boxes with {} nouns", sample.boxes.len(), sample.nouns.len())
+    }
+    let ignore: Vec<BBox> = sample.ignore.iter().map(|r| r.bbox).collect();
+    let framed = cfg.augment.apply(&sample.picture, &sample.boxes, &ignore, processor, rng)?;
+    let mut nouns: Vec<&str> = Vec::new();
+    for noun in sample.nouns.iter().chain(&sample.hard_negatives) {
+        if !nouns.contains(&noun.as_str()) && nouns.len() < cfg.max_nouns {
+            nouns.push(noun);
+        }
+    }
+    let mut absent: Vec<&str> = sample.absent.iter().map(String::as_str).collect();
+    absent.retain(|a| !nouns.contains(a));
+    absent.shuffle(rng);
+    let room = cfg.max_nouns.saturating_sub(nouns.len()).min(absent.len());
+    // A caption needs a noun, if only a wrong one.
+    let least = usize::from(nouns.is_empty()).min(room);
+    nouns.extend(&absent[..rng.random_range(least..=room)]);
+    nouns.shuffle(rng);
+    let caption = tokenizer.caption_of(&nouns, cfg.blanks)?;
+    let mut target = Target { ignore: framed.ignore, ..Default::default() };
+    for (i, bbox) in framed.boxes {
+        // Beyond `max_nouns` a thing may stand without its noun: not asked for, so not a target.
+        if let Some(k) = nouns.iter().position(|n| *n == sample.nouns[i]) {
+            target.boxes.push(bbox);
+            target.columns.push(caption.phrases[k].clone().collect());
+        }
+    }
+    Ok((framed.pixels, caption, target))
+}
+
+/// Pads pictures and captions to one size.
+fn inputs(
+    pixels: &[Tensor],
+    captions: &[Caption],
+    tokenizer: &TextTokenizer,
+    cfg: &Config,
+) -> Result<Inputs> {
+    let batch = ImageProcessor::batch(pixels)?;
+    let padded = pixels.windows(2).any(|p| p[0].dims() != p[1].dims());
+    let (b, t) = (captions.len(), captions.iter().map(|c| c.ids.len()).max().unwrap_or(0));
+    let (mut ids, mut mask) = (vec![tokenizer.pad_id(); b * t], vec![0u8; b * t]);
+    for (i, c) in captions.iter().enumerate() {
+        ids[i * t..][..c.ids.len()].copy_from_slice(&c.ids);
+        mask[i * t..][..c.ids.len()].fill(1);
+    }
+    let ids = Tensor::from_vec(ids, (b, t), &Device::Cpu)?;
+    let mask = Tensor::from_vec(mask, (b, t), &Device::Cpu)?;
+    Inputs::new(batch.pixels, padded.then_some(batch.mask), ids, mask, &cfg.special_tokens)
+}
+
+/// One picture's truths and detections, classes by their place in `nouns`.
+fn score(
+    sample: &Sample,
+    caption: &Caption,
+    nouns: &[String],
+    logits: &Tensor,
+    boxes: &Tensor,
+) -> Result<Scored> {
+    let mut out = Scored::default();
+    for (&bbox, noun) in sample.boxes.iter().zip(&sample.nouns) {
+        if let Some(class) = nouns.iter().position(|n| n == noun) {
+            out.truths.push(Truth { class, bbox, ignore: false });
+        }
+    }
+    for region in &sample.ignore {
+        let classes = (0..nouns.len()).filter(|&c| region.noun.as_ref().is_none_or(|n| *n == nouns[c]));
+        out.truths.extend(classes.map(|class| Truth { class, bbox: region.bbox, ignore: true }));
+    }
+    let size = (sample.picture.height(), sample.picture.width());
+    for (bbox, scores) in noun_scores(caption, logits, boxes, size)? {
+        let each = scores.into_iter().enumerate();
+        out.found.extend(each.map(|(class, s)| detection::Found { class, bbox, score: s as f64 }));
+    }
+    Ok(out)
+}

@@ -1,0 +1,344 @@
+//! Next-token training of Qwen3 and Qwen3-VL on replies: planner, verifier, VLM.
+//!
+//! Only reply tokens count, each the same: the loss of a step is the mean of −log p over all of
+//! its reply tokens (not the mean of samples' means). A step's samples are sorted by length and cut
+//! into micro-batches of a bounded number of tokens, padded on the right, whose gradients add up;
+//! so memory is bounded and little of the work is padding. Not here: packing several samples into one row,
+//! half precision.
+
+use std::collections::HashMap;
+
+use candle_core::{DType, Device, Tensor};
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::run::{Metrics, Trainee};
+use crate::llm::engine::Network;
+use crate::llm::format::ChatFormat;
+use crate::llm::{ChatError, Message};
+use crate::models::qwen3_vl::Pictures;
+use crate::nn::Params;
+use crate::nn::optim::{AdamW, AdamWConfig, Group, Schedule};
+
+/// A prompt and the reply to learn.
+#[derive(Clone, Debug)]
+pub struct Sample {
+    /// Prompt and reply.
+    pub ids: Vec<u32>,
+    /// Where the reply begins: at least 1.
+    pub reply: usize,
+    pub pictures: Option<Pictures>,
+}
+
+impl Sample {
+    /// The conversation as inference would prompt it, and the reply as the model would sample it.
+    pub fn new(format: &ChatFormat, messages: &[Message], reply: &str) -> Result<Self, ChatError> {
+        let prompt = format.prompt(messages, &Device::Cpu)?;
+        let start = prompt.ids.len();
+        let ids = [prompt.ids, format.reply(reply)?].concat();
+        Ok(Self { ids, reply: start, pictures: prompt.pictures })
+    }
+
+    fn reply_len(&self) -> usize {
+        self.ids.len() - self.reply
+    }
+}
+
+/// Log-probabilities of all reply tokens, sample after sample: f32 `[Σ reply lengths]`,
+/// differentiable. Samples run as one batch.
+pub fn reply_log_probs(network: &Network, samples: &[&Sample]) -> candle_core::Result<Tensor> {
+    let (hidden, targets) = reply_hidden(network, samples)?;
+    network.decoder().token_log_probs(&hidden, &targets)
+}
+
+/// Hidden states that predict the reply tokens, `[n, hidden]`, and those tokens, u32 `[n]`.
+fn reply_hidden(network: &Network, samples: &[&Sample]) -> candle_core::Result<(Tensor, Tensor)> {
+    let longest = samples.iter().map(|s| s.ids.len()).max().unwrap_or(0);
+    let (mut rows, mut picks, mut targets) = (Vec::new(), Vec::new(), Vec::new());
+    for (b, s) in samples.iter().enumerate() {
+        if s.reply == 0 || s.reply >= s.ids.len() {
+            candle_core::bail!("a sample of {} tokens whose reply begins at {}", s.ids.len(), s.reply)
+        }
+        let mut row = s.ids.clone();
+        // The last token is a safe filler: a reply's end is never a picture token.
+        row.resize(longest, s.ids[s.ids.len() - 1]);
+        rows.push(row);
+        picks.extend((s.reply - 1..s.ids.len() - 1).map(|i| (b * longest + i) as u32));
+        targets.extend_from_slice(&s.ids[s.reply..]);
+    }
+    let pictures: Vec<&Pictures> = samples.iter().filter_map(|s| s.pictures.as_ref()).collect();
+    let pictures = if pictures.is_empty() { None } else { Some(Pictures::cat(&pictures)?) };
+    let hidden = network.hidden(&rows, pictures.as_ref(), &Device::Cpu)?;
+    let hidden = hidden.flatten(0, 1)?.index_select(&Tensor::new(picks, &Device::Cpu)?, 0)?;
+    Ok((hidden, Tensor::new(targets, &Device::Cpu)?))
+}
+
+/// Groups of samples of similar length, each of at most `tokens` tokens with its padding (a longer
+/// sample stands alone). Indices, in a fixed order.
+pub fn micro_batches(lengths: &[usize], tokens: usize) -> Vec<Vec<usize>> {
+    let mut order: Vec<usize> = (0..lengths.len()).collect();
+    order.sort_by_key(|&i| (std::cmp::Reverse(lengths[i]), i));
+    let mut out: Vec<Vec<usize>> = Vec::new();
+    for i in order {
+        match out.last_mut() {
+            // Sorted: the first of a group is its longest.
+            Some(g) if (g.len() + 1) * lengths[g[0]] <= tokens => g.push(i),
+            _ => out.push(vec![i]),
+        }
+    }
+    out
+}
+
+/// The samples of step `step` where `n` samples are gone through in epochs, each in an order of
+/// its own: positions in `0..n`, from seed and step alone.
+pub fn epoch_batch(n: usize, batch: usize, seed: u64, step: u64) -> Vec<usize> {
+    let first = step as usize * batch;
+    let mut order: (usize, Vec<usize>) = (usize::MAX, Vec::new());
+    (first..first + batch)
+        .map(|i| {
+            let epoch = i / n;
+            if order.0 != epoch {
+                let mut rng = ChaCha8Rng::seed_from_u64(seed);
+                rng.set_stream(epoch as u64);
+                let mut ids: Vec<usize> = (0..n).collect();
+                ids.shuffle(&mut rng);
+                order = (epoch, ids);
+            }
+            order.1[i % n]
+        })
+        .collect()
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LmOptions {
+    pub schedule: Schedule,
+    #[serde(default)]
+    pub adamw: AdamWConfig,
+    /// Tokens of a micro-batch at most, padding included.
+    pub micro_tokens: usize,
+}
+
+/// Makes the samples of a step; randomness must follow from the step (and the source's own seed).
+pub type Source<'a> = Box<dyn FnMut(u64) -> anyhow::Result<Vec<Sample>> + 'a>;
+
+/// A language model being trained, for [`run::train`](super::run::train).
+pub struct LmTrainee<'a> {
+    network: Network,
+    params: Params,
+    optimiser: AdamW,
+    options: LmOptions,
+    source: Source<'a>,
+    held_out: Vec<Sample>,
+}
+
+impl<'a> LmTrainee<'a> {
+    /// `network` must be built on `params`. `group` picks what is trained and how.
+    pub fn new(
+        network: Network,
+        params: Params,
+        options: LmOptions,
+        group: impl Fn(&str, &candle_core::Var) -> Option<Group>,
+        source: Source<'a>,
+        held_out: Vec<Sample>,
+    ) -> candle_core::Result<Self> {
+        let optimiser = AdamW::new(params.named(), options.adamw.clone(), group)?;
+        Ok(Self { network, params, optimiser, options, source, held_out })
+    }
+
+    fn groups<'s>(&self, samples: &'s [Sample]) -> Vec<Vec<&'s Sample>> {
+        let lengths: Vec<usize> = samples.iter().map(|s| s.ids.len()).collect();
+        let groups = micro_batches(&lengths, self.options.micro_tokens);
+        groups.into_iter().map(|g| g.into_iter().map(|i| &samples[i]).collect()).collect()
+    }
+}
+
+impl Trainee for LmTrainee<'_> {
+    fn params(&self) -> &Params {
+        &self.params
+    }
+
+    fn optimiser_state(&self) -> candle_core::Result<HashMap<String, Tensor>> {
+        self.optimiser.state()
+    }
+
+    fn restore(&mut self, state: HashMap<String, Tensor>, _: u64) -> candle_core::Result<()> {
+        self.optimiser.restore(&state)
+    }
+
+    fn step(&mut self, step: u64) -> anyhow::Result<Metrics> {
+        let samples = (self.source)(step)?;
+        let total: usize = samples.iter().map(Sample::reply_len).sum();
+        anyhow::ensure!(total > 0, "step {step}: the source gave no reply tokens");
+        let mut loss = 0.;
+        for group in self.groups(&samples) {
+            let nll = (reply_log_probs(&self.network, &group)?.sum_all()? * (-1. / total as f64))?;
+            loss += nll.to_scalar::<f32>()? as f64;
+            self.optimiser.accumulate(&nll.backward()?, 1.)?;
+        }
+        let lr = self.options.schedule.lr(step);
+        let report = self.optimiser.step(lr)?;
+        let mut m = Metrics::new();
+        m.insert("loss".into(), json!(loss));
+        m.insert("lr".into(), json!(lr));
+        m.insert("grad_norm".into(), json!(report.grad_norm));
+        m.insert("reply_tokens".into(), json!(total));
+        if !report.applied {
+            m.insert("skipped".into(), json!(true));
+        }
+        Ok(m)
+    }
+
+    /// Loss per token, the share of tokens that come first, and of replies all of whose tokens do.
+    fn evaluate(&mut self) -> anyhow::Result<Metrics> {
+        let (mut nll, mut tokens, mut right, mut whole) = (0f64, 0usize, 0usize, 0usize);
+        for group in self.groups(&self.held_out) {
+            let (hidden, targets) = reply_hidden(&self.network, &group)?;
+            let logits = self.network.decoder().logits(&hidden.detach())?.detach();
+            let lp = crate::nn::log_probs(&logits, &targets)?.to_dtype(DType::F64)?;
+            nll -= lp.sum_all()?.to_scalar::<f64>()?;
+            let best: Vec<u32> = logits.argmax(1)?.to_vec1()?;
+            let hits: Vec<bool> = best.iter().zip(targets.to_vec1::<u32>()?).map(|(a, b)| *a == b).collect();
+            let mut at = 0;
+            for s in &group {
+                let own = &hits[at..at + s.reply_len()];
+                right += own.iter().filter(|h| **h).count();
+                whole += usize::from(own.iter().all(|h| *h));
+                at += own.len();
+            }
+            tokens += at;
+        }
+        let mut m = Metrics::new();
+        if tokens > 0 {
+            m.insert("held_out_loss".into(), json!(nll / tokens as f64));
+            m.insert("held_out_tokens_right".into(), json!(right as f64 / tokens as f64));
+            m.insert("held_out_replies_right".into(), json!(whole as f64 / self.held_out.len() as f64));
+        }
+        Ok(m)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::models::qwen3::{Config, Qwen3};
+    use crate::train::run::{self, RunOptions};
+    use std::path::Path;
+
+    fn network(params: &Params) -> Network {
+        let cfg: Config = serde_json::from_value(json!({
+            "vocab_size": 24, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "rope_theta": 1e4,
+            "tie_word_embeddings": true,
+        }))
+        .unwrap();
+        Network::Text { model: Qwen3::new(&cfg, params.builder()).unwrap(), cfg }
+    }
+
+    /// Replies repeat the prompt's one or two tokens backwards; 23 ends them.
+    fn sample(i: u64) -> Sample {
+        let (a, b) = ((i % 20) as u32 + 1, (i / 3 % 20) as u32 + 1);
+        match i % 2 {
+            0 => Sample { ids: vec![0, a, 22, a, 23], reply: 3, pictures: None },
+            _ => Sample { ids: vec![0, a, b, 22, b, a, 23], reply: 4, pictures: None },
+        }
+    }
+
+    fn trainee<'a>() -> LmTrainee<'a> {
+        let params = Params::new(3);
+        let options = LmOptions {
+            schedule: Schedule::constant(1e-2),
+            adamw: AdamWConfig { weight_decay: 0., ..AdamWConfig::default() },
+            micro_tokens: 64,
+        };
+        let source: Source = Box::new(|step| Ok((0..24).map(|i| sample(step * 24 + i)).collect()));
+        let held_out = (0..40).map(|i| sample(1_000_003 + i)).collect();
+        let network = network(&params);
+        LmTrainee::new(network, params, options, |_, v| Some(Group::usual(v)), source, held_out).unwrap()
+    }
+
+    fn run(dir: &Path, steps: u64) -> (Metrics, Vec<f32>) {
+        let mut t = trainee();
+        let options = RunOptions {
+            dir: dir.into(),
+            steps,
+            resume: true,
+            save_every: 10,
+            eval_every: 0,
+            log_every: 10,
+            settings: json!({}),
+            label: "lm".into(),
+        };
+        let m = run::train(&mut t, &options).unwrap();
+        let w = t.params.get("model.layers.0.self_attn.q_proj.weight").unwrap();
+        (m, w.flatten_all().unwrap().to_vec1().unwrap())
+    }
+
+    #[test]
+    fn it_learns_and_resumes_exactly() {
+        let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let before = trainee().evaluate().unwrap();
+        let (after, whole) = run(a.path(), 120);
+        assert!(before["held_out_replies_right"].as_f64().unwrap() < 0.1, "{before:?}");
+        assert!(after["held_out_replies_right"].as_f64().unwrap() > 0.9, "{after:?}");
+        run(b.path(), 50);
+        assert_eq!(run(b.path(), 120).1, whole);
+    }
+
+    #[test]
+    fn micro_batches_change_nothing_but_rounding() {
+        let grads = |micro_tokens: usize| -> (f64, Vec<f32>) {
+            let mut t = trainee();
+            t.options.micro_tokens = micro_tokens;
+            let m = t.step(0).unwrap();
+            let w = t.params.get("model.embed_tokens.weight").unwrap();
+            (m["grad_norm"].as_f64().unwrap(), w.flatten_all().unwrap().to_vec1().unwrap())
+        };
+        let (whole, parts) = (grads(1 << 20), grads(10));
+        assert!((whole.0 - parts.0).abs() < 1e-4 * whole.0, "{} {}", whole.0, parts.0);
+    }
+
+    #[test]
+    fn the_loss_is_over_reply_tokens_only() {
+        let params = Params::new(4);
+        let net = network(&params);
+        let s = sample(1);
+        let lp: Vec<f32> = reply_log_probs(&net, &[&s, &sample(2)]).unwrap().to_vec1().unwrap();
+        assert_eq!(lp.len(), s.reply_len() + sample(2).reply_len());
+        // One row by hand, without padding.
+        let hidden = net.hidden(std::slice::from_ref(&s.ids), None, &Device::Cpu).unwrap();
+        let logits = net.decoder().logits(&hidden).unwrap().squeeze(0).unwrap().to_vec2::<f32>().unwrap();
+        for (i, want) in lp[..s.reply_len()].iter().enumerate() {
+            let at = s.reply + i;
+            let got = crate::llm::sampler::log_prob(&logits[at - 1], s.ids[at] as usize) as f32;
+            assert!((got - want).abs() < 1e-4, "{got} {want}");
+        }
+    }
+
+    #[test]
+    fn groups_hold_every_sample_once_within_the_bound() {
+        let lengths: Vec<usize> = (0..57).map(|i| 3 + i * 7 % 40).collect();
+        let groups = micro_batches(&lengths, 100);
+        let mut all: Vec<usize> = groups.concat();
+        all.sort_unstable();
+        assert_eq!(all, (0..57).collect::<Vec<_>>());
+        for g in &groups {
+            assert!(g.len() * g.iter().map(|i| lengths[*i]).max().unwrap() <= 100);
+        }
+        assert_eq!(micro_batches(&[500, 2], 100), [vec![0], vec![1]]);
+    }
+
+    #[test]
+    fn epochs_visit_each_sample_once_in_changing_order() {
+        let steps: Vec<usize> = (0..10).flat_map(|s| epoch_batch(20, 4, 9, s)).collect();
+        for epoch in steps.chunks(20) {
+            let mut seen = epoch.to_vec();
+            seen.sort_unstable();
+            assert_eq!(seen, (0..20).collect::<Vec<_>>());
+        }
+        assert_ne!(steps[..20], steps[20..]);
+    }
+}
