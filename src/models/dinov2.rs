@@ -6,7 +6,8 @@
 //! no stochastic depth; pictures of any size that the patch divides.
 
 use crate::nn::{
-    self, Filter, LayerNorm, Linear, Mask, Taps, attention, gelu, layer_norm, linear, resize_taps, silu,
+    self, Filter, LayerNorm, Linear, Mask, Taps, attention_packed, gelu, layer_norm, linear, resize_taps,
+    swiglu,
 };
 use candle_core::{D, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
@@ -253,36 +254,42 @@ impl Block {
     }
 
     fn attend(&self, x: &Tensor) -> Result<Tensor> {
-        let (b, n, d) = x.dims3()?;
-        let (h, hd) = (self.heads, d / self.heads);
-        let split = |t: Tensor| t.reshape((b, n, h, hd))?.transpose(1, 2)?.contiguous();
+        let d = x.dim(D::Minus1)?;
+        let scale = ((d / self.heads) as f64).powf(-0.5);
         let [q, k, v] = match &self.qkv {
-            Qkv::Split(parts) => {
-                let [q, k, v] = parts;
-                [split(q.forward(x)?)?, split(k.forward(x)?)?, split(v.forward(x)?)?]
-            }
+            Qkv::Split([q, k, v]) => [q.forward(x)?, k.forward(x)?, v.forward(x)?],
             Qkv::Fused(w) => {
-                let qkv = w.forward(x)?;
-                let part = |i: usize| split(qkv.narrow(D::Minus1, i * d, d)?.contiguous()?);
+                // Cut the weight, not its product, which is larger.
+                let part = |i: usize| -> Result<Tensor> {
+                    let bias = w.bias().map(|b| b.narrow(0, i * d, d)).transpose()?;
+                    Linear::new(w.weight().narrow(0, i * d, d)?, bias).forward(x)
+                };
                 [part(0)?, part(1)?, part(2)?]
             }
         };
-        let y = attention(&q, &k, &v, (hd as f64).powf(-0.5), &Mask::None)?;
-        self.proj.forward(&y.transpose(1, 2)?.reshape((b, n, d))?)
+        attention_packed(&q, &k, &v, self.heads, self.heads, scale, &Mask::None)
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let x = (x + self.attend(&self.norm1.forward(x)?)?.broadcast_mul(&self.scale1)?)?;
+        let y = self.attend(&self.norm1.forward(x)?)?;
+        let x = (x + scaled(&self.proj, &self.scale1)?.forward(&y)?)?;
         let y = self.norm2.forward(&x)?;
-        let y = match &self.ffn {
-            Ffn::Mlp(fc1, fc2) => fc2.forward(&gelu(&fc1.forward(&y)?)?)?,
+        let (last, y) = match &self.ffn {
+            Ffn::Mlp(fc1, fc2) => (fc2, gelu(&fc1.forward(&y)?)?),
             Ffn::SwiGlu(w12, w3) => {
                 let ab = w12.forward(&y)?.chunk(2, D::Minus1)?;
-                w3.forward(&(silu(&ab[0].contiguous()?)? * &ab[1])?)?
+                (w3, swiglu(&ab[0].contiguous()?, &ab[1].contiguous()?)?)
             }
         };
-        x + y.broadcast_mul(&self.scale2)?
+        x + scaled(last, &self.scale2)?.forward(&y)?
     }
+}
+
+/// A linear layer followed by LayerScale is a linear layer: scaling the weight's rows costs less
+/// than scaling every token.
+fn scaled(layer: &Linear, scale: &Tensor) -> Result<Linear> {
+    let bias = layer.bias().map(|b| b * scale).transpose()?;
+    Ok(Linear::new(layer.weight().broadcast_mul(&scale.unsqueeze(1)?)?, bias))
 }
 
 /// A DINOv2 backbone.
