@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::mpsc;
 
+use clap::ValueEnum;
+
 use anyhow::{Context, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use rayon::prelude::*;
@@ -26,6 +28,34 @@ pub struct RoomsArgs {
 enum RoomsCommand {
     /// Write pictures, depth, questions and annotations (ODVG and COCO)
     Render(RenderArgs),
+    /// Make the embedded models from nothing (hours on two cores; each run can be resumed)
+    Pretrain(PretrainArgs),
+}
+
+/// The embedded models, in the order in which they are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    Depth,
+    Detector,
+}
+
+#[derive(clap::Args, Debug)]
+struct PretrainArgs {
+    /// Make only this model
+    #[arg(long, value_enum)]
+    only: Option<Part>,
+    /// Continue the runs that are there
+    #[arg(long)]
+    resume: bool,
+    /// Checkpoints and metrics, a folder per model
+    #[arg(long, default_value = "runs/pretrain")]
+    runs: PathBuf,
+    /// Where finished models go, a folder per model
+    #[arg(long, default_value = "data/embedded")]
+    out: PathBuf,
+    /// Only write models from the checkpoints that are there
+    #[arg(long)]
+    export_only: bool,
 }
 
 #[derive(clap::Args, Debug)]
@@ -59,8 +89,36 @@ fn size(text: &str) -> Result<(u32, u32), String> {
 pub fn run(args: RoomsArgs) -> Result<ExitCode> {
     match args.command {
         RoomsCommand::Render(args) => render(&args)?,
+        RoomsCommand::Pretrain(args) => pretrain(&args)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn pretrain(args: &PretrainArgs) -> Result<()> {
+    use crate::train::pretrain::{depth, detector};
+    for part in [Part::Depth, Part::Detector] {
+        if args.only.is_some_and(|only| only != part) {
+            continue;
+        }
+        let name = part.to_possible_value().expect("no part is hidden").get_name().to_owned();
+        let (run, out) = (args.runs.join(&name), args.out.join(&name));
+        if !args.export_only {
+            let figures = match part {
+                Part::Depth => depth::train(&run, args.resume)?,
+                Part::Detector => detector::train(&detector::Options {
+                    resume: args.resume,
+                    ..detector::Options::embedded(run.clone())
+                })?,
+            };
+            eprintln!("{name}: {}", Value::Object(figures));
+        }
+        match part {
+            Part::Depth => depth::export(&run, &out)?,
+            Part::Detector => detector::export(&run, &out)?,
+        }
+        eprintln!("{name}: written to {}", out.display());
+    }
+    Ok(())
 }
 
 /// Pictures rendered between two writes of the index files' records.

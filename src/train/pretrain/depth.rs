@@ -7,7 +7,8 @@
 use super::super::depth::{
     DepthBatch, DepthLossWeights, DepthSample, abs_rel, abs_rel_aligned, check_trainable, depth_loss,
 };
-use super::super::run::{Metrics, Trainee};
+use super::super::run::{self, Metrics, RunOptions, Trainee};
+use crate::files::write_atomic;
 use crate::models::dinov2::OfficialConfig;
 use crate::models::moge::{
     Activation, Config, EncoderConfig, Layers, MoGe, ModelConfig, Norm, PerLevel, Remap, Resampler,
@@ -22,6 +23,8 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::collections::HashMap;
+use std::io::Write;
+use std::path::Path;
 
 /// Settings of a run; with the step number they determine it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -239,4 +242,30 @@ impl Trainee for DepthTrainer {
     fn evaluate(&mut self) -> anyhow::Result<Metrics> {
         evaluate(&self.net, &self.cfg)
     }
+}
+
+/// Trains (or continues) the embedded depth model; the folder keeps checkpoint and metrics.
+pub fn train(dir: &Path, resume: bool) -> anyhow::Result<Metrics> {
+    let cfg = DepthTraining::default();
+    let settings = json!({ "rooms": rooms::VERSION, "model": config(), "train": cfg });
+    let mut trainer = DepthTrainer::new(cfg.clone(), &config())?;
+    let options = RunOptions {
+        dir: dir.into(),
+        steps: cfg.steps,
+        resume,
+        save_every: 100,
+        eval_every: 250,
+        log_every: 20,
+        settings,
+        label: "depth".into(),
+    };
+    run::train(&mut trainer, &options)
+}
+
+/// Writes a run's network as a model folder: config and f16 weights.
+pub fn export(run: &Path, out: &Path) -> anyhow::Result<()> {
+    let mut cfg = serde_json::to_value(config())?;
+    cfg["rooms_version"] = rooms::VERSION.into();
+    write_atomic(&out.join("config.json"), |w| writeln!(w, "{cfg:#}"))?;
+    super::export_weights(run, out)
 }

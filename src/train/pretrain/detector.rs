@@ -17,12 +17,10 @@ use crate::tools::Picture;
 use crate::train::augment::{Augment, Crop};
 use crate::train::grounding::{GroundingTrainer, Region, Sample, Samples, TrainConfig, Validation};
 use crate::train::run::{self, Metrics, RunOptions};
-use candle_core::DType;
 use rand::seq::{IndexedRandom, SliceRandom};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
-use std::collections::HashMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -281,13 +279,7 @@ pub fn export(run: &Path, out: &Path) -> anyhow::Result<()> {
     for (name, value) in files {
         write_atomic(&out.join(name), |w| writeln!(w, "{value:#}"))?;
     }
-    let mut weights = HashMap::new();
-    for (name, t) in run::parameters(&run.join("checkpoint.safetensors"))? {
-        weights.insert(name, t.to_dtype(DType::F16)?);
-    }
-    let bytes = safetensors::serialize(&weights, None)?;
-    write_atomic(&out.join("model.safetensors"), |w| w.write_all(&bytes))?;
-    Ok(())
+    super::export_weights(run, out)
 }
 
 #[cfg(test)]
