@@ -352,7 +352,9 @@ impl Spec {
                 if of[0] == of[1] || of[1] == of[2] || of[0] == of[2] {
                     return None;
                 }
-                Self::Superlative { of, most: pick(Most::ALL, rng) }
+                // Sizes have an answer more rarely than places.
+                let most = if rng.random_bool(0.5) { &Most::ALL[4..] } else { &Most::ALL[..4] };
+                Self::Superlative { of, most: pick(most, rng) }
             }
             Form::ColourOptions => {
                 let mut colours = Colour::ALL.to_vec();

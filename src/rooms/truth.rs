@@ -95,7 +95,10 @@ impl View {
             ),
             Measure::Height | Measure::Width => {
                 let dim = if measure == Measure::Height { Dim::Height } else { Dim::Width };
-                if !measurable(a, dim) || !measurable(b, dim) {
+                // Only the order counts, and the margins below hold for what is seen: a little may
+                // be hidden.
+                let whole = |t: &Thing| !t.truncated && t.visible_fraction >= 0.6;
+                if !whole(a) || !whole(b) {
                     return None;
                 }
                 agree(

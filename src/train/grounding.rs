@@ -368,3 +368,153 @@ fn score(
     }
     Ok(out)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::models::grounding_dino::init_offsets;
+    use crate::models::swin;
+    use crate::train::pretrain::detector;
+    use crate::train::run::{RunOptions, train};
+    use std::path::Path;
+
+    fn sample() -> Sample {
+        let picture = Picture::new(64, 48, (0..64 * 48 * 3).map(|i| (i * 7 % 251) as u8).collect());
+        Sample {
+            picture,
+            boxes: vec![[4., 4., 20., 30.], [30., 10., 60., 40.], [5., 30., 25., 47.]],
+            nouns: vec!["chair".into(), "red chair".into(), "chair".into()],
+            absent: ["sofa", "lamp", "bed", "tv"].map(String::from).to_vec(),
+            hard_negatives: vec!["ball".into()],
+            ignore: vec![Region { bbox: [0., 0., 8., 8.], noun: Some("vase".into()) }],
+        }
+    }
+
+    #[test]
+    fn captions_hold_what_is_there_and_some_of_what_is_not() -> Result<()> {
+        let (t, p) = (detector::tokenizer()?, detector::processor());
+        let cfg = TrainConfig { augment: Augment::none(&p), max_nouns: 5, ..Default::default() };
+        let mut lens = Vec::new();
+        for seed in 0..30 {
+            let mut rng = ChaCha8Rng::seed_from_u64(seed);
+            let (_, caption, target) = prepare(&sample(), &cfg, &t, &p, &mut rng)?;
+            for noun in ["chair", "red chair", "ball"] {
+                assert!(t.find(&caption, noun)?.is_some(), "{noun} missing in {:?}", caption.text);
+            }
+            assert_eq!(target.boxes.len(), 3);
+            for (columns, noun) in target.columns.iter().zip(&sample().nouns) {
+                let ids: Vec<u32> = columns.iter().map(|&c| caption.ids[c]).collect();
+                assert_eq!(t.decode(&ids)?, *noun, "spans, not substrings");
+            }
+            assert_eq!(target.ignore.len(), 1);
+            lens.push(caption.phrases.len());
+        }
+        assert_eq!((lens.iter().min(), lens.iter().max()), (Some(&3), Some(&5)));
+        Ok(())
+    }
+
+    #[test]
+    fn a_picture_without_things_still_gets_a_caption() -> Result<()> {
+        let (t, p) = (detector::tokenizer()?, detector::processor());
+        let empty = Sample { boxes: vec![], nouns: vec![], hard_negatives: vec![], ..sample() };
+        let cfg = TrainConfig { augment: Augment::none(&p), ..Default::default() };
+        for seed in 0..10 {
+            let (_, caption, target) = prepare(&empty, &cfg, &t, &p, &mut ChaCha8Rng::seed_from_u64(seed))?;
+            assert!(!caption.phrases.is_empty() && target.boxes.is_empty());
+        }
+        Ok(())
+    }
+
+    struct Three;
+
+    impl Samples for Three {
+        fn len(&self) -> Option<u64> {
+            Some(3)
+        }
+        fn sample(&self, index: u64) -> anyhow::Result<Sample> {
+            let mut s = sample();
+            s.boxes.truncate(index as usize + 1);
+            s.nouns.truncate(index as usize + 1);
+            Ok(s)
+        }
+    }
+
+    fn small() -> Config {
+        let base = detector::config();
+        Config {
+            backbone_config: swin::Config {
+                embed_dim: 8,
+                depths: vec![1, 1, 1, 1],
+                num_heads: vec![1, 1, 2, 2],
+                ..base.backbone_config.clone()
+            },
+            d_model: 32,
+            num_queries: 6,
+            encoder_layers: 1,
+            decoder_layers: 2,
+            encoder_ffn_dim: 64,
+            decoder_ffn_dim: 64,
+            dropout: 0.1,
+            fusion_droppath: 0.1,
+            ..base
+        }
+    }
+
+    fn trainer() -> GroundingTrainer {
+        let p = ImageProcessor { shortest: 48, longest: 64, ..detector::processor() };
+        let augment = Augment { sizes: vec![40, 48], ..Augment::default() };
+        let cfg = TrainConfig { augment, schedule: Schedule::constant(1e-3), ..Default::default() };
+        let (params, model, t) = (Params::new(2), small(), detector::tokenizer().unwrap());
+        let held_out = Validation { samples: Box::new(Three), pictures: 2, nouns: vec!["chair".into()] };
+        let data = Box::new(Three);
+        let trainer = GroundingTrainer::new(params.clone(), &model, cfg, t, p, data, Some(held_out)).unwrap();
+        init_offsets(&params, &model).unwrap();
+        trainer
+    }
+
+    fn run(dir: &Path, steps: u64) -> (HashMap<String, Tensor>, Metrics) {
+        let mut t = trainer();
+        let options = RunOptions {
+            dir: dir.into(),
+            steps,
+            resume: true,
+            save_every: 2,
+            eval_every: 0,
+            log_every: 1,
+            settings: json!("test"),
+            label: "test".into(),
+        };
+        let m = train(&mut t, &options).unwrap();
+        (t.params.tensors(), m)
+    }
+
+    #[test]
+    fn a_resumed_run_equals_an_undisturbed_one() -> Result<()> {
+        let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (whole, metrics) = run(a.path(), 4);
+        assert!(metrics["ap50"].as_f64().is_some_and(|ap| (0. ..=1.).contains(&ap)), "{metrics:?}");
+        run(b.path(), 2);
+        let (resumed, _) = run(b.path(), 4);
+        let start = trainer().params.tensors();
+        let mut moved = 0;
+        for (name, want) in &whole {
+            let flat = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
+            assert_eq!(flat(&resumed[name])?, flat(want)?, "{name}");
+            moved += usize::from(flat(&start[name])? != flat(want)?);
+        }
+        assert!(moved * 10 > whole.len() * 9, "{moved} of {} parameters moved", whole.len());
+        Ok(())
+    }
+
+    #[test]
+    fn every_parameter_receives_a_gradient() -> anyhow::Result<()> {
+        let mut t = trainer();
+        let batch = t.batch(0)?;
+        let out = t.model.forward(&batch.inputs, None)?;
+        let grads = total(&t.cfg.loss, &t.losses(&out, &batch)?)?.backward()?;
+        let without: Vec<String> =
+            t.params.named().into_iter().filter(|(_, v)| grads.get(v).is_none()).map(|(n, _)| n).collect();
+        assert!(without.is_empty(), "{without:?}");
+        Ok(())
+    }
+}

@@ -1,8 +1,8 @@
 //! Training: loops, losses and what they share.
 
 pub mod augment;
-pub mod grounding;
 pub mod depth;
+pub mod grounding;
 pub mod grounding_loss;
 pub mod lm;
 pub mod pretrain;

@@ -51,7 +51,7 @@ pub struct Options {
 impl Options {
     /// The run that made the embedded detector.
     pub fn embedded(dir: PathBuf) -> Self {
-        Self { dir, seed: 1, steps: 8_000, batch: 8, resume: false, eval_every: 500, eval_pictures: 128 }
+        Self { dir, seed: 1, steps: 6_000, batch: 8, resume: false, eval_every: 500, eval_pictures: 128 }
     }
 }
 
@@ -119,8 +119,12 @@ pub fn vocabulary() -> Vec<String> {
     vocab
 }
 
-fn tokenizer() -> Value {
+fn tokenizer_file() -> Value {
     tokenizer_json(vocabulary().iter().map(String::as_str))
+}
+
+pub fn tokenizer() -> candle_core::Result<TextTokenizer> {
+    TextTokenizer::from_json(&tokenizer_file().to_string(), "of Rooms")
 }
 
 /// Rendered rooms as detector samples. Index `i` is scene `from + i`.
@@ -216,14 +220,13 @@ fn train_config(o: &Options) -> TrainConfig {
 pub fn trainer(o: &Options) -> anyhow::Result<GroundingTrainer> {
     let params = Params::new(o.seed);
     let cfg = config();
-    let tokenizer = TextTokenizer::from_json(&tokenizer().to_string(), "of Rooms")?;
     let data = RoomPictures { seed: o.seed, from: 0, look: Look::Studio, split: Split::Train, vary: true };
     let held_out = validation(o.seed, Look::Studio, o.eval_pictures);
     let trainer = GroundingTrainer::new(
         params.clone(),
         &cfg,
         train_config(o),
-        tokenizer,
+        tokenizer()?,
         processor(),
         Box::new(data),
         Some(held_out),
@@ -270,8 +273,11 @@ pub fn export(run: &Path, out: &Path) -> anyhow::Result<()> {
         "size": {"shortest_edge": p.shortest, "longest_edge": p.longest},
         "image_mean": p.mean, "image_std": p.std,
     });
-    let files =
-        [("config.json", cfg), ("tokenizer.json", tokenizer()), ("preprocessor_config.json", preprocessor)];
+    let files = [
+        ("config.json", cfg),
+        ("tokenizer.json", tokenizer_file()),
+        ("preprocessor_config.json", preprocessor),
+    ];
     for (name, value) in files {
         write_atomic(&out.join(name), |w| writeln!(w, "{value:#}"))?;
     }
@@ -282,4 +288,39 @@ pub fn export(run: &Path, out: &Path) -> anyhow::Result<()> {
     let bytes = safetensors::serialize(&weights, None)?;
     write_atomic(&out.join("model.safetensors"), |w| w.write_all(&bytes))?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_word_of_rooms_is_one_token() {
+        let t = tokenizer().unwrap();
+        let words = Kind::ALL.iter().map(|k| k.word()).chain(Colour::ALL.iter().map(|c| c.word()));
+        for word in words {
+            assert_eq!(t.encode(word).unwrap().len(), 3, "{word}");
+        }
+        let unknown = t.encode("chairs zebra").unwrap();
+        assert!(!unknown.contains(&100), "letters stand in for unknown words: {unknown:?}");
+        assert_eq!(config().text_config.vocab_size, t.vocab_size());
+    }
+
+    #[test]
+    fn samples_repeat_and_never_deny_what_is_there() {
+        let rooms = RoomPictures { seed: 3, from: 0, look: Look::Studio, split: Split::Train, vary: true };
+        let mut coloured = 0;
+        for i in 0..12 {
+            let s = rooms.sample(i).unwrap();
+            let again = rooms.sample(i).unwrap();
+            assert_eq!((&s.picture, &s.boxes, &s.nouns), (&again.picture, &again.boxes, &again.nouns));
+            assert!(!s.nouns.iter().any(|n| s.absent.contains(n)), "{:?} {:?}", s.nouns, s.absent);
+            assert!(s.ignore.iter().all(|r| !s.absent.contains(r.noun.as_ref().unwrap())));
+            let inside =
+                |b: &[f64; 4]| b[0] >= 0. && b[2] <= WIDTH as f64 && b[1] >= 0. && b[3] <= HEIGHT as f64;
+            assert!(s.boxes.iter().all(inside));
+            coloured += s.nouns.iter().any(|n| n.contains(' ')) as u32;
+        }
+        assert!(coloured < 12);
+    }
 }
