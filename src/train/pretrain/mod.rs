@@ -2,4 +2,3 @@
 
 pub mod depth;
 pub mod detector;
-pub mod language;
