@@ -104,7 +104,7 @@ fn pretrain(args: &PretrainArgs) -> Result<()> {
         let (run, out) = (args.runs.join(&name), args.out.join(&name));
         if !args.export_only {
             let figures = match part {
-                Part::Depth => depth::train(&run, args.resume)?,
+                Part::Depth => depth::run(depth::DepthTraining::default(), &run, args.resume)?,
                 Part::Detector => detector::train(&detector::Options {
                     resume: args.resume,
                     ..detector::Options::embedded(run.clone())

@@ -7,7 +7,7 @@
 use super::super::depth::{
     DepthBatch, DepthLossWeights, DepthSample, abs_rel, abs_rel_aligned, check_trainable, depth_loss,
 };
-use super::super::run::{self, Metrics, RunOptions, Trainee};
+use super::super::run::{Metrics, RunOptions, Trainee, train};
 use crate::files::write_atomic;
 use crate::models::dinov2::OfficialConfig;
 use crate::models::moge::{
@@ -48,7 +48,7 @@ impl Default for DepthTraining {
     fn default() -> Self {
         Self {
             seed: 1,
-            steps: 2000,
+            steps: 1500,
             batch: 12,
             width: 224,
             height: 168,
@@ -159,6 +159,25 @@ pub fn evaluate(net: &MoGe, cfg: &DepthTraining) -> anyhow::Result<Metrics> {
     Ok(metrics)
 }
 
+/// Trains into `dir` (`checkpoint.safetensors`, `metrics.jsonl`) and returns the
+/// final figures on the test split. With `resume` it continues from the folder's checkpoint,
+/// exactly, if that was made with the same settings, model and Rooms.
+pub fn run(cfg: DepthTraining, dir: &Path, resume: bool) -> anyhow::Result<Metrics> {
+    let model = config();
+    let options = RunOptions {
+        dir: dir.into(),
+        steps: cfg.steps,
+        resume,
+        save_every: 100,
+        eval_every: 250,
+        log_every: 10,
+        settings: json!({ "training": &cfg, "model": &model, "rooms": rooms::VERSION }),
+        label: "depth".into(),
+    };
+    let mut trainer = DepthTrainer::new(cfg, &model)?;
+    train(&mut trainer, &options)
+}
+
 /// A depth model being trained.
 pub struct DepthTrainer {
     cfg: DepthTraining,
@@ -244,28 +263,81 @@ impl Trainee for DepthTrainer {
     }
 }
 
-/// Trains (or continues) the embedded depth model; the folder keeps checkpoint and metrics.
-pub fn train(dir: &Path, resume: bool) -> anyhow::Result<Metrics> {
-    let cfg = DepthTraining::default();
-    let settings = json!({ "rooms": rooms::VERSION, "model": config(), "train": cfg });
-    let mut trainer = DepthTrainer::new(cfg.clone(), &config())?;
-    let options = RunOptions {
-        dir: dir.into(),
-        steps: cfg.steps,
-        resume,
-        save_every: 100,
-        eval_every: 250,
-        log_every: 20,
-        settings,
-        label: "depth".into(),
-    };
-    run::train(&mut trainer, &options)
-}
-
 /// Writes a run's network as a model folder: config and f16 weights.
 pub fn export(run: &Path, out: &Path) -> anyhow::Result<()> {
     let mut cfg = serde_json::to_value(config())?;
     cfg["rooms_version"] = rooms::VERSION.into();
     write_atomic(&out.join("config.json"), |w| writeln!(w, "{cfg:#}"))?;
     super::export_weights(run, out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Small pictures and few tokens: the network is the embedded one.
+    fn small() -> (DepthTraining, Config) {
+        let cfg = DepthTraining {
+            batch: 2,
+            width: 56,
+            height: 42,
+            warmup: 0,
+            steps: 3,
+            eval_pictures: 1,
+            ..DepthTraining::default()
+        };
+        let mut model = config();
+        model.model_config.num_tokens_range = [12, 12];
+        (cfg, model)
+    }
+
+    #[test]
+    fn every_parameter_receives_a_gradient() -> anyhow::Result<()> {
+        let (cfg, model) = small();
+        let t = DepthTrainer::new(cfg, &model)?;
+        let views = t.views(0);
+        let samples: Vec<_> = views.iter().map(sample).collect();
+        let batch = DepthBatch::new(&samples, 56, 42)?;
+        let grads = depth_loss(&t.net.raw(&batch.image, 12)?, &batch, &t.cfg.loss)?.total.backward()?;
+        for (name, var) in t.params.named() {
+            let Some(g) = grads.get(&var) else { panic!("no gradient: {name}") };
+            assert!(g.abs()?.sum_all()?.to_scalar::<f32>()? > 0., "zero gradient: {name}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_restored_trainer_takes_the_same_step() -> anyhow::Result<()> {
+        let (cfg, model) = small();
+        let mut a = DepthTrainer::new(cfg.clone(), &model)?;
+        a.step(0)?;
+        let mut b = DepthTrainer::new(cfg, &model)?;
+        for (name, var) in b.params.named() {
+            var.set(&a.params.get(&name).expect("same network").as_tensor().copy()?)?;
+        }
+        b.restore(a.optimiser_state()?, 1)?;
+        assert_eq!(a.step(1)?, b.step(1)?);
+        for (name, var) in a.params.named() {
+            let other = b.params.get(&name).expect("same network");
+            let same = (var.as_tensor() - other.as_tensor())?.abs()?.max_all()?.to_scalar::<f32>()?;
+            assert_eq!(same, 0., "{name}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn steps_draw_both_looks_from_the_training_split() -> anyhow::Result<()> {
+        let (cfg, model) = small();
+        let t = DepthTrainer::new(cfg, &model)?;
+        let (first, second) = (t.views(0), t.views(1));
+        assert!(
+            first.iter().any(|v| v.look == Look::Studio) && first.iter().any(|v| v.look == Look::LivedIn)
+        );
+        let test: Vec<u64> = (0..100).map(|i| scene_seed(Split::Test, t.cfg.seed, i)).collect();
+        for v in first.iter().chain(&second) {
+            assert!(!test.contains(&v.seed));
+        }
+        assert_ne!(first[0].seed, second[0].seed);
+        Ok(())
+    }
 }
