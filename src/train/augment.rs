@@ -115,7 +115,13 @@ impl Augment {
             }
         }
         let size = (source.height() as usize, source.width() as usize);
-        let to = ImageProcessor { shortest, ..processor.clone() }.size(size.0, size.1);
+        // Cut to whole pixels, a window of the picture's shape is not exactly of its shape.
+        let shape = match self.crop {
+            Some(Crop { keep_aspect: true, .. }) => picture,
+            _ => source,
+        };
+        let to = ImageProcessor { shortest, ..processor.clone() }
+            .size(shape.height() as usize, shape.width() as usize);
         let mut rgb = resize_u8(source.rgb(), size, 3, to, Filter::Bilinear);
         if flip {
             rgb.chunks_mut(to.1 * 3).for_each(mirror);
