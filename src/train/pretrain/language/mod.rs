@@ -7,6 +7,8 @@
 //! somewhere in Rooms cannot change the ids of a run that is under way.
 
 pub mod planner;
+#[cfg(test)]
+mod tests;
 pub mod tokenizer;
 pub mod verifier;
 pub mod vlm;
