@@ -5,6 +5,7 @@
 //! - [`train`]: optimiser loops for detector, depth and language models
 //! - [`eval`]: benches, metrics, intervals
 //! - [`planner`]: question → reply (plan and program)
+//! - [`verify`]: the heads that judge plans and programs
 //! - [`tools`]: `gd_detect`, `depth`, `vqa` behind one trait
 //! - [`program`]: the planner's reply: parse, check, run in a jail, trace
 //! - [`llm`]: text generation behind one trait
@@ -27,4 +28,5 @@ pub mod program;
 pub mod rooms;
 pub mod tools;
 pub mod train;
+pub mod verify;
 pub mod weights;
