@@ -4,6 +4,7 @@
 //! - [`cli`]: arguments and one thin file per subcommand
 //! - [`train`]: optimiser loops for detector, depth and language models
 //! - [`eval`]: benches, metrics, intervals
+//! - [`pipeline`]: question → answer, the path that inference and benches share
 //! - [`planner`]: question → reply (plan and program)
 //! - [`tools`]: `gd_detect`, `depth`, `vqa` behind one trait
 //! - [`program`]: the planner's reply: parse, check, run in a jail, trace
@@ -22,6 +23,7 @@ pub mod files;
 pub mod llm;
 pub mod models;
 pub mod nn;
+pub mod pipeline;
 pub mod planner;
 pub mod program;
 pub mod rooms;

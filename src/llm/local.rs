@@ -15,7 +15,7 @@ use super::tokenizer::Tokenizer;
 use super::{ChatError, ChatModel, ChatReply, ChatRequest};
 use crate::models::qwen3::{self, Qwen3};
 use crate::models::qwen3_vl::{self, Processor, Qwen3Vl};
-use crate::weights::{Checkpoint, WeightsError};
+use crate::weights::{self, Checkpoint, WeightsError};
 
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
@@ -79,6 +79,34 @@ impl LocalChat {
         let name =
             dir.file_name().map_or_else(|| dir.display().to_string(), |n| n.to_string_lossy().into_owned());
         Self::build(&name, &files, ChatTemplate::from_dir(dir)?, &Checkpoint::open(dir)?, device, options)
+    }
+
+    /// From the folder or the embedded model that a configuration names.
+    pub fn from_files(
+        source: &weights::ModelFiles,
+        device: &Device,
+        options: EngineOptions,
+    ) -> Result<Self, LoadError> {
+        if let weights::ModelFiles::Folder(dir) = source {
+            return Self::open(dir, device, options);
+        }
+        let config = source.required("config.json")?;
+        let tokenizer = source.required("tokenizer.json")?;
+        let generation = source.text("generation_config.json")?;
+        let preprocessor = source.text("preprocessor_config.json")?;
+        let files = ModelFiles {
+            config: &config,
+            tokenizer: tokenizer.as_bytes(),
+            generation_config: generation.as_deref(),
+            preprocessor_config: preprocessor.as_deref(),
+        };
+        let jinja = source.text("chat_template.jinja")?.map(String::from);
+        let template = match (source.text("tokenizer_config.json")?, jinja) {
+            (Some(config), jinja) => ChatTemplate::from_tokenizer_config(&config, jinja)?,
+            (None, Some(jinja)) => ChatTemplate::new(jinja)?,
+            (None, None) => return Err(file_error(&source.name(), "has no chat template")),
+        };
+        Self::build(&source.name(), &files, template, &source.checkpoint()?, device, options)
     }
 
     /// From files and weights wherever they are, as for the embedded models.
