@@ -5,13 +5,61 @@
 //! each question's seed by [`question_seed`] and report it, so that any of their rows can be
 //! repeated alone.
 
+use crate::config::{self, Config};
+use crate::llm::local::LocalChat;
+use crate::planner::{self, Planner};
 use crate::program::reply::ReplyError;
-use crate::program::{Outcome, Reply, Sandbox};
+use crate::program::{Limits, Outcome, Reply, Sandbox};
 use crate::tools::Tools;
+use crate::tools::real::{LoadError, Perception};
+use candle_core::Device;
 use serde_json::Value;
 
 /// What programs see as `img_pth`, whatever the picture's file is called.
 pub const IMAGE: &str = "image.png";
+
+/// Every model that answering takes.
+pub struct Models {
+    pub planner: Planner,
+    pub perception: Perception,
+}
+
+impl Models {
+    /// Loads what a configuration names, all at once.
+    pub fn load(config: &Config, device: &Device) -> Result<Self, LoadError> {
+        std::thread::scope(|s| {
+            let planner = s.spawn(|| planner::open(&config.planner, device));
+            let perception = Perception::load(config, device);
+            let model: LocalChat = planner.join().expect("loading a model does not panic")?;
+            Ok(Self { planner: Planner::new(Box::new(model), &config.planner), perception: perception? })
+        })
+    }
+
+    /// Part and model, for notices and reports.
+    pub fn names(&self) -> [(&'static str, &str); 4] {
+        let p = &self.perception;
+        [
+            ("planner", self.planner.model.name()),
+            ("detector", p.detector.name()),
+            ("depth", p.depth.name()),
+            ("vlm", p.vlm.name()),
+        ]
+    }
+}
+
+/// What a configuration lets a program use.
+pub fn limits(cfg: &config::Sandbox) -> Limits {
+    let default = Limits::default();
+    let memory_bytes = cfg.memory_mb << 20;
+    Limits {
+        seconds: cfg.seconds,
+        memory_bytes,
+        // As much beside the program's memory as by default.
+        address_space: default.address_space - default.memory_bytes as u64 + memory_bytes as u64,
+        host_calls: cfg.tool_calls,
+        ..default
+    }
+}
 
 /// One answered question, or a failure; a failure is never an answer.
 #[derive(Clone, Debug)]

@@ -22,6 +22,11 @@ pub struct Planner {
     pub max_new_tokens: usize,
 }
 
+/// Loads the model that a configuration names.
+pub fn open(cfg: &config::Planner, device: &Device) -> Result<LocalChat, LoadError> {
+    LocalChat::from_files(&ModelFiles::open(&cfg.model, "planner")?, device, EngineOptions::default())
+}
+
 /// How a configuration samples: no limit where it says 0 or 1.
 pub fn sampling(cfg: &config::Planner) -> SamplingOptions {
     SamplingOptions {
@@ -38,16 +43,14 @@ pub fn user_turn(prompt: &str, question: &str) -> String {
 }
 
 impl Planner {
-    /// The planner of a configuration, with the instructions of Rooms.
-    pub fn load(cfg: &config::Planner, device: &Device) -> Result<Self, LoadError> {
-        let files = ModelFiles::open(&cfg.model, "planner")?;
-        let model = LocalChat::from_files(&files, device, EngineOptions::default())?;
-        Ok(Self {
-            model: Box::new(model),
+    /// Any chat model as the planner, with the instructions of Rooms.
+    pub fn new(model: Box<dyn ChatModel>, cfg: &config::Planner) -> Self {
+        Self {
+            model,
             prompt: ROOMS_PROMPT.to_owned(),
             sampling: sampling(cfg),
             max_new_tokens: cfg.max_new_tokens,
-        })
+        }
     }
 
     /// One reply a question; each has a seed of its own, so a reply does not depend on what else is
