@@ -80,6 +80,11 @@ impl<'a> RealTools<'a> {
     pub fn new(models: &'a Perception, picture: &'a Picture) -> Self {
         Self { models, picture, pixels: None, detections: HashMap::new(), depth: None }
     }
+
+    /// The lists of nouns that the detector has looked for so far, each once, in no order.
+    pub fn looked_for(&self) -> impl Iterator<Item = &[String]> {
+        self.detections.keys().map(Vec::as_slice)
+    }
 }
 
 impl Tools for RealTools<'_> {
