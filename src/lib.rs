@@ -6,6 +6,7 @@
 //! - [`eval`]: benches, metrics, intervals
 //! - [`pipeline`]: question → answer, the path that inference and benches share
 //! - [`planner`]: question → reply (plan and program)
+//! - [`verify`]: the heads that judge plans and programs
 //! - [`tools`]: `gd_detect`, `depth`, `vqa` behind one trait
 //! - [`program`]: the planner's reply: parse, check, run in a jail, trace
 //! - [`llm`]: text generation behind one trait
@@ -29,4 +30,5 @@ pub mod program;
 pub mod rooms;
 pub mod tools;
 pub mod train;
+pub mod verify;
 pub mod weights;

@@ -35,6 +35,10 @@ enum RoomsCommand {
 /// The embedded models, in the order in which they are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Part {
+    Planner,
+    /// Starts from the planner's run
+    Verifier,
+    Vlm,
     Depth,
     Detector,
 }
@@ -94,16 +98,28 @@ pub fn run(args: RoomsArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+fn name_of(part: Part) -> String {
+    part.to_possible_value().expect("no part is hidden").get_name().to_owned()
+}
+
 fn pretrain(args: &PretrainArgs) -> Result<()> {
+    use crate::train::pretrain::language::{self, planner, verifier, vlm};
     use crate::train::pretrain::{depth, detector};
-    for part in [Part::Depth, Part::Detector] {
+    for &part in Part::value_variants() {
         if args.only.is_some_and(|only| only != part) {
             continue;
         }
-        let name = part.to_possible_value().expect("no part is hidden").get_name().to_owned();
+        let name = name_of(part);
         let (run, out) = (args.runs.join(&name), args.out.join(&name));
         if !args.export_only {
+            let language = |o: language::Options| language::Options { resume: args.resume, ..o };
             let figures = match part {
+                Part::Planner => planner::train(&language(language::Options::planner(run.clone())))?,
+                Part::Verifier => verifier::train(
+                    &language(language::Options::verifier(run.clone())),
+                    &args.runs.join(name_of(Part::Planner)),
+                )?,
+                Part::Vlm => vlm::train(&language(language::Options::vlm(run.clone())))?,
                 Part::Depth => depth::run(depth::DepthTraining::default(), &run, args.resume)?,
                 Part::Detector => detector::train(&detector::Options {
                     resume: args.resume,
@@ -113,6 +129,9 @@ fn pretrain(args: &PretrainArgs) -> Result<()> {
             eprintln!("{name}: {}", Value::Object(figures));
         }
         match part {
+            Part::Planner => planner::export(&run, &out)?,
+            Part::Verifier => verifier::export(&run, &out)?,
+            Part::Vlm => vlm::export(&run, &out)?,
             Part::Depth => depth::export(&run, &out)?,
             Part::Detector => detector::export(&run, &out)?,
         }

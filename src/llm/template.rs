@@ -7,9 +7,9 @@
 use minijinja::{Environment, ErrorKind, Value, context};
 use serde_json::json;
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use super::{ChatError, Message, Role};
+use crate::weights::ModelFiles;
 
 /// ChatML with pictures, the template of the embedded models: turns between `<|im_start|>` and
 /// `<|im_end|>`, a picture as Qwen3-VL writes it. There is no thinking block.
@@ -60,27 +60,20 @@ impl ChatTemplate {
         Ok(Self { env, tokens: BTreeMap::new() })
     }
 
-    /// From a checkpoint's folder: `chat_template.jinja`, else `chat_template.json`, else the
+    /// From a checkpoint's files: `chat_template.jinja`, else `chat_template.json`, else the
     /// `chat_template` of `tokenizer_config.json`, whose special tokens are taken in each case.
-    pub fn from_dir(dir: &Path) -> Result<Self, ChatError> {
-        let read = |name: &str| -> Result<Option<String>, ChatError> {
-            let path = dir.join(name);
-            match std::fs::read_to_string(&path) {
-                Ok(s) => Ok(Some(s)),
-                Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-                Err(e) => Err(ChatError::Template(format!("{}: {e}", path.display()))),
-            }
-        };
+    pub fn from_files(files: &ModelFiles) -> Result<Self, ChatError> {
+        let read = |name: &str| files.text(name).map_err(|e| ChatError::Template(e.to_string()));
         let config = read("tokenizer_config.json")?;
         let own = match read("chat_template.jinja")? {
-            Some(source) => Some(source),
+            Some(source) => Some(source.into_owned()),
             None => match read("chat_template.json")? {
                 Some(json) => source_of(&parse("chat_template.json", &json)?)?,
                 None => None,
             },
         };
         let at = |e: ChatError| match e {
-            ChatError::Template(m) => ChatError::Template(format!("{}: {m}", dir.display())),
+            ChatError::Template(m) => ChatError::Template(format!("{}: {m}", files.name())),
             e => e,
         };
         match (own, config) {
@@ -261,14 +254,19 @@ mod tests {
     #[test]
     fn a_folder_prefers_its_own_template_file() {
         let dir = tempfile::tempdir().unwrap();
-        let e = ChatTemplate::from_dir(dir.path()).err().unwrap().to_string();
+        let e = ChatTemplate::from_files(&ModelFiles::Folder(dir.path().into())).err().unwrap().to_string();
         assert!(e.contains("chat_template.jinja"), "{e}");
         std::fs::write(
             dir.path().join("tokenizer_config.json"),
             r#"{"chat_template": "a{{ eos_token }}", "eos_token": "E"}"#,
         )
         .unwrap();
-        let render = || ChatTemplate::from_dir(dir.path()).unwrap().render(&[], true, false).unwrap();
+        let render = || {
+            ChatTemplate::from_files(&ModelFiles::Folder(dir.path().into()))
+                .unwrap()
+                .render(&[], true, false)
+                .unwrap()
+        };
         assert_eq!(render(), "aE");
         std::fs::write(dir.path().join("chat_template.jinja"), "b{{ eos_token }}").unwrap();
         assert_eq!(render(), "bE");

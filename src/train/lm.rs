@@ -132,7 +132,8 @@ pub struct LmTrainee<'a> {
     optimiser: AdamW,
     options: LmOptions,
     source: Source<'a>,
-    held_out: Vec<Sample>,
+    /// By name, which begins the names of their figures.
+    held_out: Vec<(String, Vec<Sample>)>,
 }
 
 impl<'a> LmTrainee<'a> {
@@ -146,7 +147,14 @@ impl<'a> LmTrainee<'a> {
         held_out: Vec<Sample>,
     ) -> candle_core::Result<Self> {
         let optimiser = AdamW::new(params.named(), options.adamw.clone(), group)?;
+        let held_out = vec![("held_out".into(), held_out)];
         Ok(Self { network, params, optimiser, options, source, held_out })
+    }
+
+    /// Another set of samples that [`Trainee::evaluate`] reports on, by this name.
+    pub fn also_held_out(mut self, name: impl Into<String>, samples: Vec<Sample>) -> Self {
+        self.held_out.push((name.into(), samples));
+        self
     }
 
     fn groups<'s>(&self, samples: &'s [Sample]) -> Vec<Vec<&'s Sample>> {
@@ -192,30 +200,32 @@ impl Trainee for LmTrainee<'_> {
         Ok(m)
     }
 
-    /// Loss per token, the share of tokens that come first, and of replies all of whose tokens do.
+    /// Of each held-out set: loss per token, the share of tokens that come first, and of replies all
+    /// of whose tokens do (which greedy sampling gives word for word).
     fn evaluate(&mut self) -> anyhow::Result<Metrics> {
-        let (mut nll, mut tokens, mut right, mut whole) = (0f64, 0usize, 0usize, 0usize);
-        for group in self.groups(&self.held_out) {
-            let (hidden, targets) = reply_hidden(&self.network, &group)?;
-            let logits = self.network.decoder().logits(&hidden.detach())?.detach();
-            let lp = crate::nn::log_probs(&logits, &targets)?.to_dtype(DType::F64)?;
-            nll -= lp.sum_all()?.to_scalar::<f64>()?;
-            let best: Vec<u32> = logits.argmax(1)?.to_vec1()?;
-            let hits: Vec<bool> = best.iter().zip(targets.to_vec1::<u32>()?).map(|(a, b)| *a == b).collect();
-            let mut at = 0;
-            for s in &group {
-                let own = &hits[at..at + s.reply_len()];
-                right += own.iter().filter(|h| **h).count();
-                whole += usize::from(own.iter().all(|h| *h));
-                at += own.len();
-            }
-            tokens += at;
-        }
         let mut m = Metrics::new();
-        if tokens > 0 {
-            m.insert("held_out_loss".into(), json!(nll / tokens as f64));
-            m.insert("held_out_tokens_right".into(), json!(right as f64 / tokens as f64));
-            m.insert("held_out_replies_right".into(), json!(whole as f64 / self.held_out.len() as f64));
+        for (name, samples) in self.held_out.iter().filter(|(_, s)| !s.is_empty()) {
+            let (mut nll, mut tokens, mut right, mut whole) = (0f64, 0usize, 0usize, 0usize);
+            for group in self.groups(samples) {
+                let (hidden, targets) = reply_hidden(&self.network, &group)?;
+                let logits = self.network.decoder().logits(&hidden.detach())?.detach();
+                let lp = crate::nn::log_probs(&logits, &targets)?.to_dtype(DType::F64)?;
+                nll -= lp.sum_all()?.to_scalar::<f64>()?;
+                let best: Vec<u32> = logits.argmax(1)?.to_vec1()?;
+                let targets = targets.to_vec1::<u32>()?;
+                let hits: Vec<bool> = best.iter().zip(targets).map(|(a, b)| *a == b).collect();
+                let mut at = 0;
+                for s in &group {
+                    let own = &hits[at..at + s.reply_len()];
+                    right += own.iter().filter(|h| **h).count();
+                    whole += usize::from(own.iter().all(|h| *h));
+                    at += own.len();
+                }
+                tokens += at;
+            }
+            m.insert(format!("{name}_loss"), json!(nll / tokens as f64));
+            m.insert(format!("{name}_tokens_right"), json!(right as f64 / tokens as f64));
+            m.insert(format!("{name}_replies_right"), json!(whole as f64 / samples.len() as f64));
         }
         Ok(m)
     }

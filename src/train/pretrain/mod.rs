@@ -1,7 +1,9 @@
-//! Making the embedded models from nothing on Rooms: one file per model.
+//! Making the embedded models from nothing on Rooms: one file per model;
+//! the three language models share a folder.
 
 pub mod depth;
 pub mod detector;
+pub mod language;
 
 use crate::files::write_atomic;
 use crate::train::run;
