@@ -111,7 +111,8 @@ fn planner_and_verifier_learn_and_their_exports_reply() {
     assert!(judged.contains_key("unreadable"), "{judged:?}");
     assert!(loss(&judged) < loss(&before) - 0.1, "it starts from the planner: {judged:?}");
     assert_eq!(losses(&verifier).len(), 1);
-    for (run, export) in [(&planner, planner::export as fn(&Path, &Path) -> _), (&verifier, verifier::export)] {
+    for (run, export) in [(&planner, planner::export as fn(&Path, &Path) -> _), (&verifier, verifier::export)]
+    {
         let out = run.join("out");
         export(run, &out).unwrap();
         reply(&out, Message::user("How many chairs are there?"));
