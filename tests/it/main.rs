@@ -1,5 +1,7 @@
 //! The integration tests, one binary: `cargo test --release parity` runs the part against PyTorch.
 
+mod cli;
+mod faults;
 mod llm;
 mod parity;
 mod sandbox;
