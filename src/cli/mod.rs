@@ -103,13 +103,42 @@ pub fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("valor: {error:#}");
+            eprintln!("valor: {}", one_line(&error));
             ExitCode::from(2)
         }
     }
 }
 
+/// The error and its causes on one line. A cause that stands in the text already is not repeated.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain() {
+        let cause = cause.to_string();
+        let cause = cause.lines().map(str::trim).filter(|l| !l.is_empty()).collect::<Vec<_>>().join("; ");
+        if line.is_empty() {
+            line = cause;
+        } else if !line.contains(&cause) {
+            line = format!("{line}: {cause}");
+        }
+    }
+    line
+}
+
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
     let io = error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>());
     io.is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::Context;
+
+    #[test]
+    fn an_error_is_one_line_and_says_nothing_twice() {
+        let open = crate::tools::Picture::open(std::path::Path::new("/no/such.png"));
+        let line = one_line(&open.context("first\n  second\n").unwrap_err());
+        assert!(line.starts_with("first; second: cannot open picture /no/such.png: "), "{line}");
+        assert_eq!(line.matches("os error").count(), 1, "{line}");
+    }
 }

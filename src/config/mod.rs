@@ -88,8 +88,7 @@ impl Config {
         if let Some(path) = file {
             let origin = path.display().to_string();
             let text = std::fs::read_to_string(path).map_err(|e| invalid(&origin, &e))?;
-            let given: Table =
-                text.parse().map_err(|e: toml::de::Error| invalid(&origin, &e.to_string().trim_end()))?;
+            let given: Table = text.parse().map_err(|e| syntax(&origin, &text, &e))?;
             merge(&mut table, given, &defaults, "", &origin)?;
         }
         for o in overrides {
@@ -130,6 +129,18 @@ impl Config {
 
 fn invalid(origin: &str, message: &dyn std::fmt::Display) -> ConfigError {
     ConfigError::Invalid { origin: origin.into(), message: message.to_string() }
+}
+
+/// One line, where the error's own text draws the place over several.
+fn syntax(origin: &str, text: &str, error: &toml::de::Error) -> ConfigError {
+    let message = error.message().replace('\n', ", ");
+    match error.span().and_then(|span| text.get(..span.start)) {
+        Some(before) => {
+            let line = 1 + before.matches('\n').count();
+            invalid(&format!("{origin}, line {line}"), &message)
+        }
+        None => invalid(origin, &message),
+    }
 }
 
 /// A value as TOML would read it, else as a bare string.
@@ -232,5 +243,14 @@ mod tests {
         assert!(e.contains("must be a float"), "{e}");
         let e = set("planner.top_p=7").unwrap_err().to_string();
         assert!(e.contains("outside 0…1"), "{e}");
+    }
+
+    #[test]
+    fn a_file_that_is_no_toml_is_one_line_with_its_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.toml");
+        std::fs::write(&path, "[planner]\ntop_k = 5\ntop_p = = 1\n").unwrap();
+        let e = Config::resolve(Some(&path), &[]).unwrap_err().to_string();
+        assert!(e.contains("a.toml, line 3: ") && !e.contains('\n'), "{e}");
     }
 }

@@ -1,6 +1,8 @@
 //! The integration tests, one binary: `cargo test --release parity` runs the part against PyTorch.
 
 mod infer;
+mod cli;
+mod faults;
 mod llm;
 mod parity;
 mod sandbox;

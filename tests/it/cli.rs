@@ -1,0 +1,274 @@
+//! The binary as its user meets it: exit codes, what goes to stdout and to stderr, what is in the
+//! files that it writes.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+fn valor(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_valor"));
+    command.args(args).stdin(Stdio::null());
+    command
+}
+
+fn run(args: &[&str]) -> Output {
+    valor(args).output().unwrap()
+}
+
+fn stdout(output: &Output) -> &str {
+    std::str::from_utf8(&output.stdout).unwrap()
+}
+
+fn stderr(output: &Output) -> &str {
+    std::str::from_utf8(&output.stderr).unwrap()
+}
+
+/// Bad input: exit code 2, nothing on stdout, one line on stderr that holds `parts`.
+fn refused(args: &[&str], parts: &[&str]) {
+    let output = run(args);
+    let error = stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{args:?}: {error}");
+    assert_eq!(stdout(&output), "", "{args:?}");
+    assert!(error.starts_with("valor: ") && error.trim_end().lines().count() == 1, "{args:?}: {error}");
+    for part in parts {
+        assert!(error.contains(part), "{args:?}: no {part:?} in: {error}");
+    }
+}
+
+/// Bad usage: exit code 2 and an `error:` line that holds `part`, then how it is used.
+fn misused(args: &[&str], part: &str) {
+    let output = run(args);
+    let error = stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{args:?}: {error}");
+    assert_eq!(stdout(&output), "", "{args:?}");
+    let line = error.lines().next().unwrap_or_default();
+    assert!(line.starts_with("error: ") && line.contains(part), "{args:?}: no {part:?} in: {line}");
+}
+
+/// A folder with a program in each of the named files, and `scene.json`.
+fn programs(sources: &[(&str, &str)]) -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let scene = json!({
+        "image": "a.png",
+        "objects": [
+            {"label": "chair", "bbox": [0, 0, 40, 50], "depth": 2.0},
+            {"label": "chair", "bbox": [50, 0, 90, 50], "depth": 3.0},
+        ],
+    });
+    std::fs::write(dir.path().join("scene.json"), scene.to_string()).unwrap();
+    for (name, source) in sources {
+        std::fs::write(dir.path().join(name), source).unwrap();
+    }
+    dir
+}
+
+fn shown(dir: &TempDir, name: &str) -> String {
+    dir.path().join(name).display().to_string()
+}
+
+#[test]
+fn usage() {
+    misused(&["frobnicate"], "frobnicate");
+    misused(&["eval", "--bench", "nonesuch"], "nonesuch");
+    misused(&["rooms", "render", "--out", "x"], "required");
+    misused(&["program", "run", "x.py"], "required");
+    let help = run(&["--help"]);
+    assert!(help.status.success() && stdout(&help).contains("rooms") && help.stderr.is_empty());
+    let version = run(&["--version"]);
+    assert_eq!(stdout(&version), format!("valor {}\n", env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn program_answers_stand_on_stdout() {
+    let dir = programs(&[
+        ("count.py", "final_answer = len(gd_detect(img_pth, 'chair'))\n"),
+        ("word.py", "final_answer = 'two chairs'\n"),
+    ]);
+    let scene = shown(&dir, "scene.json");
+    let program = |file: &str, more: &[&str]| {
+        let file = shown(&dir, file);
+        let output = run(&[&["program", "run", &file, "--scene", &scene], more].concat());
+        assert_eq!((output.status.code(), stderr(&output)), (Some(0), ""));
+        stdout(&output).to_owned()
+    };
+    assert_eq!(program("count.py", &[]), "2\n");
+    assert_eq!(program("word.py", &[]), "two chairs\n");
+    assert_eq!(program("word.py", &["--json"]), "{\"answer\":\"two chairs\"}\n");
+}
+
+#[test]
+fn programs_come_from_standard_input_too() {
+    let dir = programs(&[]);
+    let mut child = valor(&["program", "run", "-", "--scene", &shown(&dir, "scene.json")])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(b"final_answer = depth(img_pth, [0, 0, 40, 50])\n").unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), stdout(&output), stderr(&output)), (Some(0), "2.0\n", ""));
+}
+
+#[test]
+fn a_program_that_fails_is_exit_code_1_and_no_answer() {
+    let dir = programs(&[("bad.py", "a = 1\nfinal_answer = open('/etc/passwd').read()\n")]);
+    let (file, scene) = (shown(&dir, "bad.py"), shown(&dir, "scene.json"));
+    let output = run(&["program", "run", &file, "--scene", &scene, "--json"]);
+    assert_eq!((output.status.code(), stderr(&output)), (Some(1), ""));
+    let error: Value = serde_json::from_str(stdout(&output)).unwrap();
+    assert_eq!(error["error"]["line"], 2, "{error}");
+    // Refused before it ran: no exception, so no type.
+    assert!(error["error"]["kind"] == "denied" && error["error"]["type"].is_null(), "{error}");
+    assert!(error["error"]["message"].is_string(), "{error}");
+    let output = run(&["program", "run", &file, "--scene", &scene]);
+    assert_eq!((output.status.code(), stdout(&output)), (Some(1), ""));
+    let error = stderr(&output);
+    assert!(error.starts_with("valor: the program failed: ") && error.lines().count() == 1, "{error}");
+}
+
+#[test]
+fn what_program_run_cannot_read_is_named() {
+    let dir = programs(&[("ok.py", "final_answer = 1\n"), ("cut.json", "{\"image\": "), ("odd.json", "[3]")]);
+    let (file, scene) = (shown(&dir, "ok.py"), shown(&dir, "scene.json"));
+    std::fs::write(dir.path().join("latin1.py"), b"# \xe9\n").unwrap();
+    let missing = shown(&dir, "missing");
+    refused(&["program", "run", &missing, "--scene", &scene], &[&missing, "No such file"]);
+    refused(&["program", "run", &file, "--scene", &missing], &[&missing, "No such file"]);
+    let folder = dir.path().display().to_string();
+    refused(&["program", "run", &folder, "--scene", &scene], &[&folder]);
+    let latin1 = shown(&dir, "latin1.py");
+    refused(&["program", "run", &latin1, "--scene", &scene], &[&latin1, "UTF-8"]);
+    for name in ["cut.json", "odd.json"] {
+        let bad = shown(&dir, name);
+        refused(&["program", "run", &file, "--scene", &bad], &[&bad, "is no scene", "line 1"]);
+    }
+}
+
+#[test]
+fn nobody_reading_is_no_error() {
+    let dir = programs(&[("ok.py", "final_answer = 1\n")]);
+    let (file, scene) = (shown(&dir, "ok.py"), shown(&dir, "scene.json"));
+    for args in [&["program", "run", &file, "--scene", &scene][..], &["--help"]] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = valor(args).stdout(writer).stderr(Stdio::piped()).spawn().unwrap();
+        let output = output.wait_with_output().unwrap();
+        assert_eq!((output.status.code(), stderr(&output)), (Some(0), ""), "{args:?}");
+    }
+}
+
+#[test]
+fn correct_programs_on_exact_tools_are_always_right() {
+    let dir = tempfile::tempdir().unwrap();
+    let records = shown(&dir, "records.jsonl");
+    let output = run(&["eval", "--bench", "rooms", "--n", "40", "--seed", "5", "--json", "--out", &records]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let report: Value = serde_json::from_str(stdout(&output)).unwrap();
+    let all = report["rows"].as_array().unwrap().iter().find(|r| r["family"] == "all").unwrap();
+    assert_eq!((&all["all"]["hits"], &all["all"]["n"]), (&json!(40), &json!(40)), "{report}");
+    let records = lines(Path::new(&records));
+    assert_eq!(records.len(), 40);
+    assert!(records.iter().all(|r| r["correct"] == true));
+}
+
+fn lines(path: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    text.lines().map(|l| serde_json::from_str(l).unwrap()).collect()
+}
+
+fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    std::fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap())
+        .map(|e| (e.file_name().into_string().unwrap(), std::fs::read(e.path()).unwrap()))
+        .collect()
+}
+
+#[test]
+fn rendered_rooms_are_the_same_twice_and_fit_together() {
+    let dir = tempfile::tempdir().unwrap();
+    let render = |name: &str, look: &str| {
+        let out = dir.path().join(name);
+        let shown = out.display().to_string();
+        let args = ["rooms", "render", "--seed", "11", "-n", "3", "--look", look, "--out", &shown];
+        let output = run(&args);
+        assert_eq!((output.status.code(), stdout(&output)), (Some(0), ""), "{}", stderr(&output));
+        out
+    };
+    let out = render("new/a", "lived-in");
+    let first = files(&out);
+    assert!(first == files(&render("b", "lived-in")), "another run wrote other bytes");
+    assert!(first["000000.png"] != files(&render("c", "studio"))["000000.png"]);
+
+    let coco: Value = serde_json::from_slice(&first["coco.json"]).unwrap();
+    let (scenes, odvg) = (lines(&out.join("scenes.jsonl")), lines(&out.join("odvg.jsonl")));
+    assert_eq!((scenes.len(), odvg.len(), coco["images"].as_array().unwrap().len()), (3, 3, 3));
+    for (scene, record) in scenes.iter().zip(&odvg) {
+        assert_eq!(scene["filename"], record["filename"]);
+        for file in [&scene["filename"], &scene["depth"]] {
+            let picture = image::load_from_memory(&first[file.as_str().unwrap()]).unwrap();
+            assert_eq!((picture.width(), picture.height()), (256, 192));
+        }
+        let boxes = record["detection"]["instances"].as_array().unwrap();
+        let labels: Value = serde_json::from_slice(&first["label_map.json"]).unwrap();
+        assert!(boxes.iter().all(|b| labels[b["label"].to_string()] == b["category"]));
+    }
+    let questions = lines(&out.join("questions.jsonl"));
+    assert!(!questions.is_empty());
+    assert!(questions.iter().all(|q| first.contains_key(q["image"].as_str().unwrap())));
+    assert_eq!(first.len(), 3 * 2 + 5, "{:?}", first.keys());
+}
+
+#[test]
+fn rooms_refuses_what_it_cannot_render() {
+    let dir = programs(&[("file", "")]);
+    let new = shown(&dir, "new");
+    let render = |n: &'static str, out| ["rooms", "render", "-n", n, "--out", out];
+    for size in ["", "256", "0x0", "15x64", "256x4097", "axb", "64x-64", "64x64x64"] {
+        misused(&[&render("1", &new)[..], &["--size", size]].concat(), "--size");
+    }
+    misused(&render("-1", &new), "-1");
+    refused(&render("0", &new), &["--n must be at least 1"]);
+    let full = dir.path().display().to_string();
+    refused(&render("1", &full), &[&full, "not empty"]);
+    let file = shown(&dir, "file");
+    refused(&render("1", &file), &[&file]);
+    let below = shown(&dir, "file/below");
+    refused(&render("1", &below), &[&file]);
+    assert!(!Path::new(&new).exists());
+}
+
+#[test]
+fn a_killed_run_leaves_only_whole_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("rooms");
+    let shown = out.display().to_string();
+    let args = ["rooms", "render", "-n", "2000", "--out", &shown];
+    let mut child = valor(&args).stderr(Stdio::null()).spawn().unwrap();
+    let pictures = || {
+        let entries = std::fs::read_dir(&out).into_iter().flatten();
+        entries.filter(|e| e.as_ref().unwrap().path().extension().is_some_and(|x| x == "png")).count()
+    };
+    let start = Instant::now();
+    while pictures() < 5 {
+        assert!(child.try_wait().unwrap().is_none(), "it ended by itself");
+        assert!(start.elapsed() < Duration::from_secs(120), "no pictures after two minutes");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    for (name, bytes) in files(&out) {
+        // Files being written have hidden names.
+        if !name.starts_with('.') {
+            assert!(name.ends_with(".png"), "{name} was written before all the pictures");
+            image::load_from_memory(&bytes).unwrap_or_else(|e| panic!("{name}: {e}"));
+        }
+    }
+    refused(&args, &[&shown, "not empty"]);
+}
