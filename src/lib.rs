@@ -4,6 +4,7 @@
 //! - [`cli`]: arguments and one thin file per subcommand
 //! - [`train`]: optimiser loops for detector, depth and language models
 //! - [`eval`]: benches, metrics, intervals
+//! - [`pipeline`]: question → answer, the path that inference and benches share
 //! - [`planner`]: question → reply (plan and program)
 //! - [`verify`]: the heads that judge plans and programs
 //! - [`tools`]: `gd_detect`, `depth`, `vqa` behind one trait
@@ -23,6 +24,7 @@ pub mod files;
 pub mod llm;
 pub mod models;
 pub mod nn;
+pub mod pipeline;
 pub mod planner;
 pub mod program;
 pub mod rooms;

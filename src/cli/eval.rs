@@ -1,14 +1,24 @@
 //! `valor eval`: measure on benches.
+//!
+//! A row of `--out` can be repeated alone: write the pictures with `--pictures DIR` and run
+//! `valor infer DIR/INDEX.png QUESTION --seed SEED` with the row's index, question and seed, and
+//! the same settings (`--greedy` is `--set planner.temperature=0`).
 
-use crate::eval::rooms::{Report, Sample, questions};
+use super::ModelArgs;
+use crate::eval::rooms::{Programs, Report, ToolSet, evaluate, questions};
 use crate::files::write_atomic;
-use crate::program::{Limits, Sandbox};
-use crate::rooms::Look;
-use crate::rooms::oracle::OracleTools;
+use crate::pipeline::limits;
+use crate::planner::{self, Planner};
+use crate::program::Sandbox;
+use crate::rooms::export::picture_png;
+use crate::rooms::{Look, Question, View};
+use crate::tools::real::Perception;
+use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Bench {
@@ -16,15 +26,11 @@ pub enum Bench {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum ToolSet {
-    /// The exact truth of the scene.
+pub enum ToolChoice {
+    /// The exact truth of the scene
     Oracle,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum PlannerChoice {
-    /// The correct program of each question: measures sandbox and tools.
-    Stored,
+    /// Detector, depth network and VLM
+    Real,
 }
 
 #[derive(Debug, clap::Args)]
@@ -35,7 +41,7 @@ pub struct EvalArgs {
     /// Questions
     #[arg(long, default_value_t = 1000)]
     n: usize,
-    /// Seed of the scenes and questions
+    /// Seed of the scenes and questions, and of the planner's sampling
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// Look of the rooms
@@ -43,32 +49,82 @@ pub struct EvalArgs {
     look: Look,
     /// What answers the programs' tool calls
     #[arg(long, value_enum, default_value = "oracle")]
-    tools: ToolSet,
-    /// Where the programs come from
-    #[arg(long, value_enum, default_value = "stored")]
-    planner: PlannerChoice,
+    tools: ToolChoice,
+    /// Where the programs come from: stored (each question's correct program), base (the
+    /// configuration's planner), or a planner's folder
+    #[arg(long, default_value = "stored")]
+    planner: String,
+    /// The planner's most likely reply instead of a sampled one
+    #[arg(long)]
+    greedy: bool,
+    /// Sample so many replies a question; the most frequent answer counts
+    #[arg(long, value_name = "K", default_value_t = 1, conflicts_with = "greedy")]
+    vote: usize,
+    /// The tools see another question's picture: what is still right did not need the picture
+    #[arg(long)]
+    shuffle_pictures: bool,
     /// Write one JSON line per question here
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
+    /// Write each question's picture here, as INDEX.png
+    #[arg(long, value_name = "DIR")]
+    pictures: Option<PathBuf>,
     /// Print the report as JSON
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    models: ModelArgs,
 }
 
 pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
     let Bench::Rooms = args.bench;
-    let ToolSet::Oracle = args.tools;
-    let PlannerChoice::Stored = args.planner;
-    let mut sandbox = Sandbox::start(Limits::default())?;
+    if args.n == 0 || args.vote == 0 {
+        bail!("--n and --vote must be at least 1")
+    }
+    let (mut config, device) = (args.models.config()?, args.models.device()?);
+    if args.greedy {
+        config.planner.temperature = 0.;
+    }
+    let planner = match args.planner.as_str() {
+        "stored" => None,
+        choice => {
+            if choice != "base" {
+                config.planner.model = choice.into();
+            }
+            let model = planner::open(&config.planner, &device)?;
+            Some(Planner::new(Box::new(model), &config.planner))
+        }
+    };
+    let perception = match args.tools {
+        ToolChoice::Oracle => None,
+        ToolChoice::Real => Some(Perception::load(&config, &device)?),
+    };
+    let programs = match &planner {
+        None => Programs::Stored,
+        Some(planner) => Programs::Planner { planner, seed: args.seed, votes: args.vote },
+    };
+    let mut sandbox = Sandbox::start(limits(&config.sandbox)).context("cannot start the sandbox")?;
+    let asked: Vec<(Arc<View>, Question)> = questions(args.look, args.seed).take(args.n).collect();
+    if args.shuffle_pictures && asked.iter().all(|(v, _)| v.seed == asked[0].0.seed) {
+        bail!("--shuffle-pictures needs questions about more than one picture; raise --n")
+    }
+    if let Some(dir) = &args.pictures {
+        for (i, (view, _)) in asked.iter().enumerate() {
+            write_atomic(&dir.join(format!("{i}.png")), |w| w.write_all(&picture_png(view)?))?;
+        }
+    }
     let bar = ProgressBar::new(args.n as u64);
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} eta {eta}")?);
-    let mut samples = Vec::with_capacity(args.n);
-    for (index, (view, question)) in questions(args.look, args.seed).take(args.n).enumerate() {
-        let outcome = sandbox.run(&question.program, "image.png", &mut OracleTools::new(&view));
-        samples.push(Sample::new(index, &view, &question, Ok(outcome)));
-        bar.inc(1);
-    }
+    let tools = perception.as_ref().map_or(ToolSet::Oracle, ToolSet::Real);
+    let scored = evaluate(&asked, programs, tools, args.shuffle_pictures, &mut sandbox, || bar.inc(1));
     bar.finish_and_clear();
+    let samples = match scored {
+        Ok(samples) => samples,
+        Err(e) => {
+            eprintln!("valor: the planner failed: {e}");
+            return Ok(ExitCode::FAILURE);
+        }
+    };
     if let Some(path) = &args.out {
         write_atomic(path, |w| {
             samples.iter().try_for_each(|s| writeln!(w, "{}", serde_json::to_string(s)?))

@@ -4,12 +4,18 @@
 //! else to stderr; a broken pipe is not an error.
 
 mod eval;
+mod infer;
 mod program;
 mod rooms;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
+use anyhow::Context;
+use candle_core::Device;
 use clap::{Parser, Subcommand};
+
+use crate::config::Config;
 
 #[derive(Debug, Parser)]
 #[command(name = "valor", version, about, max_term_width = 100)]
@@ -20,12 +26,53 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Answer a question about a picture
+    Infer(infer::InferArgs),
     /// Measure planners and tools on benches
     Eval(eval::EvalArgs),
     /// Run planners' programs
     Program(program::ProgramArgs),
     /// The synthetic world
     Rooms(rooms::RoomsArgs),
+}
+
+/// Which models, with what settings, where: the same for every command that uses them.
+#[derive(Debug, clap::Args)]
+struct ModelArgs {
+    /// Settings that replace the built-in ones (TOML)
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// One setting, such as planner.temperature=0; may be repeated
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Where networks run: cpu, cuda or cuda:N
+    #[arg(long, default_value = "cpu")]
+    device: String,
+}
+
+impl ModelArgs {
+    fn config(&self) -> anyhow::Result<Config> {
+        Ok(Config::resolve(self.config.as_deref(), &self.set)?)
+    }
+
+    fn device(&self) -> anyhow::Result<Device> {
+        let ordinal = match self.device.split_once(':') {
+            None if self.device == "cpu" => return Ok(Device::Cpu),
+            None if self.device == "cuda" => Some(0),
+            Some(("cuda", n)) => n.parse().ok(),
+            _ => None,
+        };
+        let Some(ordinal) = ordinal else {
+            anyhow::bail!("--device {}: expected cpu, cuda or cuda:N", self.device)
+        };
+        if !candle_core::utils::cuda_is_available() {
+            anyhow::bail!(
+                "--device {}: this build has no CUDA; build with --features cuda, or use --device cpu",
+                self.device
+            )
+        }
+        Device::new_cuda(ordinal).with_context(|| format!("--device {}", self.device))
+    }
 }
 
 /// Networks allocate and free the same large buffers at every step. Giving each back to the kernel
@@ -48,6 +95,7 @@ pub fn main() -> ExitCode {
     keep_freed_memory();
     let result = match Cli::parse().command {
         Command::Eval(args) => eval::run(args),
+        Command::Infer(args) => infer::run(args),
         Command::Program(args) => program::run(args),
         Command::Rooms(args) => rooms::run(args),
     };

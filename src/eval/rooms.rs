@@ -4,9 +4,14 @@
 //! no training data holds, and are reported apart.
 
 use super::stats::Share;
-use crate::program::{Outcome, ProgramError};
+use crate::llm::ChatError;
+use crate::pipeline::{self, Answered, IMAGE, answer, question_seed};
+use crate::planner::Planner;
+use crate::program::Sandbox;
 use crate::rooms::questions::{Question, Questions, Split, mean_relative_accuracy, score};
-use crate::rooms::{self, Look, View};
+use crate::rooms::{self, Look, OracleTools, View};
+use crate::tools::real::{Perception, RealTools};
+use crate::tools::{Picture, Tools};
 use serde::Serialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -39,16 +44,18 @@ pub struct Sample {
     /// Why there is no answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub failure: Option<String>,
+    /// With a planner: what `valor infer --seed` needs to repeat this row.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
+    /// With a planner: what it wrote.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reply: Option<String>,
 }
 
 impl Sample {
     /// Scores one run. A failed program is wrong, never an answer.
-    pub fn new(index: usize, view: &View, q: &Question, outcome: Result<Outcome, String>) -> Self {
-        let (answer, failure) = match outcome {
-            Ok(Outcome { result: Ok(answer), .. }) => (Some(answer), None),
-            Ok(Outcome { result: Err(ProgramError { kind, .. }), .. }) => (None, Some(kind.to_string())),
-            Err(reason) => (None, Some(reason)),
-        };
+    pub fn new(index: usize, view: &View, q: &Question, run: &Answered) -> Self {
+        let answer = run.value().cloned();
         Self {
             index,
             scene: view.seed,
@@ -62,9 +69,103 @@ impl Sample {
                 .is_f64()
                 .then(|| answer.as_ref().and_then(|a| mean_relative_accuracy(q, a)).unwrap_or(0.)),
             answer,
-            failure,
+            failure: run.failure().map(str::to_owned),
+            seed: None,
+            reply: None,
         }
     }
+}
+
+/// Where programs come from.
+#[derive(Clone, Copy)]
+pub enum Programs<'a> {
+    /// The correct program of each question: measures sandbox and tools.
+    Stored,
+    /// So many replies a question, the most frequent answer counts ([`pipeline::vote`]). Question
+    /// `i`'s seeds are [`question_seed`]`(seed, i, 0..votes)`.
+    Planner { planner: &'a Planner, seed: u64, votes: usize },
+}
+
+/// What answers the programs' tool calls.
+#[derive(Clone, Copy)]
+pub enum ToolSet<'a> {
+    /// The exact truth of the scene.
+    Oracle,
+    Real(&'a Perception),
+}
+
+/// Questions planned in one call of the model.
+const BATCH: usize = 32;
+
+/// Runs and scores the questions in order. With `shuffle` the tools see the picture of another
+/// question, half of the run away: what is still right then did not need the picture.
+///
+/// # Errors
+/// If the planner's model fails; a failed program is a result.
+///
+/// # Panics
+/// If the pictures are to be shuffled and there is only one.
+pub fn evaluate(
+    asked: &[(Arc<View>, Question)],
+    programs: Programs,
+    tools: ToolSet,
+    shuffle: bool,
+    sandbox: &mut Sandbox,
+    mut progress: impl FnMut(),
+) -> Result<Vec<Sample>, ChatError> {
+    let n = asked.len();
+    let seen = |i: usize| -> &View {
+        if !shuffle {
+            return &asked[i].0;
+        }
+        let mut others = (0..n).map(|k| &*asked[(i + n / 2 + k) % n].0);
+        others.find(|v| v.seed != asked[i].0.seed).expect("pictures of more than one room")
+    };
+    let mut samples = Vec::with_capacity(n);
+    for start in (0..n).step_by(BATCH) {
+        let end = (start + BATCH).min(n);
+        let replies = match programs {
+            Programs::Stored => Vec::new(),
+            Programs::Planner { planner, seed, votes } => {
+                let ask = |i: usize| (0..votes).map(move |k| (&*asked[i].1.text, question_seed(seed, i, k)));
+                let replies = planner.ask(&(start..end).flat_map(ask).collect::<Vec<_>>(), None)?;
+                replies.into_iter().map(|r| r.text).collect()
+            }
+        };
+        let mut at = start;
+        while at < end {
+            // Questions about one picture share its context.
+            let view = seen(at);
+            let last = (at..end).take_while(|&i| std::ptr::eq(seen(i), view)).count() + at;
+            let picture = Picture::new(view.width, view.height, view.rgb.clone());
+            let mut tools: Box<dyn Tools> = match tools {
+                ToolSet::Oracle => Box::new(OracleTools::new(view)),
+                ToolSet::Real(models) => Box::new(RealTools::new(models, &picture)),
+            };
+            for i in at..last {
+                let (view, q) = &asked[i];
+                samples.push(match programs {
+                    Programs::Stored => {
+                        let outcome = sandbox.run(&q.program, IMAGE, &mut *tools);
+                        Sample::new(i, view, q, &Answered { reply: None, outcome: Ok(outcome) })
+                    }
+                    Programs::Planner { seed, votes, .. } => {
+                        let replies = &replies[(i - start) * votes..][..votes];
+                        let runs: Vec<_> = replies.iter().map(|r| answer(r, sandbox, &mut *tools)).collect();
+                        let chosen = pipeline::vote(&runs).unwrap_or(0);
+                        Sample {
+                            seed: Some(question_seed(seed, i, chosen)),
+                            reply: Some(replies[chosen].clone()),
+                            ..Sample::new(i, view, q, &runs[chosen])
+                        }
+                    }
+                });
+                progress();
+            }
+            at = last;
+        }
+    }
+    Ok(samples)
 }
 
 #[derive(Clone, Debug, Serialize)]

@@ -70,7 +70,7 @@ mod tests {
 
     #[test]
     fn copies_of_a_sample_do_not_narrow_the_interval() {
-        let hit = |i: u64| i % 3 == 0;
+        let hit = |i: u64| i.is_multiple_of(3);
         let once = Share::clustered((0..300).map(|i| (i, hit(i))));
         let thrice = Share::clustered((0..900).map(|i| (i / 3, hit(i / 3))));
         assert!((once.low - thrice.low).abs() < 2e-3 && (once.high - thrice.high).abs() < 2e-3);

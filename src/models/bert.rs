@@ -111,7 +111,7 @@ impl Bert {
         if cfg.hidden_act != "gelu" {
             candle_core::bail!("bert: hidden_act {:?} is not supported (only \"gelu\")", cfg.hidden_act)
         }
-        if cfg.num_attention_heads == 0 || cfg.hidden_size % cfg.num_attention_heads != 0 {
+        if cfg.num_attention_heads == 0 || !cfg.hidden_size.is_multiple_of(cfg.num_attention_heads) {
             let (d, h) = (cfg.hidden_size, cfg.num_attention_heads);
             candle_core::bail!("bert: hidden_size {d} is no multiple of num_attention_heads {h}")
         }

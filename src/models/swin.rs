@@ -73,7 +73,7 @@ impl Config {
             candle_core::bail!("swin: out_indices {:?} name no stage in 1..={stages}", self.out_indices)
         }
         for (i, &h) in self.num_heads.iter().enumerate() {
-            if h == 0 || (self.embed_dim << i) % h != 0 {
+            if h == 0 || !(self.embed_dim << i).is_multiple_of(h) {
                 candle_core::bail!("swin: stage {} has {} channels for {h} heads", i + 1, self.embed_dim << i)
             }
         }

@@ -42,6 +42,7 @@ pub fn check(source: &str) -> Result<(), TooComplex> {
     loop {
         use TokenKind as T;
         let kind = tokens.next_token();
+        let nested = open.len() > 1;
         let chain = open.last_mut().expect("the outermost counter is never popped");
         match kind {
             T::EndOfFile => return Ok(()),
@@ -51,11 +52,7 @@ pub fn check(source: &str) -> Result<(), TooComplex> {
                 depth += 1;
                 open.push(0);
             }
-            T::Rpar | T::Rsqb | T::Rbrace => {
-                if open.len() > 1 {
-                    depth -= open.pop().unwrap_or(0);
-                }
-            }
+            T::Rpar | T::Rsqb | T::Rbrace if nested => depth -= open.pop().unwrap_or(0),
             T::Indent => blocks += 1,
             T::Dedent => blocks = blocks.saturating_sub(1),
             T::Comma | T::Newline | T::Semi | T::Equal => {

@@ -5,6 +5,7 @@ pub mod picture;
 
 pub use picture::Picture;
 pub mod mock;
+pub mod real;
 pub mod stub;
 
 use serde::{Deserialize, Serialize};

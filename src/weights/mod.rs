@@ -106,6 +106,11 @@ impl Checkpoint {
         Self { name: name.into(), source: Arc::new(Source::Tensors(tensors)) }
     }
 
+    /// The tensors' names, sorted.
+    pub fn names(&self) -> Vec<String> {
+        self.source.shapes().into_keys().collect()
+    }
+
     /// Every tensor, as stored.
     pub fn tensors(&self) -> Result<HashMap<String, Tensor>, WeightsError> {
         let load = |n: String| Ok((n.clone(), self.source.load(&n, &Device::Cpu)?));

@@ -1,5 +1,6 @@
 //! The integration tests, one binary: `cargo test --release parity` runs the part against PyTorch.
 
+mod infer;
 mod llm;
 mod parity;
 mod sandbox;

@@ -149,7 +149,7 @@ impl Config {
         if half == 0 || dh == 0 || d % eh != 0 || d % half != 0 || d % dh != 0 {
             candle_core::bail!("grounding-dino: d_model {d} does not divide into {eh} and {dh} heads")
         }
-        if (self.encoder_ffn_dim / 2) % half != 0 {
+        if !(self.encoder_ffn_dim / 2).is_multiple_of(half) {
             let f = self.encoder_ffn_dim;
             candle_core::bail!("grounding-dino: half of encoder_ffn_dim {f} is no multiple of {half} heads")
         }

@@ -37,6 +37,10 @@ use layers::{Mlp, xavier};
 use position::{Levels, sine_embedding};
 use std::collections::BTreeMap;
 
+/// Names (by prefix) that HF's checkpoints hold and no result depends on: the plain Swin's last norm,
+/// which the detection backbone does without.
+pub const UNUSED: &[&str] = &["model.backbone.conv_encoder.model.swin.layernorm."];
+
 /// One batch.
 #[derive(Clone, Debug)]
 pub struct Inputs {

@@ -125,18 +125,18 @@ fn solve(samples: &[Sample], focal: Option<f64>, tol: Tolerance) -> f64 {
             first = false;
         }
         let next = evaluate(samples, shift + step, focal);
-        let got = if 0.01 * next.cost < at.cost { 1. - next.cost / at.cost } else { -1. };
+        let sane = 0.01 * next.cost < at.cost;
+        let got = if sane { 1. - next.cost / at.cost } else { -1. };
         let model = at.jj * step * step / at.cost;
         let damped = damping * length * length / at.cost;
         let wanted = model + 2. * damped;
         let slope = -(model + damped);
         let ratio = if wanted > 0. { got / wanted } else { 0. };
-        // Negated so that a step to where the cost is not a number shrinks the region.
-        if !(ratio > 0.25) {
-            let mut shrink = if got >= 0. { 0.5 } else { 0.5 * slope / (slope + 0.5 * got) };
-            if !(0.01 * next.cost < at.cost) || !(shrink >= 0.1) {
-                shrink = 0.1;
-            }
+        // A step to where the cost is not a number shrinks the region.
+        if ratio.is_nan() || ratio <= 0.25 {
+            let shrink: f64 = if got >= 0. { 0.5 } else { 0.5 * slope / (slope + 0.5 * got) };
+            // `max` also takes 0.1 where the shrinking is not a number.
+            let shrink = if sane { shrink.max(0.1) } else { 0.1 };
             radius = shrink * radius.min(10. * length);
         } else if damping == 0. || ratio >= 0.75 {
             radius = 2. * length;

@@ -184,10 +184,12 @@ impl<'a> Walk<'_, '_, 'a> {
                 let base = base.id.as_str();
                 if self.facts.classes.contains_key(base) {
                     entry.bases.push(base);
-                } else if base == "Exception" && bases.len() == 1 && is_empty(&class.body) {
-                    if let Some(stand_in) = STAND_INS.get(self.facts.exceptions.len()) {
-                        self.facts.exceptions.insert(class.name.as_str(), stand_in);
-                    }
+                } else if base == "Exception"
+                    && bases.len() == 1
+                    && is_empty(&class.body)
+                    && let Some(stand_in) = STAND_INS.get(self.facts.exceptions.len())
+                {
+                    self.facts.exceptions.insert(class.name.as_str(), stand_in);
                 }
             }
         }

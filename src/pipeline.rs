@@ -1,0 +1,171 @@
+//! Question → plan and program → answer: the one path that `infer` and `eval` share.
+//!
+//! A question's answer depends on the models, the picture, the question and a seed, on nothing
+//! else: not on what is asked in the same batch, nor on what was asked before. Benches derive
+//! each question's seed by [`question_seed`] and report it, so that any of their rows can be
+//! repeated alone.
+
+use crate::config::{self, Config};
+use crate::llm::local::LocalChat;
+use crate::planner::{self, Planner};
+use crate::program::reply::ReplyError;
+use crate::program::{Limits, Outcome, Reply, Sandbox};
+use crate::tools::Tools;
+use crate::tools::real::{LoadError, Perception};
+use candle_core::Device;
+use serde_json::Value;
+
+/// What programs see as `img_pth`, whatever the picture's file is called.
+pub const IMAGE: &str = "image.png";
+
+/// Every model that answering takes.
+pub struct Models {
+    pub planner: Planner,
+    pub perception: Perception,
+}
+
+impl Models {
+    /// Loads what a configuration names, all at once.
+    pub fn load(config: &Config, device: &Device) -> Result<Self, LoadError> {
+        std::thread::scope(|s| {
+            let planner = s.spawn(|| planner::open(&config.planner, device));
+            let perception = Perception::load(config, device);
+            let model: LocalChat = planner.join().expect("loading a model does not panic")?;
+            Ok(Self { planner: Planner::new(Box::new(model), &config.planner), perception: perception? })
+        })
+    }
+
+    /// Part and model, for notices and reports.
+    pub fn names(&self) -> [(&'static str, &str); 4] {
+        let p = &self.perception;
+        [
+            ("planner", self.planner.model.name()),
+            ("detector", p.detector.name()),
+            ("depth", p.depth.name()),
+            ("vlm", p.vlm.name()),
+        ]
+    }
+}
+
+/// What a configuration lets a program use.
+pub fn limits(cfg: &config::Sandbox) -> Limits {
+    let default = Limits::default();
+    let memory_bytes = cfg.memory_mb << 20;
+    Limits {
+        seconds: cfg.seconds,
+        memory_bytes,
+        // As much beside the program's memory as by default.
+        address_space: default.address_space - default.memory_bytes as u64 + memory_bytes as u64,
+        host_calls: cfg.tool_calls,
+        ..default
+    }
+}
+
+/// One answered question, or a failure; a failure is never an answer.
+#[derive(Clone, Debug)]
+pub struct Answered {
+    /// The reply as it was read, irregularities flagged; `None` if it holds no program.
+    pub reply: Option<Reply>,
+    pub outcome: Result<Outcome, ReplyError>,
+}
+
+/// Runs the program of a planner's reply, read leniently (method.md 2), on a picture's tools.
+pub fn answer(reply: &str, sandbox: &mut Sandbox, tools: &mut dyn Tools) -> Answered {
+    match Reply::parse(reply) {
+        Ok(reply) => {
+            let outcome = sandbox.run(&reply.program, IMAGE, tools);
+            Answered { reply: Some(reply), outcome: Ok(outcome) }
+        }
+        Err(e) => Answered { reply: None, outcome: Err(e) },
+    }
+}
+
+impl Answered {
+    /// The answer, if there is one.
+    pub fn value(&self) -> Option<&Value> {
+        self.outcome.as_ref().ok()?.result.as_ref().ok()
+    }
+
+    /// What kept the program from answering: an error kind of the sandbox, or "malformed".
+    pub fn failure(&self) -> Option<&'static str> {
+        match &self.outcome {
+            Err(_) => Some("malformed"),
+            Ok(Outcome { result: Err(e), .. }) => Some(e.kind.as_str()),
+            Ok(_) => None,
+        }
+    }
+}
+
+/// The planner's seed for one sample of a bench's question: mixed by SplitMix64's finaliser
+/// (Steele et al. 2014), 53 bits, so that it survives any reader of JSON.
+pub fn question_seed(seed: u64, question: usize, sample: usize) -> u64 {
+    let mix = |z: u64| {
+        let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    };
+    const GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
+    let step = |state: u64, n: u64| mix(state.wrapping_add(GAMMA).wrapping_add(n.wrapping_mul(GAMMA)));
+    step(step(mix(seed), question as u64), sample as u64) >> 11
+}
+
+/// The answer that most runs gave, by its first run: `None` if none gave any. Of equally frequent
+/// answers the first counts.
+pub fn vote(runs: &[Answered]) -> Option<usize> {
+    // As benches compare: a truth value is a word, words have no case, 3 is 3.0.
+    let key = |v: &Value| match v {
+        Value::Bool(yes) => if *yes { "yes" } else { "no" }.to_owned(),
+        Value::String(s) => s.trim().to_lowercase(),
+        Value::Number(n) => n.as_f64().map_or_else(|| n.to_string(), |x| x.to_string()),
+        other => other.to_string(),
+    };
+    let mut counts: Vec<(String, usize, usize)> = Vec::new();
+    for (i, answer) in runs.iter().enumerate().filter_map(|(i, r)| Some((i, key(r.value()?)))) {
+        match counts.iter_mut().find(|c| c.0 == answer) {
+            Some(c) => c.2 += 1,
+            None => counts.push((answer, i, 1)),
+        }
+    }
+    // `max_by_key` gives the last of equals.
+    counts.iter().rev().max_by_key(|c| c.2).map(|c| c.1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn run(answer: Option<Value>) -> Answered {
+        let outcome = answer.ok_or(ReplyError::NoProgram).map(|a| Outcome {
+            result: Ok(a),
+            calls: Vec::new(),
+            stdout: String::new(),
+            seconds: 0.,
+        });
+        Answered { reply: None, outcome }
+    }
+
+    #[test]
+    fn the_most_frequent_answer_wins_and_failures_do_not_vote() {
+        let of = |answers: &[Option<Value>]| vote(&answers.iter().cloned().map(run).collect::<Vec<_>>());
+        let yes = || Some(json!("Yes"));
+        assert_eq!(of(&[None, Some(json!(3)), yes(), Some(json!(true)), None, None]), Some(2));
+        assert_eq!(of(&[Some(json!(2)), Some(json!(3)), Some(json!(3.0)), Some(json!(2))]), Some(0), "a tie");
+        assert_eq!(of(&[None, None]), None);
+    }
+
+    #[test]
+    fn seeds_differ_by_run_question_and_sample() {
+        let mut all = Vec::new();
+        for seed in 0..5 {
+            for question in 0..40 {
+                all.extend((0..5).map(|sample| question_seed(seed, question, sample)));
+            }
+        }
+        let n = all.len();
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(all.len(), n);
+        assert!(all.iter().all(|s| *s < 1 << 53));
+    }
+}

@@ -1,0 +1,128 @@
+//! GroundingDINO as the `gd_detect` tool.
+
+use super::{LoadError, runtime, value};
+use crate::config;
+use crate::models::grounding_dino::caption::{Blanks, TextTokenizer, tokenizer_json};
+use crate::models::grounding_dino::postprocess::{Thresholds, detect};
+use crate::models::grounding_dino::preprocess::{ImageProcessor, SizeRule};
+use crate::models::grounding_dino::{Config, GroundingDino, Inputs, Semantics, names};
+use crate::tools::{Detection, Picture, ToolError};
+use crate::weights::{Checkpoint, ModelFiles, WeightsError};
+use candle_core::{DType, Device, Result, Tensor};
+
+/// Stored by HF's checkpoints, used by nobody, or second names of shared tensors.
+const UNUSED: &[&str] = &[
+    "model.backbone.conv_encoder.model.layernorm.",
+    "model.backbone.conv_encoder.model.swin.layernorm.",
+    "model.text_backbone.pooler.",
+    "model.text_backbone.embeddings.position_ids",
+    "model.decoder.bbox_embed.",
+];
+
+/// A loaded detector with its thresholds.
+pub struct Detector {
+    name: String,
+    net: GroundingDino,
+    tokenizer: TextTokenizer,
+    processor: ImageProcessor,
+    thresholds: Thresholds,
+    device: Device,
+}
+
+impl Detector {
+    /// From a folder or the embedded model: `config.json` (the original Swin-T's is assumed where
+    /// the weights carry the original's names and there is none), `tokenizer.json` or `vocab.txt`,
+    /// `preprocessor_config.json` if there is one, weights under HF's or the original's names.
+    /// Sizes and thresholds are the configuration's.
+    pub fn load(cfg: &config::Detector, device: &Device) -> std::result::Result<Self, LoadError> {
+        let files = ModelFiles::open(&cfg.model, "detector")?;
+        let name = files.name();
+        let at = |source| LoadError::Model { name: name.clone(), source };
+        let mut weights = files.checkpoint()?;
+        let original = names::is_original(weights.names().iter().map(String::as_str));
+        let net_cfg = match files.text("config.json")? {
+            Some(text) => Config::from_json(&text).map_err(at)?,
+            None if original => Config::original_swin_t(),
+            None => {
+                let message = "is missing; download it again".into();
+                return Err(WeightsError::Unreadable { path: format!("{name}/config.json"), message }.into());
+            }
+        };
+        if original {
+            weights = Checkpoint::from_tensors(&name, names::to_hf(weights.tensors()?).map_err(at)?);
+        }
+        let mut unused: Vec<String> = UNUSED.iter().map(|s| s.to_string()).collect();
+        // The box head that all decoder layers share is stored once for each.
+        unused.extend((1..net_cfg.decoder_layers).map(|i| format!("bbox_embed.{i}.")));
+        let unused: Vec<&str> = unused.iter().map(String::as_str).collect();
+        let net = weights.build(DType::F32, device, &unused, |vb| GroundingDino::new(&net_cfg, vb))?;
+        let tokenizer = match (files.text("tokenizer.json")?, files.text("vocab.txt")?) {
+            (Some(json), _) => TextTokenizer::from_json(&json, &format!("{name}/tokenizer.json")),
+            (None, Some(vocab)) => TextTokenizer::from_json(
+                &tokenizer_json(vocab.lines()).to_string(),
+                &format!("{name}/vocab.txt"),
+            ),
+            (None, None) => Err(candle_core::Error::Msg("has neither tokenizer.json nor vocab.txt".into())),
+        };
+        let tokenizer = tokenizer.map_err(at)?;
+        if tokenizer.vocab_size() > net_cfg.text_config.vocab_size {
+            let sizes = (tokenizer.vocab_size(), net_cfg.text_config.vocab_size);
+            let message = format!("the tokenizer has {} tokens, the network knows {}", sizes.0, sizes.1);
+            return Err(at(candle_core::Error::Msg(message)));
+        }
+        let mut processor = match files.text("preprocessor_config.json")? {
+            Some(json) => ImageProcessor::from_json(&json).map_err(at)?,
+            None if net_cfg.semantics == Semantics::Original => {
+                ImageProcessor { rule: SizeRule::Original, ..Default::default() }
+            }
+            None => ImageProcessor::default(),
+        };
+        processor.shortest = cfg.shortest_side;
+        processor.longest = cfg.longest_side.max(cfg.shortest_side);
+        let thresholds =
+            Thresholds { boxes: cfg.box_threshold as f32, text: cfg.text_threshold as f32, nms: None };
+        Ok(Self { name, net, tokenizer, processor, thresholds, device: device.clone() })
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The network's view of a picture, `[3, height, width]`.
+    pub fn pixels(&self, picture: &Picture) -> Result<Tensor> {
+        self.processor.apply(picture)?.to_device(&self.device)
+    }
+
+    /// Boxes named by exactly one of `nouns` (see [`detect`]) in pixels of a picture of `size`
+    /// (height, width). Inner blanks become hyphens in the caption, as in training (method.md 5.2).
+    pub fn detect(
+        &self,
+        pixels: &Tensor,
+        size: (u32, u32),
+        nouns: &[String],
+    ) -> std::result::Result<Vec<Detection>, ToolError> {
+        let caption = self.tokenizer.caption_of(nouns, Blanks::Hyphen).map_err(|e| value(e.to_string()))?;
+        let cfg = self.net.config();
+        if caption.ids.len() > cfg.max_text_len {
+            let (n, most) = (caption.ids.len(), cfg.max_text_len);
+            return Err(value(format!("the prompt has {n} tokens, at most {most} fit: ask for fewer nouns")));
+        }
+        // A phrase's positions count from 0 to its full stop.
+        let longest = caption.phrases.iter().map(|p| p.len() + 1).max().unwrap_or(0);
+        if longest > cfg.text_config.max_position_embeddings {
+            return Err(value("a noun of the prompt is too long for the detector".into()));
+        }
+        let run = || {
+            let ids = Tensor::new(caption.ids.as_slice(), &self.device)?.unsqueeze(0)?;
+            let mask = ids.ones_like()?.to_dtype(DType::U8)?;
+            let inputs = Inputs::new(pixels.unsqueeze(0)?, None, ids, mask, &cfg.special_tokens)?;
+            let out = self.net.forward(&inputs, None)?;
+            let (Some(logits), Some(boxes)) = (out.logits.last(), out.boxes.last()) else {
+                candle_core::bail!("the detector has no decoder layers")
+            };
+            let (logits, boxes) = (logits.get(0)?, boxes.get(0)?);
+            detect(&self.tokenizer, &caption, nouns, &logits, &boxes, size, self.thresholds)
+        };
+        run().map_err(runtime)
+    }
+}

@@ -1,0 +1,130 @@
+//! The real tools: GroundingDINO, MoGe-2 and a VLM behind [`Tools`] (method.md 7).
+//!
+//! [`Perception`] holds the three models, loaded once; [`RealTools`] is the context of one picture:
+//! decoded once, its depth computed once and for it alone (method.md 10.1), detections kept per
+//! prompt. Everything here is deterministic: the VLM answers greedily.
+
+mod detector;
+mod estimator;
+mod questions;
+
+pub use detector::Detector;
+pub use estimator::DepthEstimator;
+pub use questions::{Vlm, crop};
+
+use super::{BBox, Detection, Picture, ToolError, ToolErrorKind, Tools};
+use crate::config::Config;
+use crate::llm::ChatModel;
+use crate::llm::engine::EngineOptions;
+use crate::llm::local::{self, LocalChat};
+use crate::models::grounding_dino::caption::nouns_of;
+use crate::models::moge::Depth;
+use crate::weights::{ModelFiles, WeightsError};
+use candle_core::{Device, Tensor};
+use std::collections::HashMap;
+
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    #[error(transparent)]
+    Chat(#[from] local::LoadError),
+    #[error("{name}: {source}")]
+    Model { name: String, source: candle_core::Error },
+}
+
+/// The models that look at pictures.
+pub struct Perception {
+    pub detector: Detector,
+    pub depth: DepthEstimator,
+    pub vlm: Vlm,
+}
+
+impl Perception {
+    /// Loads the three models of a configuration, each in a thread of its own.
+    pub fn load(config: &Config, device: &Device) -> Result<Self, LoadError> {
+        let (detector, depth, vlm) = std::thread::scope(|s| {
+            let detector = s.spawn(|| Detector::load(&config.detector, device));
+            let depth = s.spawn(|| DepthEstimator::load(&config.depth, device));
+            let files = ModelFiles::open(&config.vlm.model, "vlm");
+            let vlm = files
+                .map_err(LoadError::from)
+                .and_then(|files| Ok(LocalChat::from_files(&files, device, EngineOptions::default())?));
+            let join = "loading a model does not panic";
+            (detector.join().expect(join), depth.join().expect(join), vlm)
+        });
+        Ok(Self { detector: detector?, depth: depth?, vlm: Vlm::new(Box::new(vlm?), &config.vlm) })
+    }
+
+    /// With any chat model as the VLM, such as a remote one or a test's.
+    pub fn with_vlm(config: &Config, device: &Device, vlm: Box<dyn ChatModel>) -> Result<Self, LoadError> {
+        Ok(Self {
+            detector: Detector::load(&config.detector, device)?,
+            depth: DepthEstimator::load(&config.depth, device)?,
+            vlm: Vlm::new(vlm, &config.vlm),
+        })
+    }
+}
+
+/// The tools for one picture.
+pub struct RealTools<'a> {
+    models: &'a Perception,
+    picture: &'a Picture,
+    /// The detector's input, made at the first question.
+    pixels: Option<Tensor>,
+    detections: HashMap<Vec<String>, Vec<Detection>>,
+    depth: Option<Depth>,
+}
+
+impl<'a> RealTools<'a> {
+    pub fn new(models: &'a Perception, picture: &'a Picture) -> Self {
+        Self { models, picture, pixels: None, detections: HashMap::new(), depth: None }
+    }
+
+    /// The lists of nouns that the detector has looked for so far, each once, in no order.
+    pub fn looked_for(&self) -> impl Iterator<Item = &[String]> {
+        self.detections.keys().map(Vec::as_slice)
+    }
+}
+
+impl Tools for RealTools<'_> {
+    /// Boxes whose phrase is one of the nouns asked for, whatever their capitals, best first.
+    /// Labels are lower case with single blanks. No noun, no boxes.
+    fn gd_detect(&mut self, prompt: &str) -> Result<Vec<Detection>, ToolError> {
+        let nouns = nouns_of(prompt);
+        if nouns.is_empty() {
+            return Ok(Vec::new());
+        }
+        if let Some(known) = self.detections.get(&nouns) {
+            return Ok(known.clone());
+        }
+        let detector = &self.models.detector;
+        let pixels = match &self.pixels {
+            Some(p) => p,
+            None => self.pixels.insert(detector.pixels(self.picture).map_err(runtime)?),
+        };
+        let found = detector.detect(pixels, (self.picture.height(), self.picture.width()), &nouns)?;
+        self.detections.insert(nouns, found.clone());
+        Ok(found)
+    }
+
+    fn depth(&mut self, bbox: BBox) -> Result<f64, ToolError> {
+        let depth = match &self.depth {
+            Some(d) => d,
+            None => self.depth.insert(self.models.depth.estimate(self.picture).map_err(runtime)?),
+        };
+        estimator::read(depth, self.picture, bbox)
+    }
+
+    fn vqa(&mut self, bbox: Option<BBox>, prompt: &str) -> Result<String, ToolError> {
+        self.models.vlm.ask(self.picture, bbox, prompt)
+    }
+}
+
+fn runtime(e: impl std::fmt::Display) -> ToolError {
+    ToolError { kind: ToolErrorKind::Runtime, message: e.to_string() }
+}
+
+fn value(message: String) -> ToolError {
+    ToolError { kind: ToolErrorKind::Value, message }
+}
