@@ -131,10 +131,11 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
         })?;
     }
     let report = Report::new(&samples);
+    let mut stdout = std::io::stdout().lock();
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        writeln!(stdout, "{}", serde_json::to_string_pretty(&report)?)?;
     } else {
-        print!("{}", report.table());
+        write!(stdout, "{}", report.table())?;
     }
     Ok(ExitCode::SUCCESS)
 }

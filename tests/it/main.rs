@@ -1,8 +1,8 @@
 //! The integration tests, one binary: `cargo test --release parity` runs the part against PyTorch.
 
-mod infer;
 mod cli;
 mod faults;
+mod infer;
 mod llm;
 mod parity;
 mod sandbox;

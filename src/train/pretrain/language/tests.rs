@@ -2,7 +2,6 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
-use serde_json::Value;
 
 use super::*;
 use crate::llm::engine::EngineOptions;
@@ -18,12 +17,6 @@ use crate::verify::parse_verdict;
 
 fn short(o: fn(PathBuf) -> Options, dir: &Path) -> Options {
     Options { steps: 6, batch: 2, eval_every: 0, held_out: 3, ..o(dir.into()) }
-}
-
-fn losses(run: &Path) -> Vec<f64> {
-    let log = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
-    let loss = |l: &str| serde_json::from_str::<Value>(l).unwrap()["loss"].as_f64();
-    log.lines().filter_map(loss).collect()
 }
 
 fn reply(model: &Path, message: Message) -> String {
@@ -110,7 +103,6 @@ fn planner_and_verifier_learn_and_their_exports_reply() {
     let judged = verifier::train(&short(Options::verifier, &verifier), &planner).unwrap();
     assert!(judged.contains_key("unreadable"), "{judged:?}");
     assert!(loss(&judged) < loss(&before) - 0.1, "it starts from the planner: {judged:?}");
-    assert_eq!(losses(&verifier).len(), 1);
     for (run, export) in [(&planner, planner::export as fn(&Path, &Path) -> _), (&verifier, verifier::export)]
     {
         let out = run.join("out");

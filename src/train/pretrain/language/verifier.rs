@@ -18,7 +18,7 @@ use crate::nn::{Params, frozen};
 use crate::rooms::demos::{VerifierSample, verifier_sample};
 use crate::rooms::frames;
 use crate::rooms::mistakes::Head;
-use crate::rooms::recipe::Recipe;
+use crate::rooms::recipe::{Recipe, Then};
 use crate::train::lm::LmTrainee;
 use crate::train::run::{self, Metrics, Trainee};
 use crate::verify::{parse_verdict, rooms_prompt, user_turn, verdict_text};
@@ -53,7 +53,9 @@ fn reason(s: &VerifierSample) -> String {
         let right = frames::parse(&s.question).map(|(spec, _)| spec.recipe().plan());
         return right.expect("training questions are of the grammar");
     }
-    let Some(told) = Recipe::from_plan(&s.plan) else { return "The plan tells no program.".into() };
+    // A plan that states its answer outright is as good as none.
+    let told = Recipe::from_plan(&s.plan).filter(|r| !matches!(r.then, Then::Literal { .. }));
+    let Some(told) = told else { return "The plan tells no program.".into() };
     let told = told.program();
     let lines = |text: &str| -> Vec<String> {
         text.lines().map(|l| l.trim_end().to_owned()).filter(|l| !l.is_empty()).collect()

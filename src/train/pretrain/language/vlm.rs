@@ -17,6 +17,7 @@ use crate::nn::optim::Group;
 use crate::rooms::questions::{Split, scene_seed};
 use crate::rooms::vqa::{CropAsk, VqaSample, parse_crop, vqa_samples};
 use crate::rooms::{self, Look};
+use crate::tools::real::crop;
 use crate::tools::{BBox, Picture};
 use crate::train::lm::{LmTrainee, Sample};
 use crate::train::run::Metrics;
@@ -120,13 +121,7 @@ fn format(tokenizer: &str) -> anyhow::Result<ChatFormat> {
 
 /// What the VLM is shown of a box.
 fn shown(picture: &Picture, bbox: Option<BBox>) -> RgbImage {
-    let seen = match bbox {
-        Some([x1, y1, x2, y2]) => {
-            let (dx, dy) = (GROWTH * (x2 - x1), GROWTH * (y2 - y1));
-            picture.crop([x1 - dx, y1 - dy, x2 + dx, y2 + dy])
-        }
-        None => picture.clone(),
-    };
+    let seen = crop(picture, bbox, GROWTH);
     RgbImage::from_raw(seen.width(), seen.height(), seen.rgb().to_vec()).expect("three bytes a pixel")
 }
 
