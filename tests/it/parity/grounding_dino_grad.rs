@@ -69,13 +69,11 @@ fn stored_name(name: &str) -> String {
 }
 
 /// A bias of attention keys adds the same to all scores of a query, and a bias before a GroupNorm of
-/// one channel a group is subtracted again: their gradients are rounding noise.
+/// one channel a group is subtracted again: their gradients are rounding noise, as is whatever is
+/// smaller than the largest gradient by more than f32 can tell apart.
 fn noise(name: &str, norms: &BTreeMap<String, f64>) -> bool {
-    let cancelled = || {
-        let weight = name.strip_suffix("0.bias").filter(|n| n.contains("input_proj_vision."));
-        weight.and_then(|n| norms.get(&format!("{n}0.weight"))).is_some_and(|w| norms[name] < 1e-6 * w)
-    };
-    name.ends_with(".key.bias") || cancelled()
+    let largest = norms.values().fold(0., |m: f64, n| m.max(*n));
+    name.ends_with(".key.bias") || norms[name] < f64::from(f32::EPSILON) * largest
 }
 
 #[track_caller]
