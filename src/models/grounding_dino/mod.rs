@@ -37,9 +37,15 @@ use layers::{Mlp, xavier};
 use position::{Levels, sine_embedding};
 use std::collections::BTreeMap;
 
-/// Names (by prefix) that HF's checkpoints hold and no result depends on: the plain Swin's last norm,
-/// which the detection backbone does without.
-pub const UNUSED: &[&str] = &["model.backbone.conv_encoder.model.swin.layernorm."];
+/// Names (by prefix) that checkpoints may hold and no result depends on: the plain Swin's last norm,
+/// BERT's pooler and stored positions, the decoder's second copy of the box heads.
+pub const UNUSED: &[&str] = &[
+    "model.backbone.conv_encoder.model.layernorm.",
+    "model.backbone.conv_encoder.model.swin.layernorm.",
+    "model.text_backbone.pooler.",
+    "model.text_backbone.embeddings.position_ids",
+    "model.decoder.bbox_embed.",
+];
 
 /// One batch.
 #[derive(Clone, Debug)]

@@ -154,9 +154,4 @@ impl Qwen3Vl {
     pub fn rope(&self, positions: &[Vec<Position>], device: &Device) -> Result<Rope> {
         positions::mrope(&self.cfg.text_config, positions, device)
     }
-
-    /// Decoder tokens that a picture with this grid takes.
-    pub fn tokens_of(&self, grid: Grid) -> usize {
-        grid.iter().product::<usize>() / self.cfg.vision_config.spatial_merge_size.pow(2)
-    }
 }

@@ -5,19 +5,10 @@ use crate::config;
 use crate::models::grounding_dino::caption::{Blanks, TextTokenizer, tokenizer_json};
 use crate::models::grounding_dino::postprocess::{Thresholds, detect};
 use crate::models::grounding_dino::preprocess::{ImageProcessor, SizeRule};
-use crate::models::grounding_dino::{Config, GroundingDino, Inputs, Semantics, names};
+use crate::models::grounding_dino::{self, Config, GroundingDino, Inputs, Semantics, names};
 use crate::tools::{Detection, Picture, ToolError};
 use crate::weights::{Checkpoint, ModelFiles, WeightsError};
 use candle_core::{DType, Device, Result, Tensor};
-
-/// Stored by HF's checkpoints, used by nobody, or second names of shared tensors.
-const UNUSED: &[&str] = &[
-    "model.backbone.conv_encoder.model.layernorm.",
-    "model.backbone.conv_encoder.model.swin.layernorm.",
-    "model.text_backbone.pooler.",
-    "model.text_backbone.embeddings.position_ids",
-    "model.decoder.bbox_embed.",
-];
 
 /// A loaded detector with its thresholds.
 pub struct Detector {
@@ -51,7 +42,7 @@ impl Detector {
         if original {
             weights = Checkpoint::from_tensors(&name, names::to_hf(weights.tensors()?).map_err(at)?);
         }
-        let mut unused: Vec<String> = UNUSED.iter().map(|s| s.to_string()).collect();
+        let mut unused: Vec<String> = grounding_dino::UNUSED.iter().map(|s| s.to_string()).collect();
         // The box head that all decoder layers share is stored once for each.
         unused.extend((1..net_cfg.decoder_layers).map(|i| format!("bbox_embed.{i}.")));
         let unused: Vec<&str> = unused.iter().map(String::as_str).collect();
