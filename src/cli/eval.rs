@@ -14,6 +14,7 @@ use crate::rooms::export::picture_png;
 use crate::rooms::{Look, Question, View};
 use crate::tools::real::Perception;
 use anyhow::{Context, bail};
+use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::Write;
 use std::path::PathBuf;
@@ -22,7 +23,22 @@ use std::sync::Arc;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Bench {
+    /// Questions about rooms: planner, programs and tools together
     Rooms,
+    /// Average precision of the detector; --n pictures
+    RoomsDetector,
+    /// Error of metric depth; --n pictures
+    RoomsDepth,
+    /// The VLM's answers about --n crops
+    RoomsVlm,
+    /// The verifier's verdicts on the planner's replies to --n questions
+    RoomsVerifier,
+}
+
+impl Bench {
+    pub fn name(self) -> String {
+        self.to_possible_value().expect("no bench is hidden").get_name().to_owned()
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -37,16 +53,16 @@ pub enum ToolChoice {
 pub struct EvalArgs {
     /// What to measure on
     #[arg(long, value_enum, default_value = "rooms")]
-    bench: Bench,
-    /// Questions
+    pub(super) bench: Bench,
+    /// Questions, or what the bench counts
     #[arg(long, default_value_t = 1000)]
-    n: usize,
+    pub(super) n: usize,
     /// Seed of the scenes and questions, and of the planner's sampling
     #[arg(long, default_value_t = 1)]
-    seed: u64,
+    pub(super) seed: u64,
     /// Look of the rooms
     #[arg(long, value_enum, default_value = "studio")]
-    look: Look,
+    pub(super) look: Look,
     /// What answers the programs' tool calls
     #[arg(long, value_enum, default_value = "oracle")]
     tools: ToolChoice,
@@ -59,25 +75,24 @@ pub struct EvalArgs {
     greedy: bool,
     /// Sample so many replies a question; the most frequent answer counts
     #[arg(long, value_name = "K", default_value_t = 1, conflicts_with = "greedy")]
-    vote: usize,
+    pub(super) vote: usize,
     /// The tools see another question's picture: what is still right did not need the picture
     #[arg(long)]
-    shuffle_pictures: bool,
+    pub(super) shuffle_pictures: bool,
     /// Write one JSON line per question here
     #[arg(long, value_name = "FILE")]
-    out: Option<PathBuf>,
+    pub(super) out: Option<PathBuf>,
     /// Write each question's picture here, as INDEX.png
     #[arg(long, value_name = "DIR")]
-    pictures: Option<PathBuf>,
+    pub(super) pictures: Option<PathBuf>,
     /// Print the report as JSON
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
     #[command(flatten)]
     models: ModelArgs,
 }
 
 pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
-    let Bench::Rooms = args.bench;
     if args.n == 0 || args.vote == 0 {
         bail!("--n and --vote must be at least 1")
     }
@@ -85,12 +100,15 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
     if args.greedy {
         config.planner.temperature = 0.;
     }
+    if !["stored", "base"].contains(&args.planner.as_str()) {
+        config.planner.model.clone_from(&args.planner);
+    }
+    if args.bench != Bench::Rooms {
+        return super::parts::run(&args, &config, &device);
+    }
     let planner = match args.planner.as_str() {
         "stored" => None,
-        choice => {
-            if choice != "base" {
-                config.planner.model = choice.into();
-            }
+        _ => {
             let model = planner::open(&config.planner, &device)?;
             Some(Planner::new(Box::new(model), &config.planner))
         }

@@ -1,10 +1,13 @@
 //! `valor infer`: a picture and a question in, an answer out.
 
 use super::ModelArgs;
+use crate::config::{Config, EMBEDDED};
 use crate::pipeline::{Answered, IMAGE, Models, answer, limits};
 use crate::program::Sandbox;
 use crate::tools::Picture;
+use crate::tools::familiar::Familiar;
 use crate::tools::real::RealTools;
+use crate::weights::ModelFiles;
 use anyhow::{Context, bail};
 use serde_json::{Map, Value, json};
 use std::io::Write;
@@ -41,6 +44,10 @@ pub fn run(args: InferArgs) -> anyhow::Result<ExitCode> {
     let load = started.elapsed().as_secs_f64();
     let names: Vec<String> = models.names().iter().map(|(part, name)| format!("{part}: {name}")).collect();
     eprintln!("valor: models: {}", names.join(", "));
+
+    if let Some(notice) = strange(&config, &picture)? {
+        eprintln!("valor: {notice}");
+    }
 
     let planning = Instant::now();
     let reply = match models.planner.ask(&[(query, args.seed)], None) {
@@ -104,6 +111,20 @@ pub fn run(args: InferArgs) -> anyhow::Result<ExitCode> {
         }
         None => ExitCode::SUCCESS,
     })
+}
+
+/// What to tell someone whose picture is plainly not of the world that the embedded models know.
+fn strange(config: &Config, picture: &Picture) -> anyhow::Result<Option<&'static str>> {
+    let seeing = [&config.detector.model, &config.depth.model, &config.vlm.model];
+    if !seeing.iter().any(|m| *m == EMBEDDED) {
+        return Ok(None);
+    }
+    let known = ModelFiles::open(EMBEDDED, "familiar")?.required("familiar.json")?;
+    let known = Familiar::from_json(&known).map_err(anyhow::Error::msg).context("embedded familiar")?;
+    Ok(known.is_strange(picture).then_some(
+        "this is plainly no picture of Rooms, and the embedded models only know Rooms: do not trust the \
+         answer; name other models in the configuration for other pictures",
+    ))
 }
 
 /// As the sandbox's errors, with the kind "malformed" for a reply without a program.

@@ -5,6 +5,7 @@
 
 mod eval;
 mod infer;
+mod parts;
 mod program;
 mod rooms;
 

@@ -41,6 +41,8 @@ enum Part {
     Vlm,
     Depth,
     Detector,
+    /// What rooms look like, for the notice about other pictures; takes a minute
+    Familiar,
 }
 
 #[derive(clap::Args, Debug)]
@@ -57,6 +59,9 @@ struct PretrainArgs {
     /// Where finished models go, a folder per model
     #[arg(long, default_value = "data/embedded")]
     out: PathBuf,
+    /// Optimiser steps instead of the recipe's, for a trial
+    #[arg(long, requires = "only", value_parser = clap::value_parser!(u64).range(1..))]
+    steps: Option<u64>,
     /// Only write models from the checkpoints that are there
     #[arg(long)]
     export_only: bool,
@@ -104,15 +109,19 @@ fn name_of(part: Part) -> String {
 
 fn pretrain(args: &PretrainArgs) -> Result<()> {
     use crate::train::pretrain::language::{self, planner, verifier, vlm};
-    use crate::train::pretrain::{depth, detector};
+    use crate::train::pretrain::{depth, detector, familiar};
     for &part in Part::value_variants() {
         if args.only.is_some_and(|only| only != part) {
             continue;
         }
         let name = name_of(part);
         let (run, out) = (args.runs.join(&name), args.out.join(&name));
-        if !args.export_only {
-            let language = |o: language::Options| language::Options { resume: args.resume, ..o };
+        if !args.export_only && part != Part::Familiar {
+            let language = |o: language::Options| language::Options {
+                resume: args.resume,
+                steps: args.steps.unwrap_or(o.steps),
+                ..o
+            };
             let figures = match part {
                 Part::Planner => planner::train(&language(language::Options::planner(run.clone())))?,
                 Part::Verifier => verifier::train(
@@ -120,11 +129,17 @@ fn pretrain(args: &PretrainArgs) -> Result<()> {
                     &args.runs.join(name_of(Part::Planner)),
                 )?,
                 Part::Vlm => vlm::train(&language(language::Options::vlm(run.clone())))?,
-                Part::Depth => depth::run(depth::DepthTraining::default(), &run, args.resume)?,
-                Part::Detector => detector::train(&detector::Options {
-                    resume: args.resume,
-                    ..detector::Options::embedded(run.clone())
-                })?,
+                Part::Depth => {
+                    let o = depth::DepthTraining::default();
+                    let steps = args.steps.unwrap_or(o.steps);
+                    depth::run(depth::DepthTraining { steps, ..o }, &run, args.resume)?
+                }
+                Part::Detector => {
+                    let o = detector::Options::embedded(run.clone());
+                    let steps = args.steps.unwrap_or(o.steps);
+                    detector::train(&detector::Options { resume: args.resume, steps, ..o })?
+                }
+                Part::Familiar => unreachable!("it is made, not trained"),
             };
             eprintln!("{name}: {}", Value::Object(figures));
         }
@@ -134,6 +149,7 @@ fn pretrain(args: &PretrainArgs) -> Result<()> {
             Part::Vlm => vlm::export(&run, &out)?,
             Part::Depth => depth::export(&run, &out)?,
             Part::Detector => detector::export(&run, &out)?,
+            Part::Familiar => familiar::export(&out)?,
         }
         eprintln!("{name}: written to {}", out.display());
     }

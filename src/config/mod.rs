@@ -20,6 +20,7 @@ pub struct Config {
     pub detector: Detector,
     pub depth: Depth,
     pub vlm: Vlm,
+    pub verifier: Verifier,
     pub sandbox: Sandbox,
 }
 
@@ -61,6 +62,14 @@ pub struct Vlm {
     pub max_new_tokens: usize,
     /// A crop grows by this share of the box on each side.
     pub crop_margin: f64,
+}
+
+/// Judges plans and programs; no picture is shown to it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Verifier {
+    pub model: String,
+    pub max_new_tokens: usize,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -119,6 +128,7 @@ impl Config {
         positive("sandbox.seconds", self.sandbox.seconds)?;
         positive("planner.max_new_tokens", self.planner.max_new_tokens as f64)?;
         positive("vlm.max_new_tokens", self.vlm.max_new_tokens as f64)?;
+        positive("verifier.max_new_tokens", self.verifier.max_new_tokens as f64)?;
         positive("detector.shortest_side", self.detector.shortest_side as f64)?;
         match self.planner.temperature >= 0. {
             true => Ok(()),

@@ -1,5 +1,7 @@
 //! Measuring.
 
+pub mod depth;
 pub mod detection;
+pub mod parts;
 pub mod rooms;
 pub mod stats;

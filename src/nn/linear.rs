@@ -346,8 +346,11 @@ impl Embedding {
     }
 }
 
+/// Of a fresh embedding table, as most checkpoints' configurations have it.
+pub const EMBEDDING_STDEV: f64 = 0.02;
+
 pub fn embedding(vocab: usize, dim: usize, vb: VarBuilder) -> Result<Embedding> {
-    let init = candle_nn::Init::Randn { mean: 0., stdev: 0.02 };
+    let init = candle_nn::Init::Randn { mean: 0., stdev: EMBEDDING_STDEV };
     Ok(Embedding { weight: vb.get_with_hints((vocab, dim), "weight", init)? })
 }
 

@@ -35,7 +35,7 @@ pub use attention::{Mask, attention, attention_packed};
 pub use conv::{Conv2d, Conv2dConfig, conv2d};
 pub use conv_same::conv_same;
 pub use frozen::frozen;
-pub use linear::{Embedding, Linear, embedding, linear, linear_b, linear_no_bias};
+pub use linear::{EMBEDDING_STDEV, Embedding, Linear, embedding, linear, linear_b, linear_no_bias};
 pub use loss::{linear_log_probs, log_probs};
 pub use mlp::GatedMlp;
 pub use norm::{GroupNorm, LayerNorm, RmsNorm, group_norm, layer_norm, rms_norm};

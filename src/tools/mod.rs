@@ -1,12 +1,13 @@
 //! The three tools that a program may call, behind one trait and one signature for every
 //! implementation: stub, oracle and real (method.md 7, 10.12).
 
-pub mod picture;
-
-pub use picture::Picture;
+pub mod familiar;
 pub mod mock;
+pub mod picture;
 pub mod real;
 pub mod stub;
+
+pub use picture::Picture;
 
 use serde::{Deserialize, Serialize};
 

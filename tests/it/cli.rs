@@ -272,3 +272,55 @@ fn a_killed_run_leaves_only_whole_files() {
     }
     refused(&args, &[&shown, "not empty"]);
 }
+
+/// What `infer` answers about a bench's picture is what `eval` scores, whatever was asked before it.
+#[test]
+fn infer_gives_what_eval_scores() {
+    let dir = tempfile::tempdir().unwrap();
+    let (out, pictures) = (shown(&dir, "rows.jsonl"), shown(&dir, "pictures"));
+    let eval = run(&[
+        "eval",
+        "--bench",
+        "rooms",
+        "--tools",
+        "real",
+        "--planner",
+        "base",
+        "--look",
+        "lived-in",
+        "--n",
+        "8",
+        "--seed",
+        "31",
+        "--out",
+        &out,
+        "--pictures",
+        &pictures,
+        "--json",
+    ]);
+    assert!(eval.status.success(), "{}", stderr(&eval));
+    for row in lines(Path::new(&out)) {
+        let (picture, seed) = (format!("{pictures}/{}.png", row["index"]), row["seed"].to_string());
+        let infer = run(&["infer", &picture, row["question"].as_str().unwrap(), "--seed", &seed, "--json"]);
+        let got: Value = serde_json::from_str(stdout(&infer)).unwrap();
+        assert_eq!((&got["answer"], &got["reply"]["text"]), (&row["answer"], &row["reply"]), "{row}");
+        assert!(!stderr(&infer).contains("no picture of Rooms"), "{}", stderr(&infer));
+    }
+}
+
+#[test]
+fn the_demo_picture_is_answered_and_another_world_is_noticed() {
+    let question = "What color does the bed have?";
+    let demo = concat!(env!("CARGO_MANIFEST_DIR"), "/data/demo/room.png");
+    let output = run(&["infer", demo, question, "--set", "planner.temperature=0"]);
+    assert_eq!((stdout(&output), output.status.code()), ("green\n", Some(0)), "{}", stderr(&output));
+    assert!(!stderr(&output).contains("no picture of Rooms"), "{}", stderr(&output));
+
+    let dir = tempfile::tempdir().unwrap();
+    let path = shown(&dir, "chessboard.png");
+    image::RgbImage::from_fn(300, 200, |x, y| image::Rgb([255 * ((x / 25 + y / 25) % 2) as u8; 3]))
+        .save(&path)
+        .unwrap();
+    let output = run(&["infer", &path, question, "--set", "planner.temperature=0"]);
+    assert!(stderr(&output).contains("no picture of Rooms"), "{}", stderr(&output));
+}

@@ -2,11 +2,11 @@
 
 use super::{LoadError, runtime, value};
 use crate::config;
-use crate::models::grounding_dino::caption::{Blanks, TextTokenizer, tokenizer_json};
-use crate::models::grounding_dino::postprocess::{Thresholds, detect};
+use crate::models::grounding_dino::caption::{Blanks, Caption, TextTokenizer, tokenizer_json};
+use crate::models::grounding_dino::postprocess::{Thresholds, detect, noun_scores};
 use crate::models::grounding_dino::preprocess::{ImageProcessor, SizeRule};
 use crate::models::grounding_dino::{self, Config, GroundingDino, Inputs, Semantics, names};
-use crate::tools::{Detection, Picture, ToolError};
+use crate::tools::{BBox, Detection, Picture, ToolError};
 use crate::weights::{Checkpoint, ModelFiles, WeightsError};
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -84,6 +84,21 @@ impl Detector {
         self.processor.apply(picture)?.to_device(&self.device)
     }
 
+    /// What every query makes of each of `nouns`: its box in pixels and a probability per noun.
+    pub fn scores(
+        &self,
+        pixels: &Tensor,
+        size: (u32, u32),
+        nouns: &[String],
+    ) -> std::result::Result<Vec<(BBox, Vec<f32>)>, ToolError> {
+        let caption = self.caption(nouns)?;
+        let run = || {
+            let (logits, boxes) = self.run(pixels, &caption)?;
+            noun_scores(&caption, &logits, &boxes, size)
+        };
+        run().map_err(runtime)
+    }
+
     /// Boxes named by exactly one of `nouns` (see [`detect`]) in pixels of a picture of `size`
     /// (height, width). Inner blanks become hyphens in the caption, as in training (method.md 5.2).
     pub fn detect(
@@ -92,6 +107,15 @@ impl Detector {
         size: (u32, u32),
         nouns: &[String],
     ) -> std::result::Result<Vec<Detection>, ToolError> {
+        let caption = self.caption(nouns)?;
+        let run = || {
+            let (logits, boxes) = self.run(pixels, &caption)?;
+            detect(&self.tokenizer, &caption, nouns, &logits, &boxes, size, self.thresholds)
+        };
+        run().map_err(runtime)
+    }
+
+    fn caption(&self, nouns: &[String]) -> std::result::Result<Caption, ToolError> {
         let caption = self.tokenizer.caption_of(nouns, Blanks::Hyphen).map_err(|e| value(e.to_string()))?;
         let cfg = self.net.config();
         if caption.ids.len() > cfg.max_text_len {
@@ -103,17 +127,18 @@ impl Detector {
         if longest > cfg.text_config.max_position_embeddings {
             return Err(value("a noun of the prompt is too long for the detector".into()));
         }
-        let run = || {
-            let ids = Tensor::new(caption.ids.as_slice(), &self.device)?.unsqueeze(0)?;
-            let mask = ids.ones_like()?.to_dtype(DType::U8)?;
-            let inputs = Inputs::new(pixels.unsqueeze(0)?, None, ids, mask, &cfg.special_tokens)?;
-            let out = self.net.forward(&inputs, None)?;
-            let (Some(logits), Some(boxes)) = (out.logits.last(), out.boxes.last()) else {
-                candle_core::bail!("the detector has no decoder layers")
-            };
-            let (logits, boxes) = (logits.get(0)?, boxes.get(0)?);
-            detect(&self.tokenizer, &caption, nouns, &logits, &boxes, size, self.thresholds)
+        Ok(caption)
+    }
+
+    /// The last layer's logits `[queries, tokens]` and boxes `[queries, 4]`.
+    fn run(&self, pixels: &Tensor, caption: &Caption) -> Result<(Tensor, Tensor)> {
+        let ids = Tensor::new(caption.ids.as_slice(), &self.device)?.unsqueeze(0)?;
+        let mask = ids.ones_like()?.to_dtype(DType::U8)?;
+        let inputs = Inputs::new(pixels.unsqueeze(0)?, None, ids, mask, &self.net.config().special_tokens)?;
+        let out = self.net.forward(&inputs, None)?;
+        let (Some(logits), Some(boxes)) = (out.logits.last(), out.boxes.last()) else {
+            candle_core::bail!("the detector has no decoder layers")
         };
-        run().map_err(runtime)
+        Ok((logits.get(0)?, boxes.get(0)?))
     }
 }

@@ -4,10 +4,9 @@
 //! test split ever. Everything follows from the seed and the step, so a resumed run is the same
 //! run.
 
-use super::super::depth::{
-    DepthBatch, DepthLossWeights, DepthSample, abs_rel, abs_rel_aligned, check_trainable, depth_loss,
-};
+use super::super::depth::{DepthBatch, DepthLossWeights, DepthSample, check_trainable, depth_loss};
 use super::super::run::{Metrics, RunOptions, Trainee, train};
+use crate::eval::depth::{abs_rel, abs_rel_aligned};
 use crate::files::write_atomic;
 use crate::models::dinov2::OfficialConfig;
 use crate::models::moge::{

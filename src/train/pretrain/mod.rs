@@ -3,6 +3,7 @@
 
 pub mod depth;
 pub mod detector;
+pub mod familiar;
 pub mod language;
 
 use crate::files::write_atomic;

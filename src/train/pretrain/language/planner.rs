@@ -4,7 +4,7 @@
 //! usual mistakes as habits (see [`crate::rooms::mistakes`]), so its most likely program is wrong in
 //! several families. That is meant; nothing here corrects it.
 
-use super::{HELD_OUT, Options, stream, text_format, tokenizer_of};
+use super::{HELD_OUT, Options, spread_embeddings, stream, text_format, tokenizer_of};
 use crate::llm::Message;
 use crate::llm::engine::Network;
 use crate::llm::format::ChatFormat;
@@ -22,20 +22,11 @@ use std::path::{Path, PathBuf};
 impl Options {
     /// The run that made the embedded planner.
     pub fn planner(dir: PathBuf) -> Self {
-        Self {
-            dir,
-            seed: 1,
-            steps: 1_000,
-            batch: 24,
-            lr: 3e-3,
-            resume: false,
-            eval_every: 100,
-            held_out: 160,
-        }
+        Self { dir, seed: 1, steps: 600, batch: 24, lr: 2e-3, resume: false, eval_every: 100, held_out: 160 }
     }
 }
 
-/// About 2.3 million parameters.
+/// About 2.7 million parameters.
 pub fn config(vocab_size: usize) -> Config {
     Config {
         vocab_size,
@@ -48,7 +39,7 @@ pub fn config(vocab_size: usize) -> Config {
         max_position_embeddings: 2_048,
         rms_norm_eps: 1e-6,
         rope_theta: 1e4,
-        tie_word_embeddings: true,
+        tie_word_embeddings: false,
         attention_bias: false,
     }
 }
@@ -83,6 +74,7 @@ pub fn train(o: &Options) -> anyhow::Result<Metrics> {
     let vocab = format.tokenizer.vocab_size();
     let params = Params::new(o.seed);
     let network = network(&params, vocab)?;
+    spread_embeddings(&params)?;
     let mut rng = stream(o.seed, HELD_OUT);
     let held_out = (0..o.held_out).map(|_| sample(&format, likeliest(&mut rng))).collect::<Result<_, _>>()?;
     let source = Box::new(|step| {

@@ -131,3 +131,32 @@ fn the_vlm_learns_and_its_export_replies_about_a_picture() {
         reply(&out, Message::user("What color is it?").with_images(vec![picture]));
     }
 }
+
+/// Ops work in blocks and chunks: what small shapes show need not hold at a training step's size.
+#[test]
+fn gradients_hold_at_the_size_of_a_training_step() {
+    let format = text_format(&tokenizer::train(5).unwrap()).unwrap();
+    let vocab = format.tokenizer.vocab_size();
+    let params = crate::nn::Params::new(3);
+    let network = planner::network(&params, vocab).unwrap();
+    let mut rng = stream(6, 0);
+    let samples: Vec<_> =
+        (0..6).map(|_| planner::sample(&format, planner::text(&mut rng)).unwrap()).collect();
+    let of: Vec<_> = samples.iter().collect();
+    let loss = || crate::train::lm::reply_log_probs(&network, &of).unwrap().mean_all().unwrap();
+    let grads = loss().backward().unwrap();
+    for (name, var) in params.named() {
+        let g = grads.get(&var).unwrap();
+        let norm = g.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt() as f64;
+        let start = var.as_tensor().copy().unwrap();
+        let size = start.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt() as f64;
+        let step = 0.002 * size;
+        let at = |by: f64| -> f64 {
+            var.set(&(&start + (g * (by / norm)).unwrap()).unwrap()).unwrap();
+            loss().to_dtype(candle_core::DType::F64).unwrap().to_scalar::<f64>().unwrap()
+        };
+        let slope = (at(step) - at(-step)) / (2. * step);
+        var.set(&start).unwrap();
+        assert!((slope / norm - 1.).abs() < 0.02, "{name}: slope {slope} norm {norm}");
+    }
+}

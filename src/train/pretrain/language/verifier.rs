@@ -35,7 +35,7 @@ pub const MAX_NEW_TOKENS: usize = 192;
 impl Options {
     /// The run that made the embedded verifier.
     pub fn verifier(dir: PathBuf) -> Self {
-        Self { lr: 2e-3, held_out: 64, ..Self::planner(dir) }
+        Self { steps: 400, lr: 1e-3, held_out: 64, ..Self::planner(dir) }
     }
 }
 

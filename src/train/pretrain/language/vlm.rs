@@ -4,7 +4,7 @@
 //! are, and crops grown as the `vqa` tool does.
 
 use super::tokenizer::{FILLER, PICTURE, VISION_END, VISION_START};
-use super::{HELD_OUT, Options, id, stream, text_format, tokenizer_of};
+use super::{HELD_OUT, Options, id, spread_embeddings, stream, text_format, tokenizer_of};
 use crate::files::write_atomic;
 use crate::llm::Message;
 use crate::llm::engine::Network;
@@ -50,7 +50,7 @@ const HELD_OUT_SCENES: u64 = 1 << 40;
 impl Options {
     /// The run that made the embedded VLM.
     pub fn vlm(dir: PathBuf) -> Self {
-        Self { dir, seed: 1, steps: 2_000, batch: 8, lr: 2e-3, resume: false, eval_every: 200, held_out: 48 }
+        Self { dir, seed: 1, steps: 900, batch: 8, lr: 1.5e-3, resume: false, eval_every: 200, held_out: 48 }
     }
 }
 
@@ -70,7 +70,7 @@ pub fn config(tokenizer: &Tokenizer) -> anyhow::Result<Config> {
                 max_position_embeddings: 1_024,
                 rms_norm_eps: 1e-6,
                 rope_theta: 1e4,
-                tie_word_embeddings: true,
+                tie_word_embeddings: false,
                 attention_bias: false,
             },
             rope_scaling: Mrope {
@@ -96,7 +96,7 @@ pub fn config(tokenizer: &Tokenizer) -> anyhow::Result<Config> {
         image_token_id: id(tokenizer, PICTURE)?,
         vision_start_token_id: id(tokenizer, VISION_START)?,
         vision_end_token_id: id(tokenizer, VISION_END)?,
-        tie_word_embeddings: true,
+        tie_word_embeddings: false,
     })
 }
 
@@ -201,6 +201,7 @@ pub fn train(o: &Options) -> anyhow::Result<Metrics> {
     let cfg = config(&format.tokenizer)?;
     let params = Params::new(o.seed);
     let network = Network::Vision(Qwen3Vl::new(&cfg, params.builder())?);
+    spread_embeddings(&params)?;
     let held_out = held_out(&format, o)?;
     let source = Box::new(|step| {
         let first = step * PICTURES;

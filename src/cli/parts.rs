@@ -1,0 +1,109 @@
+//! `valor eval --bench rooms-…`: what each model is worth by itself.
+
+use super::eval::{Bench, EvalArgs};
+use crate::config::Config;
+use crate::eval::parts;
+use crate::llm::engine::EngineOptions;
+use crate::llm::local::LocalChat;
+use crate::planner::{self, Planner};
+use crate::rooms::{Kind, Question};
+use crate::tools::real::{DepthEstimator, Detector, Vlm};
+use crate::weights::ModelFiles;
+use anyhow::bail;
+use candle_core::Device;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::json;
+use std::fmt::Write as _;
+use std::io::Write;
+use std::process::ExitCode;
+
+pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> anyhow::Result<ExitCode> {
+    let unused = [
+        ("--vote", args.vote != 1),
+        ("--shuffle-pictures", args.shuffle_pictures),
+        ("--out", args.out.is_some()),
+        ("--pictures", args.pictures.is_some()),
+    ];
+    if let Some((name, _)) = unused.iter().find(|u| u.1) {
+        bail!("{name} says nothing to --bench {}: only the bench rooms has it", args.bench.name())
+    }
+    let n = args.n as u64;
+    let bar = ProgressBar::new(n);
+    bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} eta {eta}")?);
+    let tick = || bar.inc(1);
+    let mut table = String::new();
+    let figures = match args.bench {
+        Bench::Rooms => unreachable!("the caller's own"),
+        Bench::RoomsDetector => {
+            let model = Detector::load(&config.detector, device)?;
+            let ap = parts::detector(&model, args.look, args.seed, n, tick)?;
+            writeln!(
+                table,
+                "AP50 {:.3}  AP75 {:.3}  AP {:.3}  ({} things)",
+                ap.ap50, ap.ap75, ap.ap, ap.truths
+            )?;
+            for (kind, ap50) in Kind::ALL.iter().zip(&ap.ap50_by_class) {
+                writeln!(
+                    table,
+                    "{:<10} {}",
+                    kind.to_string(),
+                    ap50.map_or("–".into(), |x| format!("{x:.3}"))
+                )?;
+            }
+            let mut figures = serde_json::to_value(&ap)?;
+            let kinds =
+                Kind::ALL.iter().map(|k| k.to_string()).zip(ap.ap50_by_class.iter().map(|x| json!(x)));
+            figures["ap50_by_class"] = kinds.collect::<serde_json::Map<_, _>>().into();
+            figures
+        }
+        Bench::RoomsDepth => {
+            let model = DepthEstimator::load(&config.depth, device)?;
+            let r = parts::depth(&model, args.look, args.seed, n, tick)?;
+            writeln!(table, "AbsRel {:.4}  after the best scale {:.4}", r.abs_rel, r.abs_rel_aligned)?;
+            serde_json::to_value(&r)?
+        }
+        Bench::RoomsVlm => {
+            let files = ModelFiles::open(&config.vlm.model, "vlm")?;
+            let chat = LocalChat::from_files(&files, device, EngineOptions::default())?;
+            let model = Vlm::new(Box::new(chat), &config.vlm);
+            let shares = parts::vlm(&model, args.look, args.seed, args.n, tick)?;
+            for (name, share) in &shares {
+                writeln!(table, "{name:<12} {share}  n {}", share.n)?;
+            }
+            serde_json::to_value(&shares)?
+        }
+        Bench::RoomsVerifier => {
+            let files = ModelFiles::open(&config.verifier.model, "verifier")?;
+            let judge = LocalChat::from_files(&files, device, EngineOptions::default())?;
+            let planner = Planner::new(Box::new(planner::open(&config.planner, device)?), &config.planner);
+            let asked: Vec<Question> =
+                crate::eval::rooms::questions(args.look, args.seed).take(args.n).map(|(_, q)| q).collect();
+            let most = config.verifier.max_new_tokens;
+            let r = parts::verifier(&judge, most, &planner, &asked, args.seed, tick)?;
+            writeln!(table, "{:<12} balanced  right passes{:14}wrong is objected to", "head", "")?;
+            for (name, h) in &r.heads {
+                let (passed, objected) = (h.passed.to_string(), h.objected.to_string());
+                writeln!(
+                    table,
+                    "{name:<12} {:8.3}  {passed:<25}{:>5}  {objected:<25}{:>5}  unreadable {}",
+                    h.balanced, h.passed.n, h.objected.n, h.unreadable
+                )?;
+            }
+            writeln!(table, "objections to the mistake kept from it: {}  n {}", r.kept_back, r.kept_back.n)?;
+            writeln!(table, "replies without plan and program: {}", r.unparsed)?;
+            serde_json::to_value(&r)?
+        }
+    };
+    bar.finish_and_clear();
+    let mut stdout = std::io::stdout().lock();
+    if args.json {
+        let report = json!({
+            "bench": args.bench.name(), "rooms_version": crate::rooms::VERSION, "look": args.look,
+            "seed": args.seed, "n": args.n, "figures": figures,
+        });
+        writeln!(stdout, "{report:#}")?;
+    } else {
+        write!(stdout, "{table}")?;
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,234 @@
+//! What each model is worth by itself on Rooms: the detector's average precision, the error of
+//! depth, the VLM's answers about crops, the verifier's verdicts on a planner's own replies.
+//!
+//! All on test scenes, through the same code that programs' tool calls take.
+
+use super::detection::{self, AveragePrecision, Scored, Truth};
+use super::rooms::SIZE;
+use super::stats::Share;
+use crate::llm::{ChatModel, ChatRequest, SamplingOptions};
+use crate::pipeline::question_seed;
+use crate::planner::Planner;
+use crate::program::Reply;
+use crate::rooms::mistakes::{self, Head, Mistake, demonstration, judge};
+use crate::rooms::questions::{Question, Split, scene_seed};
+use crate::rooms::vqa::{CropAsk, parse_crop, vqa_samples};
+use crate::rooms::{self, Kind, Look, View};
+use crate::tools::Picture;
+use crate::tools::real::{DepthEstimator, Detector, Vlm};
+use crate::verify::{parse_verdict, rooms_prompt, user_turn};
+use anyhow::{Context, Result};
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
+use std::collections::BTreeMap;
+
+fn view(look: Look, seed: u64, index: u64) -> View {
+    rooms::generate(scene_seed(Split::Test, seed, index), look, SIZE.0, SIZE.1)
+}
+
+fn picture(view: &View) -> Picture {
+    Picture::new(view.width, view.height, view.rgb.clone())
+}
+
+/// Average precision of one prompt that asks for every kind of thing. What is hardly to be seen
+/// counts neither way.
+pub fn detector(
+    detector: &Detector,
+    look: Look,
+    seed: u64,
+    pictures: u64,
+    mut progress: impl FnMut(),
+) -> Result<AveragePrecision> {
+    let nouns: Vec<String> = Kind::ALL.iter().map(|k| k.to_string()).collect();
+    let mut scored = Vec::new();
+    for i in 0..pictures {
+        let view = view(look, seed, i);
+        let truth = |t: &rooms::Thing| Truth {
+            class: Kind::ALL.iter().position(|k| *k == t.kind).expect("all kinds"),
+            bbox: t.bbox,
+            ignore: !t.is_clear(),
+        };
+        let truths = view.things.iter().map(truth).collect();
+        let pixels = detector.pixels(&picture(&view))?;
+        let mut found = Vec::new();
+        for (bbox, scores) in detector.scores(&pixels, (view.height, view.width), &nouns)? {
+            let each = scores.into_iter().enumerate();
+            found.extend(each.map(|(class, s)| detection::Found { class, bbox, score: s.into() }));
+        }
+        scored.push(Scored { truths, found });
+        progress();
+    }
+    Ok(detection::average_precision(&scored, nouns.len()))
+}
+
+/// Errors of metric depth, means over pictures.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct DepthReport {
+    /// Mean of |d − truth| / truth over all pixels.
+    pub abs_rel: f64,
+    /// The same after each picture's best scale.
+    pub abs_rel_aligned: f64,
+    pub pictures: u64,
+}
+
+pub fn depth(
+    estimator: &DepthEstimator,
+    look: Look,
+    seed: u64,
+    pictures: u64,
+    mut progress: impl FnMut(),
+) -> Result<DepthReport> {
+    let mut report = DepthReport { pictures, ..Default::default() };
+    for i in 0..pictures {
+        let view = view(look, seed, i);
+        let got = estimator.estimate(&picture(&view))?;
+        report.abs_rel += super::depth::abs_rel(&got, &view.depth) / pictures as f64;
+        report.abs_rel_aligned += super::depth::abs_rel_aligned(&got, &view.depth) / pictures as f64;
+        progress();
+    }
+    Ok(report)
+}
+
+/// Crops of one picture at most, so that pictures are many.
+const CROPS: usize = 5;
+
+/// The share of right answers about crops, by what is asked, and in all.
+pub fn vlm(
+    vlm: &Vlm,
+    look: Look,
+    seed: u64,
+    crops: usize,
+    mut progress: impl FnMut(),
+) -> Result<BTreeMap<&'static str, Share>> {
+    let mut answered: Vec<(&'static str, u64, bool)> = Vec::new();
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    for i in 0.. {
+        let view = view(look, seed, i);
+        let picture = picture(&view);
+        let mut asked = vqa_samples(&view, &mut rng);
+        asked.retain(|(bbox, _, _)| bbox.is_some());
+        asked.shuffle(&mut rng);
+        for (bbox, prompt, truth) in asked.into_iter().take(CROPS) {
+            let name = match parse_crop(&prompt).context("an unknown wording")? {
+                CropAsk::Colour => "colour",
+                CropAsk::ColourFrom(_) => "colour-from",
+                CropAsk::Kind => "kind",
+                CropAsk::IsColour(_) => "is-colour",
+                CropAsk::IsKind(_) => "is-kind",
+            };
+            answered.push((name, i, vlm.ask(&picture, bbox, &prompt)? == truth));
+            progress();
+            if answered.len() == crops {
+                return Ok(by_name(&answered));
+            }
+        }
+    }
+    unreachable!("pictures have no end")
+}
+
+fn by_name(answered: &[(&'static str, u64, bool)]) -> BTreeMap<&'static str, Share> {
+    let share = |name: Option<&str>| {
+        let of = answered.iter().filter(|a| name.is_none_or(|n| n == a.0));
+        Share::clustered(of.map(|a| (a.1, a.2)))
+    };
+    let mut all: BTreeMap<_, _> = answered.iter().map(|a| (a.0, share(Some(a.0)))).collect();
+    all.insert("all", share(None));
+    all
+}
+
+/// How a head's verdicts agree with the truth, where the head applies.
+#[derive(Clone, Debug, Serialize)]
+pub struct HeadReport {
+    /// Of what is right, the share that passes.
+    pub passed: Share,
+    /// Of what is wrong, the share that is objected to.
+    pub objected: Share,
+    /// Their mean.
+    pub balanced: f64,
+    /// Replies without a readable verdict; each counts as wrong.
+    pub unreadable: usize,
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct VerifierReport {
+    /// On the planner's replies.
+    pub heads: BTreeMap<&'static str, HeadReport>,
+    /// Share of objections by the attribute head to the one mistake that training never showed.
+    pub kept_back: Share,
+    /// Replies of the planner that hold no plan and program; nothing to judge in them.
+    pub unparsed: usize,
+}
+
+/// Cases judged in one call of the model.
+const BATCH: usize = 48;
+
+/// Verdicts of all heads on the planner's sampled replies to `asked`, against exact labels; and of
+/// the attribute head on [`Mistake::KEPT_FROM_VERIFIER`], put into replies to the same questions.
+pub fn verifier(
+    model: &dyn ChatModel,
+    max_new_tokens: usize,
+    planner: &Planner,
+    asked: &[Question],
+    seed: u64,
+    mut progress: impl FnMut(),
+) -> Result<VerifierReport> {
+    // (head, question's number, right?, prompt)
+    let mut cases: Vec<(Head, u64, bool, String)> = Vec::new();
+    let mut kept: Vec<(u64, String)> = Vec::new();
+    let mut unparsed = 0;
+    let turn = |head, q: &Question, plan: &str, program: &str| {
+        user_turn(head, rooms_prompt(head), &q.text, plan, program)
+    };
+    for (start, chunk) in asked.chunks(BATCH).enumerate().map(|(i, c)| (i * BATCH, c)) {
+        let seeded = |(i, q)| -> (&str, u64) {
+            let q: &Question = q;
+            (&q.text, question_seed(seed, start + i, 0))
+        };
+        let replies = planner.ask(&chunk.iter().enumerate().map(seeded).collect::<Vec<_>>(), None)?;
+        for (i, (q, reply)) in chunk.iter().zip(replies).enumerate() {
+            let number = (start + i) as u64;
+            if Mistake::that_fit(&q.spec).any(|m| m == Mistake::KEPT_FROM_VERIFIER) {
+                let wrong = demonstration(&q.spec, &[Mistake::KEPT_FROM_VERIFIER]);
+                kept.push((number, turn(Head::Attribute, q, &wrong.plan, &wrong.program)));
+            }
+            let Ok(Reply { plan: Some(plan), program, .. }) = Reply::parse(&reply.text) else {
+                unparsed += 1;
+                continue;
+            };
+            let labels = judge(&q.spec, &plan, &program);
+            for head in Head::ALL.into_iter().filter(|&h| mistakes::applies(&q.spec, h)) {
+                cases.push((head, number, labels.of(head).ok, turn(head, q, &plan, &program)));
+            }
+            progress();
+        }
+    }
+    let mut verdicts = |prompts: Vec<&String>| -> Result<Vec<Option<bool>>> {
+        let mut all = Vec::new();
+        for chunk in prompts.chunks(BATCH) {
+            let requests: Vec<ChatRequest> =
+                chunk.iter().map(|p| ChatRequest::user(p.as_str(), 0, max_new_tokens)).collect();
+            let replies = model.chat(&requests, &SamplingOptions::greedy(), None)?;
+            all.extend(replies.iter().map(|r| parse_verdict(&r.text)));
+            progress();
+        }
+        Ok(all)
+    };
+    let mut heads = BTreeMap::new();
+    for head in Head::ALL {
+        let of: Vec<_> = cases.iter().filter(|c| c.0 == head).collect();
+        let got = verdicts(of.iter().map(|c| &c.3).collect())?;
+        let share = |truth: bool| {
+            let cases = of.iter().zip(&got).filter(|(c, _)| c.2 == truth);
+            Share::clustered(cases.map(|(c, v)| (c.1, *v == Some(truth))))
+        };
+        let (passed, objected) = (share(true), share(false));
+        let balanced = (passed.value + objected.value) / 2.;
+        let unreadable = got.iter().filter(|v| v.is_none()).count();
+        heads.insert(head.word(), HeadReport { passed, objected, balanced, unreadable });
+    }
+    let got = verdicts(kept.iter().map(|k| &k.1).collect())?;
+    let kept_back = Share::clustered(kept.iter().zip(got).map(|(k, v)| (k.0, v == Some(false))));
+    Ok(VerifierReport { heads, kept_back, unparsed })
+}

@@ -1,0 +1,29 @@
+//! What rooms look like to [`Familiar`]: statistics of rendered pictures, no training.
+
+use crate::files::write_atomic;
+use crate::rooms::questions::{Split, scene_seed};
+use crate::rooms::{self, Look};
+use crate::tools::Picture;
+use crate::tools::familiar::{Familiar, features};
+use rayon::prelude::*;
+use std::io::Write;
+use std::path::Path;
+
+const SEED: u64 = 1;
+/// Of each look.
+const PICTURES: u64 = 2_000;
+
+/// Writes `familiar.json`.
+pub fn export(out: &Path) -> anyhow::Result<()> {
+    let samples: Vec<_> = (0..2 * PICTURES)
+        .into_par_iter()
+        .map(|i| {
+            let look = if i.is_multiple_of(2) { Look::Studio } else { Look::LivedIn };
+            let view = rooms::generate(scene_seed(Split::Train, SEED, i), look, 256, 192);
+            features(&Picture::new(view.width, view.height, view.rgb))
+        })
+        .collect();
+    let known = Familiar::of(&samples);
+    write_atomic(&out.join("familiar.json"), |w| writeln!(w, "{}", serde_json::to_string(&known)?))?;
+    Ok(())
+}
