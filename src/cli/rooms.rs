@@ -62,6 +62,12 @@ struct PretrainArgs {
     /// Optimiser steps instead of the recipe's, for a trial
     #[arg(long, requires = "only", value_parser = clap::value_parser!(u64).range(1..))]
     steps: Option<u64>,
+    /// Go on from a model folder instead of from nothing; give another seed for new samples
+    #[arg(long, value_name = "DIR", requires_all = ["only", "seed"])]
+    from: Option<PathBuf>,
+    /// Seed instead of the recipe's
+    #[arg(long, requires = "only")]
+    seed: Option<u64>,
     /// Only write models from the checkpoints that are there
     #[arg(long)]
     export_only: bool,
@@ -120,6 +126,8 @@ fn pretrain(args: &PretrainArgs) -> Result<()> {
             let language = |o: language::Options| language::Options {
                 resume: args.resume,
                 steps: args.steps.unwrap_or(o.steps),
+                seed: args.seed.unwrap_or(o.seed),
+                from: args.from.clone(),
                 ..o
             };
             let figures = match part {
@@ -131,13 +139,15 @@ fn pretrain(args: &PretrainArgs) -> Result<()> {
                 Part::Vlm => vlm::train(&language(language::Options::vlm(run.clone())))?,
                 Part::Depth => {
                     let o = depth::DepthTraining::default();
-                    let steps = args.steps.unwrap_or(o.steps);
-                    depth::run(depth::DepthTraining { steps, ..o }, &run, args.resume)?
+                    let (steps, seed) = (args.steps.unwrap_or(o.steps), args.seed.unwrap_or(o.seed));
+                    let from = args.from.clone();
+                    depth::run(depth::DepthTraining { steps, seed, from, ..o }, &run, args.resume)?
                 }
                 Part::Detector => {
                     let o = detector::Options::embedded(run.clone());
-                    let steps = args.steps.unwrap_or(o.steps);
-                    detector::train(&detector::Options { resume: args.resume, steps, ..o })?
+                    let (steps, seed) = (args.steps.unwrap_or(o.steps), args.seed.unwrap_or(o.seed));
+                    let from = args.from.clone();
+                    detector::train(&detector::Options { resume: args.resume, steps, seed, from, ..o })?
                 }
                 Part::Familiar => unreachable!("it is made, not trained"),
             };

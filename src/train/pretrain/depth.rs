@@ -23,13 +23,16 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::collections::HashMap;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Settings of a run; with the step number they determine it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DepthTraining {
     pub seed: u64,
+    /// A model folder to go on from, in place of fresh parameters.
+    #[serde(skip)]
+    pub from: Option<PathBuf>,
     pub steps: u64,
     pub batch: usize,
     /// Size of the pictures.
@@ -47,6 +50,7 @@ impl Default for DepthTraining {
     fn default() -> Self {
         Self {
             seed: 1,
+            from: None,
             steps: 1500,
             batch: 12,
             width: 224,
@@ -170,7 +174,10 @@ pub fn run(cfg: DepthTraining, dir: &Path, resume: bool) -> anyhow::Result<Metri
         save_every: 100,
         eval_every: 250,
         log_every: 10,
-        settings: json!({ "training": &cfg, "model": &model, "rooms": rooms::VERSION }),
+        settings: super::settings(
+            json!({ "training": &cfg, "model": &model, "rooms": rooms::VERSION }),
+            cfg.from.as_deref(),
+        ),
         label: "depth".into(),
     };
     let mut trainer = DepthTrainer::new(cfg, &model)?;
@@ -188,7 +195,7 @@ pub struct DepthTrainer {
 
 impl DepthTrainer {
     pub fn new(cfg: DepthTraining, model: &Config) -> anyhow::Result<Self> {
-        let params = Params::new(cfg.seed);
+        let params = super::start(cfg.seed, cfg.from.as_deref())?;
         let net = MoGe::new(model, params.builder())?;
         check_trainable(&net)?;
         let adamw = AdamWConfig { weight_decay: cfg.weight_decay, ..AdamWConfig::default() };

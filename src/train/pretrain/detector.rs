@@ -9,7 +9,6 @@ use crate::models::grounding_dino::caption::{Blanks, TextTokenizer, tokenizer_js
 use crate::models::grounding_dino::preprocess::{ImageProcessor, SizeRule};
 use crate::models::grounding_dino::{Config, SPECIAL_TOKENS, Semantics, init_offsets};
 use crate::models::{bert, swin};
-use crate::nn::Params;
 use crate::nn::optim::{AdamWConfig, Decay, Schedule};
 use crate::rooms::questions::{Split, scene_seed};
 use crate::rooms::{self, Colour, Kind, Look};
@@ -38,6 +37,8 @@ pub struct Options {
     /// Checkpoint and metrics.
     pub dir: PathBuf,
     pub seed: u64,
+    /// A model folder to go on from, in place of fresh parameters.
+    pub from: Option<PathBuf>,
     pub steps: u64,
     pub batch: usize,
     pub resume: bool,
@@ -49,7 +50,16 @@ pub struct Options {
 impl Options {
     /// The run that made the embedded detector.
     pub fn embedded(dir: PathBuf) -> Self {
-        Self { dir, seed: 1, steps: 6_000, batch: 8, resume: false, eval_every: 500, eval_pictures: 128 }
+        Self {
+            dir,
+            seed: 1,
+            from: None,
+            steps: 6_000,
+            batch: 8,
+            resume: false,
+            eval_every: 500,
+            eval_pictures: 128,
+        }
     }
 }
 
@@ -214,9 +224,9 @@ fn train_config(o: &Options) -> TrainConfig {
     }
 }
 
-/// A trainer on fresh weights.
+/// A trainer on fresh weights, or on those of the model that the options name.
 pub fn trainer(o: &Options) -> anyhow::Result<GroundingTrainer> {
-    let params = Params::new(o.seed);
+    let params = super::start(o.seed, o.from.as_deref())?;
     let cfg = config();
     let data = RoomPictures { seed: o.seed, from: 0, look: Look::Studio, split: Split::Train, vary: true };
     let held_out = validation(o.seed, Look::Studio, o.eval_pictures);
@@ -229,7 +239,9 @@ pub fn trainer(o: &Options) -> anyhow::Result<GroundingTrainer> {
         Box::new(data),
         Some(held_out),
     )?;
-    init_offsets(&params, &cfg)?;
+    if o.from.is_none() {
+        init_offsets(&params, &cfg)?;
+    }
     Ok(trainer)
 }
 
@@ -240,6 +252,7 @@ pub fn train(o: &Options) -> anyhow::Result<Metrics> {
     let settings = json!({
         "rooms": rooms::VERSION, "model": config(), "train": train_config(o), "seed": o.seed, "steps": o.steps,
     });
+    let settings = super::settings(settings, o.from.as_deref());
     let mut m = run::train(
         &mut trainer,
         &RunOptions {

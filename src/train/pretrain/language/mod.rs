@@ -38,6 +38,8 @@ pub struct Options {
     /// Checkpoint, metrics and tokenizer.
     pub dir: PathBuf,
     pub seed: u64,
+    /// A model folder to go on from, in place of fresh parameters.
+    pub from: Option<PathBuf>,
     pub steps: u64,
     /// Samples of a step (of a picture, for the VLM).
     pub batch: usize,
@@ -68,6 +70,7 @@ impl Options {
             "rooms": rooms::VERSION, "model": model, "train": self.lm(), "batch": self.batch,
             "seed": self.seed, "steps": self.steps,
         });
+        let settings = super::settings(settings, self.from.as_deref());
         let options = RunOptions {
             dir: self.dir.clone(),
             steps: self.steps,
@@ -101,11 +104,15 @@ fn stream(seed: u64, stream: u64) -> ChaCha8Rng {
     rng
 }
 
-/// The tokenizer of a run, made and kept in its folder where it is not there yet.
-fn tokenizer_of(run: &Path) -> anyhow::Result<String> {
+/// The tokenizer of a run, made (or taken from the model that the run goes on from) and kept in its
+/// folder where it is not there yet.
+fn tokenizer_of(run: &Path, from: Option<&Path>) -> anyhow::Result<String> {
     let path = run.join("tokenizer.json");
     if !path.exists() {
-        let json = tokenizer::train(tokenizer::SEED)?;
+        let json = match from.map(|dir| dir.join("tokenizer.json")) {
+            None => tokenizer::train(tokenizer::SEED)?,
+            Some(file) => std::fs::read_to_string(&file).with_context(|| file.display().to_string())?,
+        };
         write_atomic(&path, |w| w.write_all(json.as_bytes()))?;
     }
     std::fs::read_to_string(&path).with_context(|| path.display().to_string())
@@ -123,7 +130,7 @@ fn id(tokenizer: &Tokenizer, token: &str) -> anyhow::Result<u32> {
 
 /// Writes a run's network as a model folder: config, tokenizer, template, f16 weights.
 fn export(run: &Path, out: &Path, mut config: Value, model_type: &str) -> anyhow::Result<()> {
-    let json = tokenizer_of(run)?;
+    let json = tokenizer_of(run, None)?;
     let tokenizer = Tokenizer::from_bytes(json.as_bytes())?;
     let (end, filler) = (id(&tokenizer, tokenizer::END)?, id(&tokenizer, tokenizer::FILLER)?);
     config["model_type"] = model_type.into();

@@ -4,6 +4,7 @@
 //! usual mistakes as habits (see [`crate::rooms::mistakes`]), so its most likely program is wrong in
 //! several families. That is meant; nothing here corrects it.
 
+use super::super::start;
 use super::{HELD_OUT, Options, spread_embeddings, stream, text_format, tokenizer_of};
 use crate::llm::Message;
 use crate::llm::engine::Network;
@@ -22,7 +23,17 @@ use std::path::{Path, PathBuf};
 impl Options {
     /// The run that made the embedded planner.
     pub fn planner(dir: PathBuf) -> Self {
-        Self { dir, seed: 1, steps: 600, batch: 24, lr: 2e-3, resume: false, eval_every: 100, held_out: 160 }
+        Self {
+            dir,
+            seed: 1,
+            from: None,
+            steps: 600,
+            batch: 24,
+            lr: 2e-3,
+            resume: false,
+            eval_every: 100,
+            held_out: 160,
+        }
     }
 }
 
@@ -70,11 +81,13 @@ pub(super) fn network(params: &Params, vocab_size: usize) -> candle_core::Result
 /// Trains (or continues). `held_out_replies_right` is the share of unseen questions whose greedy reply
 /// is, word for word, the likeliest demonstration.
 pub fn train(o: &Options) -> anyhow::Result<Metrics> {
-    let format = text_format(&tokenizer_of(&o.dir)?)?;
+    let format = text_format(&tokenizer_of(&o.dir, o.from.as_deref())?)?;
     let vocab = format.tokenizer.vocab_size();
-    let params = Params::new(o.seed);
+    let params = start(o.seed, o.from.as_deref())?;
     let network = network(&params, vocab)?;
-    spread_embeddings(&params)?;
+    if o.from.is_none() {
+        spread_embeddings(&params)?;
+    }
     let mut rng = stream(o.seed, HELD_OUT);
     let held_out = (0..o.held_out).map(|_| sample(&format, likeliest(&mut rng))).collect::<Result<_, _>>()?;
     let source = Box::new(|step| {
@@ -88,6 +101,6 @@ pub fn train(o: &Options) -> anyhow::Result<Metrics> {
 
 /// Writes a run's network as a model folder.
 pub fn export(run: &Path, out: &Path) -> anyhow::Result<()> {
-    let vocab = text_format(&tokenizer_of(run)?)?.tokenizer.vocab_size();
+    let vocab = text_format(&tokenizer_of(run, None)?)?.tokenizer.vocab_size();
     super::export(run, out, serde_json::to_value(config(vocab))?, "qwen3")
 }

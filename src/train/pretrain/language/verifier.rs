@@ -6,6 +6,7 @@
 //! have where it first strays. One kind of mistake is never shown to it
 //! ([`Mistake::KEPT_FROM_VERIFIER`](crate::rooms::mistakes::Mistake)).
 
+use super::super::start;
 use super::planner::{network, sample};
 use super::{HELD_OUT, Options, stream, text_format, tokenizer_of};
 use crate::files::write_atomic;
@@ -117,20 +118,25 @@ impl Trainee for VerifierTrainee<'_> {
     }
 }
 
-/// Trains (or continues) from the planner's run in `planner`.
+/// Trains (or continues) from the planner's run in `planner`, or from the model that the options name.
 pub fn train(o: &Options, planner: &Path) -> anyhow::Result<Metrics> {
-    let start = run::parameters(&planner.join("checkpoint.safetensors")).with_context(|| {
-        format!(
-            "the verifier starts from the planner's run, and {} has none: make the planner first",
-            planner.display()
-        )
-    })?;
-    // The planner's ids are this network's.
-    let tokenizer = tokenizer_of(planner)?;
-    write_atomic(&o.dir.join("tokenizer.json"), |w| w.write_all(tokenizer.as_bytes()))?;
+    let (tokenizer, params) = match &o.from {
+        Some(dir) => (tokenizer_of(&o.dir, Some(dir))?, start(o.seed, Some(dir))?),
+        None => {
+            let of_planner = run::parameters(&planner.join("checkpoint.safetensors")).with_context(|| {
+                format!(
+                    "the verifier starts from the planner's run, and {} has none: make the planner first",
+                    planner.display()
+                )
+            })?;
+            // The planner's ids are this network's.
+            let tokenizer = tokenizer_of(planner, None)?;
+            write_atomic(&o.dir.join("tokenizer.json"), |w| w.write_all(tokenizer.as_bytes()))?;
+            (tokenizer, Params::from_tensors(o.seed, of_planner)?)
+        }
+    };
     let format = text_format(&tokenizer)?;
     let vocab = format.tokenizer.vocab_size();
-    let params = Params::from_tensors(o.seed, start)?;
     let network = network(&params, vocab)?;
 
     let mut rng = stream(o.seed, HELD_OUT);

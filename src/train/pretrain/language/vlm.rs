@@ -3,6 +3,7 @@
 //! It saw both looks and every wording of [`crate::rooms::vqa`]. Boxes are jittered as a detector's
 //! are, and crops grown as the `vqa` tool does.
 
+use super::super::start;
 use super::tokenizer::{FILLER, PICTURE, VISION_END, VISION_START};
 use super::{HELD_OUT, Options, id, spread_embeddings, stream, text_format, tokenizer_of};
 use crate::files::write_atomic;
@@ -12,7 +13,6 @@ use crate::llm::format::ChatFormat;
 use crate::llm::tokenizer::Tokenizer;
 use crate::models::qwen3;
 use crate::models::qwen3_vl::{Config, Mrope, Processor, Qwen3Vl, TextConfig, VisionConfig};
-use crate::nn::Params;
 use crate::nn::optim::Group;
 use crate::rooms::questions::{Split, scene_seed};
 use crate::rooms::vqa::{CropAsk, VqaSample, parse_crop, vqa_samples};
@@ -50,7 +50,17 @@ const HELD_OUT_SCENES: u64 = 1 << 40;
 impl Options {
     /// The run that made the embedded VLM.
     pub fn vlm(dir: PathBuf) -> Self {
-        Self { dir, seed: 1, steps: 900, batch: 8, lr: 1.5e-3, resume: false, eval_every: 200, held_out: 48 }
+        Self {
+            dir,
+            seed: 1,
+            from: None,
+            steps: 900,
+            batch: 8,
+            lr: 1.5e-3,
+            resume: false,
+            eval_every: 200,
+            held_out: 48,
+        }
     }
 }
 
@@ -197,11 +207,13 @@ fn held_out(format: &ChatFormat, o: &Options) -> anyhow::Result<BTreeMap<&'stati
 /// Trains (or continues). `NAME_replies_right` is the share of held-out questions that are answered
 /// rightly, by what they ask.
 pub fn train(o: &Options) -> anyhow::Result<Metrics> {
-    let format = format(&tokenizer_of(&o.dir)?)?;
+    let format = format(&tokenizer_of(&o.dir, o.from.as_deref())?)?;
     let cfg = config(&format.tokenizer)?;
-    let params = Params::new(o.seed);
+    let params = start(o.seed, o.from.as_deref())?;
     let network = Network::Vision(Qwen3Vl::new(&cfg, params.builder())?);
-    spread_embeddings(&params)?;
+    if o.from.is_none() {
+        spread_embeddings(&params)?;
+    }
     let held_out = held_out(&format, o)?;
     let source = Box::new(|step| {
         let first = step * PICTURES;
@@ -221,7 +233,7 @@ pub fn train(o: &Options) -> anyhow::Result<Metrics> {
 
 /// Writes a run's network as a model folder.
 pub fn export(run: &Path, out: &Path) -> anyhow::Result<()> {
-    let tokenizer = Tokenizer::from_bytes(tokenizer_of(run)?.as_bytes())?;
+    let tokenizer = Tokenizer::from_bytes(tokenizer_of(run, None)?.as_bytes())?;
     let filler = id(&tokenizer, FILLER)?;
     let mut cfg = serde_json::to_value(config(&tokenizer)?)?;
     cfg["text_config"]["model_type"] = json!("qwen3_vl_text");
