@@ -139,6 +139,7 @@ fn gradients_hold_at_the_size_of_a_training_step() {
     let vocab = format.tokenizer.vocab_size();
     let params = crate::nn::Params::new(3);
     let network = planner::network(&params, vocab).unwrap();
+    spread_embeddings(&params).unwrap();
     let mut rng = stream(6, 0);
     let samples: Vec<_> =
         (0..6).map(|_| planner::sample(&format, planner::text(&mut rng)).unwrap()).collect();
@@ -157,6 +158,8 @@ fn gradients_hold_at_the_size_of_a_training_step() {
         };
         let slope = (at(step) - at(-step)) / (2. * step);
         var.set(&start).unwrap();
-        assert!((slope / norm - 1.).abs() < 0.02, "{name}: slope {slope} norm {norm}");
+        // A fiftieth for curvature, and what f32 cannot tell of a loss of about 8.
+        let tolerance = 0.02 * norm + 4e-6 / step;
+        assert!((slope - norm).abs() < tolerance, "{name}: slope {slope} norm {norm}");
     }
 }
