@@ -37,7 +37,7 @@ impl Options {
     }
 }
 
-/// About 2.7 million parameters.
+/// About 2.4 million parameters.
 pub fn config(vocab_size: usize) -> Config {
     Config {
         vocab_size,

@@ -64,7 +64,7 @@ impl Options {
     }
 }
 
-/// About 1.7 million parameters.
+/// About 2 million parameters.
 pub fn config(tokenizer: &Tokenizer) -> anyhow::Result<Config> {
     let hidden = 128;
     Ok(Config {
