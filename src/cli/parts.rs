@@ -79,6 +79,10 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> anyhow::Result<
             let asked: Vec<Question> =
                 crate::eval::rooms::questions(args.look, args.seed).take(args.n).map(|(_, q)| q).collect();
             let most = config.verifier.max_new_tokens;
+            let tick = |done: usize, all: usize| {
+                bar.set_length(all as u64);
+                bar.set_position(done as u64);
+            };
             let r = parts::verifier(&judge, most, &planner, &asked, args.seed, tick)?;
             writeln!(table, "{:<12} balanced  right passes{:14}wrong is objected to", "head", "")?;
             for (name, h) in &r.heads {

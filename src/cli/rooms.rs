@@ -38,6 +38,9 @@ enum Part {
     Planner,
     /// Starts from the planner's run
     Verifier,
+    /// The VLM's vision tower, which is no model of its own
+    Vision,
+    /// Starts from the vision tower's run
     Vlm,
     Depth,
     Detector,
@@ -114,7 +117,7 @@ fn name_of(part: Part) -> String {
 }
 
 fn pretrain(args: &PretrainArgs) -> Result<()> {
-    use crate::train::pretrain::language::{self, planner, verifier, vlm};
+    use crate::train::pretrain::language::{self, planner, verifier, vision, vlm};
     use crate::train::pretrain::{depth, detector, familiar};
     for &part in Part::value_variants() {
         if args.only.is_some_and(|only| only != part) {
@@ -136,7 +139,11 @@ fn pretrain(args: &PretrainArgs) -> Result<()> {
                     &language(language::Options::verifier(run.clone())),
                     &args.runs.join(name_of(Part::Planner)),
                 )?,
-                Part::Vlm => vlm::train(&language(language::Options::vlm(run.clone())))?,
+                Part::Vision => vision::train(&language(language::Options::vision(run.clone())))?,
+                Part::Vlm => vlm::train(
+                    &language(language::Options::vlm(run.clone())),
+                    &args.runs.join(name_of(Part::Vision)),
+                )?,
                 Part::Depth => {
                     let o = depth::DepthTraining::default();
                     let (steps, seed) = (args.steps.unwrap_or(o.steps), args.seed.unwrap_or(o.seed));
@@ -156,6 +163,10 @@ fn pretrain(args: &PretrainArgs) -> Result<()> {
         match part {
             Part::Planner => planner::export(&run, &out)?,
             Part::Verifier => verifier::export(&run, &out)?,
+            Part::Vision => {
+                eprintln!("{name}: the VLM's run takes it from {}", run.display());
+                continue;
+            }
             Part::Vlm => vlm::export(&run, &out)?,
             Part::Depth => depth::export(&run, &out)?,
             Part::Detector => detector::export(&run, &out)?,

@@ -12,7 +12,7 @@ use crate::planner::Planner;
 use crate::program::Reply;
 use crate::rooms::mistakes::{self, Head, Mistake, demonstration, judge};
 use crate::rooms::questions::{Question, Split, scene_seed};
-use crate::rooms::vqa::{CropAsk, parse_crop, vqa_samples};
+use crate::rooms::vqa::{parse_crop, vqa_samples};
 use crate::rooms::{self, Kind, Look, View};
 use crate::tools::Picture;
 use crate::tools::real::{DepthEstimator, Detector, Vlm};
@@ -111,13 +111,7 @@ pub fn vlm(
         asked.retain(|(bbox, _, _)| bbox.is_some());
         asked.shuffle(&mut rng);
         for (bbox, prompt, truth) in asked.into_iter().take(CROPS) {
-            let name = match parse_crop(&prompt).context("an unknown wording")? {
-                CropAsk::Colour => "colour",
-                CropAsk::ColourFrom(_) => "colour-from",
-                CropAsk::Kind => "kind",
-                CropAsk::IsColour(_) => "is-colour",
-                CropAsk::IsKind(_) => "is-kind",
-            };
+            let name = parse_crop(&prompt).context("an unknown wording")?.name();
             answered.push((name, i, vlm.ask(&picture, bbox, &prompt)? == truth));
             progress();
             if answered.len() == crops {
@@ -166,13 +160,14 @@ const BATCH: usize = 48;
 
 /// Verdicts of all heads on the planner's sampled replies to `asked`, against exact labels; and of
 /// the attribute head on [`Mistake::KEPT_FROM_VERIFIER`], put into replies to the same questions.
+/// `progress` hears what is done and how much there is: questions first, then their cases too.
 pub fn verifier(
     model: &dyn ChatModel,
     max_new_tokens: usize,
     planner: &Planner,
     asked: &[Question],
     seed: u64,
-    mut progress: impl FnMut(),
+    mut progress: impl FnMut(usize, usize),
 ) -> Result<VerifierReport> {
     // (head, question's number, right?, prompt)
     let mut cases: Vec<(Head, u64, bool, String)> = Vec::new();
@@ -201,19 +196,21 @@ pub fn verifier(
             for head in Head::ALL.into_iter().filter(|&h| mistakes::applies(&q.spec, h)) {
                 cases.push((head, number, labels.of(head).ok, turn(head, q, &plan, &program)));
             }
-            progress();
+            progress(start + i + 1, asked.len());
         }
     }
+    let (mut done, all) = (asked.len(), asked.len() + cases.len() + kept.len());
     let mut verdicts = |prompts: Vec<&String>| -> Result<Vec<Option<bool>>> {
-        let mut all = Vec::new();
+        let mut read = Vec::new();
         for chunk in prompts.chunks(BATCH) {
             let requests: Vec<ChatRequest> =
                 chunk.iter().map(|p| ChatRequest::user(p.as_str(), 0, max_new_tokens)).collect();
             let replies = model.chat(&requests, &SamplingOptions::greedy(), None)?;
-            all.extend(replies.iter().map(|r| parse_verdict(&r.text)));
-            progress();
+            read.extend(replies.iter().map(|r| parse_verdict(&r.text)));
+            done += chunk.len();
+            progress(done, all);
         }
-        Ok(all)
+        Ok(read)
     };
     let mut heads = BTreeMap::new();
     for head in Head::ALL {

@@ -44,6 +44,10 @@ impl Message {
         Self::new(Role::User, text)
     }
 
+    pub fn assistant(text: impl Into<String>) -> Self {
+        Self::new(Role::Assistant, text)
+    }
+
     pub fn with_images(mut self, images: Vec<RgbImage>) -> Self {
         self.images = images;
         self

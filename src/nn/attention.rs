@@ -19,6 +19,9 @@ pub enum Mask {
     /// (one value per batch row) is given, keys `prefix .. start[b]` are padding: the row's own
     /// tokens begin at `start[b]`, after `prefix` keys that all rows share.
     Causal { prefix: usize, start: Option<Vec<u32>> },
+    /// Sequences of these lengths one after the other in every batch row ("variable length"): each
+    /// attends to itself only. Queries and keys are the same tokens.
+    Segments(Vec<usize>),
 }
 
 impl Mask {
@@ -51,6 +54,7 @@ impl Mask {
                 }
                 Ok(Some(Tensor::from_vec(a, (rows, 1, n, m), like.device())?.to_dtype(like.dtype())?))
             }
+            Mask::Segments(_) => candle_core::bail!("attention: segments are attended to one by one"),
         }
     }
 
@@ -64,6 +68,11 @@ impl Mask {
             {
                 candle_core::bail!("causal attention: {} starts for a batch of {b}", s.len())
             }
+        }
+        if let Mask::Segments(lengths) = self
+            && (n != m || lengths.iter().sum::<usize>() != n)
+        {
+            candle_core::bail!("attention: {n} queries and {m} keys in segments of {lengths:?}")
         }
         Ok(())
     }
@@ -131,6 +140,7 @@ fn fused_mask(
     Ok(match mask {
         Mask::None => Some(Visible::All),
         Mask::Causal { prefix, start } => Some(Visible::Causal { prefix: *prefix, start: start.clone() }),
+        Mask::Segments(lengths) => Some(Visible::segments(lengths)),
         // A trained bias (Swin's relative positions) needs its own gradient.
         Mask::Additive(a) if a.track_op() || !cpu::fused(&[a]) => None,
         Mask::Additive(a) => Some(Visible::Bias(unit_stride(&a.broadcast_as(shape)?)?)),
@@ -143,6 +153,16 @@ fn unit_stride(t: &Tensor) -> Result<Tensor> {
 }
 
 fn composed(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) -> Result<Tensor> {
+    if let Mask::Segments(lengths) = mask {
+        let mut from = 0;
+        let mut parts = Vec::with_capacity(lengths.len());
+        for &len in lengths.iter().filter(|len| **len > 0) {
+            let own = |t: &Tensor| t.narrow(2, from, len);
+            parts.push(composed(&own(q)?, &own(k)?, &own(v)?, scale, &Mask::None)?);
+            from += len;
+        }
+        return Tensor::cat(&parts, 2);
+    }
     let (b, h, n, _) = q.dims4()?;
     let (_, hk, m, d) = k.dims4()?;
     let repeat = |t: &Tensor| -> Result<Tensor> {
@@ -174,12 +194,16 @@ mod tests {
             Mask::causal(),
             Mask::left_padded((0..b as u32).map(|i| i * 3 % m as u32).collect()),
             Mask::Causal { prefix: 2, start: Some((0..b as u32).map(|i| 2 + i * 2).collect()) },
-        ])
+        ]
+        .into_iter()
+        .chain((n == m).then(|| Mask::Segments(vec![2, 0, n - 5, 3])))
+        .collect())
     }
 
     #[test]
     fn equals_composed_and_differentiates() -> Result<()> {
-        for (b, h, hk, n, m, d) in [(2, 4, 2, 9, 9, 8), (1, 2, 2, 70, 133, 5), (3, 6, 2, 1, 11, 16)] {
+        let sizes = [(2, 4, 2, 9, 9, 8), (1, 2, 2, 70, 133, 5), (3, 6, 2, 1, 11, 16), (1, 2, 1, 90, 90, 8)];
+        for (b, h, hk, n, m, d) in sizes {
             let (q, k) = (random((b, n, h * d), 1)?, random((b, m, hk * d), 2)?);
             let v = random((b, m, hk * d), 3)?;
             let heads = |t: &Tensor, h: usize| -> Result<Tensor> {

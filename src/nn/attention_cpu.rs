@@ -25,6 +25,20 @@ pub(super) enum Visible {
     },
     /// Added to the scores, `[batch, heads, q, k]` with any strides but a dense last dimension.
     Bias(Tensor),
+    /// Where each segment begins, in order, and where the last one ends.
+    Segments(Vec<usize>),
+}
+
+impl Visible {
+    pub fn segments(lengths: &[usize]) -> Self {
+        let mut bounds = vec![0];
+        // An empty segment has no block.
+        bounds.extend(lengths.iter().filter(|len| **len > 0).scan(0, |at, len| {
+            *at += len;
+            Some(*at)
+        }));
+        Self::Segments(bounds)
+    }
 }
 
 pub(super) struct AttentionOp {
@@ -83,6 +97,20 @@ impl AttentionOp {
         }
     }
 
+    /// The queries in blocks, by segments: no block reaches over a segment's end.
+    fn blocks(&self, s: Sizes) -> Vec<Vec<Range<usize>>> {
+        let whole = [0, s.queries];
+        let bounds = match &self.visible {
+            Visible::Segments(bounds) => &bounds[..],
+            _ => &whole[..],
+        };
+        let cut = |w: &[usize]| {
+            let end = w[1];
+            (w[0]..end).step_by(BLOCK).map(|from| from..(from + BLOCK).min(end)).collect()
+        };
+        bounds.windows(2).map(cut).collect()
+    }
+
     /// The keys that the queries `rows` of batch row `b` may see, taken together.
     fn columns(&self, s: Sizes, b: usize, rows: &Range<usize>) -> Range<usize> {
         match &self.visible {
@@ -91,6 +119,10 @@ impl AttentionOp {
                 let own = start.as_ref().map_or(0, |v| v[b] as usize);
                 let from = if *prefix > 0 { 0 } else { own.min(rows.start + offset) };
                 from..rows.end + offset
+            }
+            Visible::Segments(bounds) => {
+                let next = bounds.partition_point(|at| *at <= rows.start);
+                bounds[next - 1]..bounds[next]
             }
             _ => 0..s.keys,
         }
@@ -107,7 +139,7 @@ impl AttentionOp {
         scores: &mut [f32],
     ) -> usize {
         match &self.visible {
-            Visible::All => cols.len(),
+            Visible::All | Visible::Segments(_) => cols.len(),
             Visible::Causal { prefix, start } => {
                 let last = query + s.keys - s.queries;
                 if let Some(v) = start {
@@ -160,12 +192,11 @@ impl AttentionOp {
             self.decode(s, q, k, v, bias, &mut o);
             return o;
         }
-        let blocks = s.queries.div_ceil(BLOCK);
+        let blocks = self.blocks(s).concat();
         let out = Out::new(&mut o);
-        (0..s.batch * self.heads * blocks).into_par_iter().for_each_init(Vec::new, |p, task| {
-            let (bh, block) = (task / blocks, task % blocks);
+        (0..s.batch * self.heads * blocks.len()).into_par_iter().for_each_init(Vec::new, |p, task| {
+            let (bh, rows) = (task / blocks.len(), blocks[task % blocks.len()].clone());
             let (b, h) = (bh / self.heads, bh % self.heads);
-            let rows = block * BLOCK..((block + 1) * BLOCK).min(s.queries);
             let cols = self.columns(s, b, &rows);
             p.resize(rows.len() * cols.len(), 0.);
             self.probabilities(s, (b, h), &rows, &cols, q, k, bias, p);
@@ -231,23 +262,25 @@ impl AttentionOp {
         let mut dv = vec![0f32; s.batch * s.keys * wk];
         let (oq, ok, ov) = (Out::new(&mut dq), Out::new(&mut dk), Out::new(&mut dv));
         let init = || (Vec::new(), Vec::new());
-        (0..s.batch * self.kv_heads).into_par_iter().for_each_init(init, |(p, dp), task| {
-            let (b, kv) = (task / self.kv_heads, task % self.kv_heads);
+        let segments = self.blocks(s);
+        let tasks = s.batch * self.kv_heads * segments.len();
+        (0..tasks).into_par_iter().for_each_init(init, |(p, dp), task| {
+            let (bkv, blocks) = (task / segments.len(), &segments[task % segments.len()]);
+            let (b, kv) = (bkv / self.kv_heads, bkv % self.kv_heads);
             for h in kv * group..(kv + 1) * group {
-                for from in (0..s.queries).step_by(BLOCK) {
-                    let rows = from..(from + BLOCK).min(s.queries);
-                    let cols = self.columns(s, b, &rows);
+                for rows in blocks {
+                    let (from, cols) = (rows.start, self.columns(s, b, rows));
                     let (n, m) = (rows.len(), cols.len());
                     p.resize(n * m, 0.);
                     dp.resize(n * m, 0.);
-                    self.probabilities(s, (b, h), &rows, &cols, q, k, bias, p);
+                    self.probabilities(s, (b, h), rows, &cols, q, k, bias, p);
                     let (gm, qm) = (g.mat(b, h, from), q.mat(b, h, from));
                     let (km, vm) = (k.mat(b, kv, cols.start), v.mat(b, kv, cols.start));
                     let to_kv = (b * s.keys + cols.start) * wk + kv * s.dim;
                     let to_q = (b * s.queries + from) * wq + h * s.dim;
                     let pm = Mat::rows(p, m);
                     // SAFETY: `dp` is this task's; so are, in dq, dk and dv, the columns of its
-                    // key-value head's group in the rows of its batch row.
+                    // key-value head's group in the rows of its segment of its batch row.
                     unsafe {
                         gemm_into((m, s.dim, n), ov, to_kv, wk, true, 1., pm.t(), gm, false);
                         gemm_into((n, m, s.dim), Out::new(dp), 0, m, false, 1., gm, vm.t(), false);

@@ -29,6 +29,19 @@ pub enum CropAsk {
     IsKind(Noun),
 }
 
+impl CropAsk {
+    /// As figures name it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Colour => "colour",
+            Self::ColourFrom(_) => "colour-from",
+            Self::Kind => "kind",
+            Self::IsColour(_) => "is-colour",
+            Self::IsKind(_) => "is-kind",
+        }
+    }
+}
+
 /// Wordings; the first of each is the one that programs use.
 const COLOUR: &[&str] = &[
     "What color is it?",

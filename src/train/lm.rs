@@ -7,11 +7,9 @@
 //! half precision.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use candle_core::{DType, Device, Tensor};
-use rand::SeedableRng;
-use rand::seq::SliceRandom;
-use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -23,13 +21,13 @@ use crate::models::qwen3_vl::Pictures;
 use crate::nn::Params;
 use crate::nn::optim::{AdamW, AdamWConfig, Group, Schedule};
 
-/// A prompt and the reply to learn.
+/// A conversation and its replies, to be learnt.
 #[derive(Clone, Debug)]
 pub struct Sample {
-    /// Prompt and reply.
+    /// The conversation, up to the end of its last reply.
     pub ids: Vec<u32>,
-    /// Where the reply begins: at least 1.
-    pub reply: usize,
+    /// Where its replies lie, in order; the first begins at 1 or later.
+    pub replies: Vec<Range<usize>>,
     pub pictures: Option<Pictures>,
 }
 
@@ -39,11 +37,31 @@ impl Sample {
         let prompt = format.prompt(messages, &Device::Cpu)?;
         let start = prompt.ids.len();
         let ids = [prompt.ids, format.reply(reply)?].concat();
-        Ok(Self { ids, reply: start, pictures: prompt.pictures })
+        let replies = std::iter::once(start..ids.len()).collect();
+        Ok(Self { ids, replies, pictures: prompt.pictures })
+    }
+
+    /// A conversation of several turns, all of whose replies are trained on. An error where the
+    /// template writes past turns otherwise than it prompts for them.
+    pub fn conversation(format: &ChatFormat, turns: &[(Message, &str)]) -> Result<Self, ChatError> {
+        let mut messages = Vec::with_capacity(2 * turns.len());
+        let mut sample = Self { ids: Vec::new(), replies: Vec::new(), pictures: None };
+        for (question, reply) in turns {
+            messages.push(question.clone());
+            let next = Self::new(format, &messages, reply)?;
+            if !next.ids.starts_with(&sample.ids) {
+                let msg = "it writes past turns otherwise than it prompts for them";
+                return Err(ChatError::Template(msg.into()));
+            }
+            sample.replies.extend(next.replies);
+            (sample.ids, sample.pictures) = (next.ids, next.pictures);
+            messages.push(Message::assistant(*reply));
+        }
+        Ok(sample)
     }
 
     fn reply_len(&self) -> usize {
-        self.ids.len() - self.reply
+        self.replies.iter().map(Range::len).sum()
     }
 }
 
@@ -59,15 +77,18 @@ fn reply_hidden(network: &Network, samples: &[&Sample]) -> candle_core::Result<(
     let longest = samples.iter().map(|s| s.ids.len()).max().unwrap_or(0);
     let (mut rows, mut picks, mut targets) = (Vec::new(), Vec::new(), Vec::new());
     for (b, s) in samples.iter().enumerate() {
-        if s.reply == 0 || s.reply >= s.ids.len() {
-            candle_core::bail!("a sample of {} tokens whose reply begins at {}", s.ids.len(), s.reply)
+        let fits = |r: &Range<usize>| 0 < r.start && r.start < r.end && r.end <= s.ids.len();
+        if s.replies.is_empty() || !s.replies.iter().all(fits) {
+            candle_core::bail!("a sample of {} tokens with replies at {:?}", s.ids.len(), s.replies)
         }
         let mut row = s.ids.clone();
         // The last token is a safe filler: a reply's end is never a picture token.
         row.resize(longest, s.ids[s.ids.len() - 1]);
         rows.push(row);
-        picks.extend((s.reply - 1..s.ids.len() - 1).map(|i| (b * longest + i) as u32));
-        targets.extend_from_slice(&s.ids[s.reply..]);
+        for r in &s.replies {
+            picks.extend(r.clone().map(|i| (b * longest + i - 1) as u32));
+            targets.extend_from_slice(&s.ids[r.clone()]);
+        }
     }
     let pictures: Vec<&Pictures> = samples.iter().filter_map(|s| s.pictures.as_ref()).collect();
     let pictures = if pictures.is_empty() { None } else { Some(Pictures::cat(&pictures)?) };
@@ -79,37 +100,24 @@ fn reply_hidden(network: &Network, samples: &[&Sample]) -> candle_core::Result<(
 /// Groups of samples of similar length, each of at most `tokens` tokens with its padding (a longer
 /// sample stands alone). Indices, in a fixed order.
 pub fn micro_batches(lengths: &[usize], tokens: usize) -> Vec<Vec<usize>> {
+    /// A sample shorter than this share of its group's longest begins a group of its own where
+    /// that saves as many tokens as make a fair batch.
+    const SHORT: f64 = 0.7;
+    const FAIR: usize = 1_024;
     let mut order: Vec<usize> = (0..lengths.len()).collect();
     order.sort_by_key(|&i| (std::cmp::Reverse(lengths[i]), i));
     let mut out: Vec<Vec<usize>> = Vec::new();
-    for i in order {
+    for (at, i) in order.into_iter().enumerate() {
+        // Sorted: the first of a group is its longest.
+        let longest = out.last().map_or(0, |g| lengths[g[0]]);
+        let saved = (lengths.len() - at) * (longest - lengths[i].min(longest));
+        let apart = (lengths[i] as f64) < SHORT * longest as f64 && saved >= FAIR;
         match out.last_mut() {
-            // Sorted: the first of a group is its longest.
-            Some(g) if (g.len() + 1) * lengths[g[0]] <= tokens => g.push(i),
+            Some(g) if (g.len() + 1) * longest <= tokens && !apart => g.push(i),
             _ => out.push(vec![i]),
         }
     }
     out
-}
-
-/// The samples of step `step` where `n` samples are gone through in epochs, each in an order of
-/// its own: positions in `0..n`, from seed and step alone.
-pub fn epoch_batch(n: usize, batch: usize, seed: u64, step: u64) -> Vec<usize> {
-    let first = step as usize * batch;
-    let mut order: (usize, Vec<usize>) = (usize::MAX, Vec::new());
-    (first..first + batch)
-        .map(|i| {
-            let epoch = i / n;
-            if order.0 != epoch {
-                let mut rng = ChaCha8Rng::seed_from_u64(seed);
-                rng.set_stream(epoch as u64);
-                let mut ids: Vec<usize> = (0..n).collect();
-                ids.shuffle(&mut rng);
-                order = (epoch, ids);
-            }
-            order.1[i % n]
-        })
-        .collect()
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -200,8 +208,8 @@ impl Trainee for LmTrainee<'_> {
         Ok(m)
     }
 
-    /// Of each held-out set: loss per token, the share of tokens that come first, and of replies all
-    /// of whose tokens do (which greedy sampling gives word for word).
+    /// Of each held-out set: loss per token, the share of tokens that come first, and of samples in
+    /// whose replies all tokens do (which greedy sampling gives word for word).
     fn evaluate(&mut self) -> anyhow::Result<Metrics> {
         let mut m = Metrics::new();
         for (name, samples) in self.held_out.iter().filter(|(_, s)| !s.is_empty()) {
@@ -236,6 +244,7 @@ mod tests {
     use super::*;
     use crate::models::qwen3::{Config, Qwen3};
     use crate::train::run::{self, RunOptions};
+    use std::iter::once;
     use std::path::Path;
 
     fn network(params: &Params) -> Network {
@@ -252,8 +261,8 @@ mod tests {
     fn sample(i: u64) -> Sample {
         let (a, b) = ((i % 20) as u32 + 1, (i / 3 % 20) as u32 + 1);
         match i % 2 {
-            0 => Sample { ids: vec![0, a, 22, a, 23], reply: 3, pictures: None },
-            _ => Sample { ids: vec![0, a, b, 22, b, a, 23], reply: 4, pictures: None },
+            0 => Sample { ids: vec![0, a, 22, a, 23], replies: once(3..5).collect(), pictures: None },
+            _ => Sample { ids: vec![0, a, b, 22, b, a, 23], replies: once(4..7).collect(), pictures: None },
         }
     }
 
@@ -322,7 +331,7 @@ mod tests {
         let hidden = net.hidden(std::slice::from_ref(&s.ids), None, &Device::Cpu).unwrap();
         let logits = net.decoder().logits(&hidden).unwrap().squeeze(0).unwrap().to_vec2::<f32>().unwrap();
         for (i, want) in lp[..s.reply_len()].iter().enumerate() {
-            let at = s.reply + i;
+            let at = s.replies[0].start + i;
             let got = crate::llm::sampler::log_prob(&logits[at - 1], s.ids[at] as usize) as f32;
             assert!((got - want).abs() < 1e-4, "{got} {want}");
         }
@@ -342,13 +351,11 @@ mod tests {
     }
 
     #[test]
-    fn epochs_visit_each_sample_once_in_changing_order() {
-        let steps: Vec<usize> = (0..10).flat_map(|s| epoch_batch(20, 4, 9, s)).collect();
-        for epoch in steps.chunks(20) {
-            let mut seen = epoch.to_vec();
-            seen.sort_unstable();
-            assert_eq!(seen, (0..20).collect::<Vec<_>>());
-        }
-        assert_ne!(steps[..20], steps[20..]);
+    fn many_short_samples_are_not_padded_to_a_few_long_ones() {
+        let lengths = [vec![30; 50], vec![110; 4]].concat();
+        let groups = micro_batches(&lengths, 6_000);
+        assert_eq!(groups.iter().map(Vec::len).collect::<Vec<_>>(), [4, 50]);
+        // A few do no harm, and a batch of their own would be small.
+        assert_eq!(micro_batches(&[100, 100, 60, 60], 6_000).len(), 1);
     }
 }

@@ -41,29 +41,14 @@ impl Block {
         })
     }
 
-    /// `x` `[patches, hidden]`; `frames` are the patches of each frame, in order.
-    fn forward(&self, x: &Tensor, cos: &Tensor, sin: &Tensor, frames: &[usize]) -> Result<Tensor> {
+    /// `x` `[patches, hidden]`; `frames` keeps each frame's patches to themselves.
+    fn forward(&self, x: &Tensor, cos: &Tensor, sin: &Tensor, frames: &Mask) -> Result<Tensor> {
         let (n, h) = x.dims2()?;
         let qkv = self.qkv.forward(&self.norm1.forward(x)?)?.reshape((1, n, 3 * h))?;
         let part = |i: usize| qkv.narrow(2, i * h, h)?.contiguous();
         let (q, k, v) = (nn::rope(&part(0)?, cos, sin)?, nn::rope(&part(1)?, cos, sin)?, part(2)?);
         let scale = 1. / ((h / self.heads) as f64).sqrt();
-        let attend = |q: &Tensor, k: &Tensor, v: &Tensor| {
-            nn::attention_packed(q, k, v, self.heads, self.heads, scale, &Mask::None)
-        };
-        let o = if frames.iter().all(|f| *f == frames[0]) {
-            let batch = |t: &Tensor| t.reshape((frames.len(), frames[0], h));
-            attend(&batch(&q)?, &batch(&k)?, &batch(&v)?)?.reshape((n, h))?
-        } else {
-            let mut from = 0;
-            let mut parts = Vec::with_capacity(frames.len());
-            for &len in frames {
-                let cut = |t: &Tensor| t.narrow(1, from, len)?.contiguous();
-                parts.push(attend(&cut(&q)?, &cut(&k)?, &cut(&v)?)?);
-                from += len;
-            }
-            Tensor::cat(&parts, 1)?.reshape((n, h))?
-        };
+        let o = nn::attention_packed(&q, &k, &v, self.heads, self.heads, scale, frames)?.reshape((n, h))?;
         let x = (x + self.proj.forward(&o)?)?;
         let y = self.fc2.forward(&nn::gelu_tanh(&self.fc1.forward(&self.norm2.forward(&x)?)?)?)?;
         x + y
@@ -175,7 +160,7 @@ impl VisionTower {
         let mut x = (self.embed_patches(patches)? + self.positions(grids, device)?)?;
         let angles = self.angles(grids, device)?;
         let (cos, sin) = (angles.cos()?, angles.sin()?);
-        let frames: Vec<usize> = grids.iter().flat_map(|g| vec![g[1] * g[2]; g[0]]).collect();
+        let frames = Mask::Segments(grids.iter().flat_map(|g| vec![g[1] * g[2]; g[0]]).collect());
         let mut deepstack = vec![None; self.deepstack.len()];
         for (i, block) in self.blocks.iter().enumerate() {
             x = block.forward(&x, &cos, &sin, &frames)?;

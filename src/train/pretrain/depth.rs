@@ -1,7 +1,9 @@
 //! The embedded depth model: a small MoGe-2 trained from nothing on Rooms.
 //!
 //! Pictures of both looks are rendered as they are needed; no scene is seen twice, none of the
-//! test split ever. Everything follows from the seed and the step, so a resumed run is the same
+//! test split ever. Most of the run sees them coarsely, on a quarter of the final model's tokens:
+//! what a picture's camera and walls are shows there too, and three times as many pictures fit into
+//! the same time. Everything follows from the seed and the step, so a resumed run is the same
 //! run.
 
 use super::super::depth::{DepthBatch, DepthLossWeights, DepthSample, check_trainable, depth_loss};
@@ -42,6 +44,8 @@ pub struct DepthTraining {
     pub warmup: u64,
     pub weight_decay: f64,
     pub loss: DepthLossWeights,
+    /// Share of the steps up to which pictures have this many tokens, in order; the last share is 1.
+    pub tokens: Vec<(f64, usize)>,
     /// Held-out pictures per look.
     pub eval_pictures: u64,
 }
@@ -51,7 +55,7 @@ impl Default for DepthTraining {
         Self {
             seed: 1,
             from: None,
-            steps: 1500,
+            steps: 4000,
             batch: 12,
             width: 224,
             height: 168,
@@ -59,6 +63,11 @@ impl Default for DepthTraining {
             warmup: 100,
             weight_decay: 0.02,
             loss: DepthLossWeights::default(),
+            tokens: vec![
+                (0.6, GRID[0] * GRID[1] / 4),
+                (0.85, GRID[0] * GRID[1] * 9 / 16),
+                (1., GRID[0] * GRID[1]),
+            ],
             eval_pictures: 24,
         }
     }
@@ -99,7 +108,7 @@ pub fn config() -> Config {
             neck: stack(
                 [Some(features + 2), Some(2), Some(2), Some(2), Some(2)],
                 neck,
-                [0, 1, 1, 0, 0],
+                [1, 1, 1, 0, 0],
                 None,
             ),
             points_head: Some(stack(neck.map(Some), [48, 24, 16, 8, 8], [0, 0, 0, 0, 0], Some(3))),
@@ -107,7 +116,7 @@ pub fn config() -> Config {
             mask_head: None,
             scale_head: Some(ScaleConfig { dims: vec![dim, dim, 1] }),
             remap_output: Remap::Exp,
-            num_tokens_range: [tokens, tokens],
+            num_tokens_range: [tokens / 4, tokens],
         },
         backbone: Some(OfficialConfig {
             img_size: GRID[1] * 14,
@@ -194,10 +203,15 @@ pub struct DepthTrainer {
 }
 
 impl DepthTrainer {
-    pub fn new(cfg: DepthTraining, model: &Config) -> anyhow::Result<Self> {
+    pub fn new(mut cfg: DepthTraining, model: &Config) -> anyhow::Result<Self> {
         let params = super::start(cfg.seed, cfg.from.as_deref())?;
         let net = MoGe::new(model, params.builder())?;
         check_trainable(&net)?;
+        match cfg.from {
+            None => super::set_positions(&params, "encoder.backbone.pos_embed", 1)?,
+            // A model that is done need not see coarsely again.
+            Some(_) => cfg.tokens = vec![(1., model.model_config.num_tokens_range[1])],
+        }
         let adamw = AdamWConfig { weight_decay: cfg.weight_decay, ..AdamWConfig::default() };
         let optimiser = AdamW::new(params.named(), adamw, |_, v| Some(Group::usual(v)))?;
         let schedule = Schedule {
@@ -211,6 +225,12 @@ impl DepthTrainer {
 
     pub fn net(&self) -> &MoGe {
         &self.net
+    }
+
+    fn tokens(&self, step: u64) -> usize {
+        let done = step as f64 / self.cfg.steps.max(1) as f64;
+        let stage = self.cfg.tokens.iter().find(|(until, _)| done < *until);
+        stage.or(self.cfg.tokens.last()).map_or(self.net.config().num_tokens_range[1], |s| s.1)
     }
 
     /// The pictures of a step; even ones are studio, odd ones lived-in.
@@ -248,8 +268,7 @@ impl Trainee for DepthTrainer {
         let views = self.views(step);
         let samples: Vec<_> = views.iter().map(sample).collect();
         let batch = DepthBatch::new(&samples, self.cfg.width as usize, self.cfg.height as usize)?;
-        let tokens = self.net.config().num_tokens_range[1];
-        let loss = depth_loss(&self.net.raw(&batch.image, tokens)?, &batch, &self.cfg.loss)?;
+        let loss = depth_loss(&self.net.raw(&batch.image, self.tokens(step))?, &batch, &self.cfg.loss)?;
         self.optimiser.accumulate(&loss.total.backward()?, 1.)?;
         let lr = self.schedule.lr(step);
         let report = self.optimiser.step(lr)?;
@@ -290,6 +309,7 @@ mod tests {
             warmup: 0,
             steps: 3,
             eval_pictures: 1,
+            tokens: vec![(1., 12)],
             ..DepthTraining::default()
         };
         let mut model = config();

@@ -1,5 +1,5 @@
-//! Making the embedded models from nothing on Rooms: one file per model;
-//! the three language models share a folder.
+//! Making the embedded models from nothing on Rooms: one file per model; the three language models,
+//! and the vision tower that one of them starts from, share a folder.
 
 pub mod depth;
 pub mod detector;
@@ -10,7 +10,8 @@ use crate::files::write_atomic;
 use crate::nn::Params;
 use crate::train::run;
 use crate::weights::Checkpoint;
-use candle_core::DType;
+use anyhow::Context;
+use candle_core::{DType, Tensor};
 use serde_json::Value;
 use std::collections::HashMap;
 use std::io::Write;
@@ -23,6 +24,35 @@ fn start(seed: u64, from: Option<&Path>) -> anyhow::Result<Params> {
         None => Ok(Params::new(seed)),
         Some(dir) => Ok(Params::from_tensors(seed, Checkpoint::open(dir)?.tensors()?)?),
     }
+}
+
+/// Size of fresh position tables: that of embedded patches. Tables of 0.02, right for pre-training at
+/// the paper's scale, drown under them, and short runs learn little that hangs on where things are.
+const POSITION_SIZE: f32 = 0.5;
+
+/// Overwrites a fresh table of positions, one row per place of a square grid after `before` rows of
+/// its own, with 2-D sines and cosines: half of the channels tell the row, half the column (Beyer et
+/// al. 2022, "Better plain ViT baselines"; wavelengths up to 100 places, not 10,000: grids are small).
+fn set_positions(params: &Params, table: &str, before: usize) -> anyhow::Result<()> {
+    let var = params.get(table).with_context(|| format!("no parameter {table}"))?;
+    let (rows, dim) = (var.elem_count() / var.dim(candle_core::D::Minus1)?, var.dim(candle_core::D::Minus1)?);
+    let side = (rows - before).isqrt();
+    anyhow::ensure!(
+        before + side * side == rows && dim.is_multiple_of(4),
+        "{table}: {:?} is no grid",
+        var.shape()
+    );
+    let quarter = dim / 4;
+    let mut values = vec![0f32; before * dim];
+    for place in 0..side * side {
+        for at in [place / side, place % side] {
+            let angle = |i: usize| at as f32 / 100f32.powf(i as f32 / quarter as f32);
+            values.extend((0..quarter).map(|i| POSITION_SIZE * angle(i).sin()));
+            values.extend((0..quarter).map(|i| POSITION_SIZE * angle(i).cos()));
+        }
+    }
+    var.set(&Tensor::from_vec(values, var.shape(), var.device())?)?;
+    Ok(())
 }
 
 /// The settings of a run, with where it began if not from nothing.

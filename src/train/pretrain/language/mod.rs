@@ -11,6 +11,7 @@ pub mod planner;
 mod tests;
 pub mod tokenizer;
 pub mod verifier;
+pub mod vision;
 pub mod vlm;
 
 use crate::files::write_atomic;
@@ -41,7 +42,7 @@ pub struct Options {
     /// A model folder to go on from, in place of fresh parameters.
     pub from: Option<PathBuf>,
     pub steps: u64,
-    /// Samples of a step (of a picture, for the VLM).
+    /// Samples of a step; for the VLM and its tower, things of a picture that are looked at.
     pub batch: usize,
     pub lr: f64,
     pub resume: bool,

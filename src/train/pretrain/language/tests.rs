@@ -12,6 +12,7 @@ use crate::rooms::frames::skeleton;
 use crate::rooms::mistakes::Head;
 use crate::rooms::questions::{Question, sample_questions};
 use crate::rooms::spec::Form;
+use crate::rooms::vqa::{CropAsk, parse_crop};
 use crate::rooms::{Look, Split};
 use crate::verify::parse_verdict;
 
@@ -72,18 +73,29 @@ fn the_tokenizer_repeats_and_knows_the_words() {
 #[test]
 fn a_verdict_ends_every_reply_and_says_what_the_sample_says() {
     let mut rng = stream(4, 0);
-    let mut reasons = HashSet::new();
+    let (mut reasons, mut consents) = (HashSet::new(), 0);
     for _ in 0..2_000 {
         let case = verifier_sample(&mut rng);
         let (_, reply) = verifier::text(&case);
         assert_eq!(parse_verdict(&reply), Some(case.verdict), "{reply}");
+        let lines: Vec<&str> = reply.lines().collect();
+        let (_, reason) = lines.split_last().unwrap();
+        // The reason and the verdict never disagree: every line stands where all is right, and only there.
+        let all = reason.iter().all(|l| l.ends_with(" yes"));
         if case.head == Head::Adherence {
-            // The reason and the verdict never disagree.
-            assert_eq!(reply.starts_with("It strays nowhere."), case.verdict, "{case:?}\n{reply}");
-            reasons.insert(reply.lines().next().unwrap().to_owned());
+            assert_eq!(all, case.verdict, "{case:?}\n{reply}");
+        } else {
+            let right = crate::rooms::frames::parse(&case.question).unwrap().0.recipe();
+            assert_eq!(all, case.plan == right.plan(), "{case:?}\n{reply}");
+            assert!(case.verdict || !all, "{case:?}\n{reply}");
         }
+        consents += usize::from(all);
+        reasons.insert(reason.last().unwrap().split(' ').next().unwrap().to_owned());
     }
-    assert!(reasons.len() >= 3, "{reasons:?}");
+    assert!(consents > 300, "{consents}");
+    for last in ["The", "It", "Instead:"] {
+        assert!(reasons.contains(last), "{last} {reasons:?}");
+    }
 }
 
 #[test]
@@ -117,11 +129,16 @@ fn planner_and_verifier_learn_and_their_exports_reply() {
 fn the_vlm_learns_and_its_export_replies_about_a_picture() {
     let dir = tempfile::tempdir().unwrap();
     let (run, out) = (dir.path().join("vlm"), dir.path().join("out"));
+    let tower = dir.path().join("vision");
     let o = Options { batch: 4, ..short(Options::vlm, &run) };
-    let before = vlm::train(&Options { steps: 0, ..o.clone() }).unwrap();
+    let alone = vlm::train(&o, &tower).unwrap_err();
+    assert!(alone.to_string().contains("make it first"), "{alone}");
+    let seen = vision::train(&Options { batch: 4, ..short(Options::vision, &tower) }).unwrap();
+    assert!(seen["kind_right_studio"].as_f64().is_some(), "{seen:?}");
+    let before = vlm::train(&Options { steps: 0, ..o.clone() }, &tower).unwrap();
     std::fs::remove_file(run.join("checkpoint.safetensors")).ok();
-    let after = vlm::train(&o).unwrap();
-    for name in ["whole", "crop_colour", "crop_colour_from", "crop_kind", "crop_is_colour", "crop_is_kind"] {
+    let after = vlm::train(&o, &tower).unwrap();
+    for name in ["whole", "colour", "colour-from", "kind", "is-colour", "is-kind"] {
         let loss = |m: &Metrics| m[&format!("{name}_loss")].as_f64().unwrap();
         assert!(loss(&after) < loss(&before) - 0.1, "{name}: {before:?} {after:?}");
     }
@@ -130,6 +147,61 @@ fn the_vlm_learns_and_its_export_replies_about_a_picture() {
         let picture = image::RgbImage::from_pixel(w, h, image::Rgb([200, 20, 20]));
         reply(&out, Message::user("What color is it?").with_images(vec![picture]));
     }
+}
+
+#[test]
+fn a_conversation_is_what_its_turns_are_prompted_with() {
+    let format = text_format(&tokenizer::train(5).unwrap()).unwrap();
+    let turns = [("What is it?", "chair"), ("What color is it?", "dark red"), ("Is it a bed?", "no")];
+    let asked = turns.map(|(q, a)| (Message::user(q), a));
+    let sample = crate::train::lm::Sample::conversation(&format, &asked).unwrap();
+    assert_eq!(sample.replies.len(), 3);
+    let mut messages = Vec::new();
+    for ((question, reply), at) in asked.into_iter().zip(&sample.replies) {
+        messages.push(question);
+        assert_eq!(sample.ids[..at.start], format.prompt(&messages, &Device::Cpu).unwrap().ids);
+        assert_eq!(sample.ids[at.clone()], format.reply(reply).unwrap());
+        messages.push(Message::assistant(reply));
+    }
+    assert_eq!(sample.replies[2].end, sample.ids.len());
+}
+
+#[test]
+fn no_turn_about_a_crop_asks_what_an_earlier_one_told() {
+    let mut rng = stream(8, 0);
+    let (mut turns, mut open_after_no) = (0, 0);
+    for index in 0..12 {
+        let (_, questions) = vlm::questions(5, index, &mut rng);
+        let crops: Vec<_> = questions.iter().filter(|q| q.0.is_some()).collect();
+        for asks in crops.chunk_by(|a, b| a.0 == b.0) {
+            let order = vlm::untold(asks, &mut rng);
+            assert!(!order.is_empty());
+            turns += order.len();
+            let told = |word: &str, before: &[&crate::rooms::vqa::VqaSample]| {
+                let mut words = before.iter().flat_map(|q| q.1.split(' ').chain(q.2.split(' ')));
+                words.any(|w| w.trim_matches(|c: char| !c.is_alphabetic()) == word)
+            };
+            let answer =
+                |ask| asks.iter().find(|q| parse_crop(&q.1).as_ref() == Some(&ask)).unwrap().2.as_str();
+            let (kind, colour) = (answer(CropAsk::Kind), answer(CropAsk::Colour));
+            for (i, q) in order.iter().enumerate() {
+                let secret = match parse_crop(&q.1).unwrap() {
+                    CropAsk::Kind | CropAsk::IsKind(_) => kind,
+                    _ => colour,
+                };
+                assert!(!told(secret, &order[..i]), "{order:?}");
+                open_after_no += usize::from(i > 0 && q.2 == secret && order[i - 1].2 == "no");
+            }
+        }
+        let whole: Vec<_> = questions.iter().filter(|q| q.0.is_none()).collect();
+        let kept = vlm::unrelated(&whole);
+        for kind in crate::rooms::Kind::ALL {
+            let naming = kept.iter().filter(|q| q.1.to_lowercase().contains(kind.word())).count();
+            assert!(naming <= 1, "{kept:?}");
+        }
+        assert!(whole.is_empty() || !kept.is_empty());
+    }
+    assert!(turns > 100 && open_after_no > 0, "{turns} {open_after_no}");
 }
 
 /// Ops work in blocks and chunks: what small shapes show need not hold at a training step's size.

@@ -1,9 +1,11 @@
 //! The embedded verifier: the base planner's network, trained on as a judge of plans and programs.
 //!
 //! One bit a case would be a thin signal for a network of this size. So it starts from the planner,
-//! which knows what plans and programs look like, and its replies reason before the verdict: a
-//! plan's judge first writes the right plan, a program's judge the line that the program should
-//! have where it first strays. One kind of mistake is never shown to it
+//! which knows what plans and programs look like, and its replies reason before the verdict, line by
+//! line: a plan's judge writes the right plan and after each line whether the plan has it, then what
+//! it has instead; a program's judge writes the program that the plan tells, up to the first line
+//! where the program strays. (A judge that wrote the right plan as a whole, or only the line where
+//! the program strays, stayed at 0.69 to 0.79 and at 0.76 after 650 steps.) One kind of mistake is never shown to it
 //! ([`Mistake::KEPT_FROM_VERIFIER`](crate::rooms::mistakes::Mistake)).
 
 use super::super::start;
@@ -30,8 +32,11 @@ use std::collections::HashMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-/// Tokens of a reply at most: the right plan and the verdict.
-pub const MAX_NEW_TOKENS: usize = 192;
+/// How replies reason; part of a run's settings, so that none goes on under another way.
+const REASONS: &str = "line by line";
+
+/// Tokens of a reply at most: a plan or a program, and the verdict.
+pub const MAX_NEW_TOKENS: usize = 320;
 
 impl Options {
     /// The run that made the embedded verifier.
@@ -50,23 +55,56 @@ fn turn(s: &VerifierSample) -> String {
 }
 
 fn reason(s: &VerifierSample) -> String {
-    if s.head != Head::Adherence {
-        let right = frames::parse(&s.question).map(|(spec, _)| spec.recipe().plan());
-        return right.expect("training questions are of the grammar");
+    let lines = match s.head {
+        Head::Adherence => reason_of_program(&s.plan, &s.program),
+        _ => reason_of_plan(&s.question, &s.plan),
+    };
+    lines.join("\n")
+}
+
+fn flagged(line: &str, ok: bool) -> String {
+    format!("{line} {}", if ok { "yes" } else { "no" })
+}
+
+fn reason_of_plan(question: &str, plan: &str) -> Vec<String> {
+    let (spec, _) = frames::parse(question).expect("training questions are of the grammar");
+    let right = spec.recipe().plan();
+    // A missing step moves the numbers of all that follow.
+    let step = |line: &str| {
+        line.trim().trim_start_matches(|c: char| c.is_ascii_digit() || c == '.').trim().to_owned()
+    };
+    let held: Vec<String> = plan.lines().map(step).filter(|l| !l.is_empty()).collect();
+    let wanted: Vec<String> = right.lines().map(step).collect();
+    let mut lines: Vec<String> = right.lines().map(|l| flagged(l, held.contains(&step(l)))).collect();
+    if Recipe::from_plan(plan).is_none() {
+        lines.push("It is no plan.".into());
+    } else {
+        lines.extend(held.iter().filter(|l| !wanted.contains(l)).map(|l| format!("Instead: {l}")));
     }
+    lines
+}
+
+fn reason_of_program(plan: &str, program: &str) -> Vec<String> {
     // A plan that states its answer outright is as good as none.
-    let told = Recipe::from_plan(&s.plan).filter(|r| !matches!(r.then, Then::Literal { .. }));
-    let Some(told) = told else { return "The plan tells no program.".into() };
+    let told = Recipe::from_plan(plan).filter(|r| !matches!(r.then, Then::Literal { .. }));
+    let Some(told) = told else { return vec!["The plan tells no program.".into()] };
     let told = told.program();
-    let lines = |text: &str| -> Vec<String> {
+    let clean = |text: &str| -> Vec<String> {
         text.lines().map(|l| l.trim_end().to_owned()).filter(|l| !l.is_empty()).collect()
     };
-    let (told, held) = (lines(&told), lines(&s.program));
-    match told.iter().enumerate().find(|(i, line)| held.get(*i) != Some(line)) {
-        Some((_, line)) => format!("It strays here:\n{line}"),
-        None if held.len() > told.len() => "It does more than the plan.".into(),
-        None => "It strays nowhere.".into(),
+    let (told, held) = (clean(&told), clean(program));
+    let mut lines = Vec::new();
+    for (i, line) in told.iter().enumerate() {
+        let same = held.get(i) == Some(line);
+        lines.push(flagged(line, same));
+        if !same {
+            return lines;
+        }
     }
+    if held.len() > told.len() {
+        lines.push("It does more than the plan.".into());
+    }
+    lines
 }
 
 struct VerifierTrainee<'a> {
@@ -160,7 +198,7 @@ pub fn train(o: &Options, planner: &Path) -> anyhow::Result<Metrics> {
         judge: LocalChat::from_engine("verifier", engine, format),
         cases,
     };
-    o.train(&mut trainee, "verifier", serde_json::to_value(cfg)?)
+    o.train(&mut trainee, "verifier", json!({ "model": cfg, "reasons": REASONS }))
 }
 
 /// Writes a run's network as a model folder: it is of the planner's architecture.

@@ -1,7 +1,10 @@
 //! The embedded VLM: a small Qwen3-VL that answers what programs ask about crops and whole pictures.
 //!
-//! It saw both looks and every wording of [`crate::rooms::vqa`]. Boxes are jittered as a detector's
-//! are, and crops grown as the `vqa` tool does.
+//! It starts from a vision tower that knows what it sees ([`super::vision`]), and saw both looks and
+//! every wording of [`crate::rooms::vqa`]. Boxes are jittered as a detector's are, and crops grown as
+//! the `vqa` tool does. A training sample is a conversation of several
+//! questions about one crop, so that its picture is worked through once for all of them; programs ask
+//! one, and so do the held-out samples.
 
 use super::super::start;
 use super::tokenizer::{FILLER, PICTURE, VISION_END, VISION_START};
@@ -13,10 +16,11 @@ use crate::llm::format::ChatFormat;
 use crate::llm::tokenizer::Tokenizer;
 use crate::models::qwen3;
 use crate::models::qwen3_vl::{Config, Mrope, Processor, Qwen3Vl, TextConfig, VisionConfig};
+use crate::nn::Params;
 use crate::nn::optim::Group;
 use crate::rooms::questions::{Split, scene_seed};
 use crate::rooms::vqa::{CropAsk, VqaSample, parse_crop, vqa_samples};
-use crate::rooms::{self, Look};
+use crate::rooms::{self, Kind, Look};
 use crate::tools::real::crop;
 use crate::tools::{BBox, Picture};
 use crate::train::lm::{LmTrainee, Sample};
@@ -31,13 +35,16 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// Rendered size.
-const WIDTH: u32 = 256;
-const HEIGHT: u32 = 192;
+pub(super) const WIDTH: u32 = 256;
+pub(super) const HEIGHT: u32 = 192;
 
 /// Pictures of a step, half of them of each look.
 const PICTURES: u64 = 8;
-/// Of a picture's samples, one in so many is about the whole of it.
-const WHOLE: usize = 4;
+/// Things of a picture that are asked about.
+pub(super) const CROPS: usize = 8;
+/// One in so many pictures is asked about as a whole too, this many questions at once.
+const WHOLE: u64 = 2;
+const WHOLE_TURNS: usize = 4;
 
 /// Share of its size by which each side of a box is moved at most.
 const JITTER: f64 = 0.08;
@@ -54,8 +61,8 @@ impl Options {
             dir,
             seed: 1,
             from: None,
-            steps: 900,
-            batch: 8,
+            steps: 1_500,
+            batch: CROPS,
             lr: 1.5e-3,
             resume: false,
             eval_every: 200,
@@ -135,6 +142,11 @@ fn shown(picture: &Picture, bbox: Option<BBox>) -> RgbImage {
     RgbImage::from_raw(seen.width(), seen.height(), seen.rgb().to_vec()).expect("three bytes a pixel")
 }
 
+/// What the VLM is shown of a thing's box as a detector would find it.
+pub(super) fn shown_thing(picture: &Picture, bbox: BBox, rng: &mut impl Rng) -> RgbImage {
+    shown(picture, Some(jittered(bbox, rng)))
+}
+
 fn jittered([x1, y1, x2, y2]: BBox, rng: &mut impl Rng) -> BBox {
     let (w, h) = (x2 - x1, y2 - y1);
     let mut by = |side: f64| rng.random_range(-JITTER..=JITTER) * side;
@@ -145,42 +157,94 @@ fn jittered([x1, y1, x2, y2]: BBox, rng: &mut impl Rng) -> BBox {
 pub fn questions(seed: u64, index: u64, rng: &mut impl Rng) -> (Picture, Vec<VqaSample>) {
     let look = if index.is_multiple_of(2) { Look::Studio } else { Look::LivedIn };
     let view = rooms::generate(scene_seed(Split::Train, seed, index), look, WIDTH, HEIGHT);
-    let mut samples = vqa_samples(&view, rng);
-    samples.shuffle(rng);
+    let samples = vqa_samples(&view, rng);
     (Picture::new(view.width, view.height, view.rgb), samples)
 }
 
-fn sample(
+/// A conversation about one box, or about the whole picture.
+fn conversation(
     format: &ChatFormat,
     picture: &Picture,
-    (bbox, question, answer): &VqaSample,
+    bbox: Option<BBox>,
+    turns: &[&VqaSample],
     rng: &mut impl Rng,
 ) -> anyhow::Result<Sample> {
-    let image = shown(picture, bbox.map(|b| jittered(b, rng)));
-    Ok(Sample::new(format, &[Message::user(question.clone()).with_images(vec![image])], answer)?)
+    let mut images = vec![shown(picture, bbox.map(|b| jittered(b, rng)))];
+    let turn = |(_, question, answer): &&VqaSample| {
+        let message = Message::user(question.clone()).with_images(std::mem::take(&mut images));
+        (message, answer.clone())
+    };
+    let turns: Vec<(Message, String)> = turns.iter().map(turn).collect();
+    let turns: Vec<(Message, &str)> = turns.iter().map(|(m, a)| (m.clone(), a.as_str())).collect();
+    Ok(Sample::conversation(format, &turns)?)
 }
 
-/// `n` samples of a training scene, one in [`WHOLE`] about the whole picture.
-fn samples(format: &ChatFormat, o: &Options, index: u64, n: usize) -> anyhow::Result<Vec<Sample>> {
+/// The questions about one thing, in a random order, without those whose answer was told before.
+pub(super) fn untold<'a>(asks: &[&'a VqaSample], rng: &mut impl Rng) -> Vec<&'a VqaSample> {
+    let answer_to = |ask: CropAsk| asks.iter().find(|q| parse_crop(&q.1) == Some(ask.clone())).map(|q| &q.2);
+    let (colour, kind) = (answer_to(CropAsk::Colour), answer_to(CropAsk::Kind));
+    let mut order = asks.to_vec();
+    order.shuffle(rng);
+    let mut told = String::new();
+    order.retain(|(_, question, answer)| {
+        let secret = match parse_crop(question) {
+            Some(CropAsk::Kind | CropAsk::IsKind(_)) => kind,
+            _ => colour,
+        };
+        let fresh = secret.is_some_and(|word| !told.split(|c: char| !c.is_alphabetic()).any(|w| w == word));
+        if fresh {
+            told += &format!(" {question} {answer}");
+        }
+        fresh
+    });
+    order
+}
+
+/// The first few questions about a whole picture that have no kind of thing in common, so that none
+/// gives away another's answer.
+pub(super) fn unrelated<'a>(asks: &[&'a VqaSample]) -> Vec<&'a VqaSample> {
+    let mut named: Vec<Kind> = Vec::new();
+    let mut kept = asks.to_vec();
+    kept.retain(|(_, question, _)| {
+        let question = question.to_lowercase();
+        let kinds: Vec<Kind> = Kind::ALL.iter().copied().filter(|k| question.contains(k.word())).collect();
+        let fresh = !kinds.iter().any(|k| named.contains(k));
+        if fresh {
+            named.extend(kinds);
+        }
+        fresh
+    });
+    kept.truncate(WHOLE_TURNS);
+    kept
+}
+
+/// Conversations about a training scene: `crops` of its clear things, and now and then the whole.
+fn samples(format: &ChatFormat, o: &Options, index: u64, crops: usize) -> anyhow::Result<Vec<Sample>> {
     let mut rng = stream(o.seed, index);
     let (picture, questions) = questions(o.seed, index, &mut rng);
-    let (whole, crops): (Vec<_>, Vec<_>) = questions.iter().partition(|q| q.0.is_none());
-    let chosen = whole.into_iter().take(n / WHOLE).chain(crops.into_iter().take(n - n / WHOLE));
-    chosen.map(|q| sample(format, &picture, q, &mut rng)).collect()
+    let (mut whole, of_crops): (Vec<_>, Vec<_>) = questions.iter().partition(|q| q.0.is_none());
+    // The questions about a thing stand together.
+    let mut things: Vec<&[&VqaSample]> = of_crops.chunk_by(|a, b| a.0 == b.0).collect();
+    things.shuffle(&mut rng);
+    let mut out = Vec::with_capacity(crops + 1);
+    for asks in things.into_iter().take(crops) {
+        let turns = untold(asks, &mut rng);
+        out.push(conversation(format, &picture, asks[0].0, &turns, &mut rng)?);
+    }
+    // Looks alternate; of each, one in `WHOLE`.
+    if (index / 2).is_multiple_of(WHOLE) && !whole.is_empty() {
+        whole.shuffle(&mut rng);
+        let whole = unrelated(&whole);
+        out.push(conversation(format, &picture, None, &whole, &mut rng)?);
+    }
+    Ok(out)
 }
 
 /// What a question is about, as figures name it.
 fn name_of((bbox, question, _): &VqaSample) -> &'static str {
-    if bbox.is_none() {
-        return "whole";
-    }
-    match parse_crop(question) {
-        Some(CropAsk::Colour) => "crop_colour",
-        Some(CropAsk::ColourFrom(_)) => "crop_colour_from",
-        Some(CropAsk::Kind) => "crop_kind",
-        Some(CropAsk::IsColour(_)) => "crop_is_colour",
-        Some(CropAsk::IsKind(_)) => "crop_is_kind",
-        None => "crop_other",
+    match bbox {
+        None => "whole",
+        Some(_) => parse_crop(question).map_or("other", |ask| ask.name()),
     }
 }
 
@@ -191,25 +255,31 @@ fn held_out(format: &ChatFormat, o: &Options) -> anyhow::Result<BTreeMap<&'stati
     // A scene gives several samples of each name; a few of each, so that scenes are many.
     let each = 4;
     for i in 0..o.held_out.div_ceil(each) as u64 {
-        let (picture, questions) = questions(o.seed, HELD_OUT_SCENES + i, &mut rng);
+        let (picture, mut questions) = questions(o.seed, HELD_OUT_SCENES + i, &mut rng);
+        questions.shuffle(&mut rng);
         let mut taken: BTreeMap<&str, usize> = BTreeMap::new();
         for q in &questions {
             let taken = taken.entry(name_of(q)).or_default();
             if *taken < each {
                 *taken += 1;
-                by_name.entry(name_of(q)).or_default().push(sample(format, &picture, q, &mut rng)?);
+                let sample = conversation(format, &picture, q.0, &[q], &mut rng)?;
+                by_name.entry(name_of(q)).or_default().push(sample);
             }
         }
     }
     Ok(by_name)
 }
 
-/// Trains (or continues). `NAME_replies_right` is the share of held-out questions that are answered
-/// rightly, by what they ask.
-pub fn train(o: &Options) -> anyhow::Result<Metrics> {
+/// Trains (or continues) from the tower's run in `vision`, or from the model that the options name.
+/// `NAME_replies_right` is the share of held-out questions that are answered rightly, by what they
+/// ask.
+pub fn train(o: &Options, vision: &Path) -> anyhow::Result<Metrics> {
+    let params = match &o.from {
+        Some(dir) => start(o.seed, Some(dir))?,
+        None => Params::from_tensors(o.seed, super::vision::tower(vision)?)?,
+    };
     let format = format(&tokenizer_of(&o.dir, o.from.as_deref())?)?;
     let cfg = config(&format.tokenizer)?;
-    let params = start(o.seed, o.from.as_deref())?;
     let network = Network::Vision(Qwen3Vl::new(&cfg, params.builder())?);
     if o.from.is_none() {
         spread_embeddings(&params)?;
@@ -228,7 +298,11 @@ pub fn train(o: &Options) -> anyhow::Result<Metrics> {
     for (name, samples) in held_out {
         trainee = trainee.also_held_out(name, samples);
     }
-    o.train(&mut trainee, "vlm", serde_json::to_value(cfg)?)
+    let recipe = json!({
+        "model": cfg, "processor": processor(), "starts_from": "vision", "pictures": PICTURES,
+        "one_in_whole": WHOLE, "whole_turns": WHOLE_TURNS,
+    });
+    o.train(&mut trainee, "vlm", recipe)
 }
 
 /// Writes a run's network as a model folder.
