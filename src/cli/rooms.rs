@@ -146,9 +146,12 @@ fn pretrain(args: &PretrainArgs) -> Result<()> {
                 )?,
                 Part::Depth => {
                     let o = depth::DepthTraining::default();
-                    let (steps, seed) = (args.steps.unwrap_or(o.steps), args.seed.unwrap_or(o.seed));
-                    let from = args.from.clone();
-                    depth::run(depth::DepthTraining { steps, seed, from, ..o }, &run, args.resume)?
+                    let (seed, from) = (args.seed.unwrap_or(o.seed), args.from.clone());
+                    let mut o = depth::DepthTraining { seed, from, ..o };
+                    if let Some(steps) = args.steps {
+                        o = o.in_steps(steps);
+                    }
+                    depth::run(o, &run, args.resume)?
                 }
                 Part::Detector => {
                     let o = detector::Options::embedded(run.clone());

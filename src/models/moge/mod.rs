@@ -292,7 +292,12 @@ impl MoGe {
         let (_, _, h, w) = image.dims4()?;
         let (rows, cols) = Self::grid(w, h, tokens);
         let (features, cls) = self.encode(image, rows, cols)?;
-        let levels = self.decode(&features, w as f64 / h as f64)?;
+        self.heads(&features, &cls, w, h)
+    }
+
+    /// What the heads make of [`Self::encode`]'s features and class token, at the picture's size.
+    pub fn heads(&self, features: &Tensor, cls: &Tensor, w: usize, h: usize) -> Result<Raw> {
+        let levels = self.decode(features, w as f64 / h as f64)?;
         let run = |head: &Option<ConvStack>| -> Result<Option<Tensor>> {
             let Some(head) = head else { return Ok(None) };
             let top = head.forward(&levels)?.swap_remove(LEVELS - 1);
@@ -301,7 +306,7 @@ impl MoGe {
         let log_scale = match &self.scale_head {
             None => None,
             Some(mlp) => {
-                let mut x = mlp[0].forward(&cls)?;
+                let mut x = mlp[0].forward(cls)?;
                 for layer in &mlp[1..] {
                     x = layer.forward(&x.relu()?)?;
                 }

@@ -1,12 +1,16 @@
 //! The embedded depth model: a small MoGe-2 trained from nothing on Rooms.
 //!
 //! Pictures of both looks are rendered as they are needed; no scene is seen twice, none of the
-//! test split ever. Most of the run sees them coarsely, on a quarter of the final model's tokens:
-//! what a picture's camera and walls are shows there too, and three times as many pictures fit into
-//! the same time. Everything follows from the seed and the step, so a resumed run is the same
-//! run.
+//! test split ever. A run has stages. In the first only the encoder learns, on many small pictures:
+//! its class token to tell the camera, each patch the depth of its quarters, by linear heads that the
+//! finished model does not have. (Through the maps alone it had not found the camera after 12,000
+//! pictures, and metric depth hangs on that: half the field of view is twice the distance of a thing
+//! of known size.) Then the maps, coarsely, and at last on all tokens. Everything follows from the seed
+//! and the step, so a resumed run is the same run.
 
-use super::super::depth::{DepthBatch, DepthLossWeights, DepthSample, check_trainable, depth_loss};
+use super::super::depth::{
+    DepthBatch, DepthLoss, DepthLossWeights, DepthSample, check_trainable, depth_loss,
+};
 use super::super::run::{Metrics, RunOptions, Trainee, train};
 use crate::eval::depth::{abs_rel, abs_rel_aligned};
 use crate::files::write_atomic;
@@ -15,8 +19,8 @@ use crate::models::moge::{
     Activation, Config, EncoderConfig, Layers, MoGe, ModelConfig, Norm, PerLevel, Remap, Resampler,
     ScaleConfig, StackConfig, Tokens,
 };
-use crate::nn::Params;
 use crate::nn::optim::{AdamW, AdamWConfig, Decay, Group, Schedule};
+use crate::nn::{self, Linear, Params};
 use crate::rooms::questions::{Split, scene_seed};
 use crate::rooms::{self, Look, View};
 use candle_core::Tensor;
@@ -27,6 +31,21 @@ use std::collections::HashMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+/// A part of a run. Its learning rate starts anew.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stage {
+    pub steps: u64,
+    pub batch: usize,
+    /// Size of the pictures.
+    pub width: u32,
+    pub height: u32,
+    pub tokens: usize,
+    pub lr: f64,
+    /// Is the whole model trained, or the encoder alone?
+    pub maps: bool,
+}
+
 /// Settings of a run; with the step number they determine it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -35,41 +54,85 @@ pub struct DepthTraining {
     /// A model folder to go on from, in place of fresh parameters.
     #[serde(skip)]
     pub from: Option<PathBuf>,
-    pub steps: u64,
-    pub batch: usize,
-    /// Size of the pictures.
-    pub width: u32,
-    pub height: u32,
-    pub lr: f64,
+    pub stages: Vec<Stage>,
+    /// Steps of warm-up at the beginning of each stage.
     pub warmup: u64,
     pub weight_decay: f64,
     pub loss: DepthLossWeights,
-    /// Share of the steps up to which pictures have this many tokens, in order; the last share is 1.
-    pub tokens: Vec<(f64, usize)>,
-    /// Held-out pictures per look.
+    /// Weights of the encoder's own losses: of the camera, and of the depth of patches.
+    pub camera: f64,
+    pub patches: f64,
+    /// Held-out pictures per look, of the last stage's size.
     pub eval_pictures: u64,
 }
 
 impl Default for DepthTraining {
     fn default() -> Self {
+        let (width, height, tokens) = (224, 168, GRID[0] * GRID[1]);
+        let whole = Stage { steps: 1_500, batch: 12, width, height, tokens, lr: 6e-4, maps: true };
+        let stages = vec![
+            Stage {
+                steps: 6_000,
+                batch: 32,
+                width: width / 2,
+                height: height / 2,
+                tokens: tokens / 4,
+                lr: 1e-3,
+                maps: false,
+            },
+            Stage { steps: 1_500, tokens: tokens / 4, ..whole },
+            whole,
+        ];
         Self {
             seed: 1,
             from: None,
-            steps: 4000,
-            batch: 12,
-            width: 224,
-            height: 168,
-            lr: 1.5e-3,
+            stages,
             warmup: 100,
             weight_decay: 0.02,
             loss: DepthLossWeights::default(),
-            tokens: vec![
-                (0.6, GRID[0] * GRID[1] / 4),
-                (0.85, GRID[0] * GRID[1] * 9 / 16),
-                (1., GRID[0] * GRID[1]),
-            ],
+            camera: 0.3,
+            patches: 1.,
             eval_pictures: 24,
         }
+    }
+}
+
+impl DepthTraining {
+    /// The same in `steps` steps: the last stage alone for a model that is gone on from, else all of
+    /// them in their proportion.
+    pub fn in_steps(mut self, steps: u64) -> Self {
+        if self.from.is_some() {
+            self.stages.drain(..self.stages.len() - 1);
+        }
+        let (all, mut left) = (self.steps(), steps);
+        let last = self.stages.len() - 1;
+        for (i, stage) in self.stages.iter_mut().enumerate() {
+            stage.steps = if i == last { left } else { (stage.steps * steps / all).min(left) };
+            left -= stage.steps;
+        }
+        self
+    }
+
+    fn steps(&self) -> u64 {
+        self.stages.iter().map(|s| s.steps).sum()
+    }
+
+    /// The stage of a step, the step's number in it, and that of its first picture.
+    fn stage(&self, step: u64) -> (Stage, u64, u64) {
+        let (mut before, mut pictures) = (0, 0);
+        for stage in &self.stages {
+            let own = step - before;
+            if own < stage.steps {
+                return (*stage, own, pictures + own * stage.batch as u64);
+            }
+            before += stage.steps;
+            pictures += stage.steps * stage.batch as u64;
+        }
+        panic!("step {step} of a run of {before}")
+    }
+
+    fn last(&self) -> Stage {
+        *self.stages.last().expect("a run has a stage")
     }
 }
 
@@ -141,6 +204,37 @@ pub fn pixels(view: &View) -> candle_core::Result<Tensor> {
     t.permute((2, 0, 1))?.to_dtype(candle_core::DType::F32)? / 255.
 }
 
+const CAMERA: usize = 3;
+
+/// Field of view, tilt and height of a picture's camera, each of about unit spread over Rooms.
+fn camera(view: &View) -> [f32; CAMERA] {
+    let c = &view.camera;
+    let focal = (c.fov_x.to_radians() / 2.).tan().ln();
+    [((focal + 0.52) / 0.2) as f32, ((c.tilt - 12.5) / 7.) as f32, ((c.height - 1.5) / 0.3) as f32]
+}
+
+/// Parts of a patch in a row and in a column, each of which has its depth told.
+const PARTS: usize = 2;
+
+/// Mean log depth of the parts of each of `rows` · `cols` patches, patch after patch.
+fn patch_depths(view: &View, rows: usize, cols: usize) -> Vec<f32> {
+    let (w, h) = (view.width as usize, view.height as usize);
+    let (wide, high) = (w / (cols * PARTS), h / (rows * PARTS));
+    assert!(wide * cols * PARTS == w && high * rows * PARTS == h, "{w}×{h} in {cols}×{rows} patches");
+    let part = |px: usize, py: usize| {
+        let pixels =
+            (py * high..(py + 1) * high).flat_map(|y| (px * wide..(px + 1) * wide).map(move |x| y * w + x));
+        pixels.map(|i| view.depth[i].ln()).sum::<f32>() / (wide * high) as f32
+    };
+    (0..rows * cols)
+        .flat_map(|i| (0..PARTS * PARTS).map(move |k| (i, k)))
+        .map(|(i, k)| part(i % cols * PARTS + k % PARTS, i / cols * PARTS + k / PARTS))
+        .collect()
+}
+
+/// Of the parameters that only training has.
+const ENCODER_HEADS: &str = "pretrain";
+
 fn sample(view: &View) -> DepthSample<'_> {
     DepthSample { rgb: &view.rgb, metres: &view.depth, fov_x: view.camera.fov_x }
 }
@@ -148,11 +242,11 @@ fn sample(view: &View) -> DepthSample<'_> {
 /// Figures of a depth model on the test split, through [`MoGe::infer`].
 pub fn evaluate(net: &MoGe, cfg: &DepthTraining) -> anyhow::Result<Metrics> {
     let mut metrics = Metrics::new();
-    let mut overall = 0.;
+    let (mut overall, size) = (0., cfg.last());
     for (name, look) in [("studio", Look::Studio), ("lived_in", Look::LivedIn)] {
         let views: Vec<View> = (0..cfg.eval_pictures)
             .into_par_iter()
-            .map(|i| rooms::generate(scene_seed(Split::Test, cfg.seed, i), look, cfg.width, cfg.height))
+            .map(|i| rooms::generate(scene_seed(Split::Test, cfg.seed, i), look, size.width, size.height))
             .collect();
         let (mut rel, mut aligned, mut fov) = (0., 0., 0.);
         for view in &views {
@@ -178,10 +272,10 @@ pub fn run(cfg: DepthTraining, dir: &Path, resume: bool) -> anyhow::Result<Metri
     let model = config();
     let options = RunOptions {
         dir: dir.into(),
-        steps: cfg.steps,
+        steps: cfg.steps(),
         resume,
         save_every: 100,
-        eval_every: 250,
+        eval_every: 500,
         log_every: 10,
         settings: super::settings(
             json!({ "training": &cfg, "model": &model, "rooms": rooms::VERSION }),
@@ -198,54 +292,70 @@ pub struct DepthTrainer {
     cfg: DepthTraining,
     params: Params,
     net: MoGe,
+    camera: Linear,
+    patches: Linear,
     optimiser: AdamW,
-    schedule: Schedule,
+}
+
+/// Losses of a step; those of the maps where the stage has them.
+struct Losses {
+    camera: Tensor,
+    patches: Tensor,
+    maps: Option<DepthLoss>,
 }
 
 impl DepthTrainer {
-    pub fn new(mut cfg: DepthTraining, model: &Config) -> anyhow::Result<Self> {
+    pub fn new(cfg: DepthTraining, model: &Config) -> anyhow::Result<Self> {
         let params = super::start(cfg.seed, cfg.from.as_deref())?;
         let net = MoGe::new(model, params.builder())?;
         check_trainable(&net)?;
-        match cfg.from {
-            None => super::set_positions(&params, "encoder.backbone.pos_embed", 1)?,
-            // A model that is done need not see coarsely again.
-            Some(_) => cfg.tokens = vec![(1., model.model_config.num_tokens_range[1])],
+        let heads = params.builder().pp(ENCODER_HEADS);
+        let camera = nn::linear(net.backbone().config().dim, CAMERA, heads.pp("camera"))?;
+        let patches = nn::linear(model.model_config.encoder.dim_out, PARTS * PARTS, heads.pp("patches"))?;
+        if cfg.from.is_none() {
+            super::set_positions(&params, "encoder.backbone.pos_embed", 1)?;
         }
         let adamw = AdamWConfig { weight_decay: cfg.weight_decay, ..AdamWConfig::default() };
         let optimiser = AdamW::new(params.named(), adamw, |_, v| Some(Group::usual(v)))?;
-        let schedule = Schedule {
-            base: cfg.lr,
-            warmup: cfg.warmup,
-            warmup_from: cfg.lr / 100.,
-            decay: Decay::Cosine { total: cfg.steps, to: cfg.lr / 100. },
-        };
-        Ok(Self { cfg, params, net, optimiser, schedule })
+        Ok(Self { cfg, params, net, camera, patches, optimiser })
     }
 
     pub fn net(&self) -> &MoGe {
         &self.net
     }
 
-    fn tokens(&self, step: u64) -> usize {
-        let done = step as f64 / self.cfg.steps.max(1) as f64;
-        let stage = self.cfg.tokens.iter().find(|(until, _)| done < *until);
-        stage.or(self.cfg.tokens.last()).map_or(self.net.config().num_tokens_range[1], |s| s.1)
+    fn losses(&self, views: &[View], stage: Stage) -> anyhow::Result<Losses> {
+        let samples: Vec<_> = views.iter().map(sample).collect();
+        let (w, h) = (stage.width as usize, stage.height as usize);
+        let batch = DepthBatch::new(&samples, w, h)?;
+        let (rows, cols) = MoGe::grid(w, h, stage.tokens);
+        let (features, cls) = self.net.encode(&batch.image, rows, cols)?;
+        let off = |got: Tensor, truth: Vec<f32>| -> candle_core::Result<Tensor> {
+            let truth = Tensor::from_vec(truth, got.shape(), got.device())?;
+            (got - truth)?.abs()?.mean_all()
+        };
+        let cameras = views.iter().flat_map(camera).collect();
+        let depths = views.iter().flat_map(|v| patch_depths(v, rows, cols)).collect();
+        let of_patches = features.flatten_from(2)?.transpose(1, 2)?.contiguous()?;
+        Ok(Losses {
+            camera: off(self.camera.forward(&cls)?, cameras)?,
+            patches: off(self.patches.forward(&of_patches)?, depths)?,
+            maps: match stage.maps {
+                true => Some(depth_loss(&self.net.heads(&features, &cls, w, h)?, &batch, &self.cfg.loss)?),
+                false => None,
+            },
+        })
     }
 
     /// The pictures of a step; even ones are studio, odd ones lived-in.
     fn views(&self, step: u64) -> Vec<View> {
-        let first = step * self.cfg.batch as u64;
-        (first..first + self.cfg.batch as u64)
+        let (stage, _, first) = self.cfg.stage(step);
+        (first..first + stage.batch as u64)
             .into_par_iter()
             .map(|i| {
                 let look = if i % 2 == 0 { Look::Studio } else { Look::LivedIn };
-                rooms::generate(
-                    scene_seed(Split::Train, self.cfg.seed, i),
-                    look,
-                    self.cfg.width,
-                    self.cfg.height,
-                )
+                let scene = scene_seed(Split::Train, self.cfg.seed, i);
+                rooms::generate(scene, look, stage.width, stage.height)
             })
             .collect()
     }
@@ -265,22 +375,39 @@ impl Trainee for DepthTrainer {
     }
 
     fn step(&mut self, step: u64) -> anyhow::Result<Metrics> {
-        let views = self.views(step);
-        let samples: Vec<_> = views.iter().map(sample).collect();
-        let batch = DepthBatch::new(&samples, self.cfg.width as usize, self.cfg.height as usize)?;
-        let loss = depth_loss(&self.net.raw(&batch.image, self.tokens(step))?, &batch, &self.cfg.loss)?;
-        self.optimiser.accumulate(&loss.total.backward()?, 1.)?;
-        let lr = self.schedule.lr(step);
+        let (stage, own, _) = self.cfg.stage(step);
+        let l = self.losses(&self.views(step), stage)?;
+        let mut total = ((&l.camera * self.cfg.camera)? + (&l.patches * self.cfg.patches)?)?;
+        if let Some(maps) = &l.maps {
+            total = (total + &maps.total)?;
+        }
+        self.optimiser.accumulate(&total.backward()?, 1.)?;
+        let schedule = Schedule {
+            base: stage.lr,
+            warmup: self.cfg.warmup.min(stage.steps / 2),
+            warmup_from: stage.lr / 100.,
+            decay: Decay::Cosine { total: stage.steps, to: stage.lr / 50. },
+        };
+        let lr = schedule.lr(own);
         let report = self.optimiser.step(lr)?;
-        Ok(Metrics::from_iter([
-            ("loss".to_string(), json!(loss.total.to_scalar::<f32>()?)),
-            ("depth".into(), json!(loss.depth)),
-            ("gradient".into(), json!(loss.gradient)),
-            ("rays".into(), json!(loss.rays)),
-            ("scale".into(), json!(loss.scale)),
+        let mut m = Metrics::from_iter([
+            ("loss".to_string(), json!(total.to_scalar::<f32>()?)),
+            ("camera".into(), json!(l.camera.to_scalar::<f32>()?)),
+            ("patches".into(), json!(l.patches.to_scalar::<f32>()?)),
             ("lr".into(), json!(lr)),
             ("grad_norm".into(), json!(report.grad_norm)),
-        ]))
+        ]);
+        if let Some(maps) = l.maps {
+            for (name, value) in [
+                ("depth", maps.depth),
+                ("gradient", maps.gradient),
+                ("rays", maps.rays),
+                ("scale", maps.scale),
+            ] {
+                m.insert(name.into(), json!(value));
+            }
+        }
+        Ok(m)
     }
 
     fn evaluate(&mut self) -> anyhow::Result<Metrics> {
@@ -293,7 +420,7 @@ pub fn export(run: &Path, out: &Path) -> anyhow::Result<()> {
     let mut cfg = serde_json::to_value(config())?;
     cfg["rooms_version"] = rooms::VERSION.into();
     write_atomic(&out.join("config.json"), |w| writeln!(w, "{cfg:#}"))?;
-    super::export_weights(run, out)
+    super::export_weights(run, out, |name| !name.starts_with(ENCODER_HEADS))
 }
 
 #[cfg(test)]
@@ -302,14 +429,11 @@ mod tests {
 
     /// Small pictures and few tokens: the network is the embedded one.
     fn small() -> (DepthTraining, Config) {
+        let maps = Stage { steps: 2, batch: 2, width: 56, height: 42, tokens: 12, lr: 1e-3, maps: true };
         let cfg = DepthTraining {
-            batch: 2,
-            width: 56,
-            height: 42,
+            stages: vec![Stage { steps: 1, batch: 3, maps: false, ..maps }, maps],
             warmup: 0,
-            steps: 3,
             eval_pictures: 1,
-            tokens: vec![(1., 12)],
             ..DepthTraining::default()
         };
         let mut model = config();
@@ -321,10 +445,8 @@ mod tests {
     fn every_parameter_receives_a_gradient() -> anyhow::Result<()> {
         let (cfg, model) = small();
         let t = DepthTrainer::new(cfg, &model)?;
-        let views = t.views(0);
-        let samples: Vec<_> = views.iter().map(sample).collect();
-        let batch = DepthBatch::new(&samples, 56, 42)?;
-        let grads = depth_loss(&t.net.raw(&batch.image, 12)?, &batch, &t.cfg.loss)?.total.backward()?;
+        let l = t.losses(&t.views(1), t.cfg.last())?;
+        let grads = ((l.camera + l.patches)? + l.maps.expect("the stage has maps").total)?.backward()?;
         for (name, var) in t.params.named() {
             let Some(g) = grads.get(&var) else { panic!("no gradient: {name}") };
             assert!(g.abs()?.sum_all()?.to_scalar::<f32>()? > 0., "zero gradient: {name}");
@@ -356,14 +478,48 @@ mod tests {
         let (cfg, model) = small();
         let t = DepthTrainer::new(cfg, &model)?;
         let (first, second) = (t.views(0), t.views(1));
+        assert_eq!((first.len(), second.len()), (3, 2));
         assert!(
             first.iter().any(|v| v.look == Look::Studio) && first.iter().any(|v| v.look == Look::LivedIn)
         );
         let test: Vec<u64> = (0..100).map(|i| scene_seed(Split::Test, t.cfg.seed, i)).collect();
+        let third = t.views(2);
+        let mut seeds: Vec<u64> = first.iter().chain(&second).chain(&third).map(|v| v.seed).collect();
+        seeds.sort_unstable();
+        seeds.dedup();
+        assert_eq!(seeds.len(), 7, "no scene is seen twice");
         for v in first.iter().chain(&second) {
             assert!(!test.contains(&v.seed));
         }
-        assert_ne!(first[0].seed, second[0].seed);
         Ok(())
+    }
+    #[test]
+    fn stages_follow_one_another_and_shrink_in_proportion() {
+        let all = DepthTraining::default();
+        let at = |step| {
+            let (stage, own, first) = all.stage(step);
+            (stage.maps, own, first)
+        };
+        assert_eq!(at(5_999), (false, 5_999, 5_999 * 32));
+        assert_eq!(at(6_000), (true, 0, 6_000 * 32));
+        assert_eq!(at(7_501), (true, 1, 6_000 * 32 + 1_501 * 12));
+        let few = all.clone().in_steps(90);
+        assert_eq!(few.stages.iter().map(|s| s.steps).collect::<Vec<_>>(), [60, 15, 15]);
+        let further = DepthTraining { from: Some("model".into()), ..all }.in_steps(90);
+        assert_eq!(further.stages.iter().map(|s| (s.steps, s.tokens)).collect::<Vec<_>>(), [(90, 192)]);
+    }
+
+    #[test]
+    fn patches_are_told_the_depth_of_their_own_parts() {
+        let mut view = rooms::generate(3, Look::Studio, 56, 42);
+        // Depth that tells its place: e to the column, plus a hundredth of the row.
+        for (i, d) in view.depth.iter_mut().enumerate() {
+            *d = ((i % 56) as f32 / 10. + (i / 56) as f32 / 100.).exp();
+        }
+        let got = patch_depths(&view, 3, 4);
+        assert_eq!(got.len(), 3 * 4 * 4);
+        // Patch 5 is the second of the second row; its last part is its lower right one.
+        let want = (14. + 7. + 3.) / 10. + (14. + 7. + 3.) / 100.;
+        assert!((got[5 * 4 + 3] - want).abs() < 1e-3, "{} {want}", got[23]);
     }
 }

@@ -292,7 +292,7 @@ pub fn export(run: &Path, out: &Path) -> anyhow::Result<()> {
     for (name, value) in files {
         write_atomic(&out.join(name), |w| writeln!(w, "{value:#}"))?;
     }
-    super::export_weights(run, out)
+    super::export_weights(run, out, |_| true)
 }
 
 #[cfg(test)]

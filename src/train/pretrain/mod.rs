@@ -63,10 +63,11 @@ fn settings(mut of_run: Value, from: Option<&Path>) -> Value {
     of_run
 }
 
-/// Writes the parameters of a run's checkpoint as `model.safetensors`, f16.
-fn export_weights(run: &Path, out: &Path) -> anyhow::Result<()> {
+/// Writes those parameters of a run's checkpoint that are the model's as `model.safetensors`, f16.
+fn export_weights(run: &Path, out: &Path, is_model: impl Fn(&str) -> bool) -> anyhow::Result<()> {
     let mut weights = HashMap::new();
-    for (name, t) in run::parameters(&run.join("checkpoint.safetensors"))? {
+    let all = run::parameters(&run.join("checkpoint.safetensors"))?;
+    for (name, t) in all.into_iter().filter(|(name, _)| is_model(name)) {
         weights.insert(name, t.to_dtype(DType::F16)?);
     }
     let bytes = safetensors::serialize(&weights, None)?;

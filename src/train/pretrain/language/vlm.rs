@@ -42,8 +42,9 @@ pub(super) const HEIGHT: u32 = 192;
 const PICTURES: u64 = 8;
 /// Things of a picture that are asked about.
 pub(super) const CROPS: usize = 8;
-/// One in so many pictures is asked about as a whole too, this many questions at once.
-const WHOLE: u64 = 2;
+/// One in so many pictures is asked about as a whole too, this many questions at once at most. (A
+/// program asks about the whole where nothing is detected, so what is not there hangs on these.)
+const WHOLE: u64 = 1;
 const WHOLE_TURNS: usize = 4;
 
 /// Share of its size by which each side of a box is moved at most.
@@ -278,10 +279,13 @@ pub fn train(o: &Options, vision: &Path) -> anyhow::Result<Metrics> {
         Some(dir) => start(o.seed, Some(dir))?,
         None => Params::from_tensors(o.seed, super::vision::tower(vision)?)?,
     };
-    let format = format(&tokenizer_of(&o.dir, o.from.as_deref())?)?;
+    // The tower's run may have gone on from a whole VLM, whose decoder knows that one's ids.
+    let tokenizer = tokenizer_of(&o.dir, Some(o.from.as_deref().unwrap_or(vision)))?;
+    let format = format(&tokenizer)?;
     let cfg = config(&format.tokenizer)?;
+    let fresh = params.get("model.language_model.embed_tokens.weight").is_none();
     let network = Network::Vision(Qwen3Vl::new(&cfg, params.builder())?);
-    if o.from.is_none() {
+    if fresh {
         spread_embeddings(&params)?;
     }
     let held_out = held_out(&format, o)?;
