@@ -2,8 +2,9 @@
 //! the colour of the thing in a crop, by linear heads on what its mergers give, averaged over the crop;
 //! and of whole pictures, what is to be seen at each of their tokens.
 //!
-//! Through the decoder a tower of this size learns the same at a third of the crops per second, and
-//! only once the decoder has found where to look: after 60,000 crops it could not name kinds.
+//! Through the decoder a tower of this size learns the same at half of the crops per second, and only
+//! once the decoder has found where to look: after 60,000 crops it named a third of the kinds, where
+//! these heads name 63 % after 37,000.
 //! [`super::vlm`] starts from the run's tower; the heads are dropped.
 
 use super::super::set_positions;
@@ -297,7 +298,7 @@ impl Trainee for VisionTrainee {
             let n = looked.crops.len() as f64;
             m.insert(format!("kind_right_{name}"), json!(kinds as f64 / n));
             m.insert(format!("colour_right_{name}"), json!(colours as f64 / n));
-            let (mut tokens, mut right) = (0, 0);
+            let (mut tokens, mut right) = (0usize, 0usize);
             for whole in looked.wholes.chunks(4) {
                 let Some((kinds, _)) = self.logits(&looked.crops[..1], whole)?.here else { continue };
                 for (shares, best) in whole.iter().flat_map(|w| &w.kinds).zip(best(&kinds)?) {
@@ -306,7 +307,7 @@ impl Trainee for VisionTrainee {
                     right += usize::from(thing == Some(best as usize));
                 }
             }
-            m.insert(format!("tokens_right_{name}"), json!(right as f64 / f64::from(tokens.max(1) as u32)));
+            m.insert(format!("tokens_right_{name}"), json!(right as f64 / tokens.max(1) as f64));
         }
         Ok(m)
     }
