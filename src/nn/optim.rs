@@ -1,12 +1,11 @@
-//! AdamW with f32 moments, parameter groups, clipping and a state that can be saved, and the
+//! AdamW and Muon with f32 moments, parameter groups, clipping and a state that can be saved, and the
 //! learning-rate schedules of the trainers.
 //!
 //! Why not candle's: its AdamW keeps moments in the parameter's dtype, has no groups, no clipping
 //! and no way to save its state. Gradients of several micro-batches are added up here before a
-//! step. Not here: other optimisers, and master weights for half-precision parameters; parameters
-//! are f32 on the CPU.
+//! step. Not here: master weights for half-precision parameters; parameters are f32 on the CPU.
 
-use super::cpu::{Held, rows_per_task};
+use super::cpu::{Held, Mat, gemm, rows_per_task};
 use super::simd::{sum_by, wide};
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Tensor, Var};
@@ -41,12 +40,25 @@ pub struct Group {
     pub lr: f64,
     /// Whether weight decay applies.
     pub decay: bool,
+    /// Whether the step is Muon's: the momentum made orthogonal (see [`orthogonal`]), in place of
+    /// AdamW's. For matrices between hidden layers.
+    pub muon: bool,
 }
 
 impl Group {
     /// The usual rule: matrices decay; norms, biases and other vectors do not.
     pub fn usual(var: &Var) -> Self {
-        Self { lr: 1., decay: var.rank() >= 2 }
+        Self { lr: 1., decay: var.rank() >= 2, muon: false }
+    }
+
+    /// For networks made from nothing: Muon for the matrices between hidden layers, `lr` times as
+    /// fast as AdamW is for embeddings, heads and vectors (which `outer` names by a part of theirs).
+    pub fn from_nothing(name: &str, var: &Var, outer: &[&str], lr: f64) -> Self {
+        let usual = Self::usual(var);
+        match var.rank() == 2 && !outer.iter().any(|part| name.contains(part)) {
+            true => Self { lr, muon: true, ..usual },
+            false => usual,
+        }
     }
 }
 
@@ -63,7 +75,7 @@ struct Slot {
     name: String,
     var: Var,
     group: Group,
-    /// Exponential averages of the gradient and of its square.
+    /// Exponential averages of the gradient and of its square; Muon has the first only.
     m: Vec<f32>,
     v: Vec<f32>,
     /// Sum of the gradients since the last step; empty before the first.
@@ -90,8 +102,12 @@ impl AdamW {
             if var.dtype() != DType::F32 || !var.device().is_cpu() || !var.is_contiguous() {
                 candle_core::bail!("AdamW: parameter {name} is not contiguous f32 on the CPU")
             }
+            if group.muon && var.rank() != 2 {
+                candle_core::bail!("Muon: parameter {name} of shape {:?} is no matrix", var.shape())
+            }
             let n = var.elem_count();
-            slots.push(Slot { name, var, group, m: vec![0.; n], v: vec![0.; n], grad: vec![] });
+            let v = if group.muon { vec![] } else { vec![0.; n] };
+            slots.push(Slot { name, var, group, m: vec![0.; n], v, grad: vec![] });
         }
         Ok(Self { cfg, slots, steps: 0 })
     }
@@ -149,6 +165,10 @@ impl AdamW {
             }
             let lr = lr * s.group.lr;
             let decay = if s.group.decay { self.cfg.weight_decay } else { 0. };
+            if s.group.muon {
+                s.muon(lr, (1. - lr * decay) as f32)?;
+                continue;
+            }
             let rule = Rule {
                 clip: clip as f32,
                 beta1: self.cfg.beta1 as f32,
@@ -164,11 +184,15 @@ impl AdamW {
         Ok(StepReport { grad_norm, applied: true })
     }
 
-    /// Moments as `NAME.exp_avg` and `NAME.exp_avg_sq`, and `step`, for exact resumption between steps.
+    /// Moments as `NAME.exp_avg` and, of AdamW, `NAME.exp_avg_sq`, and `step`, for exact resumption
+    /// between steps.
     pub fn state(&self) -> Result<HashMap<String, Tensor>> {
         let mut out = HashMap::new();
         for s in &self.slots {
             for (kind, values) in [("exp_avg", &s.m), ("exp_avg_sq", &s.v)] {
+                if values.is_empty() {
+                    continue;
+                }
                 let t = Tensor::from_slice(values, s.var.shape(), &Device::Cpu)?;
                 out.insert(format!("{}.{kind}", s.name), t);
             }
@@ -196,7 +220,8 @@ impl AdamW {
                 }
                 t.flatten_all()?.to_vec1()
             };
-            moments.push((read("exp_avg")?, read("exp_avg_sq")?));
+            let v = if s.group.muon { vec![] } else { read("exp_avg_sq")? };
+            moments.push((read("exp_avg")?, v));
         }
         for (s, (m, v)) in self.slots.iter_mut().zip(moments) {
             (s.m, s.v) = (m, v);
@@ -216,6 +241,56 @@ impl AdamW {
         let state = candle_core::safetensors::load(path, &Device::Cpu)?;
         self.restore(&state).map_err(|e| candle_core::Error::Msg(format!("{}: {e}", path.display())))
     }
+}
+
+/// Muon's momentum (Jordan et al. 2024).
+const MOMENTUM: f32 = 0.95;
+
+/// Size of a Muon step's elements, about that of AdamW's, so that one learning rate serves both (Liu
+/// et al. 2025, "Muon is scalable for LLM training").
+const MUON_SIZE: f32 = 0.2;
+
+impl Slot {
+    /// One step of Muon; weight decay leaves `keep` of the weights. The scale of the gradient plays no
+    /// part, so neither does clipping.
+    fn muon(&mut self, lr: f64, keep: f32) -> Result<()> {
+        let (rows, cols) = self.var.dims2()?;
+        for (m, g) in self.m.iter_mut().zip(&mut self.grad) {
+            *m = MOMENTUM * *m + (1. - MOMENTUM) * *g;
+            // Nesterov's: a look ahead along the momentum.
+            *g = MOMENTUM * *m + (1. - MOMENTUM) * *g;
+        }
+        let update = orthogonal(std::mem::take(&mut self.grad), rows, cols);
+        let step = lr as f32 * MUON_SIZE * (rows.max(cols) as f32).sqrt();
+        let update = Tensor::from_vec(update, (rows, cols), &Device::Cpu)?;
+        self.var.set(&((self.var.as_tensor() * keep as f64)? - (update * step as f64)?)?)
+    }
+}
+
+/// About the nearest matrix with orthonormal rows or columns: Muon's five Newton–Schulz steps, which
+/// bring the singular values to 1 ± 0.3. `x` is row-major `[rows, cols]`.
+fn orthogonal(mut x: Vec<f32>, rows: usize, cols: usize) -> Vec<f32> {
+    const A: f32 = 3.4445;
+    const B: f32 = -4.775;
+    const C: f32 = 2.0315;
+    let norm = x.par_chunks(rows_per_task(1)).map(|x| sum_squares(x)).collect::<Vec<_>>().iter().sum::<f32>();
+    let scale = 1. / (norm.sqrt() + 1e-7);
+    x.iter_mut().for_each(|x| *x *= scale);
+    // The Gram matrix of the shorter side.
+    let n = rows.min(cols);
+    let (mut gram, mut poly, mut next) = (vec![0f32; n * n], vec![0f32; n * n], vec![0f32; x.len()]);
+    for _ in 0..5 {
+        let m = Mat::rows(&x, cols);
+        let (a, b) = if rows <= cols { (m, m.t()) } else { (m.t(), m) };
+        gemm((n, n, rows.max(cols)), &mut gram, false, a, b);
+        gemm((n, n, n), &mut poly, false, Mat::rows(&gram, n), Mat::rows(&gram, n));
+        poly.iter_mut().zip(&gram).for_each(|(p, g)| *p = B * g + C * *p);
+        let p = Mat::rows(&poly, n);
+        let (a, b) = if rows <= cols { (p, m) } else { (m, p) };
+        gemm((rows, cols, n), &mut next, false, a, b);
+        x.iter_mut().zip(&next).for_each(|(x, y)| *x = A * *x + y);
+    }
+    x
 }
 
 #[derive(Clone, Copy)]
@@ -385,6 +460,54 @@ mod tests {
                 assert!((*got as f64 - want).abs() < 1e-5, "{got} {want}");
             }
         }
+        Ok(())
+    }
+
+    #[test]
+    fn muon_steps_are_orthogonal_whatever_the_shape() {
+        for (rows, cols) in [(6, 20), (20, 6)] {
+            let x: Vec<f32> = random((rows, cols), 4).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+            let y = orthogonal(x.clone(), rows, cols);
+            let (n, long) = (rows.min(cols), rows.max(cols));
+            let at = |i: usize, k: usize| if rows <= cols { y[i * cols + k] } else { y[k * cols + i] };
+            for (i, j) in (0..n).flat_map(|i| (0..n).map(move |j| (i, j))) {
+                let dot: f32 = (0..long).map(|k| at(i, k) * at(j, k)).sum();
+                let want = if i == j { 1. } else { 0. };
+                assert!((dot - want).abs() < 0.55, "{rows}×{cols}: {i} {j} {dot}");
+            }
+            // It keeps to the side of the gradient.
+            assert!(x.iter().zip(&y).map(|(x, y)| x * y).sum::<f32>() > 0.);
+        }
+    }
+
+    #[test]
+    fn muon_resumes_exactly_and_takes_steps_of_adamws_size() -> Result<()> {
+        let make = |w: &Var, b: &Var| {
+            let named = vec![("w".to_string(), w.clone()), ("b".to_string(), b.clone())];
+            AdamW::new(named, AdamWConfig::default(), |n, v| Some(Group::from_nothing(n, v, &[], 1.)))
+        };
+        let (w, b) = (random((30, 40), 1)?, random(30, 2)?);
+        let loss = |w: &Var, b: &Var| w.as_tensor().sum(1)?.mul(b)?.sqr()?.sum_all()?.backward();
+        let turn = |opt: &mut AdamW, w: &Var, b: &Var| -> Result<()> {
+            opt.accumulate(&loss(w, b)?, 1.)?;
+            opt.step(0.01).map(|_| ())
+        };
+        let mut opt = make(&w, &b)?;
+        let before = values(&w)?;
+        turn(&mut opt, &w, &b)?;
+        let moved = values(&w)?.iter().zip(&before).map(|(a, b)| (a - b).powi(2)).sum::<f32>();
+        let size = (moved / before.len() as f32).sqrt() / 0.01;
+        // A gradient of rank one: one singular value of 40 steps fully.
+        assert!(0.01 < size && size < 0.4, "{size}");
+        assert_eq!(opt.state()?.len(), 1 + 2 + 1, "a matrix has one moment, a vector two, and the step");
+        let (w2, b2) = (random((30, 40), 3)?, random(30, 4)?);
+        let mut again = make(&w2, &b2)?;
+        again.restore(&opt.state()?)?;
+        w2.set(&w.as_tensor().copy()?)?;
+        b2.set(&b.as_tensor().copy()?)?;
+        turn(&mut opt, &w, &b)?;
+        turn(&mut again, &w2, &b2)?;
+        assert_eq!((values(&w)?, values(&b)?), (values(&w2)?, values(&b2)?));
         Ok(())
     }
 

@@ -19,7 +19,7 @@ use crate::models::moge::{
     Activation, Config, EncoderConfig, Layers, MoGe, ModelConfig, Norm, PerLevel, Remap, Resampler,
     ScaleConfig, StackConfig, Tokens,
 };
-use crate::nn::optim::{AdamW, AdamWConfig, Decay, Group, Schedule};
+use crate::nn::optim::{AdamW, AdamWConfig, Decay, Schedule};
 use crate::nn::{self, Linear, Params};
 use crate::rooms::questions::{Split, scene_seed};
 use crate::rooms::{self, Look, View};
@@ -58,6 +58,8 @@ pub struct DepthTraining {
     /// Steps of warm-up at the beginning of each stage.
     pub warmup: u64,
     pub weight_decay: f64,
+    /// How much faster the matrices between layers learn (by Muon).
+    pub muon: f64,
     pub loss: DepthLossWeights,
     /// Weights of the encoder's own losses: of the camera, and of the depth of patches.
     pub camera: f64,
@@ -89,6 +91,7 @@ impl Default for DepthTraining {
             stages,
             warmup: 100,
             weight_decay: 0.02,
+            muon: 6.,
             loss: DepthLossWeights::default(),
             camera: 0.3,
             patches: 1.,
@@ -233,7 +236,7 @@ fn patch_depths(view: &View, rows: usize, cols: usize) -> Vec<f32> {
 }
 
 /// Of the parameters that only training has.
-const ENCODER_HEADS: &str = "pretrain";
+pub(super) const ENCODER_HEADS: &str = "pretrain";
 
 fn sample(view: &View) -> DepthSample<'_> {
     DepthSample { rgb: &view.rgb, metres: &view.depth, fov_x: view.camera.fov_x }
@@ -316,7 +319,7 @@ impl DepthTrainer {
             super::set_positions(&params, "encoder.backbone.pos_embed", 1)?;
         }
         let adamw = AdamWConfig { weight_decay: cfg.weight_decay, ..AdamWConfig::default() };
-        let optimiser = AdamW::new(params.named(), adamw, |_, v| Some(Group::usual(v)))?;
+        let optimiser = AdamW::new(params.named(), adamw, super::group(cfg.muon))?;
         Ok(Self { cfg, params, net, camera, patches, optimiser })
     }
 

@@ -8,10 +8,11 @@ pub mod language;
 
 use crate::files::write_atomic;
 use crate::nn::Params;
+use crate::nn::optim::Group;
 use crate::train::run;
 use crate::weights::Checkpoint;
 use anyhow::Context;
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Tensor, Var};
 use serde_json::Value;
 use std::collections::HashMap;
 use std::io::Write;
@@ -24,6 +25,16 @@ fn start(seed: u64, from: Option<&Path>) -> anyhow::Result<Params> {
         None => Ok(Params::new(seed)),
         Some(dir) => Ok(Params::from_tensors(seed, Checkpoint::open(dir)?.tensors()?)?),
     }
+}
+
+/// Parameters that meet tokens, places or answers rather than other layers, by parts of their names.
+const OUTER: [&str; 5] = ["embed", "lm_head", "scale_head", depth::ENCODER_HEADS, "recognise"];
+
+/// How the parameters of a network made from nothing are trained: matrices between layers by Muon,
+/// `muon` times as fast as AdamW trains the rest. (The vision tower, after 14,000 crops: kinds 30 to
+/// 36 % right by AdamW alone, 36 to 38 % at 1, 50 to 62 % at 3 and at 6, with the lower loss at 6.)
+fn group(muon: f64) -> impl Fn(&str, &Var) -> Option<Group> {
+    move |name, var| Some(Group::from_nothing(name, var, &OUTER, muon))
 }
 
 /// Size of fresh position tables: that of embedded patches. Tables of 0.02, right for pre-training at

@@ -45,6 +45,8 @@ pub struct Options {
     /// Samples of a step; for the VLM and its tower, things of a picture that are looked at.
     pub batch: usize,
     pub lr: f64,
+    /// How much faster the matrices between layers learn (by Muon).
+    pub muon: f64,
     pub resume: bool,
     pub eval_every: u64,
     /// Held-out samples per figure.
@@ -69,7 +71,7 @@ impl Options {
     fn train(&self, trainee: &mut dyn Trainee, label: &str, model: Value) -> anyhow::Result<Metrics> {
         let settings = json!({
             "rooms": rooms::VERSION, "model": model, "train": self.lm(), "batch": self.batch,
-            "seed": self.seed, "steps": self.steps,
+            "seed": self.seed, "steps": self.steps, "muon": self.muon,
         });
         let settings = super::settings(settings, self.from.as_deref());
         let options = RunOptions {

@@ -11,7 +11,6 @@ use crate::llm::engine::Network;
 use crate::llm::format::ChatFormat;
 use crate::models::qwen3::{Config, Qwen3};
 use crate::nn::Params;
-use crate::nn::optim::Group;
 use crate::planner::{ROOMS_PROMPT, user_turn};
 use crate::rooms::demos::{planner_sample, training_question};
 use crate::rooms::mistakes::{demonstration, habit};
@@ -27,9 +26,10 @@ impl Options {
             dir,
             seed: 1,
             from: None,
-            steps: 600,
+            steps: 800,
             batch: 24,
             lr: 2e-3,
+            muon: 4.5,
             resume: false,
             eval_every: 100,
             held_out: 160,
@@ -94,8 +94,7 @@ pub fn train(o: &Options) -> anyhow::Result<Metrics> {
         let mut rng = stream(o.seed, step);
         (0..o.batch).map(|_| sample(&format, text(&mut rng))).collect()
     });
-    let mut trainee =
-        LmTrainee::new(network, params, o.lm(), |_, v| Some(Group::usual(v)), source, held_out)?;
+    let mut trainee = LmTrainee::new(network, params, o.lm(), super::super::group(o.muon), source, held_out)?;
     o.train(&mut trainee, "planner", serde_json::to_value(config(vocab))?)
 }
 

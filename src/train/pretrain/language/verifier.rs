@@ -16,7 +16,6 @@ use crate::llm::engine::{Engine, EngineOptions, Network};
 use crate::llm::local::LocalChat;
 use crate::llm::{ChatModel, ChatRequest, SamplingOptions};
 use crate::models::qwen3::Qwen3;
-use crate::nn::optim::Group;
 use crate::nn::{Params, frozen};
 use crate::rooms::demos::{VerifierSample, verifier_sample};
 use crate::rooms::frames;
@@ -41,7 +40,7 @@ pub const MAX_NEW_TOKENS: usize = 320;
 impl Options {
     /// The run that made the embedded verifier.
     pub fn verifier(dir: PathBuf) -> Self {
-        Self { steps: 400, lr: 1e-3, held_out: 64, ..Self::planner(dir) }
+        Self { steps: 1_000, lr: 1e-3, held_out: 64, ..Self::planner(dir) }
     }
 }
 
@@ -194,7 +193,7 @@ pub fn train(o: &Options, planner: &Path) -> anyhow::Result<Metrics> {
     let network_of_judge = Network::Text { model, cfg: cfg.clone() };
     let engine = Engine::new(network_of_judge, Device::Cpu, vec![format.end], EngineOptions::default());
     let mut trainee = VerifierTrainee {
-        lm: LmTrainee::new(network, params, o.lm(), |_, v| Some(Group::usual(v)), source, held_out)?,
+        lm: LmTrainee::new(network, params, o.lm(), super::super::group(o.muon), source, held_out)?,
         judge: LocalChat::from_engine("verifier", engine, format),
         cases,
     };

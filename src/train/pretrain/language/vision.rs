@@ -11,7 +11,7 @@ use super::super::set_positions;
 use super::vlm::{CROPS, config, processor, shown_thing};
 use super::{Options, stream, text_format, tokenizer_of};
 use crate::models::qwen3_vl::{Grid, Processor, VisionConfig, VisionTower};
-use crate::nn::optim::{AdamW, Group};
+use crate::nn::optim::AdamW;
 use crate::nn::{self, Linear, Params};
 use crate::rooms::questions::{Split, scene_seed};
 use crate::rooms::{self, Colour, Kind, Look, View};
@@ -41,7 +41,7 @@ const HELD_OUT_SCENES: u64 = 1 << 41;
 impl Options {
     /// The run that made the embedded VLM's tower.
     pub fn vision(dir: PathBuf) -> Self {
-        Self { steps: 1_200, batch: CROPS, held_out: 96, ..Self::vlm(dir) }
+        Self { steps: 3_200, batch: CROPS, held_out: 96, ..Self::vlm(dir) }
     }
 }
 
@@ -165,7 +165,7 @@ impl VisionTrainee {
             set_positions(&params, "model.visual.pos_embed.weight", 0)?;
             spread_pictures(&params)?;
         }
-        let optimiser = AdamW::new(params.named(), o.lm().adamw, |_, v| Some(Group::usual(v)))?;
+        let optimiser = AdamW::new(params.named(), o.lm().adamw, super::super::group(o.muon))?;
         let processor = processor();
         let mut held_out = Vec::new();
         for (parity, name) in [(0, "studio"), (1, "lived_in")] {

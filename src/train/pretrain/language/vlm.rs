@@ -17,7 +17,6 @@ use crate::llm::tokenizer::Tokenizer;
 use crate::models::qwen3;
 use crate::models::qwen3_vl::{Config, Mrope, Processor, Qwen3Vl, TextConfig, VisionConfig};
 use crate::nn::Params;
-use crate::nn::optim::Group;
 use crate::rooms::questions::{Split, scene_seed};
 use crate::rooms::vqa::{CropAsk, VqaSample, parse_crop, vqa_samples};
 use crate::rooms::{self, Kind, Look};
@@ -62,9 +61,10 @@ impl Options {
             dir,
             seed: 1,
             from: None,
-            steps: 1_500,
+            steps: 1_000,
             batch: CROPS,
             lr: 1.5e-3,
+            muon: 6.,
             resume: false,
             eval_every: 200,
             held_out: 48,
@@ -297,8 +297,8 @@ pub fn train(o: &Options, vision: &Path) -> anyhow::Result<Metrics> {
             .collect::<anyhow::Result<_>>()?;
         Ok(made.into_iter().flatten().collect())
     });
-    let group = |_: &str, v: &candle_core::Var| Some(Group::usual(v));
-    let mut trainee = LmTrainee::new(network, params, o.lm(), group, source, Vec::new())?;
+    let mut trainee =
+        LmTrainee::new(network, params, o.lm(), super::super::group(o.muon), source, Vec::new())?;
     for (name, samples) in held_out {
         trainee = trainee.also_held_out(name, samples);
     }
