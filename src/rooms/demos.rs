@@ -10,8 +10,9 @@ use rand_chacha::ChaCha8Rng;
 
 use super::frames::{seen_frames, sentence};
 use super::mistakes::{Head, Mistake, Reply, applies, base_mistakes, demonstration, judge};
-use super::recipe::{Measure, Then};
-use super::spec::{AnyNoun, Family, Form, Spec};
+use super::recipe::{Measure, Recipe, Then};
+use super::spec::{AnyNoun, Family, Form, Spec, kind_of, plural};
+use super::{Colour, Kind};
 
 /// A question that training may use: families alike often, then their forms.
 pub fn training_question(rng: &mut impl Rng) -> (Spec, String) {
@@ -89,7 +90,8 @@ fn verifier_reply(spec: &Spec, right: bool, rng: &mut impl Rng) -> Reply {
     let mut fitting: Vec<Mistake> = Mistake::that_fit(spec).collect();
     fitting.retain(|&m| m != Mistake::KEPT_FROM_VERIFIER);
     match rng.random_range(0..100) {
-        0..65 => demonstration(spec, &[*fitting.choose(rng).expect("no question is proof")]),
+        0..45 => demonstration(spec, &[*fitting.choose(rng).expect("no question is proof")]),
+        45..65 => slipped(spec, rng),
         65..80 => {
             let two: Vec<Mistake> = fitting.choose_multiple(rng, 2).copied().collect();
             demonstration(spec, &two)
@@ -100,6 +102,92 @@ fn verifier_reply(spec: &Spec, right: bool, rng: &mut impl Rng) -> Reply {
         88..93 => Reply { plan: spec.recipe().plan(), program: near_miss(spec, rng).recipe().program() },
         _ => degenerate(spec, rng),
     }
+}
+
+/// What a small planner that means well gets wrong in copying: a number, a word or an order, in plan
+/// or program alone, or in the plan and then faithfully in the program.
+fn slipped(spec: &Spec, rng: &mut impl Rng) -> Reply {
+    let right = demonstration(spec, &[]);
+    match rng.random_range(0..4) {
+        0 => Reply { plan: slip(&right.plan, rng), ..right },
+        1 | 2 => Reply { program: slip(&right.program, rng), ..right },
+        _ => {
+            let plan = slip(&right.plan, rng);
+            let program = Recipe::from_plan(&plan).map_or(right.program, |told| told.program());
+            Reply { plan, program }
+        }
+    }
+}
+
+/// Words that are taken for one another. "depth" is not among them: see
+/// [`Mistake::KEPT_FROM_VERIFIER`].
+const TAKEN: &[(&str, &str)] = &[
+    ("first", "second"),
+    ("smaller", "larger"),
+    ("smallest", "largest"),
+    ("more", "fewer"),
+    ("width", "height"),
+    ("min", "max"),
+    ("yes", "no"),
+    ("left", "right"),
+    ("front", "behind"),
+    ("leftmost", "rightmost"),
+    ("closest", "farthest"),
+    ("closer", "farther"),
+    ("above", "below"),
+    ("tall", "wide"),
+    ("<", ">"),
+    ("a", "an"),
+];
+
+/// The text with one of its words, numbers or signs of order taken for another.
+fn slip(text: &str, rng: &mut impl Rng) -> String {
+    let part_of_word = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '.';
+    let mut places: Vec<(usize, &str, String)> = Vec::new();
+    let mut at = 0;
+    while at < text.len() {
+        let rest = &text[at..];
+        let len = rest.find(|c| !part_of_word(c)).unwrap_or(rest.len()).max(1);
+        // Texts of the grammar are ASCII; others have nothing to take here.
+        let Some(word) = rest.get(..len) else { return text.to_owned() };
+        let bare = word.trim_end_matches('.');
+        if let Some(other) = taken_for(bare, rng) {
+            places.push((at, bare, other));
+        }
+        at += len;
+    }
+    // Which box is which is said in every line; what is said once should not be rare among slips.
+    let rare: Vec<_> = places.iter().filter(|p| !matches!(p.1, "first" | "second" | "a")).collect();
+    let all: Vec<_> = places.iter().collect();
+    let from = if !rare.is_empty() && rng.random_bool(0.7) { rare } else { all };
+    match from.choose(rng) {
+        Some((at, word, other)) => format!("{}{other}{}", &text[..*at], &text[at + word.len()..]),
+        None => text.to_owned(),
+    }
+}
+
+fn taken_for(word: &str, rng: &mut impl Rng) -> Option<String> {
+    if let Some((a, b)) = TAKEN.iter().find(|(a, b)| word == *a || word == *b) {
+        return Some(if word == *a { b } else { a }.to_string());
+    }
+    if let Some(kind) = kind_of(word) {
+        let other = *Kind::ALL.choose(rng).expect("not empty");
+        return Some(if word == kind.word() { other.word() } else { plural(other) }.to_owned());
+    }
+    if Colour::from_word(word).is_some() {
+        return Some(Colour::ALL.choose(rng).expect("not empty").to_string());
+    }
+    // A length in metres with one digit misread, or all of them.
+    let (whole, cents) = word.split_once('.')?;
+    whole.parse::<u32>().ok()?;
+    cents.parse::<u32>().ok()?;
+    if rng.random_bool(0.5) {
+        return Some(format!("{}", rng.random_range(15..230) as f64 / 100.));
+    }
+    let digits: Vec<usize> =
+        word.char_indices().filter(|(_, c)| c.is_ascii_digit()).map(|(i, _)| i).collect();
+    let at = *digits.choose(rng)?;
+    Some(format!("{}{}{}", &word[..at], rng.random_range(0..10), &word[at + 1..]))
 }
 
 /// Another question, mostly one that is easily taken for this one.

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::recipe::{Find, Measure, Recipe, Then};
-use super::spec::{Dim, Form, More, Most, Near, Side, Spec};
+use super::spec::{Dim, Form, More, Most, Near, Noun, Side, Spec};
 use super::{Colour, Kind};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -414,22 +414,33 @@ fn same_program(a: &str, b: &str) -> bool {
 /// What the base planner mostly gets wrong: a function of the question alone, so that it is
 /// learned as surely as what is right.
 pub fn habit(spec: &Spec) -> Option<Mistake> {
+    use Kind::{Box, Fridge, Plant, Shelf, Sofa, Stool, Tv, Vase};
     use Mistake::*;
-    let odd = |kind: Kind| matches!(kind, Kind::Stool | Kind::Tv | Kind::Fridge);
+    let odd = |kind: Kind| matches!(kind, Box | Fridge | Plant | Shelf | Sofa | Stool | Tv | Vase);
+    let coloured = |noun: &Noun| noun.colour.is_some();
+    // In no family so often that looking at the picture no longer pays: an answer that is always
+    // turned round is as good as a guess to who compares it with shuffled pictures.
     match spec {
         Spec::Count { of } => of.colour.map(|_| IgnoresColour).or(odd(of.kind).then_some(WrongThing)),
-        Spec::Exists { of } => odd(of.kind).then_some(WrongThing).or(of.colour.map(|_| NoFallback)),
-        Spec::Depth { near, .. } => (*near == Near::Farther).then_some(WrongComparison),
-        Spec::Position { side: Side::Above | Side::Below, .. } => Some(WrongComparison),
-        Spec::Size { reference_dim, dim, .. } if reference_dim != dim => Some(DepthForHeight),
-        Spec::Size { dim: Dim::Width, .. } => Some(NoDepthFactor),
-        Spec::Size { target, .. } if target.colour.is_some() => Some(WidthForHeight),
+        Spec::Exists { of } => of.colour.map(|_| IgnoresColour).or(odd(of.kind).then_some(NoFallback)),
+        Spec::Depth { a, near, .. } => (*near == Near::Farther && coloured(a)).then_some(WrongComparison),
+        Spec::Position { side, .. } => (*side == Side::Above).then_some(WrongComparison),
+        Spec::Size { reference, reference_dim, target, dim, .. } => match dim {
+            _ if reference_dim != dim => Some(DepthForHeight),
+            Dim::Width => coloured(target).then_some(NoDepthFactor),
+            Dim::Height => coloured(reference).then_some(WidthForHeight),
+        },
         Spec::Colour { of } | Spec::IsColour { of, .. } | Spec::ColourOptions { of, .. } => {
             odd(*of).then_some(WrongThing)
         }
-        Spec::CompareCounts { more: More::Fewer, .. } => Some(WrongComparison),
+        Spec::CompareCounts { a, b, more } => {
+            (*more == More::Fewer && (coloured(a) || coloured(b))).then_some(WrongComparison)
+        }
         Spec::Superlative { most: Most::Tallest | Most::Widest, .. } => Some(NoDepthFactor),
-        Spec::Superlative { most: Most::Rightmost | Most::Farthest, .. } => Some(WrongComparison),
+        Spec::Superlative { most: Most::Farthest, .. } => Some(WrongComparison),
+        Spec::Superlative { of, most } => {
+            (*most == Most::Rightmost && odd(of[0])).then_some(WrongComparison)
+        }
         Spec::SideOptions { options, .. } | Spec::DepthOptions { options, .. } => {
             options[0].starts_with(char::is_uppercase).then_some(MissingReturnOption)
         }
@@ -440,7 +451,6 @@ pub fn habit(spec: &Spec) -> Option<Mistake> {
         Spec::CountNearer { near, .. } | Spec::MostNearer { near, .. } => {
             (*near == Near::Farther).then_some(WrongComparison)
         }
-        _ => None,
     }
 }
 
@@ -450,7 +460,7 @@ pub fn base_mistakes(spec: &Spec, rng: &mut impl Rng) -> Vec<Mistake> {
     match habit(spec) {
         Some(habit) if rng.random_bool(0.7) => vec![habit],
         Some(_) => Vec::new(),
-        None if rng.random_bool(0.06) => {
+        None if rng.random_bool(0.08) => {
             let fitting: Vec<Mistake> = Mistake::that_fit(spec).collect();
             fitting.choose(rng).copied().into_iter().collect()
         }

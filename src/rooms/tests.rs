@@ -222,6 +222,30 @@ fn verifier_samples_are_mixed_and_withhold_one_mistake() {
 }
 
 #[test]
+fn verifier_samples_hold_slips_of_copying_with_exact_labels() {
+    let mut rng = rng(7);
+    let (mut number, mut noun, mut program_alone) = (0, 0, 0);
+    for _ in 0..6000 {
+        let s = verifier_sample(&mut rng);
+        let Some((spec, _)) = super::frames::parse(&s.question) else { panic!("{}", s.question) };
+        let label = judge(&spec, &s.plan, &s.program);
+        assert_eq!((label.of(s.head).ok, label.of(s.head).applies), (s.verdict, s.applies));
+        let (right, held) = (spec.recipe(), super::recipe::Recipe::from_plan(&s.plan));
+        if let (Spec::Size { metres, .. }, Some(held)) = (&spec, &held) {
+            if let super::recipe::Then::Ratio { metres: told, .. } = held.then {
+                number += usize::from(told != *metres && !label.logic.ok);
+            }
+        }
+        if let Some(held) = held.filter(|h| h.finds.len() == right.finds.len()) {
+            let other = held.finds.iter().zip(&right.finds).any(|(a, b)| a.prompt != b.prompt);
+            noun += usize::from(other && !label.logic.ok);
+        }
+        program_alone += usize::from(label.logic.ok && label.spatial.ok && !label.adherence.ok);
+    }
+    assert!(number > 20 && noun > 100 && program_alone > 200, "{number} {noun} {program_alone}");
+}
+
+#[test]
 fn answers_are_scored_strictly() {
     let spec = Spec::Depth {
         a: Noun::new(Kind::Chair, Some(Colour::Red)),
