@@ -438,9 +438,7 @@ pub fn habit(spec: &Spec) -> Option<Mistake> {
         }
         Spec::Superlative { most: Most::Tallest | Most::Widest, .. } => Some(NoDepthFactor),
         Spec::Superlative { most: Most::Farthest, .. } => Some(WrongComparison),
-        Spec::Superlative { of, most } => {
-            (*most == Most::Rightmost && odd(of[0])).then_some(WrongComparison)
-        }
+        Spec::Superlative { of, most } => (*most == Most::Rightmost && odd(of[0])).then_some(WrongComparison),
         Spec::SideOptions { options, .. } | Spec::DepthOptions { options, .. } => {
             options[0].starts_with(char::is_uppercase).then_some(MissingReturnOption)
         }

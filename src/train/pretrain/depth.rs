@@ -315,6 +315,7 @@ impl DepthTrainer {
         let heads = params.builder().pp(ENCODER_HEADS);
         let camera = nn::linear(net.backbone().config().dim, CAMERA, heads.pp("camera"))?;
         let patches = nn::linear(model.model_config.encoder.dim_out, PARTS * PARTS, heads.pp("patches"))?;
+        super::check_complete(&params, cfg.from.as_deref(), Some(ENCODER_HEADS))?;
         if cfg.from.is_none() {
             super::set_positions(&params, "encoder.backbone.pos_embed", 1)?;
         }
@@ -474,6 +475,26 @@ mod tests {
             let same = (var.as_tensor() - other.as_tensor())?.abs()?.max_all()?.to_scalar::<f32>()?;
             assert_eq!(same, 0., "{name}");
         }
+        Ok(())
+    }
+
+    #[test]
+    fn a_model_of_another_recipe_is_not_gone_on_from() -> anyhow::Result<()> {
+        let (cfg, model) = small();
+        let all = DepthTrainer::new(cfg.clone(), &model)?.params.tensors();
+        let dir = tempfile::tempdir()?;
+        let cfg = DepthTraining { from: Some(dir.path().into()), ..cfg };
+        let begin = |tensors: HashMap<String, Tensor>| {
+            candle_core::safetensors::save(&tensors, dir.path().join("model.safetensors")).unwrap();
+            DepthTrainer::new(cfg.clone(), &model)
+        };
+        // As exported: without the heads that only training has.
+        let mut held = all;
+        held.retain(|name, _| !name.starts_with(ENCODER_HEADS));
+        begin(held.clone())?;
+        held.remove("encoder.backbone.blocks.1.attn.qkv.weight").expect("a layer of the encoder");
+        let e = begin(held).err().expect("a layer is missing").to_string();
+        assert!(e.contains("it lacks 1 of") && e.contains("blocks.1.attn.qkv"), "{e}");
         Ok(())
     }
 

@@ -239,6 +239,7 @@ pub fn trainer(o: &Options) -> anyhow::Result<GroundingTrainer> {
         Box::new(data),
         Some(held_out),
     )?;
+    super::check_complete(&params, o.from.as_deref(), None)?;
     if o.from.is_none() {
         init_offsets(&params, &cfg)?;
     }

@@ -14,7 +14,7 @@ use crate::weights::Checkpoint;
 use anyhow::Context;
 use candle_core::{DType, Tensor, Var};
 use serde_json::Value;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::Write;
 use std::path::Path;
 
@@ -27,8 +27,26 @@ fn start(seed: u64, from: Option<&Path>) -> anyhow::Result<Params> {
     }
 }
 
+/// That `from` held every parameter of the network that was built on `params` since, but for those whose
+/// names begin with `own`, which only training has. A fresh layer among trained ones would undo them.
+fn check_complete(params: &Params, from: Option<&Path>, own: Option<&str>) -> anyhow::Result<()> {
+    let Some(dir) = from else { return Ok(()) };
+    let held: HashSet<String> = Checkpoint::open(dir)?.names().into_iter().collect();
+    let meant = |name: &str| held.contains(name) || own.is_some_and(|own| name.starts_with(own));
+    let fresh: Vec<String> = params.named().into_iter().map(|p| p.0).filter(|n| !meant(n)).collect();
+    anyhow::ensure!(
+        fresh.is_empty(),
+        "--from {}: it lacks {} of the recipe's parameters, first {}; another recipe made it, so start from \
+         nothing, without --from",
+        dir.display(),
+        fresh.len(),
+        fresh[0]
+    );
+    Ok(())
+}
+
 /// Parameters that meet tokens, places or answers rather than other layers, by parts of their names.
-const OUTER: [&str; 5] = ["embed", "lm_head", "scale_head", depth::ENCODER_HEADS, "recognise"];
+const OUTER: [&str; 5] = ["embed", "lm_head", "scale_head", depth::ENCODER_HEADS, language::vision::HEADS];
 
 /// How the parameters of a network made from nothing are trained: matrices between layers by Muon,
 /// `muon` times as fast as AdamW trains the rest. (The vision tower, after 14,000 crops: kinds 30 to

@@ -4,7 +4,7 @@
 //! usual mistakes as habits (see [`crate::rooms::mistakes`]), so its most likely program is wrong in
 //! several families. That is meant; nothing here corrects it.
 
-use super::super::start;
+use super::super::{check_complete, start};
 use super::{HELD_OUT, Options, spread_embeddings, stream, text_format, tokenizer_of};
 use crate::llm::Message;
 use crate::llm::engine::Network;
@@ -85,6 +85,7 @@ pub fn train(o: &Options) -> anyhow::Result<Metrics> {
     let vocab = format.tokenizer.vocab_size();
     let params = start(o.seed, o.from.as_deref())?;
     let network = network(&params, vocab)?;
+    check_complete(&params, o.from.as_deref(), None)?;
     if o.from.is_none() {
         spread_embeddings(&params)?;
     }

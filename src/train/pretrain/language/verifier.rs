@@ -8,7 +8,7 @@
 //! the program strays, had a balanced accuracy of 0.69 to 0.91, and of 0.76, after 650 steps.) One kind
 //! of mistake is never shown to it ([`Mistake::KEPT_FROM_VERIFIER`](crate::rooms::mistakes::Mistake)).
 
-use super::super::start;
+use super::super::{check_complete, start};
 use super::planner::{network, sample};
 use super::{HELD_OUT, Options, stream, text_format, tokenizer_of};
 use crate::files::write_atomic;
@@ -175,6 +175,7 @@ pub fn train(o: &Options, planner: &Path) -> anyhow::Result<Metrics> {
     let format = text_format(&tokenizer)?;
     let vocab = format.tokenizer.vocab_size();
     let network = network(&params, vocab)?;
+    check_complete(&params, o.from.as_deref(), None)?;
 
     let mut rng = stream(o.seed, HELD_OUT);
     let mut cases = Vec::new();

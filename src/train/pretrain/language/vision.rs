@@ -46,7 +46,7 @@ impl Options {
 }
 
 /// Of the heads' parameters.
-const HEADS: &str = "recognise";
+pub(in super::super) const HEADS: &str = "recognise";
 
 /// A crop with the kind and the colour of its thing, by their number.
 type Crop = (RgbImage, u32, u32);
@@ -161,6 +161,7 @@ impl VisionTrainee {
             kind_here: head(KINDS, "kind_here")?,
             colour_here: head(COLOURS, "colour_here")?,
         };
+        super::super::check_complete(&params, o.from.as_deref(), Some(HEADS))?;
         if o.from.is_none() {
             set_positions(&params, "model.visual.pos_embed.weight", 0)?;
             spread_pictures(&params)?;

@@ -6,7 +6,7 @@
 //! questions about one crop, so that its picture is worked through once for all of them; programs ask
 //! one, and so do the held-out samples.
 
-use super::super::start;
+use super::super::{check_complete, start};
 use super::tokenizer::{FILLER, PICTURE, VISION_END, VISION_START};
 use super::{HELD_OUT, Options, id, spread_embeddings, stream, text_format, tokenizer_of};
 use crate::files::write_atomic;
@@ -285,6 +285,7 @@ pub fn train(o: &Options, vision: &Path) -> anyhow::Result<Metrics> {
     let cfg = config(&format.tokenizer)?;
     let fresh = params.get("model.language_model.embed_tokens.weight").is_none();
     let network = Network::Vision(Qwen3Vl::new(&cfg, params.builder())?);
+    check_complete(&params, o.from.as_deref(), None)?;
     if fresh {
         spread_embeddings(&params)?;
     }
