@@ -273,7 +273,7 @@ fn orthogonal(mut x: Vec<f32>, rows: usize, cols: usize) -> Vec<f32> {
     const A: f32 = 3.4445;
     const B: f32 = -4.775;
     const C: f32 = 2.0315;
-    let norm = x.par_chunks(rows_per_task(1)).map(|x| sum_squares(x)).collect::<Vec<_>>().iter().sum::<f32>();
+    let norm = x.par_chunks(rows_per_task(1)).map(sum_squares).collect::<Vec<_>>().iter().sum::<f32>();
     let scale = 1. / (norm.sqrt() + 1e-7);
     x.iter_mut().for_each(|x| *x *= scale);
     // The Gram matrix of the shorter side.

@@ -12,6 +12,7 @@ use super::frames::{frames, sentence, skeleton};
 use super::mistakes::{Head, Mistake, base_mistakes, habit, judge, labels, recipes};
 use super::oracle::OracleTools;
 use super::questions::{AnswerType, Question, Split, mean_relative_accuracy, sample_questions, score};
+use super::recipe::{Recipe, Then};
 use super::spec::{AnyNoun, Dim, Family, Form, Most, Near, Noun, Side, Spec};
 use super::{Camera, Colour, Kind, Look, Thing, View};
 use crate::tools::Tools;
@@ -230,11 +231,11 @@ fn verifier_samples_hold_slips_of_copying_with_exact_labels() {
         let Some((spec, _)) = super::frames::parse(&s.question) else { panic!("{}", s.question) };
         let label = judge(&spec, &s.plan, &s.program);
         assert_eq!((label.of(s.head).ok, label.of(s.head).applies), (s.verdict, s.applies));
-        let (right, held) = (spec.recipe(), super::recipe::Recipe::from_plan(&s.plan));
-        if let (Spec::Size { metres, .. }, Some(held)) = (&spec, &held) {
-            if let super::recipe::Then::Ratio { metres: told, .. } = held.then {
-                number += usize::from(told != *metres && !label.logic.ok);
-            }
+        let (right, held) = (spec.recipe(), Recipe::from_plan(&s.plan));
+        if let (Spec::Size { metres, .. }, Some(held)) = (&spec, &held)
+            && let Then::Ratio { metres: told, .. } = held.then
+        {
+            number += usize::from(told != *metres && !label.logic.ok);
         }
         if let Some(held) = held.filter(|h| h.finds.len() == right.finds.len()) {
             let other = held.finds.iter().zip(&right.finds).any(|(a, b)| a.prompt != b.prompt);
