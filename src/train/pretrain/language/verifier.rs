@@ -38,7 +38,7 @@ const REASONS: &str = "line by line";
 pub const MAX_NEW_TOKENS: usize = 320;
 
 impl Options {
-    /// The run that made the embedded verifier.
+    /// The verifier's run. (The one in the tree is older: `data/embedded/README.md`.)
     pub fn verifier(dir: PathBuf) -> Self {
         Self { steps: 1_000, lr: 1e-3, held_out: 64, ..Self::planner(dir) }
     }
