@@ -5,6 +5,7 @@
 
 mod eval;
 mod infer;
+mod models;
 mod parts;
 mod program;
 mod rooms;
@@ -31,6 +32,8 @@ enum Command {
     Infer(infer::InferArgs),
     /// Measure planners and tools on benches
     Eval(eval::EvalArgs),
+    /// Look into checkpoints and convert them
+    Models(models::ModelsArgs),
     /// Run planners' programs
     Program(program::ProgramArgs),
     /// The synthetic world
@@ -97,6 +100,7 @@ pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Eval(args) => eval::run(args),
         Command::Infer(args) => infer::run(args),
+        Command::Models(args) => models::run(args),
         Command::Program(args) => program::run(args),
         Command::Rooms(args) => rooms::run(args),
     };

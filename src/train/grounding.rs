@@ -74,6 +74,9 @@ pub struct TrainConfig {
     pub batch: usize,
     pub schedule: Schedule,
     pub optimiser: AdamWConfig,
+    /// Train matrices between layers by Muon, so many times as fast as AdamW trains the rest. For
+    /// networks made from nothing.
+    pub muon: Option<f64>,
     pub loss: LossConfig,
     pub augment: Augment,
     /// Nouns in a caption, at most.
@@ -90,6 +93,7 @@ impl Default for TrainConfig {
             batch: 2,
             schedule: Schedule::constant(1e-5),
             optimiser: AdamWConfig { weight_decay: 1e-4, max_grad_norm: Some(0.1), ..Default::default() },
+            muon: None,
             loss: LossConfig::original(),
             augment: Augment::default(),
             max_nouns: 50,
@@ -110,6 +114,10 @@ pub struct GroundingTrainer {
     /// The order of the epoch it belongs to, for data of known length.
     order: Option<(u64, Vec<u64>)>,
 }
+
+/// Parameters that Muon leaves to AdamW although they are matrices: they meet words, places or boxes, or
+/// begin at zero so that every query looks around its reference point.
+const OUTER: [&str; 4] = ["embed", "bias_table", "sampling_offsets", "attention_weights"];
 
 /// A batch as the network and the loss want it.
 pub struct Batch {
@@ -138,7 +146,10 @@ impl GroundingTrainer {
         let optimiser = AdamW::new(params.named(), cfg.optimiser.clone(), |name, var| {
             let fixed = (frozen.backbone && name.starts_with("model.backbone."))
                 || (frozen.text && name.starts_with("model.text_backbone."));
-            (!fixed).then(|| Group::usual(var))
+            (!fixed).then(|| match cfg.muon {
+                Some(lr) => Group::from_nothing(name, var, &OUTER, lr),
+                None => Group::usual(var),
+            })
         })?;
         Ok(Self { params, model, cfg, tokenizer, processor, optimiser, data, validation, order: None })
     }

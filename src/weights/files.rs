@@ -1,21 +1,28 @@
-//! The files of one model: compiled into the binary, or a folder on disk.
+//! The files of one model: compiled into the binary, a folder on disk, or a file of weights with the
+//! others beside it.
 
-use super::{Checkpoint, WeightsError};
+use super::{Checkpoint, Pth, WeightsError, pytorch_file};
 use include_dir::{Dir, include_dir};
 use std::borrow::Cow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 static EMBEDDED: Dir<'static> = include_dir!("$CARGO_MANIFEST_DIR/data/embedded");
 
 /// Configuration, tokenizer, template and weights of one model.
 #[derive(Debug)]
 pub enum ModelFiles {
-    Embedded { part: &'static str, dir: &'static Dir<'static> },
+    Embedded {
+        part: &'static str,
+        dir: &'static Dir<'static>,
+    },
     Folder(PathBuf),
+    /// Of weights, such as MoGe's `model.pt`, which holds its configuration too.
+    File(PathBuf),
 }
 
 impl ModelFiles {
-    /// `source` is [`crate::config::EMBEDDED`] or a folder; `part` names the embedded model.
+    /// `source` is [`crate::config::EMBEDDED`], a folder or a file of weights; `part` names the embedded
+    /// model.
     pub fn open(source: &str, part: &'static str) -> Result<Self, WeightsError> {
         if source == crate::config::EMBEDDED {
             let dir = EMBEDDED.get_dir(part).ok_or_else(|| WeightsError::Unreadable {
@@ -28,20 +35,23 @@ impl ModelFiles {
             return Ok(Self::Embedded { part, dir });
         }
         let path = PathBuf::from(source);
-        match path.is_dir() {
-            true => Ok(Self::Folder(path)),
-            false => Err(WeightsError::Unreadable {
-                path: source.into(),
-                message: format!("is not a folder with the {part}'s config.json and weights"),
-            }),
+        if path.is_dir() {
+            return Ok(Self::Folder(path));
         }
+        if path.is_file() {
+            return Ok(Self::File(path));
+        }
+        Err(WeightsError::Unreadable {
+            path: source.into(),
+            message: format!("is neither a folder with the {part}'s config.json and weights nor its weights"),
+        })
     }
 
     /// What to call this model in traces and reports.
     pub fn name(&self) -> String {
         match self {
             Self::Embedded { part, .. } => format!("embedded {part}"),
-            Self::Folder(p) => p.display().to_string(),
+            Self::Folder(p) | Self::File(p) => p.display().to_string(),
         }
     }
 
@@ -56,11 +66,8 @@ impl ModelFiles {
                     f.contents_utf8().map(|s| Some(s.into())).ok_or_else(|| fail("is not UTF-8".into()))
                 }
             },
-            Self::Folder(p) => match std::fs::read_to_string(p.join(file)) {
-                Ok(s) => Ok(Some(s.into())),
-                Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-                Err(e) => Err(fail(e.to_string())),
-            },
+            Self::Folder(p) => on_disk(&p.join(file), p, file).map_err(fail),
+            Self::File(p) => on_disk(&p.with_file_name(file), p, file).map_err(fail),
         }
     }
 
@@ -88,7 +95,21 @@ impl ModelFiles {
                 })?;
                 Checkpoint::embedded(&self.name(), f.contents())
             }
-            Self::Folder(p) => Checkpoint::open(p),
+            Self::Folder(p) | Self::File(p) => Checkpoint::open(p),
         }
+    }
+}
+
+/// A text at a path; a configuration that is not there may be inside the weights.
+fn on_disk(path: &Path, weights: &Path, file: &str) -> Result<Option<Cow<'static, str>>, String> {
+    match std::fs::read_to_string(path) {
+        Ok(s) => Ok(Some(s.into())),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound && file == "config.json" => {
+            let Some(weights) = pytorch_file(weights) else { return Ok(None) };
+            let config = Pth::open(&weights)?.config;
+            Ok(config.map(|c| serde_json::json!({ "model_config": c }).to_string().into()))
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e.to_string()),
     }
 }

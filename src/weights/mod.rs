@@ -1,12 +1,16 @@
-//! Where weights come from: safetensors as a file, a sharded folder or bytes in the binary.
+//! Where weights come from: safetensors as a file, a sharded folder or bytes in the binary; PyTorch's own
+//! files.
 //!
 //! Files are memory-mapped. A network built on a [`Checkpoint`] must find every tensor that it
 //! asks for, with its shape, and must ask for every tensor that is there: anything else is one
 //! error that names them all. Nothing here downloads.
 
 mod files;
+pub mod pickle;
+mod pth;
 
 pub use files::ModelFiles;
+pub use pth::Pth;
 
 use candle_core::safetensors::{Load, MmapedSafetensors, SliceSafetensors};
 use candle_core::{DType, Device, Shape, Tensor};
@@ -29,6 +33,7 @@ pub enum WeightsError {
 enum Source {
     Mapped(MmapedSafetensors),
     Static(SliceSafetensors<'static>),
+    Pth(Pth),
     Tensors(HashMap<String, Tensor>),
 }
 
@@ -40,6 +45,7 @@ impl Source {
         match self {
             Self::Mapped(s) => views(s.tensors()),
             Self::Static(s) => views(s.tensors()),
+            Self::Pth(p) => p.shapes(),
             Self::Tensors(t) => t.iter().map(|(n, t)| (n.clone(), t.dims().to_vec())).collect(),
         }
     }
@@ -48,6 +54,7 @@ impl Source {
         match self {
             Self::Mapped(s) => s.get(name)?.load(device),
             Self::Static(s) => s.get(name)?.load(device),
+            Self::Pth(p) => p.load(name, device),
             Self::Tensors(t) => match t.get(name) {
                 Some(t) => t.to_device(device),
                 None => candle_core::bail!("tensor {name} is missing"),
@@ -63,13 +70,17 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// A `.safetensors` file, or a folder with `model.safetensors` or a sharded
-    /// `model.safetensors.index.json`.
+    /// A `.safetensors` file or one of PyTorch's ([`PYTORCH`]); or a folder with `model.safetensors`, a
+    /// sharded `model.safetensors.index.json` or, without these, one of PyTorch's files.
     pub fn open(path: &Path) -> Result<Self, WeightsError> {
         let fail = |path: &Path, message: String| WeightsError::Unreadable {
             path: path.display().to_string(),
             message,
         };
+        if let Some(file) = pytorch_file(path) {
+            let pth = Pth::open(&file).map_err(|m| fail(&file, m))?;
+            return Ok(Self { name: path.display().to_string(), source: Arc::new(Source::Pth(pth)) });
+        }
         let files = if path.is_dir() {
             let (single, index) = (path.join("model.safetensors"), path.join("model.safetensors.index.json"));
             if single.is_file() {
@@ -79,7 +90,9 @@ impl Checkpoint {
             } else {
                 return Err(fail(
                     path,
-                    "holds neither model.safetensors nor model.safetensors.index.json".into(),
+                    "holds neither model.safetensors nor model.safetensors.index.json nor model.pt, model.pth \
+                     or pytorch_model.bin"
+                        .into(),
                 ));
             }
         } else if path.is_file() {
@@ -109,6 +122,11 @@ impl Checkpoint {
     /// The tensors' names, sorted.
     pub fn names(&self) -> Vec<String> {
         self.source.shapes().into_keys().collect()
+    }
+
+    /// The tensors' shapes, by name.
+    pub fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
+        self.source.shapes()
     }
 
     /// Every tensor, as stored.
@@ -142,6 +160,20 @@ impl Checkpoint {
         }
         built.map_err(|source| WeightsError::Network { path: self.name.clone(), source })
     }
+}
+
+/// Endings of PyTorch's own files.
+pub const PYTORCH: [&str; 3] = ["pt", "pth", "bin"];
+
+/// The file itself if it is one of PyTorch's, or the one in a folder that has no safetensors.
+fn pytorch_file(path: &Path) -> Option<PathBuf> {
+    let is_safe = |name: &str| path.join(name).is_file();
+    if path.is_dir() && !is_safe("model.safetensors") && !is_safe("model.safetensors.index.json") {
+        let names = ["model.pt", "model.pth", "pytorch_model.bin"];
+        return names.iter().map(|name| path.join(name)).find(|p| p.is_file());
+    }
+    let ending = path.extension()?.to_str()?;
+    (path.is_file() && PYTORCH.contains(&ending)).then(|| path.to_path_buf())
 }
 
 /// The shard files of an index, which are siblings of it and nothing else.

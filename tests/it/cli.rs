@@ -324,3 +324,28 @@ fn the_demo_picture_is_answered_and_another_world_is_noticed() {
     let output = run(&["infer", &path, question, "--set", "planner.temperature=0"]);
     assert!(stderr(&output).contains("no picture of Rooms"), "{}", stderr(&output));
 }
+
+#[test]
+fn checkpoints_of_pytorch_are_shown_and_converted_and_code_is_refused() {
+    let sample = "tests/fixtures/grounding-dino-original/pth_samples/train_style.pth";
+    let shown_as = |args: &[&str]| -> Value { serde_json::from_str(stdout(&run(args))).unwrap() };
+    let shapes = shown_as(&["models", "show", sample, "--json"]);
+    assert_eq!(shapes["transformer.level_embed"], json!([4, 64]));
+    let dir = tempfile::tempdir().unwrap();
+    let to = shown(&dir, "out.safetensors");
+    let output = run(&["models", "convert", sample, &to]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert_eq!(shown_as(&["models", "show", &to, "--json"]), shapes);
+    refused(&["models", "convert", sample, &to], &["is there already", "--force"]);
+    refused(&["models", "convert", sample, &shown(&dir, "out.bin")], &["must end in .safetensors"]);
+
+    // A pickle that would run a command when Python loads it, in the layout from before 1.6.
+    let evil = dir.path().join("evil.pth");
+    let magic = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.\x80\x02}.";
+    let call = b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00true\x85R.";
+    std::fs::write(&evil, [&magic[..], call].concat()).unwrap();
+    refused(
+        &["models", "show", &evil.display().to_string()],
+        &["evil.pth", "posix.system", "nothing was run"],
+    );
+}

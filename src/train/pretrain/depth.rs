@@ -2,10 +2,10 @@
 //!
 //! Pictures of both looks are rendered as they are needed; no scene is seen twice, none of the
 //! test split ever. A run has stages. In the first only the encoder learns, on many small pictures:
-//! its class token to tell the camera, each patch the depth of its quarters, by linear heads that the
-//! finished model does not have. (Through the maps alone it had not found the camera after 12,000
-//! pictures, and metric depth hangs on that: half the field of view is twice the distance of a thing
-//! of known size.) Then the maps, coarsely, and at last on all tokens. Everything follows from the seed
+//! its class token to tell the camera, each patch the depth of its quarters and what stands there, by
+//! linear heads that the finished model does not have. (Through the maps alone it had not found the
+//! camera after 12,000 pictures, and metric depth hangs on that: half the field of view is twice the
+//! distance of a thing of known size. What things are, the released encoder brings from DINOv2.) Then the maps, coarsely, and at last on all tokens. Everything follows from the seed
 //! and the step, so a resumed run is the same run.
 
 use super::super::depth::{
@@ -22,7 +22,7 @@ use crate::models::moge::{
 use crate::nn::optim::{AdamW, AdamWConfig, Decay, Schedule};
 use crate::nn::{self, Linear, Params};
 use crate::rooms::questions::{Split, scene_seed};
-use crate::rooms::{self, Look, View};
+use crate::rooms::{self, Kind, Look, View};
 use candle_core::Tensor;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -61,9 +61,10 @@ pub struct DepthTraining {
     /// How much faster the matrices between layers learn (by Muon).
     pub muon: f64,
     pub loss: DepthLossWeights,
-    /// Weights of the encoder's own losses: of the camera, and of the depth of patches.
+    /// Weights of the encoder's own losses: of the camera, of the depth of patches, of what they show.
     pub camera: f64,
     pub patches: f64,
+    pub kinds: f64,
     /// Held-out pictures per look, of the last stage's size.
     pub eval_pictures: u64,
 }
@@ -71,7 +72,7 @@ pub struct DepthTraining {
 impl Default for DepthTraining {
     fn default() -> Self {
         let (width, height, tokens) = (224, 168, GRID[0] * GRID[1]);
-        let whole = Stage { steps: 1_500, batch: 12, width, height, tokens, lr: 6e-4, maps: true };
+        let whole = Stage { steps: 1_200, batch: 12, width, height, tokens, lr: 6e-4, maps: true };
         let stages = vec![
             Stage {
                 steps: 6_000,
@@ -93,8 +94,9 @@ impl Default for DepthTraining {
             weight_decay: 0.02,
             muon: 6.,
             loss: DepthLossWeights::default(),
-            camera: 0.3,
+            camera: 1.,
             patches: 1.,
+            kinds: 0.2,
             eval_pictures: 24,
         }
     }
@@ -161,14 +163,14 @@ pub fn config() -> Config {
             res_block_hidden_norm: Norm::None,
             activation: Activation::Relu,
         };
-    let (dim, features) = (128, 96);
+    let (dim, features) = (192, 96);
     let neck = [features, 48, 24, 12, 8];
     let tokens = GRID[0] * GRID[1];
     Config {
         model_config: ModelConfig {
             encoder: EncoderConfig {
                 backbone: "dinov2_rooms14".into(),
-                intermediate_layers: Layers::Listed(vec![2, 4]),
+                intermediate_layers: Layers::Listed(vec![2, 5]),
                 dim_out: features,
             },
             neck: stack(
@@ -188,8 +190,8 @@ pub fn config() -> Config {
             img_size: GRID[1] * 14,
             patch_size: 14,
             embed_dim: dim,
-            depth: 5,
-            num_heads: 4,
+            depth: 6,
+            num_heads: 6,
             mlp_ratio: 4.,
             init_values: 1.,
             num_register_tokens: 0,
@@ -232,6 +234,26 @@ fn patch_depths(view: &View, rows: usize, cols: usize) -> Vec<f32> {
     (0..rows * cols)
         .flat_map(|i| (0..PARTS * PARTS).map(move |k| (i, k)))
         .map(|(i, k)| part(i % cols * PARTS + k % PARTS, i / cols * PARTS + k / PARTS))
+        .collect()
+}
+
+/// What a part of a patch can show: a kind of thing, or none.
+const KINDS: usize = Kind::ALL.len() + 1;
+
+/// The number of what is seen in the middle of each part, in the order of [`patch_depths`].
+fn patch_kinds(view: &View, rows: usize, cols: usize) -> Vec<u32> {
+    let none = Kind::ALL.len() as u32;
+    let number = |kind: Kind| Kind::ALL.iter().position(|k| *k == kind).map_or(none, |i| i as u32);
+    let kinds: HashMap<u16, u32> = view.things.iter().map(|t| (t.id, number(t.kind))).collect();
+    let (w, h) = (view.width as usize, view.height as usize);
+    let middle = |part: usize, parts: usize, pixels: usize| (2 * part + 1) * pixels / (2 * parts);
+    (0..rows * cols)
+        .flat_map(|i| (0..PARTS * PARTS).map(move |k| (i, k)))
+        .map(|(i, k)| {
+            let x = middle(i % cols * PARTS + k % PARTS, cols * PARTS, w);
+            let y = middle(i / cols * PARTS + k / PARTS, rows * PARTS, h);
+            kinds.get(&view.ids[y * w + x]).copied().unwrap_or(none)
+        })
         .collect()
 }
 
@@ -297,6 +319,7 @@ pub struct DepthTrainer {
     net: MoGe,
     camera: Linear,
     patches: Linear,
+    kinds: Linear,
     optimiser: AdamW,
 }
 
@@ -304,6 +327,7 @@ pub struct DepthTrainer {
 struct Losses {
     camera: Tensor,
     patches: Tensor,
+    kinds: Tensor,
     maps: Option<DepthLoss>,
 }
 
@@ -314,14 +338,16 @@ impl DepthTrainer {
         check_trainable(&net)?;
         let heads = params.builder().pp(ENCODER_HEADS);
         let camera = nn::linear(net.backbone().config().dim, CAMERA, heads.pp("camera"))?;
-        let patches = nn::linear(model.model_config.encoder.dim_out, PARTS * PARTS, heads.pp("patches"))?;
+        let features = model.model_config.encoder.dim_out;
+        let patches = nn::linear(features, PARTS * PARTS, heads.pp("patches"))?;
+        let kinds = nn::linear(features, PARTS * PARTS * KINDS, heads.pp("kinds"))?;
         super::check_complete(&params, cfg.from.as_deref(), Some(ENCODER_HEADS))?;
         if cfg.from.is_none() {
             super::set_positions(&params, "encoder.backbone.pos_embed", 1)?;
         }
         let adamw = AdamWConfig { weight_decay: cfg.weight_decay, ..AdamWConfig::default() };
         let optimiser = AdamW::new(params.named(), adamw, super::group(cfg.muon))?;
-        Ok(Self { cfg, params, net, camera, patches, optimiser })
+        Ok(Self { cfg, params, net, camera, patches, kinds, optimiser })
     }
 
     pub fn net(&self) -> &MoGe {
@@ -340,10 +366,14 @@ impl DepthTrainer {
         };
         let cameras = views.iter().flat_map(camera).collect();
         let depths = views.iter().flat_map(|v| patch_depths(v, rows, cols)).collect();
+        let kinds: Vec<u32> = views.iter().flat_map(|v| patch_kinds(v, rows, cols)).collect();
+        let kinds = Tensor::new(kinds, features.device())?;
         let of_patches = features.flatten_from(2)?.transpose(1, 2)?.contiguous()?;
+        let shown = self.kinds.forward(&of_patches)?.reshape(((), KINDS))?;
         Ok(Losses {
             camera: off(self.camera.forward(&cls)?, cameras)?,
             patches: off(self.patches.forward(&of_patches)?, depths)?,
+            kinds: nn::log_probs(&shown, &kinds)?.mean_all()?.neg()?,
             maps: match stage.maps {
                 true => Some(depth_loss(&self.net.heads(&features, &cls, w, h)?, &batch, &self.cfg.loss)?),
                 false => None,
@@ -382,6 +412,7 @@ impl Trainee for DepthTrainer {
         let (stage, own, _) = self.cfg.stage(step);
         let l = self.losses(&self.views(step), stage)?;
         let mut total = ((&l.camera * self.cfg.camera)? + (&l.patches * self.cfg.patches)?)?;
+        total = (total + (&l.kinds * self.cfg.kinds)?)?;
         if let Some(maps) = &l.maps {
             total = (total + &maps.total)?;
         }
@@ -398,6 +429,7 @@ impl Trainee for DepthTrainer {
             ("loss".to_string(), json!(total.to_scalar::<f32>()?)),
             ("camera".into(), json!(l.camera.to_scalar::<f32>()?)),
             ("patches".into(), json!(l.patches.to_scalar::<f32>()?)),
+            ("kinds".into(), json!(l.kinds.to_scalar::<f32>()?)),
             ("lr".into(), json!(lr)),
             ("grad_norm".into(), json!(report.grad_norm)),
         ]);
@@ -451,7 +483,8 @@ mod tests {
         let t = DepthTrainer::new(cfg, &model)?;
         // Three pictures: of an even number of signs, as an L1 loss has, all may cancel.
         let l = t.losses(&t.views(0), t.cfg.last())?;
-        let grads = ((l.camera + l.patches)? + l.maps.expect("the stage has maps").total)?.backward()?;
+        let encoder = ((l.camera + l.patches)? + l.kinds)?;
+        let grads = (encoder + l.maps.expect("the stage has maps").total)?.backward()?;
         for (name, var) in t.params.named() {
             let Some(g) = grads.get(&var) else { panic!("no gradient: {name}") };
             assert!(g.abs()?.sum_all()?.to_scalar::<f32>()? > 0., "zero gradient: {name}");
@@ -529,7 +562,7 @@ mod tests {
         assert_eq!(at(6_000), (true, 0, 6_000 * 32));
         assert_eq!(at(7_501), (true, 1, 6_000 * 32 + 1_501 * 12));
         let few = all.clone().in_steps(90);
-        assert_eq!(few.stages.iter().map(|s| s.steps).collect::<Vec<_>>(), [60, 15, 15]);
+        assert_eq!(few.stages.iter().map(|s| s.steps).collect::<Vec<_>>(), [62, 15, 13]);
         let further = DepthTraining { from: Some("model".into()), ..all }.in_steps(90);
         assert_eq!(further.stages.iter().map(|s| (s.steps, s.tokens)).collect::<Vec<_>>(), [(90, 192)]);
     }

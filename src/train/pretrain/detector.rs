@@ -165,10 +165,12 @@ impl Samples for RoomPictures {
         let mut asked = seen.clone();
         // One kind told apart by its colours.
         let coloured =
-            if self.vary && rng.random::<f64>() < 0.2 { seen.choose(&mut rng).copied() } else { None };
-        if self.vary && rng.random::<f64>() < 0.3 {
+            if self.vary && rng.random::<f64>() < 0.25 { seen.choose(&mut rng).copied() } else { None };
+        // As programs do: for one noun or a few. Else for every kind.
+        let few = self.vary && rng.random::<f64>() < 0.6;
+        if few {
             asked.shuffle(&mut rng);
-            asked.truncate(rng.random_range(1..=3));
+            asked.truncate(rng.random_range(0..=2));
         }
         let noun = |t: &rooms::Thing| match coloured == Some(t.kind) {
             true => format!("{} {}", t.colour, t.kind),
@@ -180,6 +182,10 @@ impl Samples for RoomPictures {
             let is_there = |c: &Colour| view.things.iter().any(|t| t.kind == kind && t.colour == *c);
             let others = Colour::ALL.iter().filter(|c| !is_there(c));
             absent.extend(others.map(|c| format!("{c} {kind}")));
+        }
+        if few {
+            absent.shuffle(&mut rng);
+            absent.truncate(rng.random_range(usize::from(asked.is_empty())..=2));
         }
         let (mut boxes, mut nouns, mut ignore) = (Vec::new(), Vec::new(), Vec::new());
         for t in &view.things {
@@ -213,6 +219,7 @@ fn train_config(o: &Options) -> TrainConfig {
             decay: Decay::Cosine { total: o.steps, to: 1e-5 },
         },
         optimiser: AdamWConfig { weight_decay: 1e-4, max_grad_norm: Some(1.), ..Default::default() },
+        muon: Some(5.),
         augment: Augment {
             flip: 0.5,
             crop: Some(Crop { probability: 0.5, least: 0.6, keep_aspect: true }),

@@ -73,28 +73,31 @@ fn the_tokenizer_repeats_and_knows_the_words() {
 #[test]
 fn a_verdict_ends_every_reply_and_says_what_the_sample_says() {
     let mut rng = stream(4, 0);
-    let (mut reasons, mut consents) = (HashSet::new(), 0);
+    let (mut strays, mut consents) = (HashSet::new(), 0);
     for _ in 0..2_000 {
         let case = verifier_sample(&mut rng);
         let (_, reply) = verifier::text(&case);
         assert_eq!(parse_verdict(&reply), Some(case.verdict), "{reply}");
-        let lines: Vec<&str> = reply.lines().collect();
-        let (_, reason) = lines.split_last().unwrap();
-        // The reason and the verdict never disagree: every line stands where all is right, and only there.
-        let all = reason.iter().all(|l| l.ends_with(" yes"));
+        let (reason, _) = reply.rsplit_once('\n').unwrap();
+        // The reason and the verdict never disagree: there is a mark where something strays, and only there.
+        let all = !reason.contains('!');
         if case.head == Head::Adherence {
             assert_eq!(all, case.verdict, "{case:?}\n{reply}");
+            if all {
+                assert_eq!(reason, case.program.trim_end(), "{case:?}");
+            }
         } else {
             let right = crate::rooms::frames::parse(&case.question).unwrap().0.recipe();
             assert_eq!(all, case.plan == right.plan(), "{case:?}\n{reply}");
             assert!(case.verdict || !all, "{case:?}\n{reply}");
         }
         consents += usize::from(all);
-        reasons.insert(reason.last().unwrap().split(' ').next().unwrap().to_owned());
+        strays.extend(reason.split('!').skip(1).map(|s| s.split(' ').take(2).collect::<Vec<_>>().join(" ")));
     }
     assert!(consents > 300, "{consents}");
-    for last in ["The", "It", "Instead:"] {
-        assert!(reasons.contains(last), "{last} {reasons:?}");
+    // A word for another, a step too many, a plan that is none.
+    for seen in [" width", " fewer", "It is", "The plan"] {
+        assert!(strays.iter().any(|s| s.starts_with(seen)), "{seen}: {strays:?}");
     }
 }
 
@@ -234,4 +237,44 @@ fn gradients_hold_at_the_size_of_a_training_step() {
         let tolerance = 0.02 * norm + 4e-6 / step;
         assert!((slope - norm).abs() < tolerance, "{name}: slope {slope} norm {norm}");
     }
+}
+
+#[test]
+fn a_judge_says_where_a_plan_strays_and_with_what() {
+    use crate::rooms::mistakes::{Mistake, demonstration};
+    let question = "Are there more chairs than red boxes?";
+    let Some((spec, _)) = crate::rooms::frames::parse(question) else { panic!("a question of the grammar") };
+    let judged = |head, mistakes: &[Mistake], change: &dyn Fn(&str) -> String| {
+        let reply = demonstration(&spec, mistakes);
+        let (plan, program) = match head {
+            Head::Adherence => (reply.plan, change(&reply.program)),
+            _ => (change(&reply.plan), reply.program),
+        };
+        let labels = crate::rooms::mistakes::judge(&spec, &plan, &program).of(head);
+        let case = crate::rooms::demos::VerifierSample {
+            head,
+            question: question.into(),
+            plan,
+            program,
+            verdict: labels.ok,
+            applies: labels.applies,
+        };
+        verifier::text(&case).1
+    };
+    let same = |text: &str| text.to_owned();
+    let right = spec.recipe();
+    assert_eq!(judged(Head::Logic, &[], &same), format!("{}\n<answer>yes</answer>", right.plan()));
+    assert_eq!(judged(Head::Adherence, &[], &same), format!("{}\n<answer>yes</answer>", right.program()));
+    let turned = judged(Head::Logic, &[Mistake::WrongComparison], &same);
+    assert!(turned.contains(" more! fewer") && turned.matches('!').count() == 1, "{turned}");
+    // The step that is missing strays from the one in its place, which is then met by its own.
+    let missing = judged(Head::Logic, &[Mistake::NoFallback], &same);
+    assert_eq!(missing.matches('!').count(), 1, "{missing}");
+    assert_eq!(missing.lines().count(), right.plan().lines().count() + 1, "{missing}");
+    let more = judged(Head::Logic, &[], &|plan| format!("{plan}\n9. Go home."));
+    assert!(more.contains("\n!Go home.\n<answer>no"), "{more}");
+    let short = judged(Head::Adherence, &[], &|program| program.rsplit_once('\n').unwrap().0.to_owned());
+    assert!(right.program().starts_with(short.split_once('!').unwrap().0.trim_end()), "{short}");
+    let digits = judged(Head::Adherence, &[], &|program| program.replace("second", "first"));
+    assert!(digits.ends_with("second!\n<answer>no</answer>"), "{digits}");
 }
