@@ -6,8 +6,8 @@
 //! repeated alone.
 
 use crate::config::{self, Config};
-use crate::llm::local::LocalChat;
-use crate::planner::{self, Planner};
+use crate::llm::{ChatError, ChatModels};
+use crate::planner::Planner;
 use crate::program::reply::ReplyError;
 use crate::program::{Limits, Outcome, Reply, Sandbox};
 use crate::tools::Tools;
@@ -26,12 +26,12 @@ pub struct Models {
 
 impl Models {
     /// Loads what a configuration names, all at once.
-    pub fn load(config: &Config, device: &Device) -> Result<Self, LoadError> {
+    pub fn load(config: &Config, device: &Device, chats: &ChatModels) -> Result<Self, LoadError> {
         std::thread::scope(|s| {
-            let planner = s.spawn(|| planner::open(&config.planner, device));
-            let perception = Perception::load(config, device);
-            let model: LocalChat = planner.join().expect("loading a model does not panic")?;
-            Ok(Self { planner: Planner::new(Box::new(model), &config.planner), perception: perception? })
+            let planner = s.spawn(|| chats.planner());
+            let perception = Perception::load(config, device, chats);
+            let model = planner.join().expect("loading a model does not panic")?;
+            Ok(Self { planner: Planner::new(model, &config.planner)?, perception: perception? })
         })
     }
 
@@ -61,12 +61,21 @@ pub fn limits(cfg: &config::Sandbox) -> Limits {
     }
 }
 
+/// Why there is no program to run.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum NoProgram {
+    #[error("the planner gave no reply: {0}")]
+    NoReply(ChatError),
+    #[error("the planner's reply is malformed: {0}")]
+    Malformed(#[from] ReplyError),
+}
+
 /// One answered question, or a failure; a failure is never an answer.
 #[derive(Clone, Debug)]
 pub struct Answered {
     /// The reply as it was read, irregularities flagged; `None` if it holds no program.
     pub reply: Option<Reply>,
-    pub outcome: Result<Outcome, ReplyError>,
+    pub outcome: Result<Outcome, NoProgram>,
 }
 
 /// Runs the program of a planner's reply, read leniently (method.md 2), on a picture's tools.
@@ -76,20 +85,27 @@ pub fn answer(reply: &str, sandbox: &mut Sandbox, tools: &mut dyn Tools) -> Answ
             let outcome = sandbox.run(&reply.program, IMAGE, tools);
             Answered { reply: Some(reply), outcome: Ok(outcome) }
         }
-        Err(e) => Answered { reply: None, outcome: Err(e) },
+        Err(e) => Answered { reply: None, outcome: Err(e.into()) },
     }
 }
 
 impl Answered {
+    /// Where the planner gave no reply to read.
+    pub fn without_reply(why: &ChatError) -> Self {
+        Self { reply: None, outcome: Err(NoProgram::NoReply(why.clone())) }
+    }
+
     /// The answer, if there is one.
     pub fn value(&self) -> Option<&Value> {
         self.outcome.as_ref().ok()?.result.as_ref().ok()
     }
 
-    /// What kept the program from answering: an error kind of the sandbox, or "malformed".
+    /// What kept the program from answering: an error kind of the sandbox, "malformed", or "planner"
+    /// where there was no reply.
     pub fn failure(&self) -> Option<&'static str> {
         match &self.outcome {
-            Err(_) => Some("malformed"),
+            Err(NoProgram::NoReply(_)) => Some("planner"),
+            Err(NoProgram::Malformed(_)) => Some("malformed"),
             Ok(Outcome { result: Err(e), .. }) => Some(e.kind.as_str()),
             Ok(_) => None,
         }
@@ -136,7 +152,7 @@ mod tests {
     use serde_json::json;
 
     fn run(answer: Option<Value>) -> Answered {
-        let outcome = answer.ok_or(ReplyError::NoProgram).map(|a| Outcome {
+        let outcome = answer.ok_or(ReplyError::NoProgram.into()).map(|a| Outcome {
             result: Ok(a),
             calls: Vec::new(),
             stdout: String::new(),

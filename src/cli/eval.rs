@@ -7,8 +7,9 @@
 use super::ModelArgs;
 use crate::eval::rooms::{Programs, Report, ToolSet, evaluate, questions};
 use crate::files::write_atomic;
+use crate::llm::ChatModels;
 use crate::pipeline::limits;
-use crate::planner::{self, Planner};
+use crate::planner::Planner;
 use crate::program::Sandbox;
 use crate::rooms::export::picture_png;
 use crate::rooms::{Look, Question, View};
@@ -106,16 +107,14 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
     if args.bench != Bench::Rooms {
         return super::parts::run(&args, &config, &device);
     }
+    let chats = ChatModels::new(&config, &device);
     let planner = match args.planner.as_str() {
         "stored" => None,
-        _ => {
-            let model = planner::open(&config.planner, &device)?;
-            Some(Planner::new(Box::new(model), &config.planner))
-        }
+        _ => Some(Planner::new(chats.planner()?, &config.planner)?),
     };
     let perception = match args.tools {
         ToolChoice::Oracle => None,
-        ToolChoice::Real => Some(Perception::load(&config, &device)?),
+        ToolChoice::Real => Some(Perception::load(&config, &device, &chats)?),
     };
     let programs = match &planner {
         None => Programs::Stored,

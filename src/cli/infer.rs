@@ -2,6 +2,7 @@
 
 use super::ModelArgs;
 use crate::config::{Config, EMBEDDED};
+use crate::llm::ChatModels;
 use crate::pipeline::{Answered, IMAGE, Models, answer, limits};
 use crate::program::Sandbox;
 use crate::tools::Picture;
@@ -39,7 +40,8 @@ pub fn run(args: InferArgs) -> anyhow::Result<ExitCode> {
     }
     let (config, device) = (args.models.config()?, args.models.device()?);
     let picture = Picture::open(&args.image)?;
-    let models = Models::load(&config, &device)?;
+    let chats = ChatModels::new(&config, &device);
+    let models = Models::load(&config, &device, &chats)?;
     let mut sandbox = Sandbox::start(limits(&config.sandbox)).context("cannot start the sandbox")?;
     let load = started.elapsed().as_secs_f64();
     let names: Vec<String> = models.names().iter().map(|(part, name)| format!("{part}: {name}")).collect();
@@ -50,8 +52,9 @@ pub fn run(args: InferArgs) -> anyhow::Result<ExitCode> {
     }
 
     let planning = Instant::now();
-    let reply = match models.planner.ask(&[(query, args.seed)], None) {
-        Ok(replies) => replies.into_iter().next().context("the planner gave no reply")?,
+    let reply = models.planner.ask(&[(query, args.seed)], None).into_iter().next();
+    let reply = match reply.context("the planner gave no reply")? {
+        Ok(reply) => reply,
         Err(e) => {
             eprintln!("valor: the planner failed: {e}");
             return Ok(ExitCode::FAILURE);
@@ -66,7 +69,7 @@ pub fn run(args: InferArgs) -> anyhow::Result<ExitCode> {
         eprintln!("valor: the planner's reply is irregular: {}", flags.join(", "));
     }
     let failure = match &answered.outcome {
-        Err(e) => Some(format!("the planner's reply is malformed: {e}")),
+        Err(e) => Some(e.to_string()),
         Ok(outcome) => {
             for call in &outcome.calls {
                 eprintln!("valor: {} took {:.2} s", call.tool, call.seconds);
@@ -93,6 +96,7 @@ pub fn run(args: InferArgs) -> anyhow::Result<ExitCode> {
             "printed": answered.outcome.as_ref().map_or("", |o| &o.stdout),
             "seconds": seconds,
             "models": models,
+            "endpoints": chats.usage(),
             "seed": args.seed,
         });
         writeln!(out, "{trace:#}")?;
@@ -127,10 +131,10 @@ fn strange(config: &Config, picture: &Picture) -> anyhow::Result<Option<&'static
     ))
 }
 
-/// As the sandbox's errors, with the kind "malformed" for a reply without a program.
+/// As the sandbox's errors; also of the kind "malformed" for a reply without a program.
 fn error(answered: &Answered) -> Value {
     match &answered.outcome {
-        Err(e) => json!({ "kind": "malformed", "type": null, "line": null, "message": e.to_string() }),
+        Err(e) => json!({ "kind": answered.failure(), "type": null, "line": null, "message": e.to_string() }),
         Ok(outcome) => json!(outcome.result.as_ref().err()),
     }
 }

@@ -3,6 +3,8 @@
 //! Exit codes: 0 done, 1 the work failed, 2 bad usage or input. Answers go to stdout, everything
 //! else to stderr; a broken pipe is not an error.
 
+mod config;
+mod doctor;
 mod eval;
 mod infer;
 mod models;
@@ -17,7 +19,7 @@ use anyhow::Context;
 use candle_core::Device;
 use clap::{Parser, Subcommand};
 
-use crate::config::Config;
+use crate::config::{Config, Origins};
 
 #[derive(Debug, Parser)]
 #[command(name = "valor", version, about, max_term_width = 100)]
@@ -30,9 +32,13 @@ struct Cli {
 enum Command {
     /// Answer a question about a picture
     Infer(infer::InferArgs),
+    /// Look at the configuration
+    Config(config::ConfigArgs),
+    /// Look at this machine, and at which configurations would run on it
+    Doctor(doctor::DoctorArgs),
     /// Measure planners and tools on benches
     Eval(eval::EvalArgs),
-    /// Look into checkpoints and convert them
+    /// Fetch, check, look into and convert checkpoints
     Models(models::ModelsArgs),
     /// Run planners' programs
     Program(program::ProgramArgs),
@@ -49,6 +55,9 @@ struct ModelArgs {
     /// One setting, such as planner.temperature=0; may be repeated
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
+    /// The planner's instructions: rooms, general, or a file that is used byte for byte
+    #[arg(long, value_name = "FILE")]
+    prompt: Option<String>,
     /// Where networks run: cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: String,
@@ -56,7 +65,16 @@ struct ModelArgs {
 
 impl ModelArgs {
     fn config(&self) -> anyhow::Result<Config> {
-        Ok(Config::resolve(self.config.as_deref(), &self.set)?)
+        Ok(self.explain()?.0)
+    }
+
+    fn explain(&self) -> anyhow::Result<(Config, Origins)> {
+        let (mut config, mut origins) = Config::explain(self.config.as_deref(), &self.set)?;
+        if let Some(prompt) = &self.prompt {
+            config.planner.prompt.clone_from(prompt);
+            origins.insert("planner.prompt".into(), format!("--prompt {prompt}"));
+        }
+        Ok((config, origins))
     }
 
     fn device(&self) -> anyhow::Result<Device> {
@@ -98,6 +116,8 @@ fn keep_freed_memory() {}
 pub fn main() -> ExitCode {
     keep_freed_memory();
     let result = match Cli::parse().command {
+        Command::Config(args) => config::run(args),
+        Command::Doctor(args) => doctor::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Infer(args) => infer::run(args),
         Command::Models(args) => models::run(args),
@@ -112,6 +132,14 @@ pub fn main() -> ExitCode {
             ExitCode::from(2)
         }
     }
+}
+
+/// Bytes for people.
+fn gb(bytes: u64) -> String {
+    if bytes < 1_000_000_000 {
+        return format!("{:.0} MB", bytes as f64 / 1e6);
+    }
+    format!("{:.1} GB", bytes as f64 / 1e9)
 }
 
 /// The error and its causes on one line. A cause that stands in the text already is not repeated.

@@ -4,13 +4,17 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
+use super::gb;
 use crate::files::write_atomic;
-use crate::weights::Checkpoint;
+use crate::weights::hub::Hub;
+use crate::weights::source::{HUB, HubSource};
+use crate::weights::{Checkpoint, presets};
 
-/// Look into checkpoints and convert them
+/// Fetch, check, look into and convert checkpoints
 #[derive(clap::Args, Debug)]
 pub struct ModelsArgs {
     #[command(subcommand)]
@@ -19,6 +23,17 @@ pub struct ModelsArgs {
 
 #[derive(clap::Subcommand, Debug)]
 enum ModelsCommand {
+    /// List presets, and what is in the cache
+    List(ListArgs),
+    /// Fetch models from the Hugging Face hub into its cache
+    ///
+    /// A pull that was broken off goes on where it stopped. Environment: HF_ENDPOINT, HF_HOME,
+    /// HF_HUB_CACHE, HF_TOKEN, HF_HUB_OFFLINE, and the usual variables of proxies.
+    Pull(PullArgs),
+    /// Hash what is in the cache anew and compare
+    Verify(VerifyArgs),
+    /// Delete models from the cache
+    Rm(RmArgs),
     /// List a checkpoint's tensors
     Show(ShowArgs),
     /// Write a checkpoint as one safetensors file, names as they are
@@ -26,6 +41,38 @@ enum ModelsCommand {
     /// PyTorch's own files (.pth, .pt, .bin) are pickles, which can carry programs. They are read here
     /// without running anything; a file that names code is refused.
     Convert(ConvertArgs),
+}
+
+#[derive(clap::Args, Debug)]
+struct ListArgs {
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(clap::Args, Debug)]
+struct PullArgs {
+    /// Presets, or hub:OWNER/NAME[@REVISION][#FILE]
+    #[arg(required = true)]
+    models: Vec<String>,
+    /// Say what would be fetched, fetch nothing
+    #[arg(long)]
+    dry_run: bool,
+}
+
+#[derive(clap::Args, Debug)]
+struct VerifyArgs {
+    /// Presets or hub:OWNER/NAME; all that is in the cache if none is named
+    models: Vec<String>,
+    /// Delete files that are wrong, so that the next pull brings them anew
+    #[arg(long)]
+    delete: bool,
+}
+
+#[derive(clap::Args, Debug)]
+struct RmArgs {
+    /// Presets or hub:OWNER/NAME
+    #[arg(required = true)]
+    models: Vec<String>,
 }
 
 #[derive(clap::Args, Debug)]
@@ -50,10 +97,154 @@ struct ConvertArgs {
 
 pub fn run(args: ModelsArgs) -> Result<ExitCode> {
     match args.command {
+        ModelsCommand::List(args) => list(&args)?,
+        ModelsCommand::Pull(args) => pull(&args)?,
+        ModelsCommand::Verify(args) => return verify(&args),
+        ModelsCommand::Rm(args) => rm(&args)?,
         ModelsCommand::Show(args) => show(&args)?,
         ModelsCommand::Convert(args) => convert(&args)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What a name on the command line means on the hub.
+fn on_hub(name: &str) -> Result<HubSource> {
+    if let Some(hub) = name.strip_prefix(HUB) {
+        return HubSource::parse(hub).map_err(anyhow::Error::msg);
+    }
+    match presets::by_name(name) {
+        Some(preset) => Ok(preset.source()),
+        None => bail!(
+            "{name} is no preset (the nearest is {}; valor models list shows all), nor hub:OWNER/NAME",
+            presets::nearest(name).name
+        ),
+    }
+}
+
+fn size(bytes: u64) -> String {
+    if bytes < 1_000_000 {
+        return format!("{:.0} kB", bytes as f64 / 1e3);
+    }
+    gb(bytes)
+}
+
+fn list(args: &ListArgs) -> Result<()> {
+    let hub = Hub::from_env()?;
+    let held = hub.held();
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        let presets: Vec<_> = presets::ALL
+            .iter()
+            .map(|p| {
+                json!({ "name": p.name, "part": p.part.word(), "source": p.source().to_string(),
+                        "cached": hub.cached(&p.source()) })
+            })
+            .collect();
+        let held: Vec<_> = held
+            .iter()
+            .map(|h| json!({ "repo": h.repo, "bytes": h.bytes, "incomplete_bytes": h.incomplete_bytes }))
+            .collect();
+        writeln!(out, "{:#}", json!({ "cache": hub.cache_folder(), "presets": presets, "held": held }))?;
+        return Ok(());
+    }
+    writeln!(out, "{:<22} {:<18} {:<42} here", "preset", "part", "repository")?;
+    for p in presets::ALL {
+        let here = if hub.cached(&p.source()).is_some() { "yes" } else { "-" };
+        writeln!(out, "{:<22} {:<18} {:<42} {here}", p.name, p.part.word(), p.source().to_string())?;
+    }
+    writeln!(out, "\nin {}:", hub.cache_folder().display())?;
+    for h in &held {
+        let rest = match h.incomplete_bytes {
+            0 => String::new(),
+            n => format!(" ({} of a pull that was broken off)", size(n)),
+        };
+        writeln!(out, "{:<42} {:>8}{rest}", format!("hub:{}", h.repo), size(h.bytes))?;
+    }
+    Ok(())
+}
+
+/// A bar for one file after another.
+struct FileBar(ProgressBar, String);
+
+impl FileBar {
+    fn new() -> Result<Self> {
+        let bar = ProgressBar::new(0);
+        bar.set_style(ProgressStyle::with_template(
+            "{msg} {bar:30} {bytes}/{total_bytes} {bytes_per_sec} eta {eta}",
+        )?);
+        Ok(Self(bar, String::new()))
+    }
+
+    fn show(&mut self, file: &str, done: u64, all: u64) {
+        if self.1 != file {
+            self.1 = file.to_owned();
+            self.0.set_message(file.to_owned());
+            self.0.set_length(all);
+            self.0.reset();
+        }
+        self.0.set_position(done);
+    }
+}
+
+fn pull(args: &PullArgs) -> Result<()> {
+    let hub = Hub::from_env()?;
+    let sources = args.models.iter().map(|m| on_hub(m)).collect::<Result<Vec<_>>>()?;
+    let mut bar = FileBar::new()?;
+    for source in &sources {
+        let listing = hub.listing(source)?;
+        let files = listing.of_model(source)?;
+        let all: u64 = files.iter().map(|f| f.bytes).sum();
+        let missing = hub.missing(source, &files);
+        eprintln!("{source}: {} files, {}, {} to fetch", files.len(), size(all), size(missing));
+        if args.dry_run {
+            for file in &files {
+                println!("{} {}", file.bytes, file.name);
+            }
+            continue;
+        }
+        let folder = hub.pull(source, &listing, &files, &mut |file, done, all| bar.show(file, done, all));
+        bar.0.finish_and_clear();
+        println!("{}", folder?.display());
+    }
+    Ok(())
+}
+
+fn verify(args: &VerifyArgs) -> Result<ExitCode> {
+    let hub = Hub::from_env()?;
+    let repos = match args.models[..] {
+        [] => hub.held().into_iter().map(|h| h.repo).collect(),
+        _ => args.models.iter().map(|m| Ok(on_hub(m)?.repo)).collect::<Result<Vec<_>>>()?,
+    };
+    let mut bar = FileBar::new()?;
+    let mut wrong = 0;
+    for repo in repos {
+        let files = hub
+            .verify(&repo, &mut |file, done, all| bar.show(file, done, all))
+            .with_context(|| format!("hub:{repo}"))?;
+        bar.0.finish_and_clear();
+        let count = files.len();
+        for (name, problem) in files {
+            let Some(problem) = problem else { continue };
+            wrong += 1;
+            println!("hub:{repo} {name}: {problem}");
+            if args.delete {
+                hub.forget(&repo, &name)?;
+                eprintln!("valor: deleted; valor models pull hub:{repo} brings it anew");
+            }
+        }
+        eprintln!("hub:{repo}: {count} files hashed");
+    }
+    Ok(if wrong == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn rm(args: &RmArgs) -> Result<()> {
+    let hub = Hub::from_env()?;
+    let sources = args.models.iter().map(|m| on_hub(m)).collect::<Result<Vec<_>>>()?;
+    for source in sources {
+        let freed = hub.remove(&source.repo)?;
+        eprintln!("hub:{}: {} freed", source.repo, size(freed));
+    }
+    Ok(())
 }
 
 fn show(args: &ShowArgs) -> Result<()> {

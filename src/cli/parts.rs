@@ -3,12 +3,10 @@
 use super::eval::{Bench, EvalArgs};
 use crate::config::Config;
 use crate::eval::parts;
-use crate::llm::engine::EngineOptions;
-use crate::llm::local::LocalChat;
-use crate::planner::{self, Planner};
+use crate::llm::ChatModels;
+use crate::planner::Planner;
 use crate::rooms::{Kind, Question};
 use crate::tools::real::{DepthEstimator, Detector, Vlm};
-use crate::weights::ModelFiles;
 use anyhow::bail;
 use candle_core::Device;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -31,6 +29,7 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> anyhow::Result<
     let bar = ProgressBar::new(n);
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} eta {eta}")?);
     let tick = || bar.inc(1);
+    let chats = ChatModels::new(config, device);
     let mut table = String::new();
     let figures = match args.bench {
         Bench::Rooms => unreachable!("the caller's own"),
@@ -63,9 +62,7 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> anyhow::Result<
             serde_json::to_value(&r)?
         }
         Bench::RoomsVlm => {
-            let files = ModelFiles::open(&config.vlm.model, "vlm")?;
-            let chat = LocalChat::from_files(&files, device, EngineOptions::default())?;
-            let model = Vlm::new(Box::new(chat), &config.vlm);
+            let model = Vlm::new(chats.vlm()?, &config.vlm);
             let shares = parts::vlm(&model, args.look, args.seed, args.n, tick)?;
             for (name, share) in &shares {
                 writeln!(table, "{name:<12} {share}  n {}", share.n)?;
@@ -73,9 +70,8 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> anyhow::Result<
             serde_json::to_value(&shares)?
         }
         Bench::RoomsVerifier => {
-            let files = ModelFiles::open(&config.verifier.model, "verifier")?;
-            let judge = LocalChat::from_files(&files, device, EngineOptions::default())?;
-            let planner = Planner::new(Box::new(planner::open(&config.planner, device)?), &config.planner);
+            let judge = chats.verifier()?;
+            let planner = Planner::new(chats.planner()?, &config.planner)?;
             let asked: Vec<Question> =
                 crate::eval::rooms::questions(args.look, args.seed).take(args.n).map(|(_, q)| q).collect();
             let most = config.verifier.max_new_tokens;
@@ -83,7 +79,7 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> anyhow::Result<
                 bar.set_length(all as u64);
                 bar.set_position(done as u64);
             };
-            let r = parts::verifier(&judge, most, &planner, &asked, args.seed, tick)?;
+            let r = parts::verifier(&*judge, most, &planner, &asked, args.seed, tick)?;
             writeln!(table, "{:<12} balanced  right passes{:14}wrong is objected to", "head", "")?;
             for (name, h) in &r.heads {
                 let (passed, objected) = (h.passed.to_string(), h.objected.to_string());

@@ -65,7 +65,7 @@ struct PretrainArgs {
     /// Optimiser steps instead of the recipe's, for a trial
     #[arg(long, requires = "only", value_parser = clap::value_parser!(u64).range(1..))]
     steps: Option<u64>,
-    /// Go on from a model folder instead of from nothing; give another seed for new samples
+    /// Go on from a model's or a run's folder instead of from nothing; give another seed for new samples
     #[arg(long, value_name = "DIR", requires_all = ["only", "seed"])]
     from: Option<PathBuf>,
     /// Seed instead of the recipe's

@@ -4,11 +4,24 @@
 //! refused with the nearest one that they do.
 
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::path::Path;
 use toml::{Table, Value};
 
 /// The default configuration as shipped.
 pub const ROOMS: &str = include_str!("../../configs/rooms.toml");
+
+/// The other configurations as shipped, with their files' names.
+pub const SHIPPED: [(&str, &str); 2] = [
+    ("configs/paper.toml", include_str!("../../configs/paper.toml")),
+    ("configs/api.toml", include_str!("../../configs/api.toml")),
+];
+
+/// Where values come from that are not set anywhere.
+pub const BUILT_IN: &str = "built-in configuration";
+
+/// Full keys, and where their values were set last.
+pub type Origins = BTreeMap<String, String>;
 
 /// Where a network's weights come from: `"embedded"` or a path.
 pub const EMBEDDED: &str = "embedded";
@@ -22,12 +35,79 @@ pub struct Config {
     pub vlm: Vlm,
     pub verifier: Verifier,
     pub sandbox: Sandbox,
+    /// Servers with chat models, by names of the user's choice; a part whose `model` is
+    /// `endpoint:NAME` is asked there.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub endpoints: BTreeMap<String, Endpoint>,
 }
+
+/// A chat model on an OpenAI-compatible server.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Endpoint {
+    /// Up to and with the version, such as `https://api.openai.com/v1`.
+    pub base_url: String,
+    pub model: String,
+    /// Name of the environment variable that holds the key; empty where the server wants none.
+    pub key_env: String,
+    /// Seconds that one try may take, its reply read to the end.
+    pub seconds: f64,
+    /// Tries a call, the first included.
+    pub tries: usize,
+    /// Seconds that a try may be put off by; a server that asks for more is not tried again.
+    pub longest_wait: f64,
+    /// Calls at once.
+    pub concurrency: usize,
+    /// 0: no limit.
+    pub requests_per_minute: usize,
+    /// Folder where replies are kept; empty: none are.
+    pub cache: String,
+    pub usd_per_million_prompt_tokens: f64,
+    pub usd_per_million_new_tokens: f64,
+    /// No call goes out once this is spent; 0: no limit.
+    pub budget_usd: f64,
+    /// Longest reply that is read.
+    pub max_reply_kb: usize,
+    /// `max_tokens`, or `max_completion_tokens` for OpenAI's reasoning models.
+    pub max_tokens_key: String,
+    /// Does the server take `seed`?
+    pub send_seed: bool,
+    /// Does it take `top_k`, as vLLM and llama.cpp do?
+    pub send_top_k: bool,
+}
+
+impl Default for Endpoint {
+    fn default() -> Self {
+        Self {
+            base_url: String::new(),
+            model: String::new(),
+            key_env: String::new(),
+            seconds: 120.,
+            tries: 5,
+            longest_wait: 60.,
+            concurrency: 8,
+            requests_per_minute: 0,
+            cache: String::new(),
+            usd_per_million_prompt_tokens: 0.,
+            usd_per_million_new_tokens: 0.,
+            budget_usd: 0.,
+            max_reply_kb: 1024,
+            max_tokens_key: "max_tokens".into(),
+            send_seed: true,
+            send_top_k: false,
+        }
+    }
+}
+
+/// How a part's `model` names one of [`Config::endpoints`].
+pub const ENDPOINT: &str = "endpoint:";
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Planner {
     pub model: String,
+    /// The instructions before the question: `rooms`, `general`, or a file that is used byte for byte.
+    pub prompt: String,
     pub temperature: f64,
     pub top_p: f64,
     pub top_k: usize,
@@ -92,13 +172,31 @@ pub enum ConfigError {
 impl Config {
     /// Resolves defaults, an optional file and `key=value` overrides, in this order.
     pub fn resolve(file: Option<&Path>, overrides: &[String]) -> Result<Self, ConfigError> {
-        let defaults: Table = ROOMS.parse().map_err(|e| invalid("built-in configuration", &e))?;
-        let mut table = defaults.clone();
-        if let Some(path) = file {
-            let origin = path.display().to_string();
-            let text = std::fs::read_to_string(path).map_err(|e| invalid(&origin, &e))?;
-            let given: Table = text.parse().map_err(|e| syntax(&origin, &text, &e))?;
-            merge(&mut table, given, &defaults, "", &origin)?;
+        Ok(Self::explain(file, overrides)?.0)
+    }
+
+    /// The same, with where each value that is no default came from.
+    pub fn explain(file: Option<&Path>, overrides: &[String]) -> Result<(Self, Origins), ConfigError> {
+        let Some(path) = file else { return Self::over_defaults(None, overrides) };
+        let origin = path.display().to_string();
+        let text = std::fs::read_to_string(path).map_err(|e| invalid(&origin, &e))?;
+        Self::over_defaults(Some((&text, &origin)), overrides)
+    }
+
+    /// Defaults, and the text of a file over them.
+    pub fn parse(text: &str, origin: &str) -> Result<Self, ConfigError> {
+        Ok(Self::over_defaults(Some((text, origin)), &[])?.0)
+    }
+
+    fn over_defaults(
+        file: Option<(&str, &str)>,
+        overrides: &[String],
+    ) -> Result<(Self, Origins), ConfigError> {
+        let defaults: Table = ROOMS.parse().map_err(|e| invalid(BUILT_IN, &e))?;
+        let (mut table, mut origins) = (defaults.clone(), Origins::new());
+        if let Some((text, origin)) = file {
+            let given: Table = text.parse().map_err(|e| syntax(origin, text, &e))?;
+            merge(&mut table, given, &defaults, "", origin, &mut origins)?;
         }
         for o in overrides {
             let origin = format!("--set {o}");
@@ -106,11 +204,11 @@ impl Config {
                 return Err(invalid(&origin, &"expected key=value, such as planner.temperature=0"));
             };
             let given = nest(key.trim(), parse_value(value.trim()));
-            merge(&mut table, given, &defaults, "", &origin)?;
+            merge(&mut table, given, &defaults, "", &origin, &mut origins)?;
         }
         let config: Self = table.try_into().map_err(|e| invalid("configuration", &e))?;
         config.check()?;
-        Ok(config)
+        Ok((config, origins))
     }
 
     fn check(&self) -> Result<(), ConfigError> {
@@ -130,6 +228,50 @@ impl Config {
         positive("vlm.max_new_tokens", self.vlm.max_new_tokens as f64)?;
         positive("verifier.max_new_tokens", self.verifier.max_new_tokens as f64)?;
         positive("detector.shortest_side", self.detector.shortest_side as f64)?;
+        for (name, e) in &self.endpoints {
+            let at = |field: &str| format!("endpoints.{name}.{field}");
+            positive(&at("seconds"), e.seconds)?;
+            positive(&at("tries"), e.tries as f64)?;
+            positive(&at("concurrency"), e.concurrency as f64)?;
+            positive(&at("max_reply_kb"), e.max_reply_kb as f64)?;
+            for (field, v) in [
+                ("longest_wait", e.longest_wait),
+                ("usd_per_million_prompt_tokens", e.usd_per_million_prompt_tokens),
+                ("usd_per_million_new_tokens", e.usd_per_million_new_tokens),
+                ("budget_usd", e.budget_usd),
+            ] {
+                if !(v >= 0. && v.is_finite()) {
+                    return Err(invalid(&at(field), &format!("{v} is negative or no number")));
+                }
+            }
+            if !["max_tokens", "max_completion_tokens"].contains(&e.max_tokens_key.as_str()) {
+                return Err(invalid(&at("max_tokens_key"), &"must be max_tokens or max_completion_tokens"));
+            }
+            if e.budget_usd > 0. && e.usd_per_million_prompt_tokens + e.usd_per_million_new_tokens == 0. {
+                return Err(invalid(
+                    &at("budget_usd"),
+                    &"needs prices: without usd_per_million_prompt_tokens and usd_per_million_new_tokens nothing is ever spent",
+                ));
+            }
+        }
+        for (part, model) in
+            [("planner", &self.planner.model), ("vlm", &self.vlm.model), ("verifier", &self.verifier.model)]
+        {
+            let Some(name) = model.strip_prefix(ENDPOINT) else { continue };
+            if !self.endpoints.contains_key(name) {
+                let known: Vec<&str> = self.endpoints.keys().map(String::as_str).collect();
+                let message = match known[..] {
+                    [] => format!("names an endpoint, and there are none; add [endpoints.{name}]"),
+                    _ => format!("there is no endpoint {name}, only {}", known.join(", ")),
+                };
+                return Err(invalid(&format!("{part}.model"), &message));
+            }
+        }
+        for (part, model) in [("detector", &self.detector.model), ("depth", &self.depth.model)] {
+            if model.starts_with(ENDPOINT) {
+                return Err(invalid(&format!("{part}.model"), &"an endpoint serves chat models only"));
+            }
+        }
         match self.planner.temperature >= 0. {
             true => Ok(()),
             false => Err(invalid("planner.temperature", &"must be 0 (greedy) or more")),
@@ -175,9 +317,31 @@ fn merge(
     defaults: &Table,
     path: &str,
     origin: &str,
+    origins: &mut Origins,
 ) -> Result<(), ConfigError> {
     for (k, v) in from {
         let full = if path.is_empty() { k.clone() } else { format!("{path}.{k}") };
+        // Endpoints have names of the user's choice, each the same keys.
+        if full == "endpoints" {
+            let Value::Table(named) = v else {
+                return Err(invalid(
+                    origin,
+                    &"`endpoints` must be a table of tables, such as [endpoints.gpt]",
+                ));
+            };
+            let all = into.entry(k).or_insert_with(|| Value::Table(Table::new()));
+            let all = all.as_table_mut().expect("made here");
+            let defaults = endpoint_keys();
+            for (name, keys) in named {
+                let full = format!("{full}.{name}");
+                let Value::Table(keys) = keys else {
+                    return Err(invalid(origin, &format!("`{full}` must be a table")));
+                };
+                let one = all.entry(name).or_insert_with(|| Value::Table(defaults.clone()));
+                merge(one.as_table_mut().expect("made here"), keys, &defaults, &full, origin, origins)?;
+            }
+            continue;
+        }
         let Some(default) = defaults.get(&k) else {
             let key = first_leaf(full, &v);
             return Err(ConfigError::UnknownKey { origin: origin.into(), hint: nearest(&key), key });
@@ -187,13 +351,15 @@ fn merge(
                 let Some(Value::Table(inner)) = into.get_mut(&k) else {
                     unreachable!("same shape as the defaults")
                 };
-                merge(inner, v, d, &full, origin)?;
+                merge(inner, v, d, &full, origin, origins)?;
             }
             (Value::Float(_), Value::Integer(i)) => {
                 into.insert(k, Value::Float(i as f64));
+                origins.insert(full, origin.into());
             }
             (d, v) if d.same_type(&v) => {
                 into.insert(k, v);
+                origins.insert(full, origin.into());
             }
             (d, v) => {
                 let message = format!("`{full}` must be a {}, not a {}", d.type_str(), v.type_str());
@@ -202,6 +368,11 @@ fn merge(
         }
     }
     Ok(())
+}
+
+/// An endpoint's keys, with their defaults.
+fn endpoint_keys() -> Table {
+    Table::try_from(Endpoint::default()).expect("all of its values have a form in TOML")
 }
 
 /// The first full key inside a table, so that `[planer] temprature` is compared as a whole.
@@ -227,6 +398,9 @@ fn nearest(key: &str) -> String {
     if let Ok(defaults) = ROOMS.parse::<Table>() {
         keys(&defaults, "", &mut all);
     }
+    if let Some((name, _)) = key.strip_prefix("endpoints.").and_then(|k| k.split_once('.')) {
+        keys(&endpoint_keys(), &format!("endpoints.{name}"), &mut all);
+    }
     let best = all.into_iter().min_by_key(|k| strsim::damerau_levenshtein(k, key));
     best.map_or(String::new(), |b| format!("; did you mean `{b}`?"))
 }
@@ -246,6 +420,36 @@ mod tests {
     }
 
     #[test]
+    fn the_shipped_configurations_are_read_and_name_models_that_there_are() {
+        use crate::weights::source::Source;
+        for (name, text) in SHIPPED {
+            let c = Config::parse(text, name).unwrap();
+            for model in
+                [&c.planner.model, &c.detector.model, &c.depth.model, &c.vlm.model, &c.verifier.model]
+            {
+                let known = matches!(Source::parse(model), Ok(Source::Preset(_) | Source::Embedded));
+                assert!(known || model.starts_with(ENDPOINT), "{name}: {model}");
+            }
+        }
+    }
+
+    #[test]
+    fn each_value_knows_where_it_came_from() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.toml");
+        std::fs::write(&path, "[planner]\ntop_k = 5\ntop_p = 1\n[endpoints.x]\nmodel = \"m\"\n").unwrap();
+        let (config, origins) = Config::explain(Some(&path), &["planner.top_k=6".into()]).unwrap();
+        assert_eq!((config.planner.top_k, config.planner.top_p), (6, 1.));
+        let file = path.display().to_string();
+        let want = [
+            ("endpoints.x.model", file.as_str()),
+            ("planner.top_k", "--set planner.top_k=6"),
+            ("planner.top_p", &file),
+        ];
+        assert_eq!(origins, want.map(|(k, o)| (k.to_string(), o.to_string())).into());
+    }
+
+    #[test]
     fn an_unknown_key_is_answered_with_the_nearest() {
         let e = set("planer.temprature=0").unwrap_err().to_string();
         assert!(e.contains("did you mean `planner.temperature`?"), "{e}");
@@ -253,6 +457,29 @@ mod tests {
         assert!(e.contains("must be a float"), "{e}");
         let e = set("planner.top_p=7").unwrap_err().to_string();
         assert!(e.contains("outside 0…1"), "{e}");
+    }
+
+    #[test]
+    fn endpoints_have_names_of_the_users_choice_and_known_keys() {
+        let all =
+            |sets: &[&str]| Config::resolve(None, &sets.iter().map(|s| s.to_string()).collect::<Vec<_>>());
+        let url = "endpoints.gpt.base_url=https://api.openai.com/v1";
+        let c = all(&[url, "endpoints.gpt.tries=2", "planner.model=endpoint:gpt"]).unwrap();
+        assert_eq!(c.endpoints["gpt"].tries, 2);
+        assert_eq!(c.endpoints["gpt"].seconds, Endpoint::default().seconds);
+        for (sets, want) in [
+            (&["endpoints.gpt.base_ulr=x"][..], "did you mean `endpoints.gpt.base_url`?"),
+            (&["endpoints.gpt.tries=0"], "endpoints.gpt.tries: 0 is not positive"),
+            (&["endpoints.gpt.tries=many"], "must be a integer"),
+            (&["endpoints=3"], "table of tables"),
+            (&["planner.model=endpoint:gpt"], "there are none"),
+            (&[url, "vlm.model=endpoint:gtp"], "no endpoint gtp, only gpt"),
+            (&[url, "depth.model=endpoint:gpt"], "chat models only"),
+            (&[url, "endpoints.gpt.budget_usd=3"], "needs prices"),
+        ] {
+            let e = all(sets).unwrap_err().to_string();
+            assert!(e.contains(want), "{e}");
+        }
     }
 
     #[test]

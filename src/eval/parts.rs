@@ -181,8 +181,9 @@ pub fn verifier(
             let q: &Question = q;
             (&q.text, question_seed(seed, start + i, 0))
         };
-        let replies = planner.ask(&chunk.iter().enumerate().map(seeded).collect::<Vec<_>>(), None)?;
+        let replies = planner.ask(&chunk.iter().enumerate().map(seeded).collect::<Vec<_>>(), None);
         for (i, (q, reply)) in chunk.iter().zip(replies).enumerate() {
+            let reply = reply?;
             let number = (start + i) as u64;
             if Mistake::that_fit(&q.spec).any(|m| m == Mistake::KEPT_FROM_VERIFIER) {
                 let wrong = demonstration(&q.spec, &[Mistake::KEPT_FROM_VERIFIER]);
@@ -205,8 +206,13 @@ pub fn verifier(
         for chunk in prompts.chunks(BATCH) {
             let requests: Vec<ChatRequest> =
                 chunk.iter().map(|p| ChatRequest::user(p.as_str(), 0, max_new_tokens)).collect();
-            let replies = model.chat(&requests, &SamplingOptions::greedy(), None)?;
-            read.extend(replies.iter().map(|r| parse_verdict(&r.text)));
+            for reply in model.chat(&requests, &SamplingOptions::greedy(), None) {
+                match reply {
+                    Ok(reply) => read.push(parse_verdict(&reply.text)),
+                    Err(e) if e.is_of_model() => return Err(e.into()),
+                    Err(_) => read.push(None),
+                }
+            }
             done += chunk.len();
             progress(done, all);
         }

@@ -4,7 +4,7 @@
 //! no training data holds, and are reported apart.
 
 use super::stats::Share;
-use crate::llm::ChatError;
+use crate::llm::{ChatError, ChatReply};
 use crate::pipeline::{self, Answered, IMAGE, answer, question_seed};
 use crate::planner::Planner;
 use crate::program::Sandbox;
@@ -101,7 +101,8 @@ const BATCH: usize = 32;
 /// question, half of the run away: what is still right then did not need the picture.
 ///
 /// # Errors
-/// If the planner's model fails; a failed program is a result.
+/// If the planner's model fails; a failed program is a result, and so is a question to which an
+/// endpoint gave no reply.
 ///
 /// # Panics
 /// If the pictures are to be shuffled and there is only one.
@@ -128,8 +129,7 @@ pub fn evaluate(
             Programs::Stored => Vec::new(),
             Programs::Planner { planner, seed, votes } => {
                 let ask = |i: usize| (0..votes).map(move |k| (&*asked[i].1.text, question_seed(seed, i, k)));
-                let replies = planner.ask(&(start..end).flat_map(ask).collect::<Vec<_>>(), None)?;
-                replies.into_iter().map(|r| r.text).collect()
+                planner.ask(&(start..end).flat_map(ask).collect::<Vec<_>>(), None)
             }
         };
         let mut at = start;
@@ -151,11 +151,16 @@ pub fn evaluate(
                     }
                     Programs::Planner { seed, votes, .. } => {
                         let replies = &replies[(i - start) * votes..][..votes];
-                        let runs: Vec<_> = replies.iter().map(|r| answer(r, sandbox, &mut *tools)).collect();
+                        let run = |reply: &Result<ChatReply, ChatError>| match reply {
+                            Ok(reply) => Ok(answer(&reply.text, sandbox, &mut *tools)),
+                            Err(e) if e.is_of_model() => Err(e.clone()),
+                            Err(e) => Ok(Answered::without_reply(e)),
+                        };
+                        let runs: Vec<_> = replies.iter().map(run).collect::<Result<_, _>>()?;
                         let chosen = pipeline::vote(&runs).unwrap_or(0);
                         Sample {
                             seed: Some(question_seed(seed, i, chosen)),
-                            reply: Some(replies[chosen].clone()),
+                            reply: replies[chosen].as_ref().ok().map(|r| r.text.clone()),
                             ..Sample::new(i, view, q, &runs[chosen])
                         }
                     }

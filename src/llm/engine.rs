@@ -181,6 +181,11 @@ impl Engine {
         Ok(out.into_iter().flatten().collect())
     }
 
+    /// Can this job be served at all?
+    pub fn check(&self, job: &Job) -> Result<()> {
+        self.plan(job).map(|_| ())
+    }
+
     fn plan(&self, job: &Job) -> Result<Planned> {
         let context = self.network.config().max_position_embeddings;
         let n = job.ids.len();

@@ -121,9 +121,25 @@ impl ChatModel for LocalChat {
         requests: &[ChatRequest],
         opts: &SamplingOptions,
         on_token: OnToken,
-    ) -> Result<Vec<ChatReply>, ChatError> {
-        let jobs: Vec<Job> = requests.iter().map(|r| self.job(r)).collect::<Result<_, _>>()?;
-        let generated = self.engine.generate(&jobs, opts, &self.format.tokenizer, on_token)?;
+    ) -> Vec<Result<ChatReply, ChatError>> {
+        // What cannot be served is answered with its error; the others go together.
+        let planned: Vec<Result<Job, ChatError>> = (requests.iter())
+            .map(|r| self.job(r).and_then(|job| self.engine.check(&job).map(|()| job)))
+            .collect();
+        let of: Vec<usize> = (0..planned.len()).filter(|&i| planned[i].is_ok()).collect();
+        let mut jobs = Vec::with_capacity(of.len());
+        let mut refused = Vec::with_capacity(planned.len());
+        for job in planned {
+            refused.push(job.map(|job| jobs.push(job)).err());
+        }
+        let mut renumbered;
+        let on_token: OnToken = match on_token {
+            Some(hear) => {
+                renumbered = |job: usize, piece: &str| hear(of[job], piece);
+                Some(&mut renumbered)
+            }
+            None => None,
+        };
         let reply = |g: Generated| ChatReply {
             text: g.text,
             finish: g.finish,
@@ -131,7 +147,22 @@ impl ChatModel for LocalChat {
             new_tokens: g.trace.ids.len(),
             trace: opts.trace.then_some(g.trace),
         };
-        Ok(generated.into_iter().map(reply).collect())
+        let mut generated: Box<dyn Iterator<Item = Result<ChatReply, ChatError>>> =
+            match self.engine.generate(&jobs, opts, &self.format.tokenizer, on_token) {
+                Ok(all) => Box::new(all.into_iter().map(|g| Ok(reply(g)))),
+                Err(e) => Box::new(std::iter::repeat(Err(e))),
+            };
+        let served = |(request, refused): (&ChatRequest, Option<ChatError>)| {
+            let reply = match refused {
+                Some(e) => return Err(e),
+                None => generated.next().expect("one for each job")?,
+            };
+            match request.schema.as_ref().map(|s| s.check(&reply.text)) {
+                Some(Err(misfit)) => Err(ChatError::NoReply(misfit)),
+                _ => Ok(reply),
+            }
+        };
+        requests.iter().zip(refused).map(served).collect()
     }
 }
 

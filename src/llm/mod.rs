@@ -2,22 +2,28 @@
 //!
 //! [`local::LocalChat`] runs a Qwen3 or Qwen3-VL checkpoint in this process: [`template`] renders the
 //! checkpoint's own chat template, [`tokenizer`] turns text into ids and back, [`engine`] generates
-//! in batches with [`sampler`], [`bpe`] makes the tokenizers of the embedded models. The trait
-//! speaks text and pictures only, no tensors, so that a remote endpoint can implement it too.
+//! in batches with [`sampler`], [`bpe`] makes the tokenizers of the embedded models.
+//! [`endpoint::Endpoint`] asks a server. The trait speaks text and pictures only, no tensors.
 
 pub mod bpe;
+pub mod endpoint;
 pub mod engine;
 pub mod format;
 pub mod local;
 mod network;
+mod open;
 pub mod sampler;
+pub mod schema;
 pub mod template;
 pub mod tokenizer;
 
 use image::RgbImage;
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 
+pub use open::ChatModels;
 pub use sampler::SamplingOptions;
+pub use schema::Schema;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -63,12 +69,15 @@ pub struct ChatRequest {
     pub max_new_tokens: usize,
     /// The reply ends before the first of these; they are not part of it.
     pub stop: Vec<String>,
+    /// The reply must be JSON that fits; one that does not is an error. Endpoints are told of it,
+    /// local models are not: say in words what is wanted.
+    pub schema: Option<Arc<Schema>>,
 }
 
 impl ChatRequest {
     /// One user turn, no stop strings.
     pub fn user(text: impl Into<String>, seed: u64, max_new_tokens: usize) -> Self {
-        Self { messages: vec![Message::user(text)], seed, max_new_tokens, stop: Vec::new() }
+        Self { messages: vec![Message::user(text)], seed, max_new_tokens, stop: Vec::new(), schema: None }
     }
 }
 
@@ -101,7 +110,7 @@ pub struct ChatReply {
     pub trace: Option<TokenTrace>,
 }
 
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum ChatError {
     #[error("chat template: {0}")]
     Template(String),
@@ -111,20 +120,44 @@ pub enum ChatError {
     #[error("{0}")]
     Request(String),
     #[error(transparent)]
-    Model(#[from] candle_core::Error),
+    Model(Arc<candle_core::Error>),
+    /// An endpoint gave no usable reply to this request; others may fare better.
+    #[error("{0}")]
+    NoReply(String),
+    /// An endpoint will answer nothing more, such as when the budget is spent.
+    #[error("{0}")]
+    Closed(String),
+}
+
+impl From<candle_core::Error> for ChatError {
+    fn from(e: candle_core::Error) -> Self {
+        Self::Model(Arc::new(e))
+    }
+}
+
+impl ChatError {
+    /// Would any other request fail too?
+    pub fn is_of_model(&self) -> bool {
+        !matches!(self, Self::Request(_) | Self::NoReply(_))
+    }
 }
 
 /// Anything that continues conversations.
-pub trait ChatModel {
+pub trait ChatModel: Send + Sync {
     /// The model's name, for traces and reports.
     fn name(&self) -> &str;
 
-    /// Replies to all requests, in their order. `on_token` receives the index of a request and
+    /// A reply to each request, in their order. `on_token` receives the index of a request and
     /// the next piece of its reply; a request's pieces, joined, are its reply.
     fn chat(
         &self,
         requests: &[ChatRequest],
         opts: &SamplingOptions,
         on_token: Option<&mut dyn FnMut(usize, &str)>,
-    ) -> Result<Vec<ChatReply>, ChatError>;
+    ) -> Vec<Result<ChatReply, ChatError>>;
+
+    /// What its calls have cost so far, where calls cost anything.
+    fn usage(&self) -> Option<endpoint::Usage> {
+        None
+    }
 }

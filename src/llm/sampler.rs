@@ -81,7 +81,7 @@ impl Sampler {
     pub fn sample(&mut self, logits: &[f32]) -> Result<Sampled, ChatError> {
         let Some(best) = argmax(logits) else {
             let msg = "the model's logits are all NaN or −inf: its weights or inputs are broken";
-            return Err(ChatError::Model(candle_core::Error::Msg(msg.into())));
+            return Err(candle_core::Error::Msg(msg.into()).into());
         };
         let id = if self.opts.temperature == 0. { best } else { self.draw(logits, logits[best]) };
         Ok(Sampled { id: id as u32, log_prob: log_prob(logits, id) as f32 })

@@ -4,27 +4,35 @@
 //! every question, so the chat model computes their key-value cache once. What the reply holds
 //! is read by [`crate::program`]; nothing here trusts it.
 
-use crate::config;
-use crate::llm::engine::EngineOptions;
-use crate::llm::local::{LoadError, LocalChat};
+use crate::config::{self, ConfigError};
 use crate::llm::{ChatError, ChatModel, ChatReply, ChatRequest, SamplingOptions};
-use crate::weights::ModelFiles;
-use candle_core::Device;
+use std::sync::Arc;
 
 /// The instructions that the embedded planner was trained with.
 pub const ROOMS_PROMPT: &str = include_str!("../../data/prompts/planner-rooms.txt");
 
+/// Instructions for planners that were not trained on any of ours, with the tools, the conventions of
+/// method.md 2 and examples.
+pub const GENERAL_PROMPT: &str = include_str!("../../data/prompts/planner-general.txt");
+
+/// The instructions that a configuration names.
+pub fn prompt(cfg: &config::Planner) -> Result<String, ConfigError> {
+    match cfg.prompt.as_str() {
+        "rooms" => Ok(ROOMS_PROMPT.into()),
+        "general" => Ok(GENERAL_PROMPT.into()),
+        file => std::fs::read_to_string(file).map_err(|e| ConfigError::Invalid {
+            origin: "planner.prompt".into(),
+            message: format!("{file}: {e}; give a file, or one of rooms and general"),
+        }),
+    }
+}
+
 pub struct Planner {
-    pub model: Box<dyn ChatModel>,
+    pub model: Arc<dyn ChatModel>,
     /// Used byte for byte.
     pub prompt: String,
     pub sampling: SamplingOptions,
     pub max_new_tokens: usize,
-}
-
-/// Loads the model that a configuration names.
-pub fn open(cfg: &config::Planner, device: &Device) -> Result<LocalChat, LoadError> {
-    LocalChat::from_files(&ModelFiles::open(&cfg.model, "planner")?, device, EngineOptions::default())
 }
 
 /// How a configuration samples: no limit where it says 0 or 1.
@@ -43,14 +51,9 @@ pub fn user_turn(prompt: &str, question: &str) -> String {
 }
 
 impl Planner {
-    /// Any chat model as the planner, with the instructions of Rooms.
-    pub fn new(model: Box<dyn ChatModel>, cfg: &config::Planner) -> Self {
-        Self {
-            model,
-            prompt: ROOMS_PROMPT.to_owned(),
-            sampling: sampling(cfg),
-            max_new_tokens: cfg.max_new_tokens,
-        }
+    /// Any chat model as the planner.
+    pub fn new(model: Arc<dyn ChatModel>, cfg: &config::Planner) -> Result<Self, ConfigError> {
+        Ok(Self { model, prompt: prompt(cfg)?, sampling: sampling(cfg), max_new_tokens: cfg.max_new_tokens })
     }
 
     /// One reply a question; each has a seed of its own, so a reply does not depend on what else is
@@ -59,7 +62,7 @@ impl Planner {
         &self,
         questions: &[(&str, u64)],
         on_token: Option<&mut dyn FnMut(usize, &str)>,
-    ) -> Result<Vec<ChatReply>, ChatError> {
+    ) -> Vec<Result<ChatReply, ChatError>> {
         let request = |&(q, seed): &(&str, u64)| {
             ChatRequest::user(user_turn(&self.prompt, q), seed, self.max_new_tokens)
         };

@@ -16,7 +16,13 @@ use super::{Colour, Kind};
 
 /// A question that training may use: families alike often, then their forms.
 pub fn training_question(rng: &mut impl Rng) -> (Spec, String) {
-    let family = *Family::ALL.choose(rng).expect("not empty");
+    // Lengths from the question have to be copied digit by digit, which is learnt late: more of
+    // the questions that give one.
+    let family = match rng.random_range(0..100) {
+        0..20 => Family::Size,
+        20..30 => Family::Options,
+        _ => *Family::ALL.choose(rng).expect("not empty"),
+    };
     let forms: Vec<Form> = Form::of_family(family).filter(|&f| f != Form::HELD_OUT).collect();
     let form = *forms.choose(rng).expect("each family has a form to train on");
     loop {
@@ -51,7 +57,9 @@ pub struct VerifierSample {
 /// A case for the verifier; for each head about half of the verdicts are objections, where the
 /// head applies.
 pub fn verifier_sample(rng: &mut impl Rng) -> VerifierSample {
-    let head = *Head::ALL.choose(rng).expect("not empty");
+    // To follow a program to its end takes the most practice.
+    let head =
+        if rng.random_bool(0.2) { Head::Adherence } else { *Head::ALL.choose(rng).expect("not empty") };
     // Now and then a head that does not apply: it must learn not to object.
     let any = rng.random_bool(0.1);
     let (spec, question) = loop {
@@ -90,9 +98,9 @@ fn verifier_reply(spec: &Spec, right: bool, rng: &mut impl Rng) -> Reply {
     let mut fitting: Vec<Mistake> = Mistake::that_fit(spec).collect();
     fitting.retain(|&m| m != Mistake::KEPT_FROM_VERIFIER);
     match rng.random_range(0..100) {
-        0..45 => demonstration(spec, &[*fitting.choose(rng).expect("no question is proof")]),
-        45..65 => slipped(spec, rng),
-        65..80 => {
+        0..38 => demonstration(spec, &[*fitting.choose(rng).expect("no question is proof")]),
+        38..68 => slipped(spec, &fitting, rng),
+        68..80 => {
             let two: Vec<Mistake> = fitting.choose_multiple(rng, 2).copied().collect();
             demonstration(spec, &two)
         }
@@ -104,16 +112,34 @@ fn verifier_reply(spec: &Spec, right: bool, rng: &mut impl Rng) -> Reply {
     }
 }
 
-/// What a small planner that means well gets wrong in copying: a number, a word or an order, in plan
-/// or program alone, or in the plan and then faithfully in the program.
-fn slipped(spec: &Spec, rng: &mut impl Rng) -> Reply {
-    let right = demonstration(spec, &[]);
-    match rng.random_range(0..4) {
-        0 => Reply { plan: slip(&right.plan, rng), ..right },
-        1 | 2 => Reply { program: slip(&right.program, rng), ..right },
+/// What a small planner gets wrong in copying, whether it meant well or not: a number, a word or an
+/// order, in plan or program alone, or in the plan and then faithfully in the program.
+fn slipped(spec: &Spec, fitting: &[Mistake], rng: &mut impl Rng) -> Reply {
+    let mistakes: Vec<Mistake> =
+        fitting.choose(rng).filter(|_| rng.random_bool(0.3)).copied().into_iter().collect();
+    let meant = demonstration(spec, &mistakes);
+    match rng.random_range(0..6) {
+        0 => Reply { plan: slip(&meant.plan, rng), ..meant },
+        1..4 => {
+            let mut program = slip(&meant.program, rng);
+            while rng.random_bool(0.4) {
+                program = slip(&program, rng);
+            }
+            Reply { program, ..meant }
+        }
+        4 => {
+            // One line as another question would have it, such as the one with the last resort.
+            let other = near_miss(spec, rng).recipe().program();
+            let own: Vec<&str> = meant.program.lines().collect();
+            let differs = |(i, line): &(usize, &str)| own.get(*i).is_some_and(|l| l != line);
+            let others: Vec<(usize, &str)> = other.lines().enumerate().filter(differs).collect();
+            let Some(&(at, line)) = others.choose(rng) else { return meant };
+            let program = [&own[..at], &[line], &own[at + 1..]].concat().join("\n");
+            Reply { program, ..meant }
+        }
         _ => {
-            let plan = slip(&right.plan, rng);
-            let program = Recipe::from_plan(&plan).map_or(right.program, |told| told.program());
+            let plan = slip(&meant.plan, rng);
+            let program = Recipe::from_plan(&plan).map_or(meant.program, |told| told.program());
             Reply { plan, program }
         }
     }
@@ -140,11 +166,21 @@ const TAKEN: &[(&str, &str)] = &[
     ("a", "an"),
 ];
 
-/// The text with one of its words, numbers or signs of order taken for another.
+/// A slip that could be made: where, what stands there, what would stand there instead.
+struct Slip<'t> {
+    at: usize,
+    said: &'t str,
+    other: String,
+    /// Planners make these most, and they are noticed least.
+    hard: bool,
+}
+
+/// The text with one of its words, numbers or signs of order taken for another, or with a word too
+/// many or too few.
 fn slip(text: &str, rng: &mut impl Rng) -> String {
     let part_of_word = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '.';
-    let mut places: Vec<(usize, &str, String)> = Vec::new();
-    let mut at = 0;
+    let mut slips: Vec<Slip> = Vec::new();
+    let (mut at, mut before) = (0, None);
     while at < text.len() {
         let rest = &text[at..];
         let len = rest.find(|c| !part_of_word(c)).unwrap_or(rest.len()).max(1);
@@ -152,18 +188,74 @@ fn slip(text: &str, rng: &mut impl Rng) -> String {
         let Some(word) = rest.get(..len) else { return text.to_owned() };
         let bare = word.trim_end_matches('.');
         if let Some(other) = taken_for(bare, rng) {
-            places.push((at, bare, other));
+            let hard = bare.starts_with(|c: char| c.is_ascii_digit());
+            slips.push(Slip { at, said: bare, other, hard });
+        }
+        slips.extend(word_more_or_less(text, at, bare, before, rng));
+        if part_of_word(word.as_bytes()[0] as char) {
+            before = Some((at, word));
         }
         at += len;
     }
+    for (phrase, other) in [("in front", "front"), ("\"front\"", "\"in front\"")] {
+        let said = text.match_indices(phrase);
+        slips.extend(said.map(|(at, said)| Slip { at, said, other: other.into(), hard: true }));
+    }
+    slips.extend(other_question(text, rng));
     // Which box is which is said in every line; what is said once should not be rare among slips.
-    let rare: Vec<_> = places.iter().filter(|p| !matches!(p.1, "first" | "second" | "a")).collect();
-    let all: Vec<_> = places.iter().collect();
-    let from = if !rare.is_empty() && rng.random_bool(0.7) { rare } else { all };
+    let rare = |s: &&Slip| !matches!(s.said, "first" | "second" | "a");
+    let mut from: Vec<&Slip> = match rng.random_range(0..10) {
+        0..5 => slips.iter().filter(|s| s.hard).collect(),
+        5..8 => slips.iter().filter(rare).collect(),
+        _ => Vec::new(),
+    };
+    if from.is_empty() {
+        from = slips.iter().collect();
+    }
     match from.choose(rng) {
-        Some((at, word, other)) => format!("{}{other}{}", &text[..*at], &text[at + word.len()..]),
+        Some(Slip { at, said, other, .. }) => format!("{}{other}{}", &text[..*at], &text[at + said.len()..]),
         None => text.to_owned(),
     }
+}
+
+/// What stands before a thing's name left out, or put in: a colour, or which one is meant.
+fn word_more_or_less<'t>(
+    text: &'t str,
+    at: usize,
+    word: &'t str,
+    before: Option<(usize, &'t str)>,
+    rng: &mut impl Rng,
+) -> Option<Slip<'t>> {
+    const WHICH: [&str; 6] = ["leftmost", "rightmost", "closest", "farthest", "tallest", "widest"];
+    kind_of(word)?;
+    let (start, said) = before.unwrap_or((at, ""));
+    if Colour::from_word(said).is_some() || WHICH.contains(&said) {
+        return Some(Slip { at: start, said: &text[start..at], other: String::new(), hard: true });
+    }
+    let more = match rng.random_bool(0.5) {
+        true => Colour::ALL.choose(rng).expect("not empty").word(),
+        false => WHICH.choose(rng).expect("not empty"),
+    };
+    Some(Slip { at, said: word, other: format!("{more} {word}"), hard: rng.random_bool(0.2) })
+}
+
+/// How many there are, for how many stand somewhere; and the reverse.
+fn other_question<'t>(text: &'t str, rng: &mut impl Rng) -> Option<Slip<'t>> {
+    // No more than these: other comparisons are kept back from training.
+    const PLACES: [&str; 4] = ["to the left of", "to the right of", "above", "below"];
+    const ALL: &str = " are there?";
+    if let Some((at, said)) = text.match_indices(ALL).next() {
+        let place = PLACES.choose(rng).expect("not empty");
+        // A thing that the text names already is the likelier one.
+        let named: Vec<&str> = text.split('"').skip(1).step_by(2).filter(|s| kind_of(s).is_some()).collect();
+        let thing = named.choose(rng).copied().unwrap_or(Kind::ALL.choose(rng).expect("not empty").word());
+        return Some(Slip { at, said, other: format!(" are {place} the {thing}?"), hard: true });
+    }
+    PLACES.iter().find_map(|place| {
+        let at = text.find(&format!(" are {place} the "))?;
+        let len = text[at..].find('?')? + 1;
+        Some(Slip { at, said: &text[at..at + len], other: ALL.into(), hard: true })
+    })
 }
 
 fn taken_for(word: &str, rng: &mut impl Rng) -> Option<String> {
@@ -177,17 +269,19 @@ fn taken_for(word: &str, rng: &mut impl Rng) -> Option<String> {
     if Colour::from_word(word).is_some() {
         return Some(Colour::ALL.choose(rng).expect("not empty").to_string());
     }
-    // A length in metres with one digit misread, or all of them.
+    // A length in metres with one digit misread, two of them exchanged, or all of them wrong.
     let (whole, cents) = word.split_once('.')?;
     whole.parse::<u32>().ok()?;
     cents.parse::<u32>().ok()?;
-    if rng.random_bool(0.5) {
-        return Some(format!("{}", rng.random_range(15..230) as f64 / 100.));
+    let mut digits: Vec<char> = word.chars().collect();
+    let mut places: Vec<usize> = (0..digits.len()).filter(|&i| digits[i].is_ascii_digit()).collect();
+    places.shuffle(rng);
+    match (rng.random_range(0..3), &places[..]) {
+        (0, &[at, ..]) => digits[at] = char::from(b'0' + rng.random_range(0..10)),
+        (1, &[a, b, ..]) => digits.swap(a, b),
+        _ => return Some(format!("{}", rng.random_range(15..230) as f64 / 100.)),
     }
-    let digits: Vec<usize> =
-        word.char_indices().filter(|(_, c)| c.is_ascii_digit()).map(|(i, _)| i).collect();
-    let at = *digits.choose(rng)?;
-    Some(format!("{}{}{}", &word[..at], rng.random_range(0..10), &word[at + 1..]))
+    Some(digits.into_iter().collect())
 }
 
 /// Another question, mostly one that is easily taken for this one.

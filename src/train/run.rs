@@ -50,7 +50,7 @@ pub struct RunOptions {
 /// Runs `trainee` up to `options.steps`, evaluates at the end, and leaves the final checkpoint.
 pub fn train(trainee: &mut dyn Trainee, options: &RunOptions) -> anyhow::Result<Metrics> {
     std::fs::create_dir_all(&options.dir)?;
-    let checkpoint = options.dir.join("checkpoint.safetensors");
+    let checkpoint = options.dir.join(CHECKPOINT);
     let log = options.dir.join("metrics.jsonl");
     let mut start = 0;
     if checkpoint.exists() {
@@ -123,6 +123,9 @@ fn load(path: &Path, trainee: &mut dyn Trainee, settings: &Value) -> anyhow::Res
     trainee.restore(state.collect(), step)?;
     Ok(step)
 }
+
+/// A run's state, in its folder.
+pub const CHECKPOINT: &str = "checkpoint.safetensors";
 
 /// Parameters of a finished or running run, for evaluation or export.
 pub fn parameters(path: &Path) -> anyhow::Result<HashMap<String, Tensor>> {

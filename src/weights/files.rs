@@ -1,7 +1,9 @@
 //! The files of one model: compiled into the binary, a folder on disk, or a file of weights with the
 //! others beside it.
 
-use super::{Checkpoint, Pth, WeightsError, pytorch_file};
+use super::hub::Hub;
+use super::source::Source;
+use super::{Checkpoint, Pth, WeightsError, presets, pytorch_file};
 use include_dir::{Dir, include_dir};
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
@@ -21,9 +23,30 @@ pub enum ModelFiles {
 }
 
 impl ModelFiles {
-    /// `source` is [`crate::config::EMBEDDED`], a folder or a file of weights; `part` names the embedded
-    /// model.
+    /// `source` is what [`Source::parse`] reads; `part` names the embedded model. What the hub has is
+    /// not fetched here.
     pub fn open(source: &str, part: &'static str) -> Result<Self, WeightsError> {
+        let fail = |message: String| WeightsError::Unreadable { path: source.into(), message };
+        let parsed = Source::parse(source)
+            .map_err(|message| WeightsError::Unreadable { path: format!("{part}.model"), message })?;
+        let on_hub = match parsed {
+            Source::Hub(hub) => Some(hub),
+            Source::Preset(preset) => Some(preset.source()),
+            Source::Embedded | Source::Path(_) => None,
+        };
+        if let Some(wanted) = on_hub {
+            let hub = Hub::from_env().map_err(|e| fail(e.to_string()))?;
+            let folder = hub.cached(&wanted).ok_or_else(|| {
+                fail(format!(
+                    "is not in {}; fetch it first: valor models pull {source}",
+                    hub.cache_folder().display()
+                ))
+            })?;
+            return Ok(match wanted.file {
+                Some(file) => Self::File(folder.join(file)),
+                None => Self::Folder(folder),
+            });
+        }
         if source == crate::config::EMBEDDED {
             let dir = EMBEDDED.get_dir(part).ok_or_else(|| WeightsError::Unreadable {
                 path: format!("embedded {part}"),
@@ -41,10 +64,10 @@ impl ModelFiles {
         if path.is_file() {
             return Ok(Self::File(path));
         }
-        Err(WeightsError::Unreadable {
-            path: source.into(),
-            message: format!("is neither a folder with the {part}'s config.json and weights nor its weights"),
-        })
+        Err(fail(format!(
+            "is neither a folder with the {part}'s config.json and weights, nor its weights, nor a preset (the              nearest is {}; valor models list shows all)",
+            presets::nearest(source).name
+        )))
     }
 
     /// What to call this model in traces and reports.

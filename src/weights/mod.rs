@@ -3,11 +3,14 @@
 //!
 //! Files are memory-mapped. A network built on a [`Checkpoint`] must find every tensor that it
 //! asks for, with its shape, and must ask for every tensor that is there: anything else is one
-//! error that names them all. Nothing here downloads.
+//! error that names them all. Nothing here downloads but [`hub`], and that only when it is asked to.
 
 mod files;
+pub mod hub;
 pub mod pickle;
+pub mod presets;
 mod pth;
+pub mod source;
 
 pub use files::ModelFiles;
 pub use pth::Pth;

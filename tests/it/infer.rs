@@ -1,9 +1,8 @@
 //! The pipeline on real networks with random weights, and on scripted chat models.
 
-use std::cell::RefCell;
 use std::collections::HashMap;
 use std::path::Path;
-use std::rc::Rc;
+use std::sync::{Arc, Mutex};
 
 use candle_core::{Device, Tensor};
 use valor::config::Config;
@@ -12,28 +11,29 @@ use valor::llm::{ChatError, ChatModel, ChatReply, ChatRequest, Finish, SamplingO
 use valor::models::grounding_dino::{GroundingDino, init_offsets};
 use valor::models::moge::MoGe;
 use valor::nn::Params;
-use valor::pipeline::{answer, limits, question_seed};
-use valor::planner::Planner;
-use valor::program::Sandbox;
+use valor::pipeline::{IMAGE, answer, limits, question_seed};
+use valor::planner::{GENERAL_PROMPT, Planner};
+use valor::program::{Reply, Sandbox};
 use valor::rooms::export::picture_png;
 use valor::rooms::{Look, Split, generate, scene_seed};
 use valor::tools::real::{Perception, RealTools};
+use valor::tools::stub::StubTools;
 use valor::tools::{Picture, ToolErrorKind, Tools};
 use valor::train::pretrain::{depth, detector};
 
 /// A chat model that answers by a rule and remembers the pictures' sizes that it was shown.
 struct Scripted<F> {
     rule: F,
-    seen: Rc<RefCell<Vec<(u32, u32)>>>,
+    seen: Arc<Mutex<Vec<(u32, u32)>>>,
 }
 
 impl<F: Fn(&str, u64) -> String> Scripted<F> {
     fn new(rule: F) -> Self {
-        Self { rule, seen: Rc::default() }
+        Self { rule, seen: Arc::default() }
     }
 }
 
-impl<F: Fn(&str, u64) -> String> ChatModel for Scripted<F> {
+impl<F: Fn(&str, u64) -> String + Send + Sync> ChatModel for Scripted<F> {
     fn name(&self) -> &str {
         "scripted"
     }
@@ -43,14 +43,14 @@ impl<F: Fn(&str, u64) -> String> ChatModel for Scripted<F> {
         requests: &[ChatRequest],
         _: &SamplingOptions,
         _: Option<&mut dyn FnMut(usize, &str)>,
-    ) -> Result<Vec<ChatReply>, ChatError> {
+    ) -> Vec<Result<ChatReply, ChatError>> {
         let reply = |r: &ChatRequest| {
             let turn = r.messages.last().expect("a turn");
-            self.seen.borrow_mut().extend(turn.images.iter().map(|i| i.dimensions()));
+            self.seen.lock().unwrap().extend(turn.images.iter().map(|i| i.dimensions()));
             let text = (self.rule)(&turn.text, r.seed);
-            ChatReply { text, finish: Finish::Stop, prompt_tokens: 1, new_tokens: 1, trace: None }
+            Ok(ChatReply { text, finish: Finish::Stop, prompt_tokens: 1, new_tokens: 1, trace: None })
         };
-        Ok(requests.iter().map(reply).collect())
+        requests.iter().map(reply).collect()
     }
 }
 
@@ -86,7 +86,7 @@ fn folders(root: &Path) -> Config {
 
 struct Eyes {
     models: Perception,
-    seen: Rc<RefCell<Vec<(u32, u32)>>>,
+    seen: Arc<Mutex<Vec<(u32, u32)>>>,
     config: Config,
     _root: tempfile::TempDir,
 }
@@ -96,7 +96,7 @@ fn eyes() -> Eyes {
     let config = folders(root.path());
     let vlm = Scripted::new(|prompt: &str, _| format!(" {} It is RED.\n", prompt.len()));
     let seen = vlm.seen.clone();
-    let models = Perception::with_vlm(&config, &Device::Cpu, Box::new(vlm)).unwrap();
+    let models = Perception::with_vlm(&config, &Device::Cpu, Arc::new(vlm)).unwrap();
     Eyes { models, seen, config, _root: root }
 }
 
@@ -179,7 +179,7 @@ fn the_vlm_sees_grown_crops_and_its_words_are_tidied() {
     assert_eq!(tools.vqa(Some([100., 100., 140., 120.]), "What color?").unwrap(), "11 it is red");
     tools.vqa(None, "?").unwrap();
     tools.vqa(Some([5., 5., 5., 5.]), "?").unwrap();
-    assert_eq!(*e.seen.borrow(), [(60, 30), (256, 192), (256, 192)]);
+    assert_eq!(*e.seen.lock().unwrap(), [(60, 30), (256, 192), (256, 192)]);
 }
 
 /// Pictures of any shape are answered or refused, never a panic.
@@ -233,7 +233,7 @@ fn infer_gives_what_eval_scores() {
             _ => format!("<plan>p</plan><answer>\n{}\n</answer>", programs[question]),
         }
     };
-    let planner = Planner::new(Box::new(Scripted::new(rule)), &e.config.planner);
+    let planner = Planner::new(Arc::new(Scripted::new(rule)), &e.config.planner).unwrap();
     let mut sandbox = sandbox(&e.config);
     let mut run = |shuffle: bool| {
         let programs = Programs::Planner { planner: &planner, seed: 3, votes: 1 };
@@ -256,9 +256,39 @@ fn infer_gives_what_eval_scores() {
         let file = dir.path().join(format!("{i}.png"));
         std::fs::write(&file, picture_png(view).unwrap()).unwrap();
         let picture = Picture::open(&file).unwrap();
-        let reply = planner.ask(&[(&q.text, sample.seed.unwrap())], None).unwrap().remove(0);
+        let reply = planner.ask(&[(&q.text, sample.seed.unwrap())], None).remove(0).unwrap();
         let got = answer(&reply.text, &mut sandbox, &mut RealTools::new(&e.models, &picture));
         assert_eq!(got.value(), sample.answer.as_ref(), "{}", q.text);
         assert_eq!(got.failure(), sample.failure.as_deref(), "{}", q.text);
     }
+}
+
+/// What a planner is shown must itself be what is asked of it.
+#[test]
+fn the_examples_in_the_planners_instructions_are_in_form_and_run() {
+    let examples: Vec<&str> = GENERAL_PROMPT.split("Example. Question: ").skip(1).collect();
+    assert!(examples.len() >= 3);
+    let mut sandbox = sandbox(&Config::resolve(None, &[]).unwrap());
+    for example in examples {
+        let (_, reply) = example.split_once("\n\n").unwrap();
+        let reply = reply.strip_suffix("\n\nNow the question to answer.\n").unwrap_or(reply);
+        let reply = Reply::parse_strict(reply).unwrap();
+        let ran = sandbox.run(&reply.program, IMAGE, &mut StubTools);
+        assert!(ran.result.is_ok(), "{:?}", ran.result);
+    }
+}
+
+/// The instructions may be a file, and then not a byte is changed.
+#[test]
+fn a_file_of_instructions_is_used_byte_for_byte() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("prompt.txt");
+    std::fs::write(&file, "  Plan!\r\n\n ").unwrap();
+    let set = |path: &Path| Config::resolve(None, &[format!("planner.prompt={}", path.display())]).unwrap();
+    let echo = || Arc::new(Scripted::new(|turn: &str, _| turn.to_owned()));
+    let planner = Planner::new(echo(), &set(&file).planner).unwrap();
+    let reply = planner.ask(&[("Why?", 1)], None).remove(0).unwrap();
+    assert_eq!(reply.text, "  Plan!\r\n\n \nQuestion: Why?");
+    let gone = Planner::new(echo(), &set(&dir.path().join("none.txt")).planner).err().unwrap().to_string();
+    assert!(gone.starts_with("planner.prompt: ") && gone.contains("none.txt"), "{gone}");
 }

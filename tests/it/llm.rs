@@ -8,7 +8,7 @@ use valor::llm::format::ChatFormat;
 use valor::llm::local::LocalChat;
 use valor::llm::template::{CHATML, ChatTemplate};
 use valor::llm::tokenizer::Tokenizer;
-use valor::llm::{ChatModel, ChatReply, ChatRequest, Finish, Message, Role, SamplingOptions};
+use valor::llm::{ChatError, ChatModel, ChatReply, ChatRequest, Finish, Message, Role, SamplingOptions};
 use valor::models::qwen3::{Config, Qwen3};
 use valor::nn::{Params, frozen};
 
@@ -55,6 +55,16 @@ fn chat(options: EngineOptions) -> LocalChat {
     chat_on(&params(&cfg), &cfg, options)
 }
 
+/// All replies, or the first error.
+fn ask(
+    model: &LocalChat,
+    requests: &[ChatRequest],
+    opts: &SamplingOptions,
+    on_token: Option<&mut dyn FnMut(usize, &str)>,
+) -> Result<Vec<ChatReply>, ChatError> {
+    model.chat(requests, opts, on_token).into_iter().collect()
+}
+
 fn requests() -> Vec<ChatRequest> {
     let questions = [
         "How many?",
@@ -74,9 +84,7 @@ fn requests() -> Vec<ChatRequest> {
                 ),
                 Message::user(*q),
             ],
-            seed,
-            max_new_tokens: 12 + seed as usize,
-            stop: vec![],
+            ..ChatRequest::user("", seed, 12 + seed as usize)
         })
         .collect()
 }
@@ -87,7 +95,7 @@ fn sampled() -> SamplingOptions {
 
 fn each_alone(requests: &[ChatRequest], opts: &SamplingOptions) -> Vec<ChatReply> {
     let one = |r: &ChatRequest| {
-        chat(EngineOptions::default()).chat(std::slice::from_ref(r), opts, None).unwrap().remove(0)
+        ask(&chat(EngineOptions::default()), std::slice::from_ref(r), opts, None).unwrap().remove(0)
     };
     requests.iter().map(one).collect()
 }
@@ -112,16 +120,16 @@ fn a_reply_does_not_depend_on_its_batch_prefix_or_wave() {
         let model = chat(EngineOptions::default());
         // The second time from the kept prefix.
         for _ in 0..2 {
-            assert_same(&model.chat(&requests, &opts, None).unwrap(), &alone);
+            assert_same(&ask(&model, &requests, &opts, None).unwrap(), &alone);
         }
         assert_eq!(model.engine().stats().waves, 2);
         let mut reversed = requests.clone();
         reversed.reverse();
-        let mut got = chat(EngineOptions::default()).chat(&reversed, &opts, None).unwrap();
+        let mut got = ask(&chat(EngineOptions::default()), &reversed, &opts, None).unwrap();
         got.reverse();
         assert_same(&got, &alone);
         let narrow = chat(EngineOptions { max_batch: 2, ..EngineOptions::default() });
-        assert_same(&narrow.chat(&requests, &opts, None).unwrap(), &alone);
+        assert_same(&ask(&narrow, &requests, &opts, None).unwrap(), &alone);
         assert_eq!(narrow.engine().stats().waves, 3);
     }
 }
@@ -134,17 +142,17 @@ fn a_shared_prefix_goes_through_the_network_once() {
     let total: usize = ids.iter().map(Vec::len).sum();
     let shared = (0..).take_while(|&i| ids.iter().all(|p| p.get(i) == ids[0].get(i))).count();
     assert!(shared > 32);
-    model.chat(&requests, &sampled(), None).unwrap();
+    ask(&model, &requests, &sampled(), None).unwrap();
     let first = model.engine().stats().prefilled;
     assert_eq!(first, shared + total - ids.len() * shared);
-    model.chat(&requests, &sampled(), None).unwrap();
+    ask(&model, &requests, &sampled(), None).unwrap();
     assert_eq!(model.engine().stats().prefilled - first, total - ids.len() * shared);
 
     // Questions that come one at a time: from the second on, what they share is known.
     let model = chat(EngineOptions::default());
     let mut before = 0;
     for (i, r) in requests.iter().enumerate() {
-        model.chat(std::slice::from_ref(r), &sampled(), None).unwrap();
+        ask(&model, std::slice::from_ref(r), &sampled(), None).unwrap();
         let now = model.engine().stats().prefilled;
         if i >= 2 {
             assert!(now - before <= ids[i].len() - shared, "{i}");
@@ -157,14 +165,14 @@ fn a_shared_prefix_goes_through_the_network_once() {
 fn memory_of_keys_and_values_stays_under_the_bound() {
     let (requests, opts) = (requests(), sampled());
     let wide = chat(EngineOptions::default());
-    let want = wide.chat(&requests, &opts, None).unwrap();
+    let want = ask(&wide, &requests, &opts, None).unwrap();
     let bound = wide.engine().stats().peak_kv_bytes / 2;
     let model = chat(EngineOptions { max_kv_bytes: bound, ..EngineOptions::default() });
-    assert_same(&model.chat(&requests, &opts, None).unwrap(), &want);
+    assert_same(&ask(&model, &requests, &opts, None).unwrap(), &want);
     let stats = model.engine().stats();
     assert!(stats.waves > 1 && stats.peak_kv_bytes <= bound, "{stats:?} over {bound}");
     let tiny = chat(EngineOptions { max_kv_bytes: 4096, ..EngineOptions::default() });
-    let e = tiny.chat(&requests, &opts, None).unwrap_err().to_string();
+    let e = ask(&tiny, &requests, &opts, None).unwrap_err().to_string();
     assert!(e.contains("max_kv_bytes"), "{e}");
 }
 
@@ -182,7 +190,7 @@ fn streamed_pieces_join_to_the_replies_and_stop_strings_end_them() {
     }
     let mut pieces = vec![String::new(); requests.len()];
     let mut hear = |i: usize, s: &str| pieces[i].push_str(s);
-    let got = chat(EngineOptions::default()).chat(&requests, &sampled(), Some(&mut hear)).unwrap();
+    let got = ask(&chat(EngineOptions::default()), &requests, &sampled(), Some(&mut hear)).unwrap();
     for ((g, w), p) in got.iter().zip(&want).zip(&pieces) {
         assert_eq!((&g.text, &g.text, g.finish), (w, p, Finish::Stop));
     }
@@ -195,11 +203,11 @@ fn length_ends_a_reply_at_the_limit_and_at_the_context() {
     assert_eq!((reply.finish, reply.new_tokens), (Finish::Length, r.max_new_tokens));
     let cfg = config(reply.prompt_tokens + 5);
     let small = chat_on(&params(&cfg), &cfg, EngineOptions::default());
-    let cut = small.chat(std::slice::from_ref(r), &sampled(), None).unwrap().remove(0);
+    let cut = ask(&small, std::slice::from_ref(r), &sampled(), None).unwrap().remove(0);
     assert_eq!((cut.finish, cut.new_tokens), (Finish::Length, 5));
     let cfg = config(reply.prompt_tokens);
     let none = chat_on(&params(&cfg), &cfg, EngineOptions::default());
-    let e = none.chat(std::slice::from_ref(r), &sampled(), None).unwrap_err().to_string();
+    let e = ask(&none, std::slice::from_ref(r), &sampled(), None).unwrap_err().to_string();
     assert!(e.contains("context"), "{e}");
 }
 
@@ -219,14 +227,14 @@ fn a_frozen_network_follows_its_parameters() {
     let cfg = config(512);
     let p = params(&cfg);
     let model = chat_on(&p, &cfg, EngineOptions::default());
-    let before = model.chat(&requests(), &sampled(), None).unwrap();
+    let before = ask(&model, &requests(), &sampled(), None).unwrap();
     let v = p.get("model.layers.0.mlp.down_proj.weight").unwrap();
     v.set(&(v.as_tensor() * 3.).unwrap()).unwrap();
     model.engine().forget_prefixes();
-    let after = model.chat(&requests(), &sampled(), None).unwrap();
+    let after = ask(&model, &requests(), &sampled(), None).unwrap();
     assert_ne!(before, after);
     assert_same(
-        &chat_on(&p, &cfg, EngineOptions::default()).chat(&requests(), &sampled(), None).unwrap(),
+        &ask(&chat_on(&p, &cfg, EngineOptions::default()), &requests(), &sampled(), None).unwrap(),
         &after,
     );
 }
@@ -234,11 +242,11 @@ fn a_frozen_network_follows_its_parameters() {
 #[test]
 fn requests_that_cannot_be_served_say_why() {
     let model = chat(EngineOptions::default());
-    let fails = |r: ChatRequest, o: &SamplingOptions| model.chat(&[r], o, None).unwrap_err().to_string();
+    let fails = |r: ChatRequest, o: &SamplingOptions| ask(&model, &[r], o, None).unwrap_err().to_string();
     let ok = requests().remove(0);
     let picture = Message::user("?").with_images(vec![image::RgbImage::new(4, 4)]);
     assert!(fails(ChatRequest { messages: vec![picture], ..ok.clone() }, &sampled()).contains("no pictures"));
     assert!(fails(ChatRequest { max_new_tokens: 0, ..ok.clone() }, &sampled()).contains("max_new_tokens"));
     assert!(fails(ok, &SamplingOptions::temperature(-1.)).contains("temperature"));
-    assert!(model.chat(&[], &sampled(), None).unwrap().is_empty());
+    assert!(ask(&model, &[], &sampled(), None).unwrap().is_empty());
 }

@@ -1,8 +1,11 @@
 //! The integration tests, one binary: `cargo test --release parity` runs the part against PyTorch.
 
 mod cli;
+mod endpoint;
 mod faults;
+mod hub;
 mod infer;
 mod llm;
 mod parity;
 mod sandbox;
+mod server;

@@ -13,18 +13,20 @@ pub use estimator::DepthEstimator;
 pub use questions::{Vlm, crop};
 
 use super::{BBox, Detection, Picture, ToolError, ToolErrorKind, Tools};
-use crate::config::Config;
-use crate::llm::ChatModel;
-use crate::llm::engine::EngineOptions;
-use crate::llm::local::{self, LocalChat};
+use crate::config::{Config, ConfigError};
+use crate::llm::local;
+use crate::llm::{ChatModel, ChatModels};
 use crate::models::grounding_dino::caption::nouns_of;
 use crate::models::moge::Depth;
-use crate::weights::{ModelFiles, WeightsError};
+use crate::weights::WeightsError;
 use candle_core::{Device, Tensor};
 use std::collections::HashMap;
+use std::sync::Arc;
 
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     #[error(transparent)]
     Weights(#[from] WeightsError),
     #[error(transparent)]
@@ -42,22 +44,19 @@ pub struct Perception {
 
 impl Perception {
     /// Loads the three models of a configuration, each in a thread of its own.
-    pub fn load(config: &Config, device: &Device) -> Result<Self, LoadError> {
+    pub fn load(config: &Config, device: &Device, chats: &ChatModels) -> Result<Self, LoadError> {
         let (detector, depth, vlm) = std::thread::scope(|s| {
             let detector = s.spawn(|| Detector::load(&config.detector, device));
             let depth = s.spawn(|| DepthEstimator::load(&config.depth, device));
-            let files = ModelFiles::open(&config.vlm.model, "vlm");
-            let vlm = files
-                .map_err(LoadError::from)
-                .and_then(|files| Ok(LocalChat::from_files(&files, device, EngineOptions::default())?));
+            let vlm = chats.vlm();
             let join = "loading a model does not panic";
             (detector.join().expect(join), depth.join().expect(join), vlm)
         });
-        Ok(Self { detector: detector?, depth: depth?, vlm: Vlm::new(Box::new(vlm?), &config.vlm) })
+        Ok(Self { detector: detector?, depth: depth?, vlm: Vlm::new(vlm?, &config.vlm) })
     }
 
     /// With any chat model as the VLM, such as a remote one or a test's.
-    pub fn with_vlm(config: &Config, device: &Device, vlm: Box<dyn ChatModel>) -> Result<Self, LoadError> {
+    pub fn with_vlm(config: &Config, device: &Device, vlm: Arc<dyn ChatModel>) -> Result<Self, LoadError> {
         Ok(Self {
             detector: Detector::load(&config.detector, device)?,
             depth: DepthEstimator::load(&config.depth, device)?,

@@ -5,10 +5,11 @@ use crate::config;
 use crate::llm::{ChatModel, ChatRequest, Message, Role, SamplingOptions};
 use crate::tools::{BBox, Picture, ToolError};
 use image::RgbImage;
+use std::sync::Arc;
 
 /// A chat model that sees, and how crops are shown to it.
 pub struct Vlm {
-    model: Box<dyn ChatModel>,
+    model: Arc<dyn ChatModel>,
     max_new_tokens: usize,
     margin: f64,
 }
@@ -32,7 +33,7 @@ fn tidy(reply: &str) -> String {
 }
 
 impl Vlm {
-    pub fn new(model: Box<dyn ChatModel>, cfg: &config::Vlm) -> Self {
+    pub fn new(model: Arc<dyn ChatModel>, cfg: &config::Vlm) -> Self {
         Self { model, max_new_tokens: cfg.max_new_tokens, margin: cfg.crop_margin }
     }
 
@@ -47,12 +48,11 @@ impl Vlm {
         let image = image.expect("a picture has three bytes a pixel");
         let request = ChatRequest {
             messages: vec![Message::new(Role::User, prompt).with_images(vec![image])],
-            seed: 0,
-            max_new_tokens: self.max_new_tokens,
-            stop: Vec::new(),
+            ..ChatRequest::user("", 0, self.max_new_tokens)
         };
-        let replies = self.model.chat(&[request], &SamplingOptions::greedy(), None).map_err(runtime)?;
-        let reply = replies.first().ok_or_else(|| runtime("the VLM gave no reply"))?;
+        let replies = self.model.chat(&[request], &SamplingOptions::greedy(), None);
+        let reply = replies.into_iter().next().ok_or_else(|| runtime("the VLM gave no reply"))?;
+        let reply = reply.map_err(runtime)?;
         Ok(tidy(&reply.text))
     }
 }

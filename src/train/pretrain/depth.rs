@@ -2,11 +2,12 @@
 //!
 //! Pictures of both looks are rendered as they are needed; no scene is seen twice, none of the
 //! test split ever. A run has stages. In the first only the encoder learns, on many small pictures:
-//! its class token to tell the camera, each patch the depth of its quarters and what stands there, by
-//! linear heads that the finished model does not have. (Through the maps alone it had not found the
-//! camera after 12,000 pictures, and metric depth hangs on that: half the field of view is twice the
-//! distance of a thing of known size. What things are, the released encoder brings from DINOv2.) Then the maps, coarsely, and at last on all tokens. Everything follows from the seed
-//! and the step, so a resumed run is the same run.
+//! its class token and each patch to tell the camera, each patch also the depth of its quarters, which
+//! way they face and what stands there, by linear heads that the finished model does not have.
+//! (Through the maps alone it had not found the camera after 12,000 pictures, and metric depth hangs
+//! on that: half the field of view is twice the distance of a thing of known size. What things are,
+//! the released encoder brings from DINOv2.) Then the same on pictures of full size, and at last the
+//! maps. Everything follows from the seed and the step, so a resumed run is the same run.
 
 use super::super::depth::{
     DepthBatch, DepthLoss, DepthLossWeights, DepthSample, check_trainable, depth_loss,
@@ -61,9 +62,11 @@ pub struct DepthTraining {
     /// How much faster the matrices between layers learn (by Muon).
     pub muon: f64,
     pub loss: DepthLossWeights,
-    /// Weights of the encoder's own losses: of the camera, of the depth of patches, of what they show.
+    /// Weights of the encoder's own losses: of the camera, of the depth of patches, of the way they
+    /// face, of what they show.
     pub camera: f64,
     pub patches: f64,
+    pub normals: f64,
     pub kinds: f64,
     /// Held-out pictures per look, of the last stage's size.
     pub eval_pictures: u64,
@@ -72,20 +75,18 @@ pub struct DepthTraining {
 impl Default for DepthTraining {
     fn default() -> Self {
         let (width, height, tokens) = (224, 168, GRID[0] * GRID[1]);
-        let whole = Stage { steps: 1_200, batch: 12, width, height, tokens, lr: 6e-4, maps: true };
-        let stages = vec![
-            Stage {
-                steps: 6_000,
-                batch: 32,
-                width: width / 2,
-                height: height / 2,
-                tokens: tokens / 4,
-                lr: 1e-3,
-                maps: false,
-            },
-            Stage { steps: 1_500, tokens: tokens / 4, ..whole },
-            whole,
-        ];
+        let small = Stage {
+            steps: 6_000,
+            batch: 32,
+            width: width / 2,
+            height: height / 2,
+            tokens: tokens / 4,
+            lr: 1e-3,
+            maps: false,
+        };
+        let encoder = Stage { steps: 8_000, batch: 16, width, height, tokens, lr: 6e-4, maps: false };
+        let whole = Stage { steps: 2_000, batch: 12, lr: 3e-4, maps: true, ..encoder };
+        let stages = vec![small, encoder, whole];
         Self {
             seed: 1,
             from: None,
@@ -96,6 +97,7 @@ impl Default for DepthTraining {
             loss: DepthLossWeights::default(),
             camera: 1.,
             patches: 1.,
+            normals: 0.3,
             kinds: 0.2,
             eval_pictures: 24,
         }
@@ -103,11 +105,11 @@ impl Default for DepthTraining {
 }
 
 impl DepthTraining {
-    /// The same in `steps` steps: the last stage alone for a model that is gone on from, else all of
-    /// them in their proportion.
+    /// The same in `steps` steps, stages in their proportion. A model that is gone on from has no more
+    /// to learn from small pictures.
     pub fn in_steps(mut self, steps: u64) -> Self {
         if self.from.is_some() {
-            self.stages.drain(..self.stages.len() - 1);
+            self.stages.remove(0);
         }
         let (all, mut left) = (self.steps(), steps);
         let last = self.stages.len() - 1;
@@ -257,6 +259,42 @@ fn patch_kinds(view: &View, rows: usize, cols: usize) -> Vec<u32> {
         .collect()
 }
 
+/// The unit vector away from the surface in the middle of each part, towards the camera, in its axes
+/// (x right, y down, z forward), three numbers a part in the order of [`patch_depths`].
+fn patch_normals(view: &View, rows: usize, cols: usize) -> Vec<f32> {
+    let (w, h) = (view.width as usize, view.height as usize);
+    let focal = (w as f64 / 2. / (view.camera.fov_x.to_radians() / 2.).tan()) as f32;
+    let point = |x: usize, y: usize| {
+        let z = view.depth[y * w + x];
+        [(x as f32 + 0.5 - w as f32 / 2.) * z / focal, (y as f32 + 0.5 - h as f32 / 2.) * z / focal, z]
+    };
+    let minus = |a: [f32; 3], b: [f32; 3]| [a[0] - b[0], a[1] - b[1], a[2] - b[2]];
+    // Along the side on which the surface goes on.
+    let along = |before: [f32; 3], at: [f32; 3], after: [f32; 3]| {
+        let (a, b) = (minus(at, before), minus(after, at));
+        if a[2].abs() < b[2].abs() { a } else { b }
+    };
+    let middle = |part: usize, parts: usize, pixels: usize| (2 * part + 1) * pixels / (2 * parts);
+    (0..rows * cols)
+        .flat_map(|i| (0..PARTS * PARTS).map(move |k| (i, k)))
+        .flat_map(|(i, k)| {
+            let x = middle(i % cols * PARTS + k % PARTS, cols * PARTS, w);
+            let y = middle(i / cols * PARTS + k / PARTS, rows * PARTS, h);
+            let at = point(x, y);
+            let right = along(point(x - 1, y), at, point(x + 1, y));
+            let down = along(point(x, y - 1), at, point(x, y + 1));
+            // Down × right looks back at the camera from a wall that faces it.
+            let n = [
+                down[1] * right[2] - down[2] * right[1],
+                down[2] * right[0] - down[0] * right[2],
+                down[0] * right[1] - down[1] * right[0],
+            ];
+            let len = n.iter().map(|x| x * x).sum::<f32>().sqrt().max(1e-12);
+            n.map(|x| x / len)
+        })
+        .collect()
+}
+
 /// Of the parameters that only training has.
 pub(super) const ENCODER_HEADS: &str = "pretrain";
 
@@ -318,7 +356,9 @@ pub struct DepthTrainer {
     params: Params,
     net: MoGe,
     camera: Linear,
+    camera_of_patch: Linear,
     patches: Linear,
+    normals: Linear,
     kinds: Linear,
     optimiser: AdamW,
 }
@@ -327,6 +367,7 @@ pub struct DepthTrainer {
 struct Losses {
     camera: Tensor,
     patches: Tensor,
+    normals: Tensor,
     kinds: Tensor,
     maps: Option<DepthLoss>,
 }
@@ -340,6 +381,8 @@ impl DepthTrainer {
         let camera = nn::linear(net.backbone().config().dim, CAMERA, heads.pp("camera"))?;
         let features = model.model_config.encoder.dim_out;
         let patches = nn::linear(features, PARTS * PARTS, heads.pp("patches"))?;
+        let camera_of_patch = nn::linear(features, CAMERA, heads.pp("camera_of_patch"))?;
+        let normals = nn::linear(features, PARTS * PARTS * 3, heads.pp("normals"))?;
         let kinds = nn::linear(features, PARTS * PARTS * KINDS, heads.pp("kinds"))?;
         super::check_complete(&params, cfg.from.as_deref(), Some(ENCODER_HEADS))?;
         if cfg.from.is_none() {
@@ -347,7 +390,7 @@ impl DepthTrainer {
         }
         let adamw = AdamWConfig { weight_decay: cfg.weight_decay, ..AdamWConfig::default() };
         let optimiser = AdamW::new(params.named(), adamw, super::group(cfg.muon))?;
-        Ok(Self { cfg, params, net, camera, patches, kinds, optimiser })
+        Ok(Self { cfg, params, net, camera, camera_of_patch, patches, normals, kinds, optimiser })
     }
 
     pub fn net(&self) -> &MoGe {
@@ -364,14 +407,17 @@ impl DepthTrainer {
             let truth = Tensor::from_vec(truth, got.shape(), got.device())?;
             (got - truth)?.abs()?.mean_all()
         };
-        let cameras = views.iter().flat_map(camera).collect();
+        let told = |of: usize| views.iter().flat_map(|v| camera(v).repeat(of)).collect::<Vec<f32>>();
         let depths = views.iter().flat_map(|v| patch_depths(v, rows, cols)).collect();
         let kinds: Vec<u32> = views.iter().flat_map(|v| patch_kinds(v, rows, cols)).collect();
         let kinds = Tensor::new(kinds, features.device())?;
+        let normals = views.iter().flat_map(|v| patch_normals(v, rows, cols)).collect();
         let of_patches = features.flatten_from(2)?.transpose(1, 2)?.contiguous()?;
         let shown = self.kinds.forward(&of_patches)?.reshape(((), KINDS))?;
         Ok(Losses {
-            camera: off(self.camera.forward(&cls)?, cameras)?,
+            camera: (off(self.camera.forward(&cls)?, told(1))?
+                + off(self.camera_of_patch.forward(&of_patches)?, told(rows * cols))?)?,
+            normals: off(self.normals.forward(&of_patches)?, normals)?,
             patches: off(self.patches.forward(&of_patches)?, depths)?,
             kinds: nn::log_probs(&shown, &kinds)?.mean_all()?.neg()?,
             maps: match stage.maps {
@@ -412,7 +458,7 @@ impl Trainee for DepthTrainer {
         let (stage, own, _) = self.cfg.stage(step);
         let l = self.losses(&self.views(step), stage)?;
         let mut total = ((&l.camera * self.cfg.camera)? + (&l.patches * self.cfg.patches)?)?;
-        total = (total + (&l.kinds * self.cfg.kinds)?)?;
+        total = (total + ((&l.normals * self.cfg.normals)? + (&l.kinds * self.cfg.kinds)?)?)?;
         if let Some(maps) = &l.maps {
             total = (total + &maps.total)?;
         }
@@ -429,6 +475,7 @@ impl Trainee for DepthTrainer {
             ("loss".to_string(), json!(total.to_scalar::<f32>()?)),
             ("camera".into(), json!(l.camera.to_scalar::<f32>()?)),
             ("patches".into(), json!(l.patches.to_scalar::<f32>()?)),
+            ("normals".into(), json!(l.normals.to_scalar::<f32>()?)),
             ("kinds".into(), json!(l.kinds.to_scalar::<f32>()?)),
             ("lr".into(), json!(lr)),
             ("grad_norm".into(), json!(report.grad_norm)),
@@ -483,7 +530,7 @@ mod tests {
         let t = DepthTrainer::new(cfg, &model)?;
         // Three pictures: of an even number of signs, as an L1 loss has, all may cancel.
         let l = t.losses(&t.views(0), t.cfg.last())?;
-        let encoder = ((l.camera + l.patches)? + l.kinds)?;
+        let encoder = ((l.camera + l.patches)? + (l.normals + l.kinds)?)?;
         let grads = (encoder + l.maps.expect("the stage has maps").total)?.backward()?;
         for (name, var) in t.params.named() {
             let Some(g) = grads.get(&var) else { panic!("no gradient: {name}") };
@@ -559,12 +606,13 @@ mod tests {
             (stage.maps, own, first)
         };
         assert_eq!(at(5_999), (false, 5_999, 5_999 * 32));
-        assert_eq!(at(6_000), (true, 0, 6_000 * 32));
-        assert_eq!(at(7_501), (true, 1, 6_000 * 32 + 1_501 * 12));
-        let few = all.clone().in_steps(90);
-        assert_eq!(few.stages.iter().map(|s| s.steps).collect::<Vec<_>>(), [62, 15, 13]);
+        assert_eq!(at(6_000), (false, 0, 6_000 * 32));
+        assert_eq!(at(14_001), (true, 1, 6_000 * 32 + 8_000 * 16 + 12));
+        let steps = |cfg: &DepthTraining| cfg.stages.iter().map(|s| s.steps).collect::<Vec<_>>();
+        assert_eq!(steps(&all.clone().in_steps(90)), [33, 45, 12]);
         let further = DepthTraining { from: Some("model".into()), ..all }.in_steps(90);
-        assert_eq!(further.stages.iter().map(|s| (s.steps, s.tokens)).collect::<Vec<_>>(), [(90, 192)]);
+        assert_eq!(steps(&further), [72, 18]);
+        assert_eq!(further.stages.iter().map(|s| s.tokens).collect::<Vec<_>>(), [192, 192]);
     }
 
     #[test]
@@ -579,5 +627,24 @@ mod tests {
         // Patch 5 is the second of the second row; its last part is its lower right one.
         let want = (14. + 7. + 3.) / 10. + (14. + 7. + 3.) / 100.;
         assert!((got[5 * 4 + 3] - want).abs() < 1e-3, "{} {want}", got[23]);
+    }
+
+    #[test]
+    fn patches_are_told_which_way_the_floor_faces() {
+        let view = rooms::generate(3, Look::Studio, 224, 168);
+        let normals = patch_normals(&view, 12, 16);
+        let (rows, cols) = (12, 16);
+        assert_eq!(normals.len(), rows * cols * PARTS * PARTS * 3);
+        // The floor's normal is up: (0, −cos, −sin) of the tilt in a camera that looks down by it.
+        let (sin, cos) = view.camera.tilt.to_radians().sin_cos();
+        let up = [0., -cos as f32, -sin as f32];
+        let near = |n: &[f32]| n.iter().zip(up).map(|(a, b)| a * b).sum::<f32>() > 0.99;
+        let all: Vec<&[f32]> = normals.chunks(3).collect();
+        let floor = all.iter().copied().filter(|n| near(n)).count();
+        assert!(floor > all.len() / 10, "{floor} of {} face up", all.len());
+        for n in all {
+            let len = n.iter().map(|x| x * x).sum::<f32>();
+            assert!((len - 1.).abs() < 1e-3, "{n:?}");
+        }
     }
 }

@@ -14,25 +14,31 @@ use crate::weights::Checkpoint;
 use anyhow::Context;
 use candle_core::{DType, Tensor, Var};
 use serde_json::Value;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::io::Write;
 use std::path::Path;
 
-/// What a run begins with: fresh parameters, or those of a model folder for a further round on new
-/// samples (so with another seed).
+/// What a run begins with: fresh parameters, or those of a model's or a run's folder for a further
+/// round on new samples (so with another seed).
 fn start(seed: u64, from: Option<&Path>) -> anyhow::Result<Params> {
     match from {
         None => Ok(Params::new(seed)),
-        Some(dir) => Ok(Params::from_tensors(seed, Checkpoint::open(dir)?.tensors()?)?),
+        Some(dir) => Ok(Params::from_tensors(seed, held(dir)?)?),
     }
+}
+
+/// The parameters in a model's folder, or in a run's, which has those too that only training has.
+fn held(dir: &Path) -> anyhow::Result<HashMap<String, Tensor>> {
+    let checkpoint = dir.join(run::CHECKPOINT);
+    if checkpoint.is_file() { run::parameters(&checkpoint) } else { Ok(Checkpoint::open(dir)?.tensors()?) }
 }
 
 /// That `from` held every parameter of the network that was built on `params` since, but for those whose
 /// names begin with `own`, which only training has. A fresh layer among trained ones would undo them.
 fn check_complete(params: &Params, from: Option<&Path>, own: Option<&str>) -> anyhow::Result<()> {
     let Some(dir) = from else { return Ok(()) };
-    let held: HashSet<String> = Checkpoint::open(dir)?.names().into_iter().collect();
-    let meant = |name: &str| held.contains(name) || own.is_some_and(|own| name.starts_with(own));
+    let held = held(dir)?;
+    let meant = |name: &str| held.contains_key(name) || own.is_some_and(|own| name.starts_with(own));
     let fresh: Vec<String> = params.named().into_iter().map(|p| p.0).filter(|n| !meant(n)).collect();
     anyhow::ensure!(
         fresh.is_empty(),
@@ -95,7 +101,7 @@ fn settings(mut of_run: Value, from: Option<&Path>) -> Value {
 /// Writes those parameters of a run's checkpoint that are the model's as `model.safetensors`, f16.
 fn export_weights(run: &Path, out: &Path, is_model: impl Fn(&str) -> bool) -> anyhow::Result<()> {
     let mut weights = HashMap::new();
-    let all = run::parameters(&run.join("checkpoint.safetensors"))?;
+    let all = run::parameters(&run.join(run::CHECKPOINT))?;
     for (name, t) in all.into_iter().filter(|(name, _)| is_model(name)) {
         weights.insert(name, t.to_dtype(DType::F16)?);
     }

@@ -22,8 +22,10 @@ fn short(o: fn(PathBuf) -> Options, dir: &Path) -> Options {
 
 fn reply(model: &Path, message: Message) -> String {
     let model = LocalChat::open(model, &Device::Cpu, EngineOptions::default()).unwrap();
-    let request = ChatRequest { messages: vec![message], seed: 1, max_new_tokens: 5, stop: Vec::new() };
-    let replies = model.chat(&[request], &SamplingOptions::greedy(), None).unwrap();
+    let request = ChatRequest { messages: vec![message], ..ChatRequest::user("", 1, 5) };
+    let replies: Result<Vec<_>, _> =
+        model.chat(&[request], &SamplingOptions::greedy(), None).into_iter().collect();
+    let replies = replies.unwrap();
     assert!(replies[0].new_tokens > 0);
     replies[0].text.clone()
 }
@@ -110,7 +112,7 @@ fn planner_and_verifier_learn_and_their_exports_reply() {
 
     let o = short(Options::planner, &planner);
     let before = planner::train(&Options { steps: 0, ..o.clone() }).unwrap();
-    std::fs::remove_file(planner.join("checkpoint.safetensors")).ok();
+    std::fs::remove_file(planner.join(crate::train::run::CHECKPOINT)).ok();
     let after = planner::train(&o).unwrap();
     let loss = |m: &Metrics| m["held_out_loss"].as_f64().unwrap();
     assert!(loss(&after) < loss(&before) - 0.1, "{before:?} {after:?}");
@@ -139,7 +141,7 @@ fn the_vlm_learns_and_its_export_replies_about_a_picture() {
     let seen = vision::train(&Options { batch: 4, ..short(Options::vision, &tower) }).unwrap();
     assert!(seen["kind_right_studio"].as_f64().is_some(), "{seen:?}");
     let before = vlm::train(&Options { steps: 0, ..o.clone() }, &tower).unwrap();
-    std::fs::remove_file(run.join("checkpoint.safetensors")).ok();
+    std::fs::remove_file(run.join(crate::train::run::CHECKPOINT)).ok();
     let after = vlm::train(&o, &tower).unwrap();
     for name in ["whole", "colour", "colour-from", "kind", "is-colour", "is-kind"] {
         let loss = |m: &Metrics| m[&format!("{name}_loss")].as_f64().unwrap();
@@ -276,5 +278,13 @@ fn a_judge_says_where_a_plan_strays_and_with_what() {
     let short = judged(Head::Adherence, &[], &|program| program.rsplit_once('\n').unwrap().0.to_owned());
     assert!(right.program().starts_with(short.split_once('!').unwrap().0.trim_end()), "{short}");
     let digits = judged(Head::Adherence, &[], &|program| program.replace("second", "first"));
-    assert!(digits.ends_with("second!\n<answer>no</answer>"), "{digits}");
+    let marks = right.program().matches("second").count();
+    assert!(digits.contains("second!first") && digits.matches('!').count() == marks, "{digits}");
+    assert!(digits.ends_with("\n<answer>no</answer>"), "{digits}");
+    // The words of a line that is longer have no counterparts.
+    let longer = judged(Head::Adherence, &[], &|program| program.replacen("first = ", "first = not ", 1));
+    assert!(
+        longer.starts_with("first =") && longer.contains("\n<answer>no") && longer.len() < 60,
+        "{longer}"
+    );
 }

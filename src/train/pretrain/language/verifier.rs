@@ -3,8 +3,9 @@
 //! One bit a case would be a thin signal for a network of this size. So it starts from the planner,
 //! which knows what plans and programs look like, and its replies reason before the verdict, word by
 //! word: a plan's judge writes the right plan, and a mark and what the plan has after each word that it
-//! has otherwise; a program's judge writes the program that the plan tells, up to the first word where
-//! the program strays. So every word it writes is a lesson in comparing. (With a yes or no after each
+//! has otherwise; a program's judge writes the program that the plan tells, and likewise a mark and the
+//! program's own word, up to where the two are no more word against word. So every word it writes is a
+//! lesson in comparing. (With a yes or no after each
 //! line, which asks for all of a line at once, it took half of the programs that stray for faithful
 //! after 1,000 steps.) One kind of mistake is never shown to it
 //! ([`Mistake::KEPT_FROM_VERIFIER`](crate::rooms::mistakes::Mistake)).
@@ -80,7 +81,7 @@ fn units(text: &str) -> Vec<&str> {
     units
 }
 
-/// The right line, with a mark and what is held after each unit that is held otherwise; where the two
+/// The right text, with a mark and what is held after each unit that is held otherwise; where the two
 /// are not of one length, up to the first. The mark alone stands where one of them ends.
 fn compared(right: &str, held: &str) -> String {
     let (wanted, held) = (units(right), units(held));
@@ -132,7 +133,7 @@ fn reason_of_plan(question: &str, plan: &str) -> String {
     lines.join("\n")
 }
 
-/// The program that the plan tells, up to where the program strays from it.
+/// The program that the plan tells, compared with the one there is.
 fn reason_of_program(plan: &str, program: &str) -> String {
     // A plan that states its answer outright is as good as none.
     let told = Recipe::from_plan(plan).filter(|r| !matches!(r.then, Then::Literal { .. }));
@@ -142,11 +143,18 @@ fn reason_of_program(plan: &str, program: &str) -> String {
         lines.join("\n")
     };
     let (told, program) = (clean(&told.program()), clean(program));
-    let compared = compared(&told, &program);
-    match compared.split_once(STRAYS) {
-        Some((followed, _)) => format!("{followed}{STRAYS}"),
-        None => compared,
+    let (mut lines, mut held) = (Vec::new(), program.lines());
+    for right in told.lines() {
+        let other = held.next().unwrap_or_default();
+        lines.push(compared(right, other));
+        if units(right).len() != units(other).len() {
+            return lines.join("\n");
+        }
     }
+    if held.next().is_some() {
+        lines.push(STRAYS.into());
+    }
+    lines.join("\n")
 }
 
 struct VerifierTrainee<'a> {
@@ -178,8 +186,9 @@ impl Trainee for VerifierTrainee<'_> {
         self.judge.engine().forget_prefixes();
         let requests: Vec<ChatRequest> =
             self.cases.iter().map(|s| ChatRequest::user(turn(s), 0, MAX_NEW_TOKENS)).collect();
-        let replies = self.judge.chat(&requests, &SamplingOptions::greedy(), None)?;
-        let verdicts: Vec<Option<bool>> = replies.iter().map(|r| parse_verdict(&r.text)).collect();
+        let replies = self.judge.chat(&requests, &SamplingOptions::greedy(), None);
+        let verdicts: Vec<Option<bool>> =
+            replies.into_iter().map(|r| Ok(parse_verdict(&r?.text))).collect::<anyhow::Result<_>>()?;
         for head in Head::ALL {
             let share = |truth: bool| -> Option<f64> {
                 let of =
@@ -203,7 +212,7 @@ pub fn train(o: &Options, planner: &Path) -> anyhow::Result<Metrics> {
     let (tokenizer, params) = match &o.from {
         Some(dir) => (tokenizer_of(&o.dir, Some(dir))?, start(o.seed, Some(dir))?),
         None => {
-            let of_planner = run::parameters(&planner.join("checkpoint.safetensors")).with_context(|| {
+            let of_planner = run::parameters(&planner.join(run::CHECKPOINT)).with_context(|| {
                 format!(
                     "the verifier starts from the planner's run, and {} has none: make the planner first",
                     planner.display()

@@ -1,0 +1,229 @@
+//! `valor doctor`: what this machine has, and which configurations would run on it.
+
+use super::{ModelArgs, gb};
+use crate::config::{BUILT_IN, Config, ENDPOINT, SHIPPED};
+use crate::pipeline::limits;
+use crate::planner;
+use crate::program::Sandbox;
+use crate::weights::ModelFiles;
+use crate::weights::hub::{Hub, free_space};
+use serde::Serialize;
+use std::io::Write;
+use std::process::ExitCode;
+
+/// Look at this machine, and at which configurations would run on it
+///
+/// Nothing is loaded, downloaded or asked of a server. Exit code 1 if the configuration that is given
+/// (the built-in one by default) would not run.
+#[derive(Debug, clap::Args)]
+pub struct DoctorArgs {
+    /// Print the findings as JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    models: ModelArgs,
+}
+
+#[derive(Debug, Serialize)]
+struct Finding {
+    what: String,
+    /// Whether it is there, or works; of what may be missing `false` is no fault.
+    ok: bool,
+    detail: String,
+}
+
+#[derive(Debug, Serialize)]
+struct Verdict {
+    config: String,
+    /// Bytes that the local networks take as they are loaded, where they are here.
+    weights_bytes: u64,
+    /// Without these it answers no question.
+    missing: Vec<String>,
+    /// Without these nothing is verified or trained.
+    missing_for_training: Vec<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    findings: Vec<Finding>,
+    configs: Vec<Verdict>,
+}
+
+pub fn run(args: DoctorArgs) -> anyhow::Result<ExitCode> {
+    let config = args.models.config()?;
+    let mut findings = Vec::new();
+    let mut say = |what: &str, ok: bool, detail: String| {
+        findings.push(Finding { what: what.into(), ok, detail });
+    };
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    say("processor", true, format!("{cores} cores, {}, {}", std::env::consts::ARCH, vector_units()));
+    let (ok, detail) = cuda();
+    say("cuda", ok, detail);
+    let memory = available_memory();
+    say(
+        "memory",
+        memory.is_some(),
+        memory.map_or("cannot be known here".into(), |b| format!("{} free", gb(b))),
+    );
+    match Sandbox::start(limits(&config.sandbox)) {
+        Ok(sandbox) => {
+            for layer in &sandbox.layers().0 {
+                say(&format!("sandbox {}", layer.name), layer.active, layer.detail.clone());
+            }
+        }
+        Err(e) => say("sandbox", false, e.to_string()),
+    }
+    match Hub::from_env() {
+        Ok(hub) => {
+            let held = hub.held();
+            let bytes = held.iter().map(|h| h.bytes + h.incomplete_bytes).sum();
+            let folder = hub.cache_folder();
+            // What will hold it, if it is not there yet.
+            let there = folder.ancestors().find(|p| p.is_dir());
+            let free = there.and_then(free_space);
+            let detail = format!(
+                "{}: {} models, {}; {} free",
+                folder.display(),
+                held.len(),
+                gb(bytes),
+                free.map_or("unknown".into(), gb)
+            );
+            say("model cache", free.is_none_or(|f| f > 1 << 30), detail);
+        }
+        Err(e) => say("model cache", false, e.to_string()),
+    }
+    for (name, endpoint) in &config.endpoints {
+        let key = match endpoint.key_env.as_str() {
+            "" => Ok("no key wanted".to_owned()),
+            var if std::env::var(var).is_ok_and(|k| !k.trim().is_empty()) => Ok(format!("key in {var}")),
+            var => Err(format!("no key: {var} is not in the environment")),
+        };
+        let detail = format!("{} at {}; ", endpoint.model, endpoint.base_url);
+        match key {
+            Ok(key) => say(&format!("endpoint {name}"), true, detail + &key),
+            Err(e) => say(&format!("endpoint {name}"), false, detail + &e),
+        }
+    }
+    let own = args.models.config.as_ref().map_or(BUILT_IN.to_owned(), |p| p.display().to_string());
+    let mut configs = vec![verdict(&own, &config, memory)];
+    for (name, text) in SHIPPED {
+        configs.push(match Config::parse(text, name) {
+            Ok(config) => verdict(name, &config, memory),
+            Err(e) => Verdict {
+                config: name.to_string(),
+                weights_bytes: 0,
+                missing: vec![e.to_string()],
+                missing_for_training: Vec::new(),
+            },
+        });
+    }
+    let runs = configs[0].missing.is_empty();
+    let report = Report { findings, configs };
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
+    } else {
+        for f in &report.findings {
+            writeln!(out, "{:<22} {:<4} {}", f.what, if f.ok { "yes" } else { "NO" }, f.detail)?;
+        }
+        writeln!(out, "\nconfigurations:")?;
+        for v in &report.configs {
+            if v.missing.is_empty() {
+                writeln!(out, "{:<22} runs ({} of weights)", v.config, gb(v.weights_bytes))?;
+            } else {
+                writeln!(out, "{:<22} would not run:", v.config)?;
+                v.missing.iter().try_for_each(|m| writeln!(out, "  - {m}"))?;
+            }
+            v.missing_for_training.iter().try_for_each(|m| writeln!(out, "  - to train: {m}"))?;
+        }
+    }
+    Ok(if runs { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// What a configuration lacks, as far as can be told without loading it.
+fn verdict(name: &str, config: &Config, memory: Option<u64>) -> Verdict {
+    let (mut missing, mut for_training) = (Vec::new(), Vec::new());
+    let mut weights_bytes = 0;
+    let parts = [
+        ("planner", &config.planner.model),
+        ("detector", &config.detector.model),
+        ("depth", &config.depth.model),
+        ("vlm", &config.vlm.model),
+        ("verifier", &config.verifier.model),
+    ];
+    for (part, model) in parts {
+        let missing = if part == "verifier" { &mut for_training } else { &mut missing };
+        if let Some(endpoint) = model.strip_prefix(ENDPOINT) {
+            let var = config.endpoints.get(endpoint).map_or("", |e| e.key_env.as_str());
+            if !var.is_empty() && std::env::var(var).map_or(true, |k| k.trim().is_empty()) {
+                missing.push(format!("{part}: {var} is not in the environment"));
+            }
+            continue;
+        }
+        match ModelFiles::open(model, part).and_then(|files| files.checkpoint()) {
+            // Networks compute in f32; the verifier is not loaded beside the others.
+            Ok(checkpoint) if part != "verifier" => {
+                let numbers: usize = checkpoint.shapes().values().map(|s| s.iter().product::<usize>()).sum();
+                weights_bytes += 4 * numbers as u64;
+            }
+            Ok(_) => {}
+            Err(e) => missing.push(format!("{part}: {e}")),
+        }
+    }
+    if let Err(e) = planner::prompt(&config.planner) {
+        missing.push(e.to_string());
+    }
+    if let Some(memory) = memory.filter(|m| *m < weights_bytes) {
+        missing.push(format!("memory: {} of weights, {} free", gb(weights_bytes), gb(memory)));
+    }
+    Verdict { config: name.into(), weights_bytes, missing, missing_for_training: for_training }
+}
+
+/// What the processor has of what the kernels are written for.
+fn vector_units() -> String {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let all = [
+            ("avx2", std::arch::is_x86_feature_detected!("avx2")),
+            ("fma", std::arch::is_x86_feature_detected!("fma")),
+            ("f16c", std::arch::is_x86_feature_detected!("f16c")),
+            ("avx512f", std::arch::is_x86_feature_detected!("avx512f")),
+        ];
+        let has = |wanted: bool| {
+            all.iter().filter(|(_, has)| *has == wanted).map(|(name, _)| *name).collect::<Vec<_>>().join(" ")
+        };
+        let lacks = if has(false).is_empty() { String::new() } else { format!(" (lacks {})", has(false)) };
+        format!("{}{lacks}", has(true))
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        "the vector units that the compiler assumes".into()
+    }
+}
+
+fn cuda() -> (bool, String) {
+    if !candle_core::utils::cuda_is_available() {
+        return (
+            false,
+            "this build has none; networks run on the processor (--features cuda builds it in)".into(),
+        );
+    }
+    match candle_core::Device::new_cuda(0) {
+        Ok(_) => (true, "device 0 opens".into()),
+        Err(e) => {
+            (false, format!("device 0 does not open: {}", e.to_string().lines().next().unwrap_or_default()))
+        }
+    }
+}
+
+/// Bytes that this process may still take: of the machine, and of its control group if that is less.
+fn available_memory() -> Option<u64> {
+    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = info.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    let machine = line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10;
+    let number = |file: &str| -> Option<u64> {
+        std::fs::read_to_string(format!("/sys/fs/cgroup/{file}")).ok()?.trim().parse().ok()
+    };
+    let group = number("memory.max").map(|max| max.saturating_sub(number("memory.current").unwrap_or(0)));
+    Some(group.map_or(machine, |g| g.min(machine)))
+}

@@ -1,0 +1,229 @@
+//! Chat models behind an OpenAI-compatible server: OpenAI, Gemini's compatible route, vLLM,
+//! llama.cpp and the like (`POST {base_url}/chat/completions`).
+//!
+//! A call ends in bounded time: each try has a deadline, tries are few, waits are capped. Passing
+//! errors (no connection, timeout, 408, 425, 429, 5xx, a reply that cannot be read) are tried again,
+//! after what `Retry-After` asks for or exponentially longer waits with jitter; all others are final.
+//! Replies are kept on disk by the hash of what was asked, and a ledger counts calls, tokens and
+//! money; once its budget is spent no call goes out. The key comes from the environment and stands in no
+//! message, cache entry or record.
+
+mod cache;
+mod ledger;
+mod limits;
+mod wire;
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use crate::config;
+use cache::Cache;
+use ledger::Ledger;
+pub use ledger::Usage;
+use limits::{Pace, Slots, backoff};
+use wire::{Body, Failure};
+
+use super::{ChatError, ChatModel, ChatReply, ChatRequest, SamplingOptions};
+
+/// A model on a server.
+pub struct Endpoint {
+    /// As the configuration calls it, for messages.
+    name: String,
+    cfg: config::Endpoint,
+    key: Option<Key>,
+    agent: ureq::Agent,
+    cache: Option<Cache>,
+    ledger: Ledger,
+    slots: Slots,
+    pace: Pace,
+}
+
+/// A secret; has no `Debug`, and goes nowhere but into one header.
+struct Key(String);
+
+impl Key {
+    /// The text without this key, whoever put it there.
+    fn hidden_in(&self, text: &str) -> String {
+        text.replace(&self.0, "[key]")
+    }
+}
+
+impl Endpoint {
+    /// # Errors
+    /// A wrong setting, or a key that is not in the environment; nothing is sent.
+    pub fn new(name: &str, cfg: &config::Endpoint) -> Result<Self, ChatError> {
+        let wrong = |field: &str, message: String| {
+            Err(ChatError::Request(format!("endpoints.{name}.{field}: {message}")))
+        };
+        let rest = cfg.base_url.strip_prefix("https://").or_else(|| cfg.base_url.strip_prefix("http://"));
+        match rest.map(|rest| rest.split('/').next().unwrap_or_default()) {
+            None | Some("") => {
+                return wrong("base_url", format!("{:?} is no http or https address", cfg.base_url));
+            }
+            // Not shown: what stands there is a password.
+            Some(host) if host.contains('@') => {
+                return wrong("base_url", "must hold no password; name a variable in key_env".into());
+            }
+            Some(_) => {}
+        }
+        if cfg.model.is_empty() {
+            return wrong("model", "is empty; name one that the server has".into());
+        }
+        let key = match cfg.key_env.as_str() {
+            "" => None,
+            var => match std::env::var(var) {
+                Ok(key) if !key.trim().is_empty() => Some(Key(key.trim().to_owned())),
+                _ => return wrong("key_env", format!("the environment has no {var}; export it")),
+            },
+        };
+        let agent = ureq::Agent::config_builder()
+            .timeout_global(Some(Duration::from_secs_f64(cfg.seconds)))
+            .http_status_as_error(false)
+            // A redirected key is a lost one.
+            .max_redirects(0)
+            .user_agent(concat!("valor/", env!("CARGO_PKG_VERSION")))
+            .build()
+            .new_agent();
+        Ok(Self {
+            name: name.into(),
+            key,
+            agent,
+            cache: (!cfg.cache.is_empty()).then(|| Cache::new(&cfg.cache)),
+            ledger: Ledger::new(cfg),
+            slots: Slots::new(cfg.concurrency),
+            pace: Pace::new(cfg.requests_per_minute),
+            cfg: cfg.clone(),
+        })
+    }
+
+    fn url(&self) -> String {
+        format!("{}/chat/completions", self.cfg.base_url.trim_end_matches('/'))
+    }
+
+    /// One request's reply: from the cache, or by as many tries as it may take.
+    fn reply(&self, request: &ChatRequest, opts: &SamplingOptions) -> Result<ChatReply, ChatError> {
+        opts.check()?;
+        let body = wire::body(&self.cfg, request, opts)?;
+        let key = Cache::key(&self.url(), &body, request.seed);
+        if let Some(reply) = self.cache.as_ref().and_then(|c| c.get(&key)) {
+            // What was valid when it was stored need not fit the schema of now.
+            if wire::check(&reply, request).is_ok() {
+                self.ledger.kept();
+                return Ok(reply);
+            }
+        }
+        let _slot = self.slots.take();
+        let mut tried = 0;
+        loop {
+            self.ledger.open().map_err(|spent| ChatError::Closed(self.message(&spent)))?;
+            self.pace.wait();
+            tried += 1;
+            let failure = match self.attempt(&body).and_then(|reply| {
+                wire::check(&reply, request)?;
+                Ok(reply)
+            }) {
+                Ok(reply) => {
+                    if let Some(cache) = &self.cache {
+                        cache.put(&key, &reply).map_err(|e| ChatError::NoReply(self.message(&e)))?;
+                    }
+                    return Ok(reply);
+                }
+                Err(failure) => failure,
+            };
+            self.ledger.failed();
+            let message = self.message(&failure.message);
+            if failure.closes {
+                return Err(ChatError::Closed(message));
+            }
+            let longest = Duration::from_secs_f64(self.cfg.longest_wait);
+            let wait = match failure.retry_after {
+                Some(asked) if asked > longest => {
+                    let text =
+                        format!("{message}; it asks to wait {} s, longest_wait is less", asked.as_secs());
+                    return Err(ChatError::NoReply(text));
+                }
+                Some(asked) => asked,
+                None => backoff(tried, longest, &key),
+            };
+            if !failure.passing || tried >= self.cfg.tries {
+                let tries = if tried == 1 { String::new() } else { format!(" (tried {tried} times)") };
+                return Err(ChatError::NoReply(format!("{message}{tries}")));
+            }
+            std::thread::sleep(wait);
+        }
+    }
+
+    fn attempt(&self, body: &Body) -> Result<ChatReply, Failure> {
+        let mut call = self.agent.post(self.url()).header("content-type", "application/json");
+        if let Some(key) = &self.key {
+            call = call.header("authorization", format!("Bearer {}", key.0));
+        }
+        let response = call.send(body.bytes()).map_err(|e| Failure::of_transport(&e))?;
+        let mut reply = wire::read(response, body, &self.cfg);
+        if let (Ok(reply), Some(key)) = (&mut reply, &self.key) {
+            // A server that repeats what it was sent.
+            reply.text = key.hidden_in(&reply.text);
+        }
+        // Billed, whatever is made of it.
+        if let Some(tokens) =
+            reply.as_ref().map_or_else(|f| f.tokens, |r| Some((r.prompt_tokens, r.new_tokens)))
+        {
+            self.ledger.answered(tokens);
+        }
+        reply
+    }
+
+    /// One line for people, from a server's words.
+    fn message(&self, text: &str) -> String {
+        let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+        let text = self.key.as_ref().map_or(text.clone(), |key| key.hidden_in(&text));
+        format!("endpoint {} ({}): {}", self.name, self.cfg.model, text.trim())
+    }
+}
+
+impl ChatModel for Endpoint {
+    fn name(&self) -> &str {
+        &self.cfg.model
+    }
+
+    /// Pieces are whole replies: nothing is streamed. A request that fails is a failure of its own;
+    /// no trace is given.
+    fn chat(
+        &self,
+        requests: &[ChatRequest],
+        opts: &SamplingOptions,
+        on_token: Option<&mut dyn FnMut(usize, &str)>,
+    ) -> Vec<Result<ChatReply, ChatError>> {
+        let next = AtomicUsize::new(0);
+        let (done, replies) = mpsc::channel();
+        let mut hear = on_token;
+        let mut all: Vec<Option<Result<ChatReply, ChatError>>> = requests.iter().map(|_| None).collect();
+        std::thread::scope(|s| {
+            for _ in 0..self.cfg.concurrency.min(requests.len()) {
+                let (done, next) = (done.clone(), &next);
+                s.spawn(move || {
+                    while let Some((i, request)) = {
+                        let i = next.fetch_add(1, Ordering::Relaxed);
+                        requests.get(i).map(|r| (i, r))
+                    } {
+                        // The receiver outlives this scope.
+                        let _ = done.send((i, self.reply(request, opts)));
+                    }
+                });
+            }
+            drop(done);
+            for (i, reply) in replies {
+                if let (Some(hear), Ok(reply)) = (&mut hear, &reply) {
+                    hear(i, &reply.text);
+                }
+                all[i] = Some(reply);
+            }
+        });
+        all.into_iter().map(|r| r.expect("each request was taken")).collect()
+    }
+
+    fn usage(&self) -> Option<Usage> {
+        Some(self.ledger.usage())
+    }
+}

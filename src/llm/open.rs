@@ -1,0 +1,59 @@
+//! The chat models that a configuration names.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use candle_core::Device;
+
+use super::ChatModel;
+use super::endpoint::{Endpoint, Usage};
+use super::engine::EngineOptions;
+use super::local::{LoadError, LocalChat};
+use crate::config::{Config, ENDPOINT};
+use crate::weights::ModelFiles;
+
+/// Parts that name the same endpoint share it, with its budget and its limits.
+pub struct ChatModels<'a> {
+    config: &'a Config,
+    device: &'a Device,
+    endpoints: Mutex<BTreeMap<String, Arc<Endpoint>>>,
+}
+
+impl<'a> ChatModels<'a> {
+    pub fn new(config: &'a Config, device: &'a Device) -> Self {
+        Self { config, device, endpoints: Mutex::default() }
+    }
+
+    pub fn planner(&self) -> Result<Arc<dyn ChatModel>, LoadError> {
+        self.open(&self.config.planner.model, "planner")
+    }
+
+    pub fn vlm(&self) -> Result<Arc<dyn ChatModel>, LoadError> {
+        self.open(&self.config.vlm.model, "vlm")
+    }
+
+    pub fn verifier(&self) -> Result<Arc<dyn ChatModel>, LoadError> {
+        self.open(&self.config.verifier.model, "verifier")
+    }
+
+    fn open(&self, model: &str, part: &'static str) -> Result<Arc<dyn ChatModel>, LoadError> {
+        let Some(name) = model.strip_prefix(ENDPOINT) else {
+            let files = ModelFiles::open(model, part)?;
+            return Ok(Arc::new(LocalChat::from_files(&files, self.device, EngineOptions::default())?));
+        };
+        let mut endpoints = self.endpoints.lock().expect("no holder panics");
+        if let Some(known) = endpoints.get(name) {
+            return Ok(known.clone());
+        }
+        let cfg = self.config.endpoints.get(name).expect("the configuration was checked");
+        let endpoint = Arc::new(Endpoint::new(name, cfg)?);
+        endpoints.insert(name.to_owned(), endpoint.clone());
+        Ok(endpoint)
+    }
+
+    /// What each endpoint has cost so far, by its name.
+    pub fn usage(&self) -> BTreeMap<String, Usage> {
+        let endpoints = self.endpoints.lock().expect("no holder panics");
+        endpoints.iter().filter_map(|(name, e)| Some((name.clone(), e.usage()?))).collect()
+    }
+}
