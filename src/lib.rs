@@ -5,6 +5,7 @@
 //! - [`train`]: optimiser loops for detector, depth and language models
 //! - [`eval`]: benches, metrics, intervals
 //! - [`pipeline`]: question → answer, the path that inference and benches share
+//! - [`report`]: HTML pages and pictures made from traces
 //! - [`planner`]: question → reply (plan and program)
 //! - [`verify`]: the heads that judge plans and programs
 //! - [`tools`]: `gd_detect`, `depth`, `vqa` behind one trait
@@ -27,6 +28,7 @@ pub mod nn;
 pub mod pipeline;
 pub mod planner;
 pub mod program;
+pub mod report;
 pub mod rooms;
 pub mod tools;
 pub mod train;

@@ -6,8 +6,8 @@
 //! repeated alone.
 
 use crate::config::{self, Config};
-use crate::llm::{ChatError, ChatModels};
-use crate::planner::Planner;
+use crate::llm::{ChatError, ChatModels, ChatReply};
+use crate::planner::{Failed, Planner};
 use crate::program::reply::ReplyError;
 use crate::program::{Limits, Outcome, Reply, Sandbox};
 use crate::tools::Tools;
@@ -100,6 +100,14 @@ impl Answered {
         self.outcome.as_ref().ok()?.result.as_ref().ok()
     }
 
+    /// Why there is no answer, for people and planners.
+    pub fn why(&self) -> Option<String> {
+        match &self.outcome {
+            Err(e) => Some(e.to_string()),
+            Ok(outcome) => outcome.result.as_ref().err().map(|e| format!("the program failed: {e}")),
+        }
+    }
+
     /// What kept the program from answering: an error kind of the sandbox, "malformed", or "planner"
     /// where there was no reply.
     pub fn failure(&self) -> Option<&'static str> {
@@ -109,6 +117,87 @@ impl Answered {
             Ok(Outcome { result: Err(e), .. }) => Some(e.kind.as_str()),
             Ok(_) => None,
         }
+    }
+}
+
+/// One question to be answered, with the number of the tools that see its picture.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked<'a> {
+    pub question: &'a str,
+    pub seed: u64,
+    pub tools: usize,
+}
+
+/// How one reply of a planner went, after what repairs there were.
+#[derive(Clone, Debug)]
+pub struct Run {
+    /// The reply whose program ran last; `None` if the planner gave none.
+    pub reply: Option<ChatReply>,
+    pub answered: Answered,
+    /// What failed before, and was given back to the planner, with why.
+    pub earlier: Vec<(String, String)>,
+}
+
+/// Answers questions together, one reply each; a program that fails goes back to the planner with its
+/// error, at most `repairs` times. `progress` hears of each question that is through its first run.
+///
+/// # Errors
+/// If the planner's model fails; a failed program is a result, and so is a question to which an
+/// endpoint gave no reply.
+pub fn answer_all(
+    planner: &Planner,
+    sandbox: &mut Sandbox,
+    asked: &[Asked],
+    tools: &mut [impl Tools],
+    repairs: usize,
+    mut progress: impl FnMut(),
+) -> Result<Vec<Run>, ChatError> {
+    let mut run = |reply: Result<ChatReply, ChatError>, tools: &mut dyn Tools| match reply {
+        Ok(reply) => {
+            let answered = answer(&reply.text, sandbox, tools);
+            Ok(Run { reply: Some(reply), answered, earlier: Vec::new() })
+        }
+        Err(e) if e.is_of_model() => Err(e),
+        Err(e) => Ok(Run { reply: None, answered: Answered::without_reply(&e), earlier: Vec::new() }),
+    };
+    let questions: Vec<(&str, u64)> = asked.iter().map(|a| (a.question, a.seed)).collect();
+    let mut runs = Vec::with_capacity(asked.len());
+    for (a, reply) in asked.iter().zip(planner.ask(&questions, None)) {
+        runs.push(run(reply, &mut tools[a.tools])?);
+        progress();
+    }
+    for _ in 0..repairs {
+        let failed: Vec<usize> = (0..runs.len()).filter(|&i| runs[i].is_to_repair()).collect();
+        if failed.is_empty() {
+            break;
+        }
+        let again: Vec<Failed> = failed
+            .iter()
+            .map(|&i| Failed {
+                question: asked[i].question,
+                seed: asked[i].seed,
+                reply: runs[i].reply.as_ref().map_or("", |r| &r.text),
+                error: runs[i].answered.why().unwrap_or_default(),
+            })
+            .collect();
+        for (&i, reply) in failed.iter().zip(planner.ask_again(&again)) {
+            let new = run(reply, &mut tools[asked[i].tools])?;
+            // Where no reply came the first one stands.
+            if let (Some(text), true) = (runs[i].reply.as_ref().map(|r| r.text.clone()), new.reply.is_some())
+            {
+                let why = runs[i].answered.why().unwrap_or_default();
+                let mut earlier = std::mem::take(&mut runs[i].earlier);
+                earlier.push((text, why));
+                runs[i] = Run { earlier, ..new };
+            }
+        }
+    }
+    Ok(runs)
+}
+
+impl Run {
+    fn is_to_repair(&self) -> bool {
+        self.reply.is_some() && self.answered.value().is_none()
     }
 }
 
@@ -127,7 +216,7 @@ pub fn question_seed(seed: u64, question: usize, sample: usize) -> u64 {
 
 /// The answer that most runs gave, by its first run: `None` if none gave any. Of equally frequent
 /// answers the first counts.
-pub fn vote(runs: &[Answered]) -> Option<usize> {
+pub fn vote<'a>(runs: impl IntoIterator<Item = &'a Answered>) -> Option<usize> {
     // As benches compare: a truth value is a word, words have no case, 3 is 3.0.
     let key = |v: &Value| match v {
         Value::Bool(yes) => if *yes { "yes" } else { "no" }.to_owned(),
@@ -136,7 +225,7 @@ pub fn vote(runs: &[Answered]) -> Option<usize> {
         other => other.to_string(),
     };
     let mut counts: Vec<(String, usize, usize)> = Vec::new();
-    for (i, answer) in runs.iter().enumerate().filter_map(|(i, r)| Some((i, key(r.value()?)))) {
+    for (i, answer) in runs.into_iter().enumerate().filter_map(|(i, r)| Some((i, key(r.value()?)))) {
         match counts.iter_mut().find(|c| c.0 == answer) {
             Some(c) => c.2 += 1,
             None => counts.push((answer, i, 1)),
@@ -163,7 +252,8 @@ mod tests {
 
     #[test]
     fn the_most_frequent_answer_wins_and_failures_do_not_vote() {
-        let of = |answers: &[Option<Value>]| vote(&answers.iter().cloned().map(run).collect::<Vec<_>>());
+        let of =
+            |answers: &[Option<Value>]| vote(&answers.iter().cloned().map(run).collect::<Vec<Answered>>());
         let yes = || Some(json!("Yes"));
         assert_eq!(of(&[None, Some(json!(3)), yes(), Some(json!(true)), None, None]), Some(2));
         assert_eq!(of(&[Some(json!(2)), Some(json!(3)), Some(json!(3.0)), Some(json!(2))]), Some(0), "a tie");

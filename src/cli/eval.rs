@@ -74,9 +74,9 @@ pub struct EvalArgs {
     /// The planner's most likely reply instead of a sampled one
     #[arg(long)]
     greedy: bool,
-    /// Sample so many replies a question; the most frequent answer counts
-    #[arg(long, value_name = "K", default_value_t = 1, conflicts_with = "greedy")]
-    pub(super) vote: usize,
+    /// Sample so many replies a question; the most frequent answer counts (inference.samples)
+    #[arg(long, value_name = "K", conflicts_with = "greedy")]
+    pub(super) vote: Option<usize>,
     /// The tools see another question's picture: what is still right did not need the picture
     #[arg(long)]
     pub(super) shuffle_pictures: bool,
@@ -94,13 +94,14 @@ pub struct EvalArgs {
 }
 
 pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
-    if args.n == 0 || args.vote == 0 {
+    if args.n == 0 || args.vote == Some(0) {
         bail!("--n and --vote must be at least 1")
     }
     let (mut config, device) = (args.models.config()?, args.models.device()?);
     if args.greedy {
         config.planner.temperature = 0.;
     }
+    config.inference.samples = args.vote.unwrap_or(config.inference.samples);
     if !["stored", "base"].contains(&args.planner.as_str()) {
         config.planner.model.clone_from(&args.planner);
     }
@@ -118,7 +119,7 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
     };
     let programs = match &planner {
         None => Programs::Stored,
-        Some(planner) => Programs::Planner { planner, seed: args.seed, votes: args.vote },
+        Some(planner) => Programs::Planner { planner, seed: args.seed, how: config.inference },
     };
     let mut sandbox = Sandbox::start(limits(&config.sandbox)).context("cannot start the sandbox")?;
     let asked: Vec<(Arc<View>, Question)> = questions(args.look, args.seed).take(args.n).collect();

@@ -17,7 +17,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use candle_core::Device;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::config::{Config, Origins};
 
@@ -32,12 +32,19 @@ struct Cli {
 enum Command {
     /// Answer a question about a picture
     Infer(infer::InferArgs),
+    /// Print a shell's completions, to be put where it looks for them
+    Completions {
+        #[arg(value_enum)]
+        shell: clap_complete::Shell,
+    },
     /// Look at the configuration
     Config(config::ConfigArgs),
     /// Look at this machine, and at which configurations would run on it
     Doctor(doctor::DoctorArgs),
     /// Measure planners and tools on benches
     Eval(eval::EvalArgs),
+    /// Print the manual page (roff), for man -l -
+    Man,
     /// Fetch, check, look into and convert checkpoints
     Models(models::ModelsArgs),
     /// Run planners' programs
@@ -65,7 +72,17 @@ struct ModelArgs {
 
 impl ModelArgs {
     fn config(&self) -> anyhow::Result<Config> {
-        Ok(self.explain()?.0)
+        self.config_with(&[])
+    }
+
+    /// With more settings, from options that stand for some.
+    fn config_with(&self, sets: &[String]) -> anyhow::Result<Config> {
+        let set = [&self.set[..], sets].concat();
+        let mut config = Config::resolve(self.config.as_deref(), &set)?;
+        if let Some(prompt) = &self.prompt {
+            config.planner.prompt.clone_from(prompt);
+        }
+        Ok(config)
     }
 
     fn explain(&self) -> anyhow::Result<(Config, Origins)> {
@@ -116,10 +133,15 @@ fn keep_freed_memory() {}
 pub fn main() -> ExitCode {
     keep_freed_memory();
     let result = match Cli::parse().command {
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "valor", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Config(args) => config::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Infer(args) => infer::run(args),
+        Command::Man => man(),
         Command::Models(args) => models::run(args),
         Command::Program(args) => program::run(args),
         Command::Rooms(args) => rooms::run(args),
@@ -132,6 +154,22 @@ pub fn main() -> ExitCode {
             ExitCode::from(2)
         }
     }
+}
+
+/// The page of the whole command, those of its subcommands behind it.
+fn man() -> anyhow::Result<ExitCode> {
+    fn pages(command: clap::Command, name: &str, out: &mut Vec<u8>) -> std::io::Result<()> {
+        let name = name.to_owned();
+        clap_mangen::Man::new(command.clone().name(name.clone())).render(out)?;
+        for sub in command.get_subcommands().filter(|s| !s.is_hide_set() && s.get_name() != "help") {
+            pages(sub.clone(), &format!("{name}-{}", sub.get_name()), out)?;
+        }
+        Ok(())
+    }
+    let mut out = Vec::new();
+    pages(Cli::command(), "valor", &mut out)?;
+    std::io::Write::write_all(&mut std::io::stdout(), &out)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Bytes for people.

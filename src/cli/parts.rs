@@ -17,7 +17,7 @@ use std::process::ExitCode;
 
 pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> anyhow::Result<ExitCode> {
     let unused = [
-        ("--vote", args.vote != 1),
+        ("--vote", args.vote.is_some()),
         ("--shuffle-pictures", args.shuffle_pictures),
         ("--out", args.out.is_some()),
         ("--pictures", args.pictures.is_some()),

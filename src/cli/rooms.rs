@@ -71,6 +71,10 @@ struct PretrainArgs {
     /// Seed instead of the recipe's
     #[arg(long, requires = "only")]
     seed: Option<u64>,
+    /// Only these stages of the recipe, counted from 1, such as 2,3; depth has three: small pictures,
+    /// whole ones, maps
+    #[arg(long, requires = "only", value_delimiter = ',', value_name = "N")]
+    stages: Vec<usize>,
     /// Only write models from the checkpoints that are there
     #[arg(long)]
     export_only: bool,
@@ -148,6 +152,12 @@ fn pretrain(args: &PretrainArgs) -> Result<()> {
                     let o = depth::DepthTraining::default();
                     let (seed, from) = (args.seed.unwrap_or(o.seed), args.from.clone());
                     let mut o = depth::DepthTraining { seed, from, ..o };
+                    if !args.stages.is_empty() {
+                        o = o.of_stages(&args.stages)?;
+                    } else if o.from.is_some() {
+                        // It has no more to learn from small pictures.
+                        o = o.of_stages(&[2, 3])?;
+                    }
                     if let Some(steps) = args.steps {
                         o = o.in_steps(steps);
                     }

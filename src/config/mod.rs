@@ -34,6 +34,7 @@ pub struct Config {
     pub depth: Depth,
     pub vlm: Vlm,
     pub verifier: Verifier,
+    pub inference: Inference,
     pub sandbox: Sandbox,
     /// Servers with chat models, by names of the user's choice; a part whose `model` is
     /// `endpoint:NAME` is asked there.
@@ -99,6 +100,9 @@ impl Default for Endpoint {
     }
 }
 
+/// A program that failed three times will fail again.
+const MOST_REPAIRS: usize = 2;
+
 /// How a part's `model` names one of [`Config::endpoints`].
 pub const ENDPOINT: &str = "endpoint:";
 
@@ -133,6 +137,27 @@ pub struct Depth {
     pub model: String,
     /// Patches that the picture is divided into.
     pub num_tokens: usize,
+    pub sample: DepthSample,
+}
+
+/// What the depth of a box is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DepthSample {
+    /// Of its middle, as in the paper.
+    Center,
+    /// The median over its pixels.
+    Median,
+}
+
+/// How an answer is got from a planner that can err.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Inference {
+    /// Replies a question; the most frequent answer counts.
+    pub samples: usize,
+    /// How often a program that failed goes back to the planner with its error.
+    pub repairs: usize,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -224,6 +249,10 @@ impl Config {
             false => Err(invalid(key, &format!("{v} is not positive"))),
         };
         positive("sandbox.seconds", self.sandbox.seconds)?;
+        positive("inference.samples", self.inference.samples as f64)?;
+        if self.inference.repairs > MOST_REPAIRS {
+            return Err(invalid("inference.repairs", &format!("at most {MOST_REPAIRS}")));
+        }
         positive("planner.max_new_tokens", self.planner.max_new_tokens as f64)?;
         positive("vlm.max_new_tokens", self.vlm.max_new_tokens as f64)?;
         positive("verifier.max_new_tokens", self.verifier.max_new_tokens as f64)?;

@@ -4,8 +4,9 @@
 //! no training data holds, and are reported apart.
 
 use super::stats::Share;
-use crate::llm::{ChatError, ChatReply};
-use crate::pipeline::{self, Answered, IMAGE, answer, question_seed};
+use crate::config::Inference;
+use crate::llm::ChatError;
+use crate::pipeline::{self, Answered, Asked, IMAGE, answer_all, question_seed};
 use crate::planner::Planner;
 use crate::program::Sandbox;
 use crate::rooms::questions::{Question, Questions, Split, mean_relative_accuracy, score};
@@ -50,6 +51,13 @@ pub struct Sample {
     /// With a planner: what it wrote.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reply: Option<String>,
+    /// How often its program failed and was written anew.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub repairs: usize,
+}
+
+fn is_zero(n: &usize) -> bool {
+    *n == 0
 }
 
 impl Sample {
@@ -72,6 +80,7 @@ impl Sample {
             failure: run.failure().map(str::to_owned),
             seed: None,
             reply: None,
+            repairs: 0,
         }
     }
 }
@@ -81,9 +90,9 @@ impl Sample {
 pub enum Programs<'a> {
     /// The correct program of each question: measures sandbox and tools.
     Stored,
-    /// So many replies a question, the most frequent answer counts ([`pipeline::vote`]). Question
-    /// `i`'s seeds are [`question_seed`]`(seed, i, 0..votes)`.
-    Planner { planner: &'a Planner, seed: u64, votes: usize },
+    /// Of several replies a question the most frequent answer counts ([`pipeline::vote`]). Question
+    /// `i`'s seeds are [`question_seed`]`(seed, i, 0..samples)`.
+    Planner { planner: &'a Planner, seed: u64, how: Inference },
 }
 
 /// What answers the programs' tool calls.
@@ -124,50 +133,63 @@ pub fn evaluate(
     };
     let mut samples = Vec::with_capacity(n);
     for start in (0..n).step_by(BATCH) {
-        let end = (start + BATCH).min(n);
-        let replies = match programs {
-            Programs::Stored => Vec::new(),
-            Programs::Planner { planner, seed, votes } => {
-                let ask = |i: usize| (0..votes).map(move |k| (&*asked[i].1.text, question_seed(seed, i, k)));
-                planner.ask(&(start..end).flat_map(ask).collect::<Vec<_>>(), None)
+        let batch = start..(start + BATCH).min(n);
+        // Questions about one picture share its context.
+        let mut views: Vec<&View> = Vec::new();
+        let mut of = Vec::new();
+        for i in batch.clone() {
+            if views.last().is_none_or(|last| !std::ptr::eq(*last, seen(i))) {
+                views.push(seen(i));
             }
-        };
-        let mut at = start;
-        while at < end {
-            // Questions about one picture share its context.
-            let view = seen(at);
-            let last = (at..end).take_while(|&i| std::ptr::eq(seen(i), view)).count() + at;
-            let picture = Picture::new(view.width, view.height, view.rgb.clone());
-            let mut tools: Box<dyn Tools> = match tools {
-                ToolSet::Oracle => Box::new(OracleTools::new(view)),
-                ToolSet::Real(models) => Box::new(RealTools::new(models, &picture)),
-            };
-            for i in at..last {
-                let (view, q) = &asked[i];
-                samples.push(match programs {
-                    Programs::Stored => {
-                        let outcome = sandbox.run(&q.program, IMAGE, &mut *tools);
-                        Sample::new(i, view, q, &Answered { reply: None, outcome: Ok(outcome) })
-                    }
-                    Programs::Planner { seed, votes, .. } => {
-                        let replies = &replies[(i - start) * votes..][..votes];
-                        let run = |reply: &Result<ChatReply, ChatError>| match reply {
-                            Ok(reply) => Ok(answer(&reply.text, sandbox, &mut *tools)),
-                            Err(e) if e.is_of_model() => Err(e.clone()),
-                            Err(e) => Ok(Answered::without_reply(e)),
-                        };
-                        let runs: Vec<_> = replies.iter().map(run).collect::<Result<_, _>>()?;
-                        let chosen = pipeline::vote(&runs).unwrap_or(0);
-                        Sample {
-                            seed: Some(question_seed(seed, i, chosen)),
-                            reply: replies[chosen].as_ref().ok().map(|r| r.text.clone()),
-                            ..Sample::new(i, view, q, &runs[chosen])
-                        }
-                    }
-                });
-                progress();
+            of.push(views.len() - 1);
+        }
+        let pictures: Vec<Picture> =
+            views.iter().map(|v| Picture::new(v.width, v.height, v.rgb.clone())).collect();
+        let mut contexts: Vec<Box<dyn Tools + '_>> = views
+            .iter()
+            .zip(&pictures)
+            .map(|(view, picture)| -> Box<dyn Tools + '_> {
+                match tools {
+                    ToolSet::Oracle => Box::new(OracleTools::new(view)),
+                    ToolSet::Real(models) => Box::new(RealTools::new(models, picture)),
+                }
+            })
+            .collect();
+        match programs {
+            Programs::Stored => {
+                for (i, of) in batch.zip(of) {
+                    let (view, q) = &asked[i];
+                    let outcome = sandbox.run(&q.program, IMAGE, &mut *contexts[of]);
+                    samples.push(Sample::new(i, view, q, &Answered { reply: None, outcome: Ok(outcome) }));
+                    progress();
+                }
             }
-            at = last;
+            Programs::Planner { planner, seed, how } => {
+                let votes = how.samples;
+                let ask = |(i, tools): (usize, usize)| {
+                    let question = &*asked[i].1.text;
+                    (0..votes).map(move |k| Asked { question, seed: question_seed(seed, i, k), tools })
+                };
+                let all: Vec<Asked> = batch.clone().zip(of).flat_map(ask).collect();
+                let mut through = 0;
+                let runs = answer_all(planner, sandbox, &all, &mut contexts, how.repairs, || {
+                    through += 1;
+                    if through % votes == 0 {
+                        progress();
+                    }
+                })?;
+                for (i, runs) in batch.zip(runs.chunks(votes)) {
+                    let (view, q) = &asked[i];
+                    let chosen = pipeline::vote(runs.iter().map(|r| &r.answered)).unwrap_or(0);
+                    let run = &runs[chosen];
+                    samples.push(Sample {
+                        seed: Some(question_seed(seed, i, chosen)),
+                        reply: run.reply.as_ref().map(|r| r.text.clone()),
+                        repairs: run.earlier.len(),
+                        ..Sample::new(i, view, q, &run.answered)
+                    });
+                }
+            }
         }
     }
     Ok(samples)

@@ -5,7 +5,7 @@
 //! is read by [`crate::program`]; nothing here trusts it.
 
 use crate::config::{self, ConfigError};
-use crate::llm::{ChatError, ChatModel, ChatReply, ChatRequest, SamplingOptions};
+use crate::llm::{ChatError, ChatModel, ChatReply, ChatRequest, Message, SamplingOptions};
 use std::sync::Arc;
 
 /// The instructions that the embedded planner was trained with.
@@ -50,6 +50,16 @@ pub fn user_turn(prompt: &str, question: &str) -> String {
     format!("{prompt}\nQuestion: {question}")
 }
 
+/// A question whose program failed.
+#[derive(Clone, Debug)]
+pub struct Failed<'a> {
+    pub question: &'a str,
+    pub seed: u64,
+    pub reply: &'a str,
+    /// With the line of the program, where there is one.
+    pub error: String,
+}
+
 impl Planner {
     /// Any chat model as the planner.
     pub fn new(model: Arc<dyn ChatModel>, cfg: &config::Planner) -> Result<Self, ConfigError> {
@@ -68,5 +78,21 @@ impl Planner {
         };
         let requests: Vec<_> = questions.iter().map(request).collect();
         self.model.chat(&requests, &self.sampling, on_token)
+    }
+
+    /// One more reply to each question whose program failed, its own reply and the error before it.
+    pub fn ask_again(&self, failed: &[Failed]) -> Vec<Result<ChatReply, ChatError>> {
+        let request = |f: &Failed| ChatRequest {
+            messages: vec![
+                Message::user(user_turn(&self.prompt, f.question)),
+                Message::assistant(f.reply),
+                Message::user(format!(
+                    "The program failed: {}\nWrite the whole reply again, plan and program, without this error.",
+                    f.error
+                )),
+            ],
+            ..ChatRequest::user("", f.seed, self.max_new_tokens)
+        };
+        self.model.chat(&failed.iter().map(request).collect::<Vec<_>>(), &self.sampling, None)
     }
 }

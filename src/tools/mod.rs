@@ -59,3 +59,17 @@ pub trait Tools {
     /// One word or phrase, lower case; the whole picture where there is no box.
     fn vqa(&mut self, bbox: Option<BBox>, prompt: &str) -> Result<String, ToolError>;
 }
+
+impl<T: Tools + ?Sized> Tools for Box<T> {
+    fn gd_detect(&mut self, prompt: &str) -> Result<Vec<Detection>, ToolError> {
+        (**self).gd_detect(prompt)
+    }
+
+    fn depth(&mut self, bbox: BBox) -> Result<f64, ToolError> {
+        (**self).depth(bbox)
+    }
+
+    fn vqa(&mut self, bbox: Option<BBox>, prompt: &str) -> Result<String, ToolError> {
+        (**self).vqa(bbox, prompt)
+    }
+}

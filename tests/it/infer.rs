@@ -236,7 +236,7 @@ fn infer_gives_what_eval_scores() {
     let planner = Planner::new(Arc::new(Scripted::new(rule)), &e.config.planner).unwrap();
     let mut sandbox = sandbox(&e.config);
     let mut run = |shuffle: bool| {
-        let programs = Programs::Planner { planner: &planner, seed: 3, votes: 1 };
+        let programs = Programs::Planner { planner: &planner, seed: 3, how: e.config.inference };
         evaluate(&asked, programs, ToolSet::Real(&e.models), shuffle, &mut sandbox, || ()).unwrap()
     };
     let samples = run(false);

@@ -1,5 +1,6 @@
 //! The integration tests, one binary: `cargo test --release parity` runs the part against PyTorch.
 
+mod batch;
 mod cli;
 mod endpoint;
 mod faults;

@@ -41,6 +41,16 @@ impl Depth {
         if self.valid[centre] {
             return Ok(self.metres[centre] as f64);
         }
+        self.median_in(bbox)
+    }
+
+    /// The median over a box's valid pixels.
+    pub fn median_in(&self, bbox: [f64; 4]) -> Result<f64, DepthError> {
+        let [x1, y1, x2, y2] = bbox;
+        if bbox.iter().any(|v| !v.is_finite()) {
+            return Err(DepthError::NotFinite(x1, y1, x2, y2));
+        }
+        let pixel = |v: f64, n: usize| (v.floor().max(0.) as usize).min(n - 1);
         // x2 and y2 are exclusive.
         let range = |a: f64, b: f64, n: usize| {
             let (a, b) = (a.min(b), a.max(b));
@@ -87,6 +97,8 @@ mod tests {
         mask[5] = false;
         // Pixels 0, 1, 4 of the 2×2 box remain: 1, 2 and 5 metres.
         assert_eq!(ramp(Some(&mask)).at([0., 0., 2., 2.]), Ok(2.));
+        assert_eq!(ramp(Some(&mask)).median_in([0., 0., 2., 2.]), Ok(2.));
+        assert_eq!(ramp(None).median_in([0., 0., 3., 2.]), Ok(5.), "of 1, 2, 3, 5, 6 and 7");
         let none = ramp(Some(&[false; 12]));
         assert!(matches!(none.at([0., 0., 2., 2.]), Err(DepthError::NothingValid(..))));
     }

@@ -1,7 +1,7 @@
 //! MoGe-2 as the `depth` tool.
 
 use super::{LoadError, value};
-use crate::config;
+use crate::config::{self, DepthSample};
 use crate::models::moge::{self, Depth, MoGe, Tokens};
 use crate::nn::resample::{Filter, resize_u8};
 use crate::tools::{BBox, Picture, ToolError};
@@ -17,6 +17,7 @@ pub struct DepthEstimator {
     name: String,
     net: MoGe,
     tokens: usize,
+    sample: DepthSample,
     device: Device,
 }
 
@@ -27,7 +28,13 @@ impl DepthEstimator {
         let net_cfg: moge::Config = files.json("config.json")?;
         let net =
             files.checkpoint()?.build(DType::F32, device, moge::UNUSED, |vb| MoGe::new(&net_cfg, vb))?;
-        Ok(Self { name: files.name(), net, tokens: cfg.num_tokens, device: device.clone() })
+        Ok(Self {
+            name: files.name(),
+            net,
+            tokens: cfg.num_tokens,
+            sample: cfg.sample,
+            device: device.clone(),
+        })
     }
 
     pub fn name(&self) -> &str {
@@ -53,9 +60,21 @@ impl DepthEstimator {
     }
 }
 
-/// Metres at a box in pixels of `picture`, whose depth this is.
-pub(super) fn read(depth: &Depth, picture: &Picture, bbox: BBox) -> std::result::Result<f64, ToolError> {
-    let (x, y) = (depth.width as f64 / picture.width() as f64, depth.height as f64 / picture.height() as f64);
-    let scaled = [bbox[0] * x, bbox[1] * y, bbox[2] * x, bbox[3] * y];
-    depth.at(scaled).map_err(|e| value(e.to_string()))
+impl DepthEstimator {
+    /// Metres at a box in pixels of `picture`, whose depth this is.
+    pub(super) fn read(
+        &self,
+        depth: &Depth,
+        picture: &Picture,
+        bbox: BBox,
+    ) -> std::result::Result<f64, ToolError> {
+        let (x, y) =
+            (depth.width as f64 / picture.width() as f64, depth.height as f64 / picture.height() as f64);
+        let scaled = [bbox[0] * x, bbox[1] * y, bbox[2] * x, bbox[3] * y];
+        let read = match self.sample {
+            DepthSample::Center => depth.at(scaled),
+            DepthSample::Median => depth.median_in(scaled),
+        };
+        read.map_err(|e| value(e.to_string()))
+    }
 }

@@ -80,6 +80,14 @@ impl<'a> RealTools<'a> {
         Self { models, picture, pixels: None, detections: HashMap::new(), depth: None }
     }
 
+    /// Of the whole picture; computed now if no program has asked for it yet.
+    pub fn depth_map(&mut self) -> Result<&Depth, ToolError> {
+        if self.depth.is_none() {
+            self.depth = Some(self.models.depth.estimate(self.picture).map_err(runtime)?);
+        }
+        Ok(self.depth.as_ref().expect("there now"))
+    }
+
     /// The lists of nouns that the detector has looked for so far, each once, in no order.
     pub fn looked_for(&self) -> impl Iterator<Item = &[String]> {
         self.detections.keys().map(Vec::as_slice)
@@ -108,11 +116,8 @@ impl Tools for RealTools<'_> {
     }
 
     fn depth(&mut self, bbox: BBox) -> Result<f64, ToolError> {
-        let depth = match &self.depth {
-            Some(d) => d,
-            None => self.depth.insert(self.models.depth.estimate(self.picture).map_err(runtime)?),
-        };
-        estimator::read(depth, self.picture, bbox)
+        let (models, picture) = (self.models, self.picture);
+        models.depth.read(self.depth_map()?, picture, bbox)
     }
 
     fn vqa(&mut self, bbox: Option<BBox>, prompt: &str) -> Result<String, ToolError> {

@@ -105,12 +105,22 @@ impl Default for DepthTraining {
 }
 
 impl DepthTraining {
-    /// The same in `steps` steps, stages in their proportion. A model that is gone on from has no more
-    /// to learn from small pictures.
+    /// Only these stages, counted from 1.
+    pub fn of_stages(mut self, numbers: &[usize]) -> anyhow::Result<Self> {
+        let of = |n: &usize| n.checked_sub(1).and_then(|i| self.stages.get(i).copied());
+        let chosen: Option<Vec<Stage>> = numbers.iter().map(of).collect();
+        let Some(chosen) = chosen.filter(|s| !s.is_empty()) else {
+            anyhow::bail!(
+                "--stages {numbers:?}: the depth model's recipe has stages 1 to {}",
+                self.stages.len()
+            )
+        };
+        self.stages = chosen;
+        Ok(self)
+    }
+
+    /// The same in `steps` steps, stages in their proportion.
     pub fn in_steps(mut self, steps: u64) -> Self {
-        if self.from.is_some() {
-            self.stages.remove(0);
-        }
         let (all, mut left) = (self.steps(), steps);
         let last = self.stages.len() - 1;
         for (i, stage) in self.stages.iter_mut().enumerate() {
@@ -493,8 +503,24 @@ impl Trainee for DepthTrainer {
         Ok(m)
     }
 
+    /// Errors of depth where the run trains the maps, else the encoder's losses; on the test split.
     fn evaluate(&mut self) -> anyhow::Result<Metrics> {
-        evaluate(&self.net, &self.cfg)
+        let stage = self.cfg.last();
+        if stage.maps {
+            return evaluate(&self.net, &self.cfg);
+        }
+        let views: Vec<View> = (0..2 * self.cfg.eval_pictures)
+            .into_par_iter()
+            .map(|i| {
+                let look = if i % 2 == 0 { Look::Studio } else { Look::LivedIn };
+                rooms::generate(scene_seed(Split::Test, self.cfg.seed, i), look, stage.width, stage.height)
+            })
+            .collect();
+        let l = self.losses(&views, stage)?;
+        let all = [("camera", l.camera), ("patches", l.patches), ("normals", l.normals), ("kinds", l.kinds)];
+        all.into_iter()
+            .map(|(name, loss)| Ok((format!("held_out_{name}"), json!(loss.to_scalar::<f32>()?))))
+            .collect()
     }
 }
 
@@ -610,9 +636,12 @@ mod tests {
         assert_eq!(at(14_001), (true, 1, 6_000 * 32 + 8_000 * 16 + 12));
         let steps = |cfg: &DepthTraining| cfg.stages.iter().map(|s| s.steps).collect::<Vec<_>>();
         assert_eq!(steps(&all.clone().in_steps(90)), [33, 45, 12]);
-        let further = DepthTraining { from: Some("model".into()), ..all }.in_steps(90);
+        let further = all.clone().of_stages(&[2, 3]).unwrap().in_steps(90);
         assert_eq!(steps(&further), [72, 18]);
         assert_eq!(further.stages.iter().map(|s| s.tokens).collect::<Vec<_>>(), [192, 192]);
+        for none in [&[][..], &[0], &[4]] {
+            assert!(all.clone().of_stages(none).is_err());
+        }
     }
 
     #[test]

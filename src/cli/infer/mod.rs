@@ -1,0 +1,301 @@
+//! `valor infer`: a picture and a question in, an answer out; or many at once.
+
+mod batch;
+
+use super::ModelArgs;
+use crate::config::{Config, EMBEDDED};
+use crate::files::write_atomic;
+use crate::llm::{ChatError, ChatModels};
+use crate::pipeline::{Answered, Asked, IMAGE, Models, Run, answer_all, limits, question_seed, vote};
+use crate::program::Sandbox;
+use crate::report;
+use crate::report::pictures::{boxes_of, overlay, png};
+use crate::tools::Picture;
+use crate::tools::familiar::Familiar;
+use crate::tools::picture::DecodeOptions;
+use crate::tools::real::RealTools;
+use crate::weights::ModelFiles;
+use anyhow::{Context, bail};
+use serde_json::{Map, Value, json};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Instant;
+
+#[derive(Debug, clap::Args)]
+pub struct InferArgs {
+    /// The picture (PNG, JPEG, WebP, BMP, TIFF or GIF); - reads it from stdin
+    #[arg(required_unless_present = "batch")]
+    image: Option<PathBuf>,
+    /// The question
+    #[arg(required_unless_present = "batch")]
+    query: Option<String>,
+    /// Answer many: JSON lines {"image", "question"} (and "id", "seed" if wanted); - reads from stdin
+    #[arg(long, value_name = "FILE", requires = "out", conflicts_with_all = ["image", "query"])]
+    batch: Option<PathBuf>,
+    /// Where --batch writes its JSON lines; what stands there already is not answered again
+    #[arg(long, value_name = "FILE", requires = "batch")]
+    out: Option<PathBuf>,
+    /// Print answer, plan, program, tool calls, times, models and seed as JSON
+    #[arg(long)]
+    json: bool,
+    /// Write one self-contained page: picture with boxes, depth, plan, program with its tool calls
+    #[arg(long, value_name = "FILE.html", conflicts_with = "batch")]
+    report: Option<PathBuf>,
+    /// Write the picture with the boxes that the detector gave
+    #[arg(long, value_name = "FILE.png", conflicts_with = "batch")]
+    save_overlay: Option<PathBuf>,
+    /// Ask so many times; the most frequent answer counts (inference.samples)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1000))]
+    samples: Option<u64>,
+    /// Give a failed program back to the planner so many times (inference.repairs)
+    #[arg(long, value_name = "N")]
+    repair: Option<usize>,
+    /// Seed of the planner's sampling
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    #[command(flatten)]
+    models: ModelArgs,
+}
+
+impl InferArgs {
+    fn config(&self) -> anyhow::Result<Config> {
+        let mut sets = Vec::new();
+        sets.extend(self.samples.map(|n| format!("inference.samples={n}")));
+        sets.extend(self.repair.map(|n| format!("inference.repairs={n}")));
+        self.models.config_with(&sets)
+    }
+}
+
+/// What answering takes, loaded.
+struct Reasoner<'a> {
+    config: &'a Config,
+    chats: &'a ChatModels<'a>,
+    models: Models,
+    load_seconds: f64,
+}
+
+/// One question as it was asked.
+struct Query<'a> {
+    /// The picture's file, for the trace.
+    file: &'a str,
+    question: &'a str,
+    seed: u64,
+}
+
+/// How one question was answered.
+struct Reply {
+    /// One for each sample.
+    runs: Vec<Run>,
+    chosen: usize,
+    /// All of planning and running.
+    seconds: f64,
+}
+
+impl<'a> Reasoner<'a> {
+    /// With a sandbox beside it, which is borrowed apart from the models.
+    fn load(
+        config: &'a Config,
+        device: &candle_core::Device,
+        chats: &'a ChatModels<'a>,
+    ) -> anyhow::Result<(Self, Sandbox)> {
+        let started = Instant::now();
+        let models = Models::load(config, device, chats)?;
+        let sandbox = Sandbox::start(limits(&config.sandbox)).context("cannot start the sandbox")?;
+        let load_seconds = started.elapsed().as_secs_f64();
+        let names: Vec<String> =
+            models.names().iter().map(|(part, name)| format!("{part}: {name}")).collect();
+        eprintln!("valor: models: {}", names.join(", "));
+        Ok((Self { config, chats, models, load_seconds }, sandbox))
+    }
+
+    /// Seeds of a question's samples: its own, and those that follow from it.
+    fn seeds(&self, seed: u64) -> Vec<u64> {
+        let more = (1..self.config.inference.samples).map(|k| question_seed(seed, 0, k));
+        std::iter::once(seed).chain(more).collect()
+    }
+
+    /// Answers questions together; each names its tools by number.
+    fn answer(
+        &self,
+        sandbox: &mut Sandbox,
+        asked: &[(&Query, usize)],
+        tools: &mut [RealTools],
+    ) -> Result<Vec<Reply>, ChatError> {
+        let started = Instant::now();
+        let samples = self.config.inference.samples;
+        let all: Vec<Asked> = asked
+            .iter()
+            .flat_map(|(q, tools)| {
+                let asked = |seed| Asked { question: q.question, seed, tools: *tools };
+                self.seeds(q.seed).into_iter().map(asked).collect::<Vec<_>>()
+            })
+            .collect();
+        let repairs = self.config.inference.repairs;
+        let runs = answer_all(&self.models.planner, sandbox, &all, tools, repairs, || ())?;
+        let mut runs = runs.into_iter();
+        let seconds = started.elapsed().as_secs_f64() / asked.len().max(1) as f64;
+        let reply = |_: &(&Query, usize)| {
+            let runs: Vec<Run> = runs.by_ref().take(samples).collect();
+            let chosen = vote(runs.iter().map(|r| &r.answered)).unwrap_or(0);
+            Reply { runs, chosen, seconds }
+        };
+        Ok(asked.iter().map(reply).collect())
+    }
+
+    /// All that is known of an answer.
+    fn trace(&self, q: &Query, picture: &Picture, reply: &Reply) -> Value {
+        let run = &reply.runs[reply.chosen];
+        let answered = &run.answered;
+        let names = self.models.names();
+        let models: Map<String, Value> =
+            names.iter().map(|(part, name)| (part.to_string(), json!(name))).collect();
+        let mut trace = json!({
+            "answer": answered.value(),
+            "error": error(answered),
+            "question": q.question,
+            "picture": { "file": q.file, "as": IMAGE, "width": picture.width(), "height": picture.height() },
+            "plan": answered.reply.as_ref().and_then(|r| r.plan.clone()),
+            "program": answered.reply.as_ref().map(|r| &r.program),
+            "flags": answered.reply.as_ref().map(|r| &r.flags),
+            "reply": run.reply.as_ref().map(|r| json!({ "text": &r.text, "finish": r.finish, "tokens": r.new_tokens })),
+            "calls": answered.outcome.as_ref().map_or(&[][..], |o| &o.calls),
+            "printed": answered.outcome.as_ref().map_or("", |o| &o.stdout),
+            "seconds": seconds(self.load_seconds, reply.seconds, answered),
+            "models": models,
+            "seed": self.seeds(q.seed)[reply.chosen],
+        });
+        if !run.earlier.is_empty() {
+            let earlier = run.earlier.iter().map(|(text, why)| json!({ "reply": text, "error": why }));
+            trace["repaired"] = earlier.collect();
+        }
+        if reply.runs.len() > 1 {
+            let said = |r: &Run| r.answered.value().cloned().unwrap_or(Value::Null);
+            trace["votes"] = reply.runs.iter().map(said).collect();
+        }
+        let usage = self.chats.usage();
+        if !usage.is_empty() {
+            trace["endpoints"] = json!(usage);
+        }
+        trace
+    }
+}
+
+pub fn run(args: InferArgs) -> anyhow::Result<ExitCode> {
+    let (config, device) = (args.config()?, args.models.device()?);
+    let chats = ChatModels::new(&config, &device);
+    if let (Some(batch), Some(out)) = (&args.batch, &args.out) {
+        return batch::run(batch, out, args.seed, || Reasoner::load(&config, &device, &chats));
+    }
+    let (Some(image), Some(query)) = (&args.image, &args.query) else {
+        bail!("give a picture and a question, or --batch FILE")
+    };
+    let question = query.trim();
+    if question.is_empty() {
+        bail!("the question is empty; ask something, such as \"How many chairs are there?\"")
+    }
+    let picture = open(image)?;
+    let (reasoner, mut sandbox) = Reasoner::load(&config, &device, &chats)?;
+    if let Some(notice) = strange(&config, &picture)? {
+        eprintln!("valor: {notice}");
+    }
+    let q = Query { file: &image.display().to_string(), question, seed: args.seed };
+    let mut tools = [RealTools::new(&reasoner.models.perception, &picture)];
+    let reply = match reasoner.answer(&mut sandbox, &[(&q, 0)], &mut tools) {
+        Ok(mut replies) => replies.remove(0),
+        Err(e) => {
+            eprintln!("valor: the planner failed: {e}");
+            return Ok(ExitCode::FAILURE);
+        }
+    };
+    let run = &reply.runs[reply.chosen];
+    tell(run);
+    let trace = reasoner.trace(&q, &picture, &reply);
+    if let Some(path) = &args.report {
+        let depth = tools[0].depth_map().context("depth for the report")?;
+        let page = report::page(&trace, &picture, Some(depth))?;
+        write_atomic(path, |w| w.write_all(page.as_bytes()))?;
+    }
+    if let Some(path) = &args.save_overlay {
+        let drawn = png(&overlay(&picture, &boxes_of(&trace)))?;
+        write_atomic(path, |w| w.write_all(&drawn))?;
+    }
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        writeln!(out, "{trace:#}")?;
+    } else if let Some(value) = run.answered.value() {
+        writeln!(out, "{}", report::plain(value))?;
+    }
+    Ok(match run.answered.why() {
+        Some(reason) => {
+            eprintln!("valor: {reason}");
+            ExitCode::FAILURE
+        }
+        None => ExitCode::SUCCESS,
+    })
+}
+
+/// From a file, or from stdin where it is called -.
+fn open(image: &Path) -> anyhow::Result<Picture> {
+    if image.as_os_str() != "-" {
+        return Ok(Picture::open(image)?);
+    }
+    let mut bytes = Vec::new();
+    std::io::stdin().lock().read_to_end(&mut bytes).context("cannot read stdin")?;
+    Ok(Picture::decode(&bytes, "stdin", DecodeOptions::default())?)
+}
+
+/// What went on, for someone who waits.
+fn tell(run: &Run) {
+    for (_, why) in &run.earlier {
+        eprintln!("valor: given back to the planner: {why}");
+    }
+    if let Some(reply) = &run.reply {
+        eprintln!("valor: the planner wrote {} tokens", reply.new_tokens);
+    }
+    if let Some(reply) = run.answered.reply.as_ref().filter(|r| !r.flags.is_empty()) {
+        let flags: Vec<String> = reply.flags.iter().map(|f| format!("{f:?}")).collect();
+        eprintln!("valor: the planner's reply is irregular: {}", flags.join(", "));
+    }
+    for call in run.answered.outcome.iter().flat_map(|o| &o.calls) {
+        eprintln!("valor: {} took {:.2} s", call.tool, call.seconds);
+    }
+}
+
+/// What to tell someone whose picture is plainly not of the world that the embedded models know.
+fn strange(config: &Config, picture: &Picture) -> anyhow::Result<Option<&'static str>> {
+    let seeing = [&config.detector.model, &config.depth.model, &config.vlm.model];
+    if !seeing.iter().any(|m| *m == EMBEDDED) {
+        return Ok(None);
+    }
+    let known = ModelFiles::open(EMBEDDED, "familiar")?.required("familiar.json")?;
+    let known = Familiar::from_json(&known).map_err(anyhow::Error::msg).context("embedded familiar")?;
+    Ok(known.is_strange(picture).then_some(
+        "this is plainly no picture of Rooms, and the embedded models only know Rooms: do not trust the \
+         answer; name other models in the configuration for other pictures",
+    ))
+}
+
+/// As the sandbox's errors; also of the kind "malformed" for a reply without a program.
+fn error(answered: &Answered) -> Value {
+    match &answered.outcome {
+        Err(e) => json!({ "kind": answered.failure(), "type": null, "line": null, "message": e.to_string() }),
+        Ok(outcome) => json!(outcome.result.as_ref().err()),
+    }
+}
+
+/// Wall seconds by part: loading, the program that counts and its tools, everything after loading.
+fn seconds(load: f64, answering: f64, answered: &Answered) -> Value {
+    let mut tools: Map<String, Value> = Map::new();
+    let (mut program, mut in_tools) = (0., 0.);
+    if let Ok(outcome) = &answered.outcome {
+        program = outcome.seconds;
+        for call in &outcome.calls {
+            let before = tools.get(&call.tool).and_then(Value::as_f64).unwrap_or(0.);
+            tools.insert(call.tool.clone(), json!(before + call.seconds));
+            in_tools += call.seconds;
+        }
+    }
+    let plan = (answering - program - in_tools).max(0.);
+    json!({ "load": load, "plan": plan, "tools": tools, "program": program, "total": load + answering })
+}
