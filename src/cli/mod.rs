@@ -11,6 +11,7 @@ mod models;
 mod parts;
 mod program;
 mod rooms;
+mod verify;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -51,6 +52,8 @@ enum Command {
     Program(program::ProgramArgs),
     /// The synthetic world
     Rooms(rooms::RoomsArgs),
+    /// Judge planners' replies as the reward of training does, and judge the judge
+    Verify(verify::VerifyArgs),
 }
 
 /// Which models, with what settings, where: the same for every command that uses them.
@@ -145,6 +148,7 @@ pub fn main() -> ExitCode {
         Command::Models(args) => models::run(args),
         Command::Program(args) => program::run(args),
         Command::Rooms(args) => rooms::run(args),
+        Command::Verify(args) => verify::run(args),
     };
     match result {
         Ok(code) => code,

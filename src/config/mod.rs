@@ -34,6 +34,7 @@ pub struct Config {
     pub depth: Depth,
     pub vlm: Vlm,
     pub verifier: Verifier,
+    pub reward: Reward,
     pub inference: Inference,
     pub sandbox: Sandbox,
     /// Servers with chat models, by names of the user's choice; a part whose `model` is
@@ -174,7 +175,24 @@ pub struct Vlm {
 #[serde(deny_unknown_fields)]
 pub struct Verifier {
     pub model: String,
+    /// The instructions of its heads: `rooms`, `general`, or a folder of files.
+    pub prompts: String,
     pub max_new_tokens: usize,
+    /// File where verdicts are kept; empty: in memory alone.
+    pub cache: String,
+}
+
+/// Weights of the heads (method.md 3); a head of weight 0 is not asked.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Reward {
+    /// Must a reply be of the strict form to earn anything?
+    pub format: bool,
+    pub syntax: f64,
+    pub logic: f64,
+    pub attribute: f64,
+    pub spatial: f64,
+    pub adherence: f64,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -249,6 +267,16 @@ impl Config {
             false => Err(invalid(key, &format!("{v} is not positive"))),
         };
         positive("sandbox.seconds", self.sandbox.seconds)?;
+        let r = &self.reward;
+        for (head, weight) in [
+            ("syntax", r.syntax),
+            ("logic", r.logic),
+            ("attribute", r.attribute),
+            ("spatial", r.spatial),
+            ("adherence", r.adherence),
+        ] {
+            unit(&format!("reward.{head}"), weight)?;
+        }
         positive("inference.samples", self.inference.samples as f64)?;
         if self.inference.repairs > MOST_REPAIRS {
             return Err(invalid("inference.repairs", &format!("at most {MOST_REPAIRS}")));

@@ -1,5 +1,6 @@
 //! Measuring.
 
+pub mod audit;
 pub mod depth;
 pub mod detection;
 pub mod parts;

@@ -37,6 +37,8 @@ pub struct LocalChat {
     name: String,
     engine: Engine,
     pub format: ChatFormat,
+    /// Where it came from, if from files.
+    files: Option<ModelFiles>,
 }
 
 impl LocalChat {
@@ -81,12 +83,13 @@ impl LocalChat {
         if let Network::Vision(m) = &network {
             format.pictures = Some((picture_processor(files, m.config())?, m.config().image_token_id));
         }
-        Ok(Self::from_engine(&files.name(), Engine::new(network, device.clone(), eos, options), format))
+        let engine = Engine::new(network, device.clone(), eos, options);
+        Ok(Self { files: Some(files.clone()), ..Self::from_engine(&files.name(), engine, format) })
     }
 
     /// Around an engine that is there already, as in training.
     pub fn from_engine(name: &str, engine: Engine, format: ChatFormat) -> Self {
-        Self { name: name.into(), engine, format }
+        Self { name: name.into(), engine, format, files: None }
     }
 
     pub fn engine(&self) -> &Engine {
@@ -114,6 +117,11 @@ impl LocalChat {
 impl ChatModel for LocalChat {
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn identity(&self) -> String {
+        let weights = self.files.as_ref().map(ModelFiles::fingerprint);
+        format!("{} {}", self.name, weights.unwrap_or_default())
     }
 
     fn chat(

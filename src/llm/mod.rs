@@ -156,6 +156,11 @@ pub trait ChatModel: Send + Sync {
         on_token: Option<&mut dyn FnMut(usize, &str)>,
     ) -> Vec<Result<ChatReply, ChatError>>;
 
+    /// What tells this model from others in caches that outlive the process.
+    fn identity(&self) -> String {
+        self.name().to_owned()
+    }
+
     /// What its calls have cost so far, where calls cost anything.
     fn usage(&self) -> Option<endpoint::Usage> {
         None

@@ -9,10 +9,11 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::frames::{seen_frames, sentence};
-use super::mistakes::{Head, Mistake, Reply, applies, base_mistakes, demonstration, judge};
+use super::mistakes::{Mistake, Reply, applies, base_mistakes, demonstration, judge};
 use super::recipe::{Measure, Recipe, Then};
 use super::spec::{AnyNoun, Family, Form, Spec, kind_of, plural};
 use super::{Colour, Kind};
+use crate::verify::Head;
 
 /// A question that training may use: families alike often, then their forms.
 pub fn training_question(rng: &mut impl Rng) -> (Spec, String) {
@@ -69,14 +70,14 @@ pub fn verifier_sample(rng: &mut impl Rng) -> VerifierSample {
         }
     };
     let wanted = rng.random_bool(0.5);
-    let mut reply = verifier_reply(&spec, wanted, rng);
+    let mut reply = verifier_reply(&spec, head, wanted, rng);
     let mut label = judge(&spec, &reply.plan, &reply.program).of(head);
     // A handful of tries: where the head does not apply there may be nothing to object to.
     for _ in 0..8 {
         if label.ok == wanted {
             break;
         }
-        reply = verifier_reply(&spec, wanted, rng);
+        reply = verifier_reply(&spec, head, wanted, rng);
         label = judge(&spec, &reply.plan, &reply.program).of(head);
     }
     VerifierSample {
@@ -91,12 +92,16 @@ pub fn verifier_sample(rng: &mut impl Rng) -> VerifierSample {
 
 /// A reply in which most is right, or most likely not: what other heads object to must not
 /// sway this one, so consent too is learned from replies with mistakes.
-fn verifier_reply(spec: &Spec, right: bool, rng: &mut impl Rng) -> Reply {
+fn verifier_reply(spec: &Spec, head: Head, right: bool, rng: &mut impl Rng) -> Reply {
     if right && rng.random_bool(0.6) {
         return demonstration(spec, &[]);
     }
     let mut fitting: Vec<Mistake> = Mistake::that_fit(spec).collect();
     fitting.retain(|&m| m != Mistake::KEPT_FROM_VERIFIER);
+    // Programs stray from their plans by slips, whatever the plan is worth.
+    if head == Head::Adherence && rng.random_bool(0.5) {
+        return slipped(spec, &fitting, rng);
+    }
     match rng.random_range(0..100) {
         0..38 => demonstration(spec, &[*fitting.choose(rng).expect("no question is proof")]),
         38..68 => slipped(spec, &fitting, rng),
@@ -204,9 +209,11 @@ fn slip(text: &str, rng: &mut impl Rng) -> String {
     slips.extend(other_question(text, rng));
     // Which box is which is said in every line; what is said once should not be rare among slips.
     let rare = |s: &&Slip| !matches!(s.said, "first" | "second" | "a");
+    let is_length = |s: &&Slip| s.said.starts_with(|c: char| c.is_ascii_digit());
     let mut from: Vec<&Slip> = match rng.random_range(0..10) {
-        0..5 => slips.iter().filter(|s| s.hard).collect(),
-        5..8 => slips.iter().filter(rare).collect(),
+        0..3 => slips.iter().filter(is_length).collect(),
+        3..6 => slips.iter().filter(|s| s.hard).collect(),
+        6..8 => slips.iter().filter(rare).collect(),
         _ => Vec::new(),
     };
     if from.is_empty() {

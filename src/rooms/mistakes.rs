@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use super::recipe::{Find, Measure, Recipe, Then};
 use super::spec::{Dim, Form, More, Most, Near, Noun, Side, Spec};
 use super::{Colour, Kind};
+use crate::verify::Head;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -249,29 +250,6 @@ pub struct Label {
     pub ok: bool,
     /// Does the question have what this head looks at?
     pub applies: bool,
-}
-
-/// The heads that a language model decides (method.md 3).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Head {
-    Logic,
-    Attribute,
-    Spatial,
-    Adherence,
-}
-
-impl Head {
-    pub const ALL: [Self; 4] = [Self::Logic, Self::Attribute, Self::Spatial, Self::Adherence];
-
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::Logic => "logic",
-            Self::Attribute => "attribute",
-            Self::Spatial => "spatial",
-            Self::Adherence => "adherence",
-        }
-    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -9,13 +9,14 @@ use serde_json::{Value, json};
 
 use super::demos::{planner_sample, verifier_sample};
 use super::frames::{frames, sentence, skeleton};
-use super::mistakes::{Head, Mistake, base_mistakes, habit, judge, labels, recipes};
+use super::mistakes::{Mistake, base_mistakes, habit, judge, labels, recipes};
 use super::oracle::OracleTools;
 use super::questions::{AnswerType, Question, Split, mean_relative_accuracy, sample_questions, score};
 use super::recipe::{Recipe, Then};
 use super::spec::{AnyNoun, Dim, Family, Form, Most, Near, Noun, Side, Spec};
 use super::{Camera, Colour, Kind, Look, Thing, View};
 use crate::tools::Tools;
+use crate::verify::Head;
 
 const SIZE: (u32, u32) = (160, 120);
 

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 static EMBEDDED: Dir<'static> = include_dir!("$CARGO_MANIFEST_DIR/data/embedded");
 
 /// Configuration, tokenizer, template and weights of one model.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum ModelFiles {
     Embedded {
         part: &'static str,
@@ -76,6 +76,31 @@ impl ModelFiles {
             Self::Embedded { part, .. } => format!("embedded {part}"),
             Self::Folder(p) | Self::File(p) => p.display().to_string(),
         }
+    }
+
+    /// What changes when the weights do: a hash of embedded ones, else sizes and times of the files.
+    pub fn fingerprint(&self) -> String {
+        use sha2::{Digest, Sha256};
+        let mut hash = Sha256::new();
+        let mut file = |path: &Path| {
+            let Ok(meta) = path.metadata() else { return };
+            let changed = meta.modified().ok().and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok());
+            hash.update(format!("{:?} {} {changed:?};", path.file_name(), meta.len()));
+        };
+        match self {
+            Self::Embedded { part, dir } => {
+                let weights = dir.get_file(format!("{part}/model.safetensors"));
+                hash.update(weights.map_or(&[][..], |f| f.contents()));
+            }
+            Self::File(path) => file(path),
+            Self::Folder(folder) => {
+                let mut all: Vec<PathBuf> =
+                    std::fs::read_dir(folder).into_iter().flatten().flatten().map(|e| e.path()).collect();
+                all.sort();
+                all.iter().for_each(|path| file(path));
+            }
+        }
+        hash.finalize().iter().take(8).map(|b| format!("{b:02x}")).collect()
     }
 
     /// A text file of the model, `None` if there is none of that name.

@@ -10,3 +10,4 @@ mod llm;
 mod parity;
 mod sandbox;
 mod server;
+mod verify;

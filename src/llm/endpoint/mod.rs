@@ -223,6 +223,10 @@ impl ChatModel for Endpoint {
         all.into_iter().map(|r| r.expect("each request was taken")).collect()
     }
 
+    fn identity(&self) -> String {
+        format!("{} {}", self.url(), self.cfg.model)
+    }
+
     fn usage(&self) -> Option<Usage> {
         Some(self.ledger.usage())
     }

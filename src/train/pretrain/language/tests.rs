@@ -9,11 +9,11 @@ use crate::llm::local::LocalChat;
 use crate::llm::{ChatModel, ChatRequest, Message, SamplingOptions};
 use crate::rooms::demos::verifier_sample;
 use crate::rooms::frames::skeleton;
-use crate::rooms::mistakes::Head;
 use crate::rooms::questions::{Question, sample_questions};
 use crate::rooms::spec::Form;
 use crate::rooms::vqa::{CropAsk, parse_crop};
 use crate::rooms::{Look, Split};
+use crate::verify::Head;
 use crate::verify::parse_verdict;
 
 fn short(o: fn(PathBuf) -> Options, dir: &Path) -> Options {

@@ -1,0 +1,225 @@
+//! `valor verify`: the reward's heads on replies, and how far their judge can be trusted.
+
+use super::ModelArgs;
+use crate::eval::audit::{Audit, Labelled, rooms};
+use crate::eval::rooms::questions;
+use crate::files::write_atomic;
+use crate::llm::ChatModels;
+use crate::pipeline::limits;
+use crate::program::Sandbox;
+use crate::rooms::{Look, Question};
+use crate::verify::{Ask, Head, Judge, Scored, Verification};
+use anyhow::{Context, Result, ensure};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Deserialize;
+use serde_json::json;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// Judge planners' replies as the reward of training does, and judge the judge
+#[derive(Debug, clap::Args)]
+pub struct VerifyArgs {
+    #[command(subcommand)]
+    command: VerifyCommand,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum VerifyCommand {
+    /// Score replies, head by head
+    Score(ScoreArgs),
+    /// Measure a verifier's agreement with labelled verdicts
+    Audit(AuditArgs),
+}
+
+#[derive(Debug, clap::Args)]
+struct ScoreArgs {
+    /// JSON lines {"question", "reply"}, such as eval --planner … --out writes
+    replies: PathBuf,
+    /// Print one JSON line a reply, with what the verifier said
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    models: ModelArgs,
+}
+
+#[derive(Debug, clap::Args)]
+struct AuditArgs {
+    /// JSON lines {"head", "question", "plan", "program", "ok"} (and "mistake", "cluster" if wanted)
+    #[arg(long, value_name = "FILE", required_unless_present = "rooms")]
+    labels: Option<PathBuf>,
+    /// Exact labels instead: right replies to so many questions about rooms, and replies with each usual
+    /// mistake
+    #[arg(long, value_name = "N", conflicts_with = "labels")]
+    rooms: Option<usize>,
+    /// Seed of the questions about rooms
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Write each case with its verdict and the verifier's reply here, as JSON lines
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+    /// Print the report as JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    models: ModelArgs,
+}
+
+pub fn run(args: VerifyArgs) -> Result<ExitCode> {
+    match args.command {
+        VerifyCommand::Score(args) => score(&args),
+        VerifyCommand::Audit(args) => audit(&args),
+    }
+}
+
+/// Lines of a file, each as `T`.
+fn lines<T: serde::de::DeserializeOwned>(path: &Path, expected: &str) -> Result<Vec<T>> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let read: Vec<T> = text
+        .lines()
+        .enumerate()
+        .filter(|(_, l)| !l.trim().is_empty())
+        .map(|(i, l)| {
+            serde_json::from_str(l)
+                .with_context(|| format!("{}, line {}: expected {expected}", path.display(), i + 1))
+        })
+        .collect::<Result<_>>()?;
+    ensure!(!read.is_empty(), "{} holds no line", path.display());
+    Ok(read)
+}
+
+fn bar(n: usize) -> Result<ProgressBar> {
+    let bar = ProgressBar::new(n as u64);
+    bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} verdicts {elapsed} eta {eta}")?);
+    Ok(bar)
+}
+
+fn score(args: &ScoreArgs) -> Result<ExitCode> {
+    #[derive(Deserialize)]
+    struct Line {
+        question: String,
+        /// A row of a bench has none where the planner gave none.
+        reply: Option<String>,
+    }
+    let given: Vec<Line> = lines(&args.replies, "{\"question\", \"reply\"}")?;
+    let (config, device) = (args.models.config()?, args.models.device()?);
+    let chats = ChatModels::new(&config, &device);
+    let judge = Judge::new(chats.verifier()?, &config.verifier)?;
+    let mut sandbox = Sandbox::start(limits(&config.sandbox)).context("cannot start the sandbox")?;
+    let cases: Vec<(&str, &str)> =
+        given.iter().map(|l| (l.question.as_str(), l.reply.as_deref().unwrap_or(""))).collect();
+    let bar = bar(cases.len() * Head::ALL.len())?;
+    let verification = Verification { judge: &judge, weights: &config.reward };
+    let scored = verification.score(&cases, &mut sandbox, |n| bar.inc(n as u64))?;
+    bar.finish_and_clear();
+    let mut out = std::io::stdout().lock();
+    for (i, (s, (question, _))) in scored.iter().zip(&cases).enumerate() {
+        if args.json {
+            let mut row = serde_json::to_value(s)?;
+            row["index"] = json!(i);
+            row["question"] = json!(question);
+            writeln!(out, "{row}")?;
+        } else {
+            tell(&mut out, i, question, s)?;
+        }
+    }
+    let rewards: Vec<f64> = scored.iter().filter_map(|s| s.reward).collect();
+    let mean = rewards.iter().sum::<f64>() / rewards.len().max(1) as f64;
+    eprintln!(
+        "valor: mean reward {mean:.3} of {} replies, {} without a reward (a verdict is missing)",
+        rewards.len(),
+        scored.len() - rewards.len()
+    );
+    for (name, usage) in chats.usage() {
+        eprintln!("valor: endpoint {name}: {}", serde_json::to_string(&usage)?);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// One reply's heads for people, and why those that object do.
+fn tell(out: &mut impl Write, i: usize, question: &str, s: &Scored) -> std::io::Result<()> {
+    let word = |ok: Option<bool>| match ok {
+        Some(true) => "yes",
+        Some(false) => "no",
+        None => "missing",
+    };
+    let reward = s.reward.map_or("missing".into(), |r| format!("{r:.2}"));
+    write!(out, "{i:<5} {reward:<8} format {:<4} syntax {:<4}", word(Some(s.format)), word(Some(s.syntax)))?;
+    for (head, verdict) in &s.heads {
+        write!(out, " {} {:<8}", head.word(), word(verdict.ok))?;
+    }
+    writeln!(out, " {question}")?;
+    let mut why = |head: &str, text: &str| {
+        let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(300).collect();
+        writeln!(out, "      {head}: {}", text.trim())
+    };
+    if let Some(e) = &s.format_error {
+        why("format", e)?;
+    }
+    if let Some(e) = &s.syntax_error {
+        why("syntax", e)?;
+    }
+    for (head, verdict) in s.heads.iter().filter(|(_, v)| v.ok != Some(true) && !v.said.is_empty()) {
+        why(head.word(), &verdict.said)?;
+    }
+    Ok(())
+}
+
+fn audit(args: &AuditArgs) -> Result<ExitCode> {
+    let cases: Vec<Labelled> = match (&args.labels, args.rooms) {
+        (Some(path), _) => lines(path, "{\"head\", \"question\", \"plan\", \"program\", \"ok\"}")?,
+        (None, n) => {
+            let asked: Vec<Question> =
+                questions(Look::Studio, args.seed).take(n.unwrap_or(0)).map(|(_, q)| q).collect();
+            ensure!(!asked.is_empty(), "--rooms must be at least 1");
+            rooms(&asked)
+        }
+    };
+    let (config, device) = (args.models.config()?, args.models.device()?);
+    let chats = ChatModels::new(&config, &device);
+    let judge = Judge::new(chats.verifier()?, &config.verifier)?;
+    let bar = bar(cases.len())?;
+    let asks: Vec<Ask> = cases.iter().map(Labelled::ask).collect();
+    let verdicts = judge.verdicts(&asks, |n| bar.inc(n as u64))?;
+    bar.finish_and_clear();
+    if let Some(path) = &args.out {
+        write_atomic(path, |w| {
+            cases.iter().zip(&verdicts).try_for_each(|(c, v)| {
+                writeln!(w, "{}", json!({ "case": c, "verdict": v.ok, "said": v.said }))
+            })
+        })?;
+    }
+    let report = Audit::new(&cases, &verdicts);
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    writeln!(out, "verifier: {}", judge.name())?;
+    writeln!(
+        out,
+        "{:<10} {:<24} {:>8} {:>6}  {:<24} {:<24} {:>6} {:>7}",
+        "head", "accuracy", "balanced", "kappa", "false accepts", "false rejects", "cases", "missing"
+    )?;
+    for (head, h) in &report.heads {
+        writeln!(
+            out,
+            "{:<10} {:<24} {:>8.3} {:>6.2}  {:<24} {:<24} {:>6} {:>7}",
+            head.word(),
+            h.accuracy.to_string(),
+            h.balanced,
+            h.kappa,
+            h.false_accept.to_string(),
+            h.false_reject.to_string(),
+            h.accuracy.n,
+            h.missing
+        )?;
+    }
+    if !report.objected.is_empty() {
+        writeln!(out, "\nobjected to, of cases with the mistake:")?;
+        for (name, share) in &report.objected {
+            writeln!(out, "{name:<26} {share}  n {}", share.n)?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,87 @@
+//! Verdicts on disk, shared by runs: nobody is asked twice for the same.
+
+use std::collections::HashMap;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::path::Path;
+use std::sync::Mutex;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+/// Readable verdicts only, one JSON line each, by the hash of everything that they hang on.
+pub(super) struct VerdictCache {
+    known: Mutex<HashMap<String, bool>>,
+    file: Option<Mutex<File>>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Line {
+    key: String,
+    ok: bool,
+}
+
+impl VerdictCache {
+    /// In memory alone where there is no path.
+    pub fn open(path: Option<&Path>) -> io::Result<Self> {
+        let Some(path) = path else { return Ok(Self { known: Mutex::default(), file: None }) };
+        let named = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", path.display()));
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder).map_err(named)?;
+        }
+        let file = OpenOptions::new().create(true).read(true).append(true).open(path).map_err(named)?;
+        let text = std::fs::read_to_string(path).map_err(named)?;
+        // A line that a killed run left half written is none; the next one starts anew behind it.
+        let known = text.lines().filter_map(|l| serde_json::from_str::<Line>(l).ok()).map(|l| (l.key, l.ok));
+        let known = Mutex::new(known.collect());
+        if !text.is_empty() && !text.ends_with('\n') {
+            (&file).write_all(b"\n").map_err(named)?;
+        }
+        Ok(Self { known, file: Some(Mutex::new(file)) })
+    }
+
+    pub fn key(parts: &[&str]) -> String {
+        let mut hash = Sha256::new();
+        for part in parts {
+            // The length before, so that no two lists of parts run together.
+            hash.update((part.len() as u64).to_le_bytes());
+            hash.update(part.as_bytes());
+        }
+        hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
+    }
+
+    pub fn get(&self, key: &str) -> Option<bool> {
+        self.known.lock().expect("no holder panics").get(key).copied()
+    }
+
+    pub fn put(&self, key: &str, ok: bool) -> io::Result<()> {
+        self.known.lock().expect("no holder panics").insert(key.to_owned(), ok);
+        let Some(file) = &self.file else { return Ok(()) };
+        let mut line = serde_json::to_string(&Line { key: key.to_owned(), ok })?;
+        line.push('\n');
+        // One write a line, so that runs that share the file do not mix within one.
+        file.lock().expect("no holder panics").write_all(line.as_bytes())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn verdicts_survive_and_a_half_written_one_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a/verdicts.jsonl");
+        let open = || VerdictCache::open(Some(&path)).unwrap();
+        let cache = open();
+        cache.put("x", true).unwrap();
+        cache.put("y", false).unwrap();
+        let whole = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, &whole[..whole.len() - 4]).unwrap();
+        let again = open();
+        assert_eq!((again.get("x"), again.get("y")), (Some(true), None));
+        again.put("z", false).unwrap();
+        assert_eq!((open().get("x"), open().get("z")), (Some(true), Some(false)));
+        assert_ne!(VerdictCache::key(&["ab", "c"]), VerdictCache::key(&["a", "bc"]));
+    }
+}

@@ -1,0 +1,133 @@
+//! The four heads that a language model decides.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use super::cache::VerdictCache;
+use super::head::{Head, parse_verdict, prompt, user_turn};
+use crate::config::{self, ConfigError};
+use crate::llm::{ChatError, ChatModel, ChatRequest, SamplingOptions};
+
+/// One question to a verifier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Ask<'a> {
+    pub head: Head,
+    pub question: &'a str,
+    pub plan: &'a str,
+    pub program: &'a str,
+}
+
+/// What came of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Verdict {
+    /// `None`: missing.
+    pub ok: Option<bool>,
+    /// The verifier's reply, or why there is none; nothing where the verdict is an old one.
+    pub said: String,
+}
+
+/// A language model as a judge.
+pub struct Judge {
+    model: Arc<dyn ChatModel>,
+    prompts: HashMap<Head, String>,
+    max_new_tokens: usize,
+    cache: VerdictCache,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum JudgeError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error("verifier.cache: {0}")]
+    Cache(#[from] std::io::Error),
+    #[error("the verifier failed: {0}")]
+    Model(#[from] ChatError),
+}
+
+/// What an unreadable reply is asked for again with: the most likely reply would be the same.
+const SECOND: f64 = 0.7;
+
+impl Judge {
+    pub fn new(model: Arc<dyn ChatModel>, cfg: &config::Verifier) -> Result<Self, JudgeError> {
+        let prompts = Head::ALL
+            .into_iter()
+            .map(|h| Ok((h, prompt(&cfg.prompts, h)?)))
+            .collect::<Result<_, ConfigError>>()?;
+        let cache = VerdictCache::open((!cfg.cache.is_empty()).then_some(Path::new(&cfg.cache)))?;
+        Ok(Self { model, prompts, max_new_tokens: cfg.max_new_tokens, cache })
+    }
+
+    pub fn name(&self) -> &str {
+        self.model.name()
+    }
+
+    /// A verdict on each, in their order; what is the same is asked once. `progress` hears how many more
+    /// are decided.
+    ///
+    /// # Errors
+    /// If the verifier will answer nothing any more, or the cache cannot be written; a reply that cannot
+    /// be had or read is a missing verdict.
+    pub fn verdicts(
+        &self,
+        asks: &[Ask],
+        mut progress: impl FnMut(usize),
+    ) -> Result<Vec<Verdict>, JudgeError> {
+        let identity = self.model.identity();
+        let key = |a: &Ask| {
+            // What a head does not see does not count.
+            let (question, program) = match a.head {
+                Head::Adherence => ("", a.program),
+                _ => (a.question, ""),
+            };
+            VerdictCache::key(&[a.head.word(), &identity, &self.prompts[&a.head], question, a.plan, program])
+        };
+        let keys: Vec<String> = asks.iter().map(key).collect();
+        let mut decided: HashMap<&str, Verdict> = HashMap::new();
+        let mut open: Vec<usize> = Vec::new();
+        for (i, key) in keys.iter().enumerate() {
+            if decided.contains_key(key.as_str()) {
+                continue;
+            }
+            let old = self.cache.get(key);
+            if old.is_none() {
+                open.push(i);
+            }
+            decided.insert(key, Verdict { ok: old, said: String::new() });
+        }
+        progress(asks.len() - open.len());
+        for (round, opts) in
+            [SamplingOptions::greedy(), SamplingOptions::temperature(SECOND)].iter().enumerate()
+        {
+            let requests: Vec<ChatRequest> = open
+                .iter()
+                .map(|&i| {
+                    let a = &asks[i];
+                    let turn = user_turn(a.head, &self.prompts[&a.head], a.question, a.plan, a.program);
+                    ChatRequest::user(turn, round as u64, self.max_new_tokens)
+                })
+                .collect();
+            let mut unread = Vec::new();
+            for (&i, reply) in open.iter().zip(self.model.chat(&requests, opts, None)) {
+                let (ok, said) = match reply {
+                    Ok(reply) => (parse_verdict(&reply.text), reply.text),
+                    Err(e) if e.is_of_model() => return Err(e.into()),
+                    Err(e) => (None, e.to_string()),
+                };
+                match ok {
+                    Some(ok) => {
+                        self.cache.put(&keys[i], ok)?;
+                        progress(1);
+                    }
+                    None => unread.push(i),
+                }
+                decided.insert(&keys[i], Verdict { ok, said });
+            }
+            open = unread;
+        }
+        progress(open.len());
+        Ok(keys.iter().map(|key| decided[key.as_str()].clone()).collect())
+    }
+}

@@ -1,0 +1,115 @@
+//! From six heads to a reward (method.md 3):
+//! R = format · (w_syntax·syntax + w_logic·logic + w_attribute·attribute + w_spatial·spatial + w_adherence·adherence).
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use super::head::Head;
+use super::judge::{Ask, Judge, JudgeError, Verdict};
+use crate::config;
+use crate::pipeline::IMAGE;
+use crate::program::{Reply, Sandbox, check};
+use crate::tools::stub::StubTools;
+
+/// All heads on one reply.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Scored {
+    pub format: bool,
+    /// Why the format is wrong.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub format_error: Option<String>,
+    pub syntax: bool,
+    /// Why the syntax is wrong.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub syntax_error: Option<String>,
+    /// Those that were asked.
+    pub heads: BTreeMap<Head, Verdict>,
+    /// `None` where a verdict that counts is missing.
+    pub reward: Option<f64>,
+}
+
+/// The heads with their weights.
+pub struct Verification<'a> {
+    pub judge: &'a Judge,
+    pub weights: &'a config::Reward,
+}
+
+impl Verification<'_> {
+    /// Scores replies `(question, reply)`. Programs run on stubs in `sandbox`, whose limits bound an endless
+    /// loop or a memory bomb to that reply's syntax head.
+    pub fn score(
+        &self,
+        cases: &[(&str, &str)],
+        sandbox: &mut Sandbox,
+        progress: impl FnMut(usize),
+    ) -> Result<Vec<Scored>, JudgeError> {
+        let w = self.weights;
+        let read: Vec<_> = cases
+            .iter()
+            .map(|(_, text)| {
+                let strict = Reply::parse_strict(text);
+                let format_error = strict.as_ref().err().map(ToString::to_string);
+                // Without the format head's word a reply of another form can still earn.
+                let reply = if w.format { strict.ok() } else { Reply::parse(text).ok() };
+                (format_error, reply)
+            })
+            .collect();
+        let asked = |head: &Head| self.weight(*head) > 0.;
+        let mut asks = Vec::new();
+        for ((question, _), (_, reply)) in cases.iter().zip(&read) {
+            let Some(reply) = reply else { continue };
+            let (plan, program) = (reply.plan.as_deref().unwrap_or(""), reply.program.as_str());
+            asks.extend(Head::ALL.into_iter().filter(asked).map(|head| Ask {
+                head,
+                question,
+                plan,
+                program,
+            }));
+        }
+        let mut verdicts = self.judge.verdicts(&asks, progress)?.into_iter();
+        let score = |(format_error, reply): (Option<String>, Option<Reply>)| {
+            let format = format_error.is_none();
+            let Some(reply) = reply else {
+                let heads = BTreeMap::new();
+                return Scored {
+                    format,
+                    format_error,
+                    syntax: false,
+                    syntax_error: None,
+                    heads,
+                    reward: Some(0.),
+                };
+            };
+            let syntax_error = syntax_error(&reply.program, sandbox);
+            let heads: BTreeMap<Head, Verdict> =
+                Head::ALL.into_iter().filter(asked).zip(verdicts.by_ref()).collect();
+            let mut reward = Some(if syntax_error.is_none() { w.syntax } else { 0. });
+            for (head, verdict) in &heads {
+                let earned = verdict.ok.map(|ok| if ok { self.weight(*head) } else { 0. });
+                reward = reward.zip(earned).map(|(r, e)| r + e);
+            }
+            Scored { format, format_error, syntax: syntax_error.is_none(), syntax_error, heads, reward }
+        };
+        Ok(read.into_iter().map(score).collect())
+    }
+
+    fn weight(&self, head: Head) -> f64 {
+        match head {
+            Head::Logic => self.weights.logic,
+            Head::Attribute => self.weights.attribute,
+            Head::Spatial => self.weights.spatial,
+            Head::Adherence => self.weights.adherence,
+        }
+    }
+}
+
+/// The syntax head: runs to the end on stubs, sets `final_answer`, leaves `img_pth` alone. Why not, if not.
+fn syntax_error(program: &str, sandbox: &mut Sandbox) -> Option<String> {
+    if let Ok(checked) = check::check(program)
+        && let Some(line) = checked.img_pth_changed.first()
+    {
+        return Some(format!("img_pth is changed on line {line}"));
+    }
+    sandbox.run(program, IMAGE, &mut StubTools).result.err().map(|e| e.to_string())
+}
