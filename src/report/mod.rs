@@ -294,7 +294,7 @@ mod tests {
         for outside in ["http://", "https://", "//cdn", "url(", "@import", "<link", "<iframe"] {
             assert!(!page.contains(outside), "{outside}");
         }
-        assert!(page.contains("default-src 'none'") && page.contains("1.00 m") && page.contains("12.00 m"));
+        assert!(page.contains("default-src 'none'") && page.contains("1.00 m") && page.contains("11.00 m"));
     }
 
     #[test]

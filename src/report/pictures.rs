@@ -132,8 +132,8 @@ mod tests {
         let picture = Picture::new(20, 12, vec![7; 20 * 12 * 3]);
         let drawn = overlay(&picture, &boxes);
         let at = |x: usize, y: usize| drawn.rgb()[(y * 20 + x) * 3];
-        assert_eq!(at(5, 8), COLOURS[0][0], "its lower side");
-        assert_eq!((at(0, 0), at(13, 11)), (7, 7), "outside");
+        assert_eq!(at(5, 3), COLOURS[0][0], "its upper side");
+        assert_eq!((at(0, 0), at(1, 10)), (7, 7), "outside");
     }
 
     #[test]

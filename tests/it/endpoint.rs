@@ -17,7 +17,7 @@ fn cfg(server: &Server) -> config::Endpoint {
     config::Endpoint {
         base_url: server.url.clone(),
         model: "some-model".into(),
-        seconds: 0.5,
+        seconds: 1.5,
         tries: 3,
         longest_wait: 0.2,
         ..config::Endpoint::default()
@@ -123,7 +123,7 @@ fn passing_faults_are_tried_again_and_final_ones_are_not() {
                 let started = Instant::now();
                 let got = ask(&endpoint, &["Is it?"]).remove(0);
                 // Three deadlines and the waits between, on a busy machine.
-                assert!(started.elapsed() < Duration::from_secs(10), "{label}");
+                assert!(started.elapsed() < Duration::from_secs(30), "{label}");
                 match (got, want) {
                     (Ok(got), Ok(want)) => assert_eq!(got.text, want),
                     (Err(e), Err(want)) => {

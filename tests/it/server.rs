@@ -65,11 +65,8 @@ impl Server {
                 }
                 let (state, stream) = (shared.clone(), stream.unwrap());
                 std::thread::spawn(move || {
-                    let now = state.now.fetch_add(1, Ordering::SeqCst) + 1;
-                    state.most.fetch_max(now, Ordering::SeqCst);
                     // A client that went away is no fault of the server's.
                     let _ = serve(&state, stream);
-                    state.now.fetch_sub(1, Ordering::SeqCst);
                 });
             }
         });
@@ -80,7 +77,7 @@ impl Server {
         self.state.heard.lock().unwrap().clone()
     }
 
-    /// Most requests that were served at once.
+    /// Most [`Act::Echo`]es that were under way at once.
     pub fn most_at_once(&self) -> usize {
         self.state.most.load(Ordering::SeqCst)
     }
@@ -124,7 +121,11 @@ fn serve(state: &State, mut stream: TcpStream) -> std::io::Result<()> {
     match act.expect("told what to do") {
         Act::Reply(text) => send(200, "", &completion(&text)),
         Act::Echo(ms) => {
+            let now = state.now.fetch_add(1, Ordering::SeqCst) + 1;
+            state.most.fetch_max(now, Ordering::SeqCst);
             std::thread::sleep(Duration::from_millis(ms));
+            // Before the client can know of it and ask again.
+            state.now.fetch_sub(1, Ordering::SeqCst);
             let said = body["messages"].as_array().and_then(|m| m.last()).map(|m| m["content"].clone());
             send(200, "", &completion(said.unwrap_or_default().as_str().unwrap_or_default()))
         }

@@ -218,7 +218,7 @@ fn a_verifier_that_misbehaves_costs_its_verdicts_only() {
         let cfg = config::Endpoint {
             base_url: server.url.clone(),
             model: "m".into(),
-            seconds: 0.2,
+            seconds: 1.,
             tries: 2,
             longest_wait: 0.05,
             ..config::Endpoint::default()

@@ -277,7 +277,7 @@ impl Hub {
         let at = self.at(source);
         let snapshot = at.pointer_path(&listing.commit);
         for file in files {
-            link(&folder, &snapshot, file)?;
+            link(&snapshot, file)?;
         }
         if source.revision != listing.commit {
             at.create_ref(&listing.commit)?;
@@ -383,7 +383,7 @@ fn names(folder: &Path) -> Vec<(String, String)> {
 }
 
 /// Links a file into its snapshot.
-fn link(folder: &Path, snapshot: &Path, file: &RemoteFile) -> std::io::Result<()> {
+fn link(snapshot: &Path, file: &RemoteFile) -> std::io::Result<()> {
     let place = snapshot.join(&file.name);
     if place.exists() {
         return Ok(());
@@ -394,16 +394,11 @@ fn link(folder: &Path, snapshot: &Path, file: &RemoteFile) -> std::io::Result<()
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
         _ => {}
     }
+    let blob = format!("{}blobs/{}", "../".repeat(2 + file.name.matches('/').count()), file.hash.name());
     #[cfg(unix)]
-    {
-        let up = "../".repeat(2 + file.name.matches('/').count());
-        let _ = folder;
-        std::os::unix::fs::symlink(format!("{up}blobs/{}", file.hash.name()), place)
-    }
+    return std::os::unix::fs::symlink(blob, place);
     #[cfg(not(unix))]
-    {
-        std::fs::hard_link(folder.join("blobs").join(file.hash.name()), place)
-    }
+    return std::fs::hard_link(place.with_file_name(blob), &place);
 }
 
 /// Bytes that a user may still write where a folder is; `None` where that cannot be known.

@@ -20,13 +20,13 @@ use rand::Rng;
 use std::path::{Path, PathBuf};
 
 impl Options {
-    /// The run that made the embedded planner.
+    /// The base planner's run. (The one in the tree came of two: `data/embedded/README.md`.)
     pub fn planner(dir: PathBuf) -> Self {
         Self {
             dir,
             seed: 1,
             from: None,
-            steps: 800,
+            steps: 1_600,
             batch: 24,
             lr: 2e-3,
             muon: 4.5,
