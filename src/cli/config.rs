@@ -33,7 +33,7 @@ struct ShowArgs {
 
 pub fn run(args: ConfigArgs) -> anyhow::Result<ExitCode> {
     let ConfigCommand::Show(args) = args.command;
-    let (config, origins) = args.models.explain()?;
+    let (config, origins) = args.models.explain(&[])?;
     let mut rows = Vec::new();
     leaves(&Table::try_from(&config)?, "", &mut rows);
     let mut out = std::io::stdout().lock();

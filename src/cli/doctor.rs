@@ -2,6 +2,7 @@
 
 use super::{ModelArgs, gb};
 use crate::config::{BUILT_IN, Config, ENDPOINT, SHIPPED};
+use crate::llm::endpoint::key_problem;
 use crate::pipeline::limits;
 use crate::planner;
 use crate::program::Sandbox;
@@ -93,16 +94,17 @@ pub fn run(args: DoctorArgs) -> anyhow::Result<ExitCode> {
         Err(e) => say("model cache", false, e.to_string()),
     }
     for (name, endpoint) in &config.endpoints {
-        let key = match endpoint.key_env.as_str() {
-            "" => Ok("no key wanted".to_owned()),
-            var if std::env::var(var).is_ok_and(|k| !k.trim().is_empty()) => Ok(format!("key in {var}")),
-            var => Err(format!("no key: {var} is not in the environment")),
-        };
-        let detail = format!("{} at {}; ", endpoint.model, endpoint.base_url);
-        match key {
-            Ok(key) => say(&format!("endpoint {name}"), true, detail + &key),
-            Err(e) => say(&format!("endpoint {name}"), false, detail + &e),
-        }
+        let problem = key_problem(endpoint);
+        let key = problem.as_deref().unwrap_or(if endpoint.key_env.is_empty() {
+            "no key wanted"
+        } else {
+            "its key is there"
+        });
+        say(
+            &format!("endpoint {name}"),
+            problem.is_none(),
+            format!("{} at {}; {key}", endpoint.model, endpoint.base_url),
+        );
     }
     let own = args.models.config.as_ref().map_or(BUILT_IN.to_owned(), |p| p.display().to_string());
     let mut configs = vec![verdict(&own, &config, memory)];
@@ -154,10 +156,8 @@ fn verdict(name: &str, config: &Config, memory: Option<u64>) -> Verdict {
     for (part, model) in parts {
         let missing = if part == "verifier" { &mut for_training } else { &mut missing };
         if let Some(endpoint) = model.strip_prefix(ENDPOINT) {
-            let var = config.endpoints.get(endpoint).map_or("", |e| e.key_env.as_str());
-            if !var.is_empty() && std::env::var(var).map_or(true, |k| k.trim().is_empty()) {
-                missing.push(format!("{part}: {var} is not in the environment"));
-            }
+            let problem = config.endpoints.get(endpoint).and_then(key_problem);
+            missing.extend(problem.map(|p| format!("{part}: {p}")));
             continue;
         }
         match ModelFiles::open(model, part).and_then(|files| files.checkpoint()) {

@@ -75,21 +75,13 @@ struct ModelArgs {
 
 impl ModelArgs {
     fn config(&self) -> anyhow::Result<Config> {
-        self.config_with(&[])
+        Ok(self.explain(&[])?.0)
     }
 
-    /// With more settings, from options that stand for some.
-    fn config_with(&self, sets: &[String]) -> anyhow::Result<Config> {
+    /// With more settings, from options that stand for some; and where each came from.
+    fn explain(&self, sets: &[String]) -> anyhow::Result<(Config, Origins)> {
         let set = [&self.set[..], sets].concat();
-        let mut config = Config::resolve(self.config.as_deref(), &set)?;
-        if let Some(prompt) = &self.prompt {
-            config.planner.prompt.clone_from(prompt);
-        }
-        Ok(config)
-    }
-
-    fn explain(&self) -> anyhow::Result<(Config, Origins)> {
-        let (mut config, mut origins) = Config::explain(self.config.as_deref(), &self.set)?;
+        let (mut config, mut origins) = Config::explain(self.config.as_deref(), &set)?;
         if let Some(prompt) = &self.prompt {
             config.planner.prompt.clone_from(prompt);
             origins.insert("planner.prompt".into(), format!("--prompt {prompt}"));
@@ -174,6 +166,21 @@ fn man() -> anyhow::Result<ExitCode> {
     pages(Cli::command(), "valor", &mut out)?;
     std::io::Write::write_all(&mut std::io::stdout(), &out)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// The lines of a JSON-lines text that are not empty, with their numbers; `name` and `expected` are for
+/// error messages.
+fn json_lines<T: serde::de::DeserializeOwned>(
+    text: &str,
+    name: &str,
+    expected: &str,
+) -> anyhow::Result<Vec<(usize, T)>> {
+    let lines = text.lines().zip(1..).filter(|(l, _)| !l.trim().is_empty());
+    let read = lines.map(|(l, number)| {
+        let value = serde_json::from_str(l);
+        Ok((number, value.with_context(|| format!("{name}, line {number}: expected {expected}"))?))
+    });
+    read.collect()
 }
 
 /// Bytes for people.

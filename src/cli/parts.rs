@@ -7,6 +7,7 @@ use crate::llm::ChatModels;
 use crate::planner::Planner;
 use crate::rooms::{Kind, Question};
 use crate::tools::real::{DepthEstimator, Detector, Vlm};
+use crate::verify::Judge;
 use anyhow::bail;
 use candle_core::Device;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -70,16 +71,15 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> anyhow::Result<
             serde_json::to_value(&shares)?
         }
         Bench::RoomsVerifier => {
-            let judge = chats.verifier()?;
+            let judge = Judge::new(chats.verifier()?, &config.verifier)?;
             let planner = Planner::new(chats.planner()?, &config.planner)?;
             let asked: Vec<Question> =
                 crate::eval::rooms::questions(args.look, args.seed).take(args.n).map(|(_, q)| q).collect();
-            let most = config.verifier.max_new_tokens;
             let tick = |done: usize, all: usize| {
                 bar.set_length(all as u64);
                 bar.set_position(done as u64);
             };
-            let r = parts::verifier(&*judge, most, &planner, &asked, args.seed, tick)?;
+            let r = parts::verifier(&judge, &planner, &asked, args.seed, tick)?;
             writeln!(table, "{:<12} balanced  right passes{:14}wrong is objected to", "head", "")?;
             for (name, h) in &r.heads {
                 let (passed, objected) = (h.passed.to_string(), h.objected.to_string());

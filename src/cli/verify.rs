@@ -1,6 +1,6 @@
 //! `valor verify`: the reward's heads on replies, and how far their judge can be trusted.
 
-use super::ModelArgs;
+use super::{ModelArgs, json_lines};
 use crate::eval::audit::{Audit, Labelled, rooms};
 use crate::eval::rooms::questions;
 use crate::files::write_atomic;
@@ -75,15 +75,8 @@ pub fn run(args: VerifyArgs) -> Result<ExitCode> {
 /// Lines of a file, each as `T`.
 fn lines<T: serde::de::DeserializeOwned>(path: &Path, expected: &str) -> Result<Vec<T>> {
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let read: Vec<T> = text
-        .lines()
-        .enumerate()
-        .filter(|(_, l)| !l.trim().is_empty())
-        .map(|(i, l)| {
-            serde_json::from_str(l)
-                .with_context(|| format!("{}, line {}: expected {expected}", path.display(), i + 1))
-        })
-        .collect::<Result<_>>()?;
+    let read = json_lines(&text, &path.display().to_string(), expected)?;
+    let read: Vec<T> = read.into_iter().map(|(_, line)| line).collect();
     ensure!(!read.is_empty(), "{} holds no line", path.display());
     Ok(read)
 }

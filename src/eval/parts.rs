@@ -3,10 +3,10 @@
 //!
 //! All on test scenes, through the same code that programs' tool calls take.
 
+use super::audit::Labelled;
 use super::detection::{self, AveragePrecision, Scored, Truth};
 use super::rooms::SIZE;
 use super::stats::Share;
-use crate::llm::{ChatModel, ChatRequest, SamplingOptions};
 use crate::pipeline::question_seed;
 use crate::planner::Planner;
 use crate::program::Reply;
@@ -16,7 +16,7 @@ use crate::rooms::vqa::{parse_crop, vqa_samples};
 use crate::rooms::{self, Kind, Look, View};
 use crate::tools::Picture;
 use crate::tools::real::{DepthEstimator, Detector, Vlm};
-use crate::verify::{Head, parse_verdict, rooms_prompt, user_turn};
+use crate::verify::{Head, Judge};
 use anyhow::{Context, Result};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
@@ -162,19 +162,23 @@ const BATCH: usize = 48;
 /// the attribute head on [`Mistake::KEPT_FROM_VERIFIER`], put into replies to the same questions.
 /// `progress` hears what is done and how much there is: questions first, then their cases too.
 pub fn verifier(
-    model: &dyn ChatModel,
-    max_new_tokens: usize,
+    verifier: &Judge,
     planner: &Planner,
     asked: &[Question],
     seed: u64,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<VerifierReport> {
-    // (head, question's number, right?, prompt)
-    let mut cases: Vec<(Head, u64, bool, String)> = Vec::new();
-    let mut kept: Vec<(u64, String)> = Vec::new();
+    let mut cases: Vec<Labelled> = Vec::new();
+    let mut kept: Vec<Labelled> = Vec::new();
     let mut unparsed = 0;
-    let turn = |head, q: &Question, plan: &str, program: &str| {
-        user_turn(head, rooms_prompt(head), &q.text, plan, program)
+    let case = |head, number: usize, q: &Question, plan: String, program: String, ok| Labelled {
+        head,
+        question: q.text.clone(),
+        plan,
+        program,
+        ok,
+        mistake: None,
+        cluster: number as u64,
     };
     for (start, chunk) in asked.chunks(BATCH).enumerate().map(|(i, c)| (i * BATCH, c)) {
         let seeded = |(i, q)| -> (&str, u64) {
@@ -183,11 +187,10 @@ pub fn verifier(
         };
         let replies = planner.ask(&chunk.iter().enumerate().map(seeded).collect::<Vec<_>>(), None);
         for (i, (q, reply)) in chunk.iter().zip(replies).enumerate() {
-            let reply = reply?;
-            let number = (start + i) as u64;
+            let (reply, number) = (reply?, start + i);
             if Mistake::that_fit(&q.spec).any(|m| m == Mistake::KEPT_FROM_VERIFIER) {
                 let wrong = demonstration(&q.spec, &[Mistake::KEPT_FROM_VERIFIER]);
-                kept.push((number, turn(Head::Attribute, q, &wrong.plan, &wrong.program)));
+                kept.push(case(Head::Attribute, number, q, wrong.plan, wrong.program, false));
             }
             let Ok(Reply { plan: Some(plan), program, .. }) = Reply::parse(&reply.text) else {
                 unparsed += 1;
@@ -195,24 +198,17 @@ pub fn verifier(
             };
             let labels = judge(&q.spec, &plan, &program);
             for head in Head::ALL.into_iter().filter(|&h| mistakes::applies(&q.spec, h)) {
-                cases.push((head, number, labels.of(head).ok, turn(head, q, &plan, &program)));
+                cases.push(case(head, number, q, plan.clone(), program.clone(), labels.of(head).ok));
             }
-            progress(start + i + 1, asked.len());
+            progress(number + 1, asked.len());
         }
     }
     let (mut done, all) = (asked.len(), asked.len() + cases.len() + kept.len());
-    let mut verdicts = |prompts: Vec<&String>| -> Result<Vec<Option<bool>>> {
+    let mut verdicts = |cases: &[&Labelled]| -> Result<Vec<Option<bool>>> {
         let mut read = Vec::new();
-        for chunk in prompts.chunks(BATCH) {
-            let requests: Vec<ChatRequest> =
-                chunk.iter().map(|p| ChatRequest::user(p.as_str(), 0, max_new_tokens)).collect();
-            for reply in model.chat(&requests, &SamplingOptions::greedy(), None) {
-                match reply {
-                    Ok(reply) => read.push(parse_verdict(&reply.text)),
-                    Err(e) if e.is_of_model() => return Err(e.into()),
-                    Err(_) => read.push(None),
-                }
-            }
+        for chunk in cases.chunks(BATCH) {
+            let asks: Vec<_> = chunk.iter().map(|c| c.ask()).collect();
+            read.extend(verifier.verdicts(&asks, |_| ())?.into_iter().map(|v| v.ok));
             done += chunk.len();
             progress(done, all);
         }
@@ -220,18 +216,18 @@ pub fn verifier(
     };
     let mut heads = BTreeMap::new();
     for head in Head::ALL {
-        let of: Vec<_> = cases.iter().filter(|c| c.0 == head).collect();
-        let got = verdicts(of.iter().map(|c| &c.3).collect())?;
+        let of: Vec<&Labelled> = cases.iter().filter(|c| c.head == head).collect();
+        let got = verdicts(&of)?;
         let share = |truth: bool| {
-            let cases = of.iter().zip(&got).filter(|(c, _)| c.2 == truth);
-            Share::clustered(cases.map(|(c, v)| (c.1, *v == Some(truth))))
+            let cases = of.iter().zip(&got).filter(|(c, _)| c.ok == truth);
+            Share::clustered(cases.map(|(c, v)| (c.cluster, *v == Some(truth))))
         };
         let (passed, objected) = (share(true), share(false));
         let balanced = (passed.value + objected.value) / 2.;
         let unreadable = got.iter().filter(|v| v.is_none()).count();
         heads.insert(head.word(), HeadReport { passed, objected, balanced, unreadable });
     }
-    let got = verdicts(kept.iter().map(|k| &k.1).collect())?;
-    let kept_back = Share::clustered(kept.iter().zip(got).map(|(k, v)| (k.0, v == Some(false))));
+    let got = verdicts(&kept.iter().collect::<Vec<_>>())?;
+    let kept_back = Share::clustered(kept.iter().zip(got).map(|(k, v)| (k.cluster, v == Some(false))));
     Ok(VerifierReport { heads, kept_back, unparsed })
 }

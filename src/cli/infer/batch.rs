@@ -5,6 +5,7 @@
 //! not the end.
 
 use super::{Query, Reasoner};
+use crate::cli::json_lines;
 use crate::program::Sandbox;
 use crate::tools::Picture;
 use crate::tools::real::RealTools;
@@ -124,13 +125,11 @@ fn read(batch: &Path) -> Result<Vec<Line>> {
     } else {
         std::fs::read_to_string(batch).with_context(|| format!("cannot read {name}"))?
     };
-    let mut lines = Vec::new();
-    for (i, line) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
-        let read: Line = serde_json::from_str(line)
-            .with_context(|| format!("{name}, line {}: expected {{\"image\", \"question\"}}", i + 1))?;
-        ensure!(!read.question.trim().is_empty(), "{name}, line {}: the question is empty", i + 1);
-        lines.push(read);
+    let lines: Vec<(usize, Line)> = json_lines(&text, &name.to_string(), "{\"image\", \"question\"}")?;
+    if let Some((number, _)) = lines.iter().find(|(_, l)| l.question.trim().is_empty()) {
+        bail!("{name}, line {number}: the question is empty")
     }
+    let lines: Vec<Line> = lines.into_iter().map(|(_, line)| line).collect();
     ensure!(!lines.is_empty(), "{name} holds no question");
     Ok(lines)
 }

@@ -63,7 +63,7 @@ impl InferArgs {
         let mut sets = Vec::new();
         sets.extend(self.samples.map(|n| format!("inference.samples={n}")));
         sets.extend(self.repair.map(|n| format!("inference.repairs={n}")));
-        self.models.config_with(&sets)
+        Ok(self.models.explain(&sets)?.0)
     }
 }
 

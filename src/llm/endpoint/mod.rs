@@ -42,7 +42,24 @@ pub struct Endpoint {
 /// A secret; has no `Debug`, and goes nowhere but into one header.
 struct Key(String);
 
+/// What is wrong with a server's key, if anything.
+pub fn key_problem(cfg: &config::Endpoint) -> Option<String> {
+    Key::of(cfg).err()
+}
+
 impl Key {
+    /// From the environment; none where the server wants none.
+    fn of(cfg: &config::Endpoint) -> Result<Option<Self>, String> {
+        let var = cfg.key_env.as_str();
+        if var.is_empty() {
+            return Ok(None);
+        }
+        match std::env::var(var) {
+            Ok(key) if !key.trim().is_empty() => Ok(Some(Self(key.trim().to_owned()))),
+            _ => Err(format!("the environment has no {var}; export it")),
+        }
+    }
+
     /// The text without this key, whoever put it there.
     fn hidden_in(&self, text: &str) -> String {
         text.replace(&self.0, "[key]")
@@ -70,12 +87,9 @@ impl Endpoint {
         if cfg.model.is_empty() {
             return wrong("model", "is empty; name one that the server has".into());
         }
-        let key = match cfg.key_env.as_str() {
-            "" => None,
-            var => match std::env::var(var) {
-                Ok(key) if !key.trim().is_empty() => Some(Key(key.trim().to_owned())),
-                _ => return wrong("key_env", format!("the environment has no {var}; export it")),
-            },
+        let key = match Key::of(cfg) {
+            Ok(key) => key,
+            Err(message) => return wrong("key_env", message),
         };
         let agent = ureq::Agent::config_builder()
             .timeout_global(Some(Duration::from_secs_f64(cfg.seconds)))

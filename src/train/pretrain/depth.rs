@@ -249,6 +249,16 @@ fn patch_depths(view: &View, rows: usize, cols: usize) -> Vec<f32> {
         .collect()
 }
 
+/// The pixel in the middle of each part, in the order of [`patch_depths`].
+fn middles(view: &View, rows: usize, cols: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
+    let (w, h) = (view.width as usize, view.height as usize);
+    let middle = |part: usize, parts: usize, pixels: usize| (2 * part + 1) * pixels / (2 * parts);
+    (0..rows * cols).flat_map(|i| (0..PARTS * PARTS).map(move |k| (i, k))).map(move |(i, k)| {
+        let x = middle(i % cols * PARTS + k % PARTS, cols * PARTS, w);
+        (x, middle(i / cols * PARTS + k / PARTS, rows * PARTS, h))
+    })
+}
+
 /// What a part of a patch can show: a kind of thing, or none.
 const KINDS: usize = Kind::ALL.len() + 1;
 
@@ -257,16 +267,8 @@ fn patch_kinds(view: &View, rows: usize, cols: usize) -> Vec<u32> {
     let none = Kind::ALL.len() as u32;
     let number = |kind: Kind| Kind::ALL.iter().position(|k| *k == kind).map_or(none, |i| i as u32);
     let kinds: HashMap<u16, u32> = view.things.iter().map(|t| (t.id, number(t.kind))).collect();
-    let (w, h) = (view.width as usize, view.height as usize);
-    let middle = |part: usize, parts: usize, pixels: usize| (2 * part + 1) * pixels / (2 * parts);
-    (0..rows * cols)
-        .flat_map(|i| (0..PARTS * PARTS).map(move |k| (i, k)))
-        .map(|(i, k)| {
-            let x = middle(i % cols * PARTS + k % PARTS, cols * PARTS, w);
-            let y = middle(i / cols * PARTS + k / PARTS, rows * PARTS, h);
-            kinds.get(&view.ids[y * w + x]).copied().unwrap_or(none)
-        })
-        .collect()
+    let w = view.width as usize;
+    middles(view, rows, cols).map(|(x, y)| kinds.get(&view.ids[y * w + x]).copied().unwrap_or(none)).collect()
 }
 
 /// The unit vector away from the surface in the middle of each part, towards the camera, in its axes
@@ -284,12 +286,8 @@ fn patch_normals(view: &View, rows: usize, cols: usize) -> Vec<f32> {
         let (a, b) = (minus(at, before), minus(after, at));
         if a[2].abs() < b[2].abs() { a } else { b }
     };
-    let middle = |part: usize, parts: usize, pixels: usize| (2 * part + 1) * pixels / (2 * parts);
-    (0..rows * cols)
-        .flat_map(|i| (0..PARTS * PARTS).map(move |k| (i, k)))
-        .flat_map(|(i, k)| {
-            let x = middle(i % cols * PARTS + k % PARTS, cols * PARTS, w);
-            let y = middle(i / cols * PARTS + k / PARTS, rows * PARTS, h);
+    middles(view, rows, cols)
+        .flat_map(|(x, y)| {
             let at = point(x, y);
             let right = along(point(x - 1, y), at, point(x + 1, y));
             let down = along(point(x, y - 1), at, point(x, y + 1));
