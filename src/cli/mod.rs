@@ -11,6 +11,7 @@ mod models;
 mod parts;
 mod program;
 mod rooms;
+mod train_reasoner;
 mod verify;
 
 use std::path::PathBuf;
@@ -52,6 +53,8 @@ enum Command {
     Program(program::ProgramArgs),
     /// The synthetic world
     Rooms(rooms::RoomsArgs),
+    /// Train the planner on questions without answers, rewarded by a verifier
+    TrainReasoner(train_reasoner::TrainReasonerArgs),
     /// Judge planners' replies as the reward of training does, and judge the judge
     Verify(verify::VerifyArgs),
 }
@@ -140,6 +143,7 @@ pub fn main() -> ExitCode {
         Command::Models(args) => models::run(args),
         Command::Program(args) => program::run(args),
         Command::Rooms(args) => rooms::run(args),
+        Command::TrainReasoner(args) => train_reasoner::run(&args),
         Command::Verify(args) => verify::run(args),
     };
     match result {

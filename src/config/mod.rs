@@ -3,6 +3,10 @@
 //! The defaults are `configs/rooms.toml`, compiled in. A key that the defaults do not have is
 //! refused with the nearest one that they do.
 
+mod reasoner;
+
+pub use reasoner::{Algorithm, Objective, RateDecay, Reasoner};
+
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -37,6 +41,7 @@ pub struct Config {
     pub reward: Reward,
     pub inference: Inference,
     pub sandbox: Sandbox,
+    pub reasoner: Reasoner,
     /// Servers with chat models, by names of the user's choice; a part whose `model` is
     /// `endpoint:NAME` is asked there.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
@@ -276,6 +281,9 @@ impl Config {
             ("adherence", r.adherence),
         ] {
             unit(&format!("reward.{head}"), weight)?;
+        }
+        if let Some((key, why)) = self.reasoner.fault() {
+            return Err(invalid(&format!("reasoner.{key}"), &why));
         }
         positive("inference.samples", self.inference.samples as f64)?;
         if self.inference.repairs > MOST_REPAIRS {

@@ -54,7 +54,6 @@ impl LocalChat {
         options: EngineOptions,
     ) -> Result<Self, LoadError> {
         let kind: Kind = files.json("config.json")?;
-        let template = ChatTemplate::from_files(files)?;
         let weights = files.checkpoint()?;
         // A tied head may be stored all the same.
         let head = |tied: bool| -> &[&str] { if tied { &["lm_head."] } else { &[] } };
@@ -75,6 +74,17 @@ impl LocalChat {
                 return Err(file_error(files, "config.json", message));
             }
         };
+        Self::with_network(files, network, device, options)
+    }
+
+    /// With the tokenizer, template and settings of files, but a network that is there already.
+    pub fn with_network(
+        files: &ModelFiles,
+        network: Network,
+        device: &Device,
+        options: EngineOptions,
+    ) -> Result<Self, LoadError> {
+        let template = ChatTemplate::from_files(files)?;
         let tokenizer = Tokenizer::from_bytes(files.required("tokenizer.json")?.as_bytes())?;
         let eos = end_ids(files, &tokenizer)?;
         let end = eos.first().copied().unwrap_or_default();

@@ -1,6 +1,7 @@
 //! Linear and embedding layers, weights in the checkpoint's layout (`[out, in]`).
 
 use super::cpu::{self, Held, Mat, par_rows};
+use super::lora::Lora;
 use super::simd::{LANES, lanes_sum, madd, wide};
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, Layout, Result, Shape, Tensor};
 use candle_nn::VarBuilder;
@@ -11,11 +12,12 @@ use rayon::prelude::*;
 pub struct Linear {
     weight: Tensor,
     bias: Option<Tensor>,
+    lora: Option<Lora>,
 }
 
 impl Linear {
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Self {
-        Self { weight, bias }
+        Self { weight, bias, lora: None }
     }
 
     pub fn weight(&self) -> &Tensor {
@@ -28,6 +30,13 @@ impl Linear {
 
     /// `[.., in]` → `[.., out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        match &self.lora {
+            Some(lora) => self.base(x)? + lora.forward(x)?,
+            None => self.base(x),
+        }
+    }
+
+    fn base(&self, x: &Tensor) -> Result<Tensor> {
         let (w, k) = (&self.weight, x.dim(D::Minus1)?);
         if k != w.dim(1)? {
             candle_core::bail!("linear: x {:?}, weight {:?}", x.shape(), w.shape())
@@ -58,7 +67,7 @@ impl Linear {
     pub fn forward_residual(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
         let w = &self.weight;
         let fits = x.dim(D::Minus1)? == w.dim(1)? && x.elem_count() > 0;
-        if self.bias.is_some() || !fits || !cpu::fused(&[x, w, residual]) || !w.is_contiguous() {
+        if self.bias.is_some() || self.lora.is_some() || !fits || !cpu::fused(&[x, w, residual]) || !w.is_contiguous() {
             return residual + self.forward(x)?;
         }
         x.contiguous()?.apply_op3(w, &residual.contiguous()?, ResidualOp)
@@ -123,11 +132,18 @@ fn tile<const FMA: bool, const R: usize, const C: usize>(x: &[f32], w: &[f32], k
     let ws: [&[f32]; C] = std::array::from_fn(|j| &w[j * k..(j + 1) * k]);
     let mut acc = [[[0f32; LANES]; C]; R];
     let whole = k / LANES * LANES;
+    // Lanes are read whole, as arrays: indexed one by one the compiler checked each, and the loop
+    // became scalar.
+    let lanes = |row: &[f32], at: usize| -> [f32; LANES] {
+        row[at..at + LANES].try_into().expect("a slice of that length")
+    };
     for at in (0..whole).step_by(LANES) {
+        let wv: [[f32; LANES]; C] = std::array::from_fn(|j| lanes(ws[j], at));
         for i in 0..R {
+            let xv = lanes(xs[i], at);
             for j in 0..C {
                 for l in 0..LANES {
-                    acc[i][j][l] = madd::<FMA>(xs[i][at + l], ws[j][at + l], acc[i][j][l]);
+                    acc[i][j][l] = madd::<FMA>(xv[l], wv[j][l], acc[i][j][l]);
                 }
             }
         }
@@ -320,7 +336,7 @@ pub fn linear_b(inp: usize, out: usize, bias: bool, vb: VarBuilder) -> Result<Li
     let uniform = candle_nn::Init::Uniform { lo: -bound, up: bound };
     let weight = vb.get_with_hints((out, inp), "weight", uniform)?;
     let bias = if bias { Some(vb.get_with_hints(out, "bias", uniform)?) } else { None };
-    Ok(Linear { weight, bias })
+    Ok(Linear { weight, bias, lora: Lora::of_layer(inp, out, &vb)? })
 }
 
 /// A table of `[vocab, dim]` rows looked up by id.

@@ -16,6 +16,7 @@ mod cpu;
 pub mod frozen;
 pub mod gradcheck;
 pub mod linear;
+pub mod lora;
 pub mod loss;
 pub mod mlp;
 pub mod msda;

@@ -60,7 +60,8 @@ impl Sample {
         Ok(sample)
     }
 
-    fn reply_len(&self) -> usize {
+    /// Tokens of its replies.
+    pub fn reply_len(&self) -> usize {
         self.replies.iter().map(Range::len).sum()
     }
 }

@@ -133,12 +133,12 @@ pub fn parameters(path: &Path) -> anyhow::Result<HashMap<String, Tensor>> {
     Ok(all.into_iter().filter_map(|(n, t)| Some((n.strip_prefix("p/")?.to_string(), t))).collect())
 }
 
-struct MetricsLog(std::fs::File);
+pub(super) struct MetricsLog(std::fs::File);
 
 impl MetricsLog {
     /// Opens for appending, without the lines of steps after `start` (lost with the crash that
     /// made the resume necessary) and without a half-written last line.
-    fn open(path: &Path, start: u64) -> anyhow::Result<Self> {
+    pub(super) fn open(path: &Path, start: u64) -> anyhow::Result<Self> {
         let old = std::fs::read_to_string(path).unwrap_or_default();
         let step = |l: &str| serde_json::from_str::<Value>(l).ok()?.get("step")?.as_u64();
         let kept: Vec<&str> = old.lines().filter(|l| step(l).is_some_and(|s| s <= start)).collect();
@@ -146,7 +146,7 @@ impl MetricsLog {
         Ok(Self(std::fs::OpenOptions::new().append(true).open(path)?))
     }
 
-    fn write(&mut self, step: u64, metrics: Metrics) -> anyhow::Result<()> {
+    pub(super) fn write(&mut self, step: u64, metrics: Metrics) -> anyhow::Result<()> {
         let mut line = Map::from_iter([("step".to_string(), json!(step))]);
         line.extend(metrics);
         writeln!(self.0, "{}", Value::Object(line))?;

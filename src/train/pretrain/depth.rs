@@ -81,7 +81,7 @@ impl Default for DepthTraining {
             width: width / 2,
             height: height / 2,
             tokens: tokens / 4,
-            lr: 1e-3,
+            lr: 5e-4,
             maps: false,
         };
         let encoder = Stage { steps: 8_000, batch: 16, width, height, tokens, lr: 6e-4, maps: false };

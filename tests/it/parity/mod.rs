@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 mod bert;
 mod dinov2;
 mod generate;
+mod grpo;
 mod grounding_dino;
 mod grounding_dino_grad;
 mod grounding_dino_loss;

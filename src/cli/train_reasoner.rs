@@ -1,0 +1,111 @@
+//! `valor train-reasoner`: from questions without answers to a better planner.
+
+use super::ModelArgs;
+use crate::config::{Algorithm, Config};
+use crate::llm::ChatModels;
+use crate::pipeline::limits;
+use crate::program::Sandbox;
+use crate::train::reasoner::{Policy, Queries, Training, steps};
+use crate::verify::{Head, Judge, Verification};
+use anyhow::{Context, Result, ensure};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+/// Train the planner on questions without answers, rewarded by the verifier (settings: [reasoner])
+#[derive(Debug, clap::Args)]
+pub struct TrainReasonerArgs {
+    /// Folder of the run: configuration, metrics, sampled rollouts, checkpoints, and in the end the model
+    #[arg(long, value_name = "DIR", default_value = "runs/reasoner")]
+    out: PathBuf,
+    /// Go on with the run in the folder, from its newest whole checkpoint
+    #[arg(long)]
+    resume: bool,
+    /// Say what the run would do, and do nothing
+    #[arg(long)]
+    dry_run: bool,
+    #[command(flatten)]
+    models: ModelArgs,
+}
+
+pub fn run(args: &TrainReasonerArgs) -> Result<ExitCode> {
+    let (config, device) = (args.models.config()?, args.models.device()?);
+    ensure!(device.is_cpu(), "--device {}: planners are trained on the CPU only so far", args.models.device);
+    let queries = Queries::open(&config.reasoner)?;
+    if args.dry_run {
+        plan(&config, &queries);
+        return Ok(ExitCode::SUCCESS);
+    }
+    let chats = ChatModels::new(&config, &device);
+    let judge = Judge::new(chats.verifier()?, &config.verifier)?;
+    let policy = Policy::load(&config.planner.model, &config.reasoner)?;
+    eprintln!(
+        "valor: planner {} ({:.2} M parameters, {:.2} M trained), verifier {}",
+        policy.name(),
+        policy.parameters() as f64 / 1e6,
+        policy.trained().count() as f64 / 1e6,
+        judge.name()
+    );
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        // The second one does not wait for the step to end.
+        signal_hook::flag::register_conditional_shutdown(signal, 1, stop.clone())?;
+        signal_hook::flag::register(signal, stop.clone())?;
+    }
+    let mut training = Training {
+        config: &config,
+        queries,
+        verification: Verification { judge: &judge, weights: &config.reward },
+        sandbox: Sandbox::start(limits(&config.sandbox)).context("cannot start the sandbox")?,
+        dir: args.out.clone(),
+        stop: &stop,
+    };
+    let ended = training.run(&policy, args.resume)?;
+    for (name, usage) in chats.usage() {
+        eprintln!("valor: endpoint {name}: {}", serde_json::to_string(&usage)?);
+    }
+    let dir = args.out.display();
+    if ended.step < ended.of {
+        eprintln!("valor: stopped after step {} of {}, saved; go on with --resume --out {dir}", ended.step, ended.of);
+        return Ok(ExitCode::from(1));
+    }
+    if let Some((step, reward)) = ended.best {
+        eprintln!("valor: best held-out reward {reward:.3} after step {step}: {dir}/best");
+    }
+    println!("{dir}/model");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What a run would do, in numbers that need no model.
+fn plan(config: &Config, queries: &Queries) {
+    let r = &config.reasoner;
+    let steps = steps(r, queries.training.len());
+    let rollouts = steps * (r.batch * r.group) as u64;
+    let weights = [
+        (Head::Logic, config.reward.logic),
+        (Head::Attribute, config.reward.attribute),
+        (Head::Spatial, config.reward.spatial),
+        (Head::Adherence, config.reward.adherence),
+    ];
+    let asked: Vec<&str> = weights.iter().filter(|w| w.1 > 0.).map(|w| w.0.word()).collect();
+    let held_out = queries.held_out.texts().len() as u64;
+    let evaluations = 1 + if r.eval_every > 0 { steps.div_ceil(r.eval_every) } else { 1 };
+    let calls = (rollouts + evaluations * held_out) * asked.len() as u64;
+    let algorithm = match r.algorithm {
+        Algorithm::Grpo => "GRPO",
+        Algorithm::Sft => "SFT on rollouts that earn enough",
+    };
+    let what = match r.adapter.rank {
+        0 => "all weights".to_owned(),
+        rank => format!("LoRA of rank {rank}"),
+    };
+    println!("algorithm        {algorithm}, {what}");
+    println!("planner          {}", config.planner.model);
+    println!("verifier         {} (heads: {})", config.verifier.model, asked.join(", "));
+    println!("questions        {} to train on, {held_out} held out", queries.training.len());
+    println!("steps            {steps} of {} questions × {} rollouts", r.batch, r.group);
+    println!("rollouts         {rollouts}, of at most {} tokens: at most {}", r.max_new_tokens, rollouts * r.max_new_tokens as u64);
+    println!("evaluations      {evaluations}");
+    println!("verifier calls   at most {calls}; what is the same is asked once");
+}

@@ -1,0 +1,201 @@
+//! Low-rank adapters of linear layers (LoRA, Hu et al. 2021), names as in PEFT's checkpoints.
+//!
+//! A network is adapted by building it on [`adapted`]: each linear layer that the configuration
+//! targets finds a pair of small matrices beside its frozen weight and adds `scale · B A x`. The same
+//! base without the adapter is the reference policy, with no second copy in memory. Not here: dropout,
+//! embeddings, convolutions, DoRA.
+
+use super::Params;
+use candle_core::{DType, Device, Result, Shape, Tensor};
+use candle_nn::var_builder::SimpleBackend;
+use candle_nn::{Init, VarBuilder};
+use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LoraConfig {
+    pub rank: usize,
+    /// The adapter's output counts `alpha / rank` times.
+    pub alpha: f64,
+    /// Names of the layers that get one, such as `q_proj`.
+    pub targets: Vec<String>,
+}
+
+impl LoraConfig {
+    pub fn scale(&self) -> f64 {
+        self.alpha / self.rank as f64
+    }
+
+    fn is_target(&self, layer: &str) -> bool {
+        let last = layer.rsplit('.').next().unwrap_or(layer);
+        self.targets.iter().any(|t| t == last)
+    }
+}
+
+const A: &str = "lora_A.weight";
+const B: &str = "lora_B.weight";
+/// Not a tensor of any checkpoint: how [`adapted`] tells a layer its rank and scale.
+const SHAPE: &str = "lora_shape";
+
+/// An adapter of one linear layer.
+#[derive(Clone, Debug)]
+pub(super) struct Lora {
+    /// `[rank, in]`.
+    a: Tensor,
+    /// `[out, rank]`.
+    b: Tensor,
+    scale: f64,
+}
+
+impl Lora {
+    /// Of the layer at `vb`, if it is to have one.
+    pub(super) fn of_layer(inp: usize, out: usize, vb: &VarBuilder) -> Result<Option<Self>> {
+        if !vb.contains_tensor(SHAPE) {
+            return Ok(None);
+        }
+        let shape = vb.get_unchecked(SHAPE)?.to_vec1::<f64>()?;
+        let (rank, scale) = (shape[0] as usize, shape[1]);
+        // As PEFT starts: A as PyTorch's linear layers, B zero, so that nothing changes at first.
+        let bound = 1. / (inp as f64).sqrt();
+        let a = vb.get_with_hints((rank, inp), A, Init::Uniform { lo: -bound, up: bound })?;
+        let b = vb.get_with_hints((out, rank), B, Init::Const(0.))?;
+        Ok(Some(Self { a, b, scale }))
+    }
+
+    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let down = super::Linear::new(self.a.clone(), None).forward(x)?;
+        super::Linear::new(self.b.clone(), None).forward(&down)? * self.scale
+    }
+}
+
+struct Adapted<'a> {
+    base: VarBuilder<'a>,
+    adapter: Params,
+    cfg: LoraConfig,
+}
+
+/// A builder of `base`'s network, its targeted layers adapted by the matrices in `adapter`, which are
+/// made where they are missing. What `base` hands out is neither copied nor made trainable.
+pub fn adapted<'a>(base: VarBuilder<'a>, adapter: &Params, cfg: &LoraConfig) -> VarBuilder<'a> {
+    let (dtype, dev) = (base.dtype(), base.device().clone());
+    let backend = Adapted { base, adapter: adapter.clone(), cfg: cfg.clone() };
+    VarBuilder::from_backend(Box::new(backend), dtype, dev)
+}
+
+impl SimpleBackend for Adapted<'_> {
+    fn get(&self, s: Shape, name: &str, init: Init, dtype: DType, dev: &Device) -> Result<Tensor> {
+        if name.ends_with(A) || name.ends_with(B) {
+            return SimpleBackend::get(&self.adapter, s, name, init, DType::F32, dev);
+        }
+        self.base.get_with_hints_dtype(s, name, init, dtype)
+    }
+
+    fn get_unchecked(&self, name: &str, dtype: DType, _: &Device) -> Result<Tensor> {
+        if name.ends_with(SHAPE) {
+            return Tensor::new(&[self.cfg.rank as f64, self.cfg.scale()], &Device::Cpu);
+        }
+        self.base.get_unchecked_dtype(name, dtype)
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        match name.strip_suffix(&format!(".{SHAPE}")) {
+            Some(layer) => self.cfg.is_target(layer),
+            None => self.base.contains_tensor(name),
+        }
+    }
+}
+
+/// The base's tensors with the adapter's products added in: a checkpoint that needs no adapter.
+pub fn merged(
+    base: &HashMap<String, Tensor>,
+    adapter: &Params,
+    cfg: &LoraConfig,
+) -> Result<HashMap<String, Tensor>> {
+    let mut out = base.clone();
+    for (name, a) in adapter.named() {
+        let Some(layer) = name.strip_suffix(A) else { continue };
+        let (b, weight) = (adapter.get(&format!("{layer}{B}")), format!("{layer}weight"));
+        let (Some(b), Some(w)) = (b, base.get(&weight)) else {
+            candle_core::bail!("adapter: {layer} has no lora_B, or its base no {weight}")
+        };
+        let product = (b.as_tensor().matmul(a.as_tensor())? * cfg.scale())?;
+        out.insert(weight, (w.to_dtype(DType::F32)? + product)?.to_dtype(w.dtype())?.detach());
+    }
+    Ok(out)
+}
+
+/// The adapter under PEFT's names.
+pub fn peft_tensors(adapter: &Params) -> HashMap<String, Tensor> {
+    let named = |(name, t): (String, Tensor)| (format!("base_model.model.{name}"), t.detach());
+    adapter.tensors().into_iter().map(named).collect()
+}
+
+/// PEFT's `adapter_config.json`.
+pub fn peft_config(base: &str, cfg: &LoraConfig) -> serde_json::Value {
+    serde_json::json!({
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+        "r": cfg.rank, "lora_alpha": cfg.alpha, "target_modules": cfg.targets, "bias": "none",
+        "lora_dropout": 0.0, "inference_mode": true, "fan_in_fan_out": false, "use_rslora": false,
+        "use_dora": false, "modules_to_save": null, "init_lora_weights": true,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{frozen, linear_no_bias};
+    use super::*;
+
+    fn cfg() -> LoraConfig {
+        LoraConfig { rank: 2, alpha: 3., targets: vec!["q_proj".into()] }
+    }
+
+    fn x() -> Tensor {
+        Tensor::new(&[[0.3f32, -0.7, 1.1], [0.2, 0.9, -0.4]], &Device::Cpu).unwrap()
+    }
+
+    fn values(t: &Tensor) -> Vec<f32> {
+        t.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    #[test]
+    fn it_starts_as_the_base_and_only_its_own_matrices_learn() -> Result<()> {
+        let (base, adapter) = (Params::new(1), Params::new(2));
+        let vb = || adapted(frozen(base.builder()), &adapter, &cfg());
+        let (q, o) = (linear_no_bias(3, 4, vb().pp("q_proj"))?, linear_no_bias(4, 3, vb().pp("o_proj"))?);
+        assert_eq!(adapter.count(), 2 * 3 + 4 * 2, "o_proj is no target");
+        let plain = linear_no_bias(3, 4, frozen(base.builder()).pp("q_proj"))?;
+        assert_eq!(values(&q.forward(&x())?), values(&plain.forward(&x())?));
+        let grads = o.forward(&q.forward(&x())?)?.sqr()?.sum_all()?.backward()?;
+        let b = adapter.get("q_proj.lora_B.weight").unwrap();
+        assert!(values(grads.get(&b).unwrap()).iter().any(|g| *g != 0.));
+        for (name, var) in base.named() {
+            assert!(grads.get(&var).is_none(), "{name} is frozen");
+        }
+        // Once B is not zero, A receives a gradient too.
+        b.set(&Tensor::ones((4, 2), DType::F32, &Device::Cpu)?)?;
+        let grads = q.forward(&x())?.sqr()?.sum_all()?.backward()?;
+        let a = adapter.get("q_proj.lora_A.weight").unwrap();
+        assert!(values(grads.get(&a).unwrap()).iter().all(|g| *g != 0.));
+        Ok(())
+    }
+
+    #[test]
+    fn merged_weights_do_the_same_and_residuals_are_kept() -> Result<()> {
+        let (base, adapter) = (Params::new(1), Params::new(2));
+        let q = linear_no_bias(3, 3, adapted(frozen(base.builder()), &adapter, &cfg()).pp("q_proj"))?;
+        let b = Tensor::new(&[[0.5f32, -1.], [0.25, 0.], [1., 2.]], &Device::Cpu)?;
+        adapter.get("q_proj.lora_B.weight").unwrap().set(&b)?;
+        let whole = Params::from_tensors(0, merged(&base.tensors(), &adapter, &cfg())?)?;
+        let plain = linear_no_bias(3, 3, whole.builder().pp("q_proj"))?;
+        for (got, want) in [
+            (q.forward(&x())?, plain.forward(&x())?),
+            (q.forward_residual(&x(), &x())?, plain.forward_residual(&x(), &x())?),
+        ] {
+            for (g, w) in values(&got).iter().zip(values(&want)) {
+                assert!((g - w).abs() < 1e-5, "{g} {w}");
+            }
+        }
+        Ok(())
+    }
+}

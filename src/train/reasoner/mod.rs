@@ -1,0 +1,510 @@
+//! The reasoner's training (method.md 3 and 4): rollouts of the planner, scored by the verifier, learnt
+//! from by GRPO or, as its rival, by next-token training on the good ones.
+//!
+//! A step draws questions, samples a group of replies to each, scores them, and updates the policy.
+//! Whatever is random follows from the run's seed and the step, so a resumed run is the run that was
+//! interrupted. Questions have no answers here: which checkpoint is best is the verifier's opinion of
+//! held-out questions. (On Rooms the share of right answers on exact tools is logged beside, for people.)
+
+mod policy;
+mod queries;
+mod update;
+
+pub use policy::Policy;
+pub use queries::{HeldOut, Queries, ROOMS};
+
+use super::checkpoint::{Checkpoints, Saved};
+use super::grpo::advantages;
+use super::lm::Sample;
+use super::rollout::RolloutEngine;
+use super::run::{Metrics, MetricsLog};
+use crate::config::{self, Algorithm, Config};
+use crate::files::write_atomic;
+use crate::llm::{ChatModel, ChatReply, ChatRequest, Finish, SamplingOptions};
+use crate::nn::AdamW;
+use crate::nn::optim::Schedule;
+use crate::pipeline::{answer, question_seed};
+use crate::planner::{self, user_turn};
+use crate::program::Sandbox;
+use crate::rooms::OracleTools;
+use crate::verify::{Head, Scored, Verification};
+use anyhow::{Context, Result, bail, ensure};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+use update::{Update, optimiser, schedule, update};
+
+/// Where a run stands, beside its weights.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+struct State {
+    step: u64,
+    /// What must be the same for a resumed run to be the same run.
+    settings: Value,
+    /// The best evaluation so far: its step and mean reward.
+    best: Option<(u64, f64)>,
+    /// Seconds of work, of all its sessions.
+    seconds: f64,
+    /// Verdicts asked for, and those that were missing.
+    verdicts: u64,
+    missing: u64,
+}
+
+/// Steps of a run of so many questions.
+pub fn steps(cfg: &config::Reasoner, questions: usize) -> u64 {
+    (cfg.epochs * questions as f64 / cfg.batch as f64).ceil().max(1.) as u64
+}
+
+/// What a run needs besides its policy.
+pub struct Training<'a> {
+    pub config: &'a Config,
+    pub queries: Queries,
+    pub verification: Verification<'a>,
+    pub sandbox: Sandbox,
+    pub dir: PathBuf,
+    /// Set from outside, it ends the run after the step that is under way, saved.
+    pub stop: &'a AtomicBool,
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Ended {
+    pub step: u64,
+    pub of: u64,
+    /// The best evaluation's step and mean reward.
+    pub best: Option<(u64, f64)>,
+}
+
+/// One rollout with what came of it.
+struct Rollout {
+    /// Of the training questions.
+    question: usize,
+    reply: std::result::Result<ChatReply, String>,
+    scored: Scored,
+    advantage: Option<f64>,
+}
+
+impl Rollout {
+    fn text(&self) -> &str {
+        self.reply.as_ref().map_or("", |r| &r.text)
+    }
+}
+
+impl Training<'_> {
+    fn cfg(&self) -> &config::Reasoner {
+        &self.config.reasoner
+    }
+
+    pub fn steps(&self) -> u64 {
+        steps(self.cfg(), self.queries.training.len())
+    }
+
+    /// What a resumed run may not change. Limits on memory and what is written when are one's own.
+    fn settings(&self, policy: &Policy) -> Value {
+        let mut of_run = json!(self.cfg());
+        for free in ["micro_tokens", "save_every", "keep", "missing_limit"] {
+            of_run.as_object_mut().expect("a table").remove(free);
+        }
+        json!({
+            "reasoner": of_run, "planner": policy.name(), "prompt": self.config.planner.prompt,
+            "verifier": self.verification.judge.name(), "prompts": self.config.verifier.prompts,
+            "reward": self.config.reward,
+        })
+    }
+
+    /// Trains `policy` to the end, or to a stop. With `resume` it goes on from the folder's newest whole
+    /// checkpoint; without, a folder that holds one is refused.
+    pub fn run(&mut self, policy: &Policy, resume: bool) -> Result<Ended> {
+        let steps = self.steps();
+        std::fs::create_dir_all(&self.dir).with_context(|| self.dir.display().to_string())?;
+        let checkpoints = Checkpoints::open(&self.dir.join("checkpoints"), self.cfg().keep)?;
+        let mut optimiser = optimiser(policy, self.cfg())?;
+        let schedule = schedule(self.cfg(), steps);
+        let mut state = State { settings: self.settings(policy), ..State::default() };
+        if let Some(saved) = checkpoints.newest(|why| eprintln!("valor: passing over {why}"))? {
+            if !resume {
+                bail!(
+                    "{} holds a run that is at step {}: give --resume to go on with it, or another --out",
+                    self.dir.display(),
+                    saved.step
+                )
+            }
+            state = self.restore(policy, &mut optimiser, &saved, state)?;
+        }
+        let resolved = toml::to_string(self.config)?;
+        write_atomic(&self.dir.join("config.toml"), |w| w.write_all(resolved.as_bytes()))?;
+        let mut log = MetricsLog::open(&self.dir.join("metrics.jsonl"), state.step)?;
+        let bar = ProgressBar::new(steps).with_position(state.step);
+        bar.set_style(ProgressStyle::with_template(
+            "train-reasoner {bar:24} {pos}/{len} {elapsed} eta {eta} {msg}",
+        )?);
+        if state.step == 0 {
+            let figures = self.evaluate(policy, &bar)?;
+            log.write(0, figures)?;
+        }
+        let before = state.seconds;
+        let begun = Instant::now();
+        while state.step < steps && !self.stop.load(Ordering::Relaxed) {
+            let step = state.step;
+            let figures = self.step(policy, &mut optimiser, &schedule, step, &mut state, &bar)?;
+            state.step = step + 1;
+            log.write(state.step, figures)?;
+            bar.set_position(state.step);
+            let every = self.cfg().eval_every;
+            if (every > 0 && state.step % every == 0) || state.step == steps {
+                let figures = self.evaluate(policy, &bar)?;
+                let reward = figures["held_out_reward"].as_f64().unwrap_or(f64::NAN);
+                if state.best.is_none_or(|(_, best)| reward > best) {
+                    state.best = Some((state.step, reward));
+                    policy.export(&self.dir.join("best"))?;
+                }
+                log.write(state.step, figures)?;
+            }
+            state.seconds = before + begun.elapsed().as_secs_f64();
+            let stopped = self.stop.load(Ordering::Relaxed);
+            if state.step % self.cfg().save_every == 0 || state.step == steps || stopped {
+                let best = state.best.map(|b| b.0);
+                checkpoints.save(state.step, best, |dir| save(dir, policy, &optimiser, &state))?;
+            }
+        }
+        bar.finish_and_clear();
+        if state.step == steps {
+            policy.export(&self.dir.join("model"))?;
+        }
+        Ok(Ended { step: state.step, of: steps, best: state.best })
+    }
+
+    fn restore(
+        &self,
+        policy: &Policy,
+        optimiser: &mut AdamW,
+        saved: &Saved,
+        expected: State,
+    ) -> Result<State> {
+        let named = || saved.path.display().to_string();
+        let text = std::fs::read_to_string(saved.path.join("state.json")).with_context(named)?;
+        let state: State = serde_json::from_str(&text).with_context(named)?;
+        if state.settings != expected.settings {
+            bail!(
+                "{} was made with other settings: {}",
+                self.dir.display(),
+                differences(&state.settings, &expected.settings).join("; ")
+            )
+        }
+        policy.trained().load(&saved.path.join("trained.safetensors"))?;
+        optimiser.load(&saved.path.join("optimiser.safetensors"))?;
+        policy.changed();
+        Ok(state)
+    }
+
+    fn step(
+        &mut self,
+        policy: &Policy,
+        optimiser: &mut AdamW,
+        schedule: &Schedule,
+        step: u64,
+        state: &mut State,
+        bar: &ProgressBar,
+    ) -> Result<Metrics> {
+        let mut clock = Clock::default();
+        let mut rollouts = Vec::new();
+        let mut asked = 0;
+        for round in 0..=self.cfg().resample as u64 {
+            let mut questions = self.queries.batch(self.cfg(), step, round);
+            // Later rounds only fill the places of groups that say nothing.
+            let wanted = self.cfg().batch - rollouts.len() / self.cfg().group;
+            questions.truncate(wanted);
+            let new = self.collect(policy, &questions, step, round, &mut clock, bar)?;
+            asked += new.len();
+            let last = round == self.cfg().resample as u64;
+            for group in chunks(new, self.cfg().group) {
+                let spread = group.iter().any(|r| r.advantage.is_some_and(|a| a != 0.));
+                if spread || last || self.cfg().algorithm == Algorithm::Sft {
+                    rollouts.extend(group);
+                }
+            }
+            if rollouts.len() / self.cfg().group >= self.cfg().batch {
+                break;
+            }
+        }
+        let missing = rollouts.iter().filter(|r| r.scored.reward.is_none()).count();
+        let verdicts = || rollouts.iter().flat_map(|r| r.scored.heads.values());
+        state.verdicts += verdicts().count() as u64;
+        state.missing += verdicts().filter(|v| v.ok.is_none()).count() as u64;
+        let share = missing as f64 / rollouts.len().max(1) as f64;
+        ensure!(
+            share <= self.cfg().missing_limit,
+            "step {}: {missing} of {} rewards are missing, more than reasoner.missing_limit = {} allows; {}. The \
+             last checkpoint is kept: see to the verifier ({}) and go on with --resume",
+            step + 1,
+            rollouts.len(),
+            self.cfg().missing_limit,
+            rollouts.iter().find_map(why_missing).unwrap_or_default(),
+            self.verification.judge.name()
+        );
+        let learnt: Vec<update::Scored> = rollouts.iter().filter_map(|r| self.lesson(r)).collect();
+        let report = clock.time("update", || update(policy, optimiser, schedule, self.cfg(), step, &learnt))?;
+        ensure!(report.loss.is_finite(), "step {}: the loss is not finite; the last checkpoint is kept", step + 1);
+        let figures = self.figures(&rollouts, asked, learnt.len(), &report, clock);
+        bar.set_message(format!(
+            "reward {:.3} kl {:.4} entropy {:.3}",
+            figures["reward"].as_f64().unwrap_or(f64::NAN),
+            report.kl,
+            figures["entropy"].as_f64().unwrap_or(f64::NAN)
+        ));
+        self.record(step, &rollouts)?;
+        Ok(figures)
+    }
+
+    /// What the update learns from a rollout, if anything.
+    fn lesson(&self, r: &Rollout) -> Option<update::Scored> {
+        let advantage = match self.cfg().algorithm {
+            Algorithm::Grpo => r.advantage?,
+            Algorithm::Sft => r.scored.reward.filter(|x| *x >= self.cfg().threshold).map(|_| 1.)?,
+        };
+        let trace = r.reply.as_ref().ok()?.trace.as_ref()?;
+        let start = trace.prompt_ids.len();
+        let ids = [&trace.prompt_ids[..], &trace.ids].concat();
+        let replies = std::iter::once(start..ids.len()).collect();
+        let sample = Sample { ids, replies, pictures: None };
+        Some(update::Scored { sample, sampled: trace.log_probs.clone(), advantage })
+    }
+
+    /// Samples and scores a group of replies to each question.
+    fn collect(
+        &mut self,
+        policy: &Policy,
+        questions: &[usize],
+        step: u64,
+        round: u64,
+        clock: &mut Clock,
+        bar: &ProgressBar,
+    ) -> Result<Vec<Rollout>> {
+        let (cfg, prompt) = (self.config.reasoner.clone(), planner::prompt(&self.config.planner)?);
+        let of_step = question_seed(cfg.seed, step as usize, round as usize);
+        let request = |(k, &q): (usize, &usize)| {
+            let turn = user_turn(&prompt, &self.queries.training[q]);
+            (0..cfg.group).map(move |i| {
+                ChatRequest::user(turn.clone(), question_seed(of_step, k, i), cfg.max_new_tokens)
+            })
+        };
+        let requests: Vec<ChatRequest> = questions.iter().enumerate().flat_map(request).collect();
+        let engine: &dyn RolloutEngine = match cfg.algorithm {
+            Algorithm::Grpo => &policy.sampler,
+            Algorithm::Sft => &policy.base_sampler,
+        };
+        bar.set_message("rollouts");
+        let replies = clock.time("rollouts", || engine.sample(&requests));
+        let mut texts = Vec::with_capacity(replies.len());
+        let mut kept = Vec::with_capacity(replies.len());
+        for reply in replies {
+            match reply {
+                Err(e) if e.is_of_model() => return Err(e).context("the planner failed"),
+                // A reply cut at the limit is malformed, whatever its beginning says.
+                Ok(r) => {
+                    texts.push(if r.finish == Finish::Length { String::new() } else { r.text.clone() });
+                    kept.push(Ok(r));
+                }
+                Err(e) => {
+                    texts.push(String::new());
+                    kept.push(Err(e.to_string()));
+                }
+            }
+        }
+        let asked = questions.iter().flat_map(|&q| std::iter::repeat_n(q, cfg.group));
+        let cases: Vec<(&str, &str)> = asked
+            .clone()
+            .zip(&texts)
+            .map(|(q, text)| (self.queries.training[q].as_str(), text.as_str()))
+            .collect();
+        bar.set_message("verdicts");
+        let verification = &self.verification;
+        let sandbox = &mut self.sandbox;
+        let scored = clock.time("verdicts", || verification.score(&cases, sandbox, |_| ()))?;
+        let mut out: Vec<Rollout> = asked
+            .zip(kept)
+            .zip(scored)
+            .map(|((question, reply), mut scored)| {
+                if reply.is_err() {
+                    scored.reward = None;
+                }
+                Rollout { question, reply, scored, advantage: None }
+            })
+            .collect();
+        for group in out.chunks_mut(cfg.group) {
+            let rewards: Vec<Option<f64>> = group.iter().map(|r| r.scored.reward).collect();
+            for (r, a) in group.iter_mut().zip(advantages(&rewards, cfg.objective.normalise)) {
+                r.advantage = a;
+            }
+        }
+        Ok(out)
+    }
+
+    fn figures(&self, rollouts: &[Rollout], asked: usize, learnt: usize, u: &Update, clock: Clock) -> Metrics {
+        let n = rollouts.len().max(1) as f64;
+        let mean = |values: &mut dyn Iterator<Item = f64>| {
+            let (sum, n) = values.fold((0., 0), |(s, n), v| (s + v, n + 1));
+            sum / f64::from(n.max(1))
+        };
+        let share = |b: bool| f64::from(u8::from(b));
+        let traces = || rollouts.iter().filter_map(|r| r.reply.as_ref().ok()?.trace.as_ref());
+        let tokens: usize = traces().map(|t| t.ids.len()).sum();
+        let groups: Vec<&[Rollout]> = rollouts.chunks(self.cfg().group).collect();
+        let spread = |g: &&[Rollout]| share(g.iter().any(|r| r.advantage.is_some_and(|a| a != 0.)));
+        let distinct: BTreeSet<(usize, &str)> = rollouts.iter().map(|r| (r.question, r.text())).collect();
+        let mut m = Metrics::new();
+        let mut put = |name: &str, value: f64| m.insert(name.into(), json!(value));
+        put("loss", u.loss);
+        put("reward", mean(&mut rollouts.iter().filter_map(|r| r.scored.reward)));
+        put("format", mean(&mut rollouts.iter().map(|r| share(r.scored.format))));
+        put("syntax", mean(&mut rollouts.iter().map(|r| share(r.scored.syntax))));
+        for head in Head::ALL {
+            let verdicts = rollouts.iter().filter_map(|r| r.scored.heads.get(&head)?.ok);
+            put(head.word(), mean(&mut verdicts.map(share)));
+        }
+        put("missing", rollouts.iter().filter(|r| r.scored.reward.is_none()).count() as f64 / n);
+        put("groups_with_spread", mean(&mut groups.iter().map(spread)));
+        put("distinct", distinct.len() as f64 / n);
+        put("policy_loss", u.policy);
+        put("kl", u.kl);
+        put("clipped", u.clipped);
+        put("drift", u.drift);
+        put("grad_norm", u.grad_norm);
+        put("lr", u.lr);
+        // Of the sampled tokens: −log p is an unbiased estimate of entropy at temperature 1.
+        put("entropy", mean(&mut traces().flat_map(|t| &t.log_probs).map(|lp| -f64::from(*lp))));
+        put("reply_tokens", tokens as f64 / n);
+        put("cut", mean(&mut rollouts.iter().filter_map(|r| Some(share(r.reply.as_ref().ok()?.finish == Finish::Length)))));
+        put("sampler_mismatch", u.mismatch);
+        put("sampler_mismatch_most", u.mismatch_most);
+        put("rollouts", asked as f64);
+        put("learnt", learnt as f64);
+        put("rollout_tokens_per_second", tokens as f64 / clock.seconds("rollouts").max(1e-9));
+        put("trained_tokens_per_second", u.tokens as f64 / clock.seconds("update").max(1e-9));
+        if u.skipped {
+            m.insert("skipped".into(), json!(true));
+        }
+        m.insert("seconds".into(), json!(clock.0));
+        m
+    }
+
+    /// A few of a step's groups, with their verdicts, for people.
+    fn record(&self, step: u64, rollouts: &[Rollout]) -> Result<()> {
+        const GROUPS: usize = 2;
+        let path = self.dir.join("rollouts").join(format!("{:06}.jsonl", step + 1));
+        write_atomic(&path, |w| {
+            rollouts.iter().take(GROUPS * self.cfg().group).try_for_each(|r| {
+                let error = r.reply.as_ref().err();
+                let line = json!({
+                    "question": self.queries.training[r.question], "reply": r.text(), "error": error,
+                    "reward": r.scored.reward, "advantage": r.advantage, "scored": r.scored,
+                });
+                writeln!(w, "{line}")
+            })
+        })?;
+        Ok(())
+    }
+
+    /// The most likely reply to each held-out question: the verifier's mean reward, and on Rooms the
+    /// share of right answers on exact tools.
+    fn evaluate(&mut self, policy: &Policy, bar: &ProgressBar) -> Result<Metrics> {
+        let mut m = Metrics::new();
+        let texts = self.queries.held_out.texts();
+        if texts.is_empty() {
+            return Ok(m);
+        }
+        bar.set_message("evaluation");
+        let prompt = planner::prompt(&self.config.planner)?;
+        let max = self.cfg().max_new_tokens;
+        let requests: Vec<ChatRequest> =
+            texts.iter().map(|q| ChatRequest::user(user_turn(&prompt, q), 0, max)).collect();
+        let mut replies = Vec::with_capacity(texts.len());
+        for reply in policy.sampler.chat(&requests, &SamplingOptions::greedy(), None) {
+            match reply {
+                Err(e) if e.is_of_model() => return Err(e).context("the planner failed"),
+                reply => replies.push(reply.map(|r| r.text).unwrap_or_default()),
+            }
+        }
+        let cases: Vec<(&str, &str)> = texts.iter().copied().zip(replies.iter().map(String::as_str)).collect();
+        let scored = self.verification.score(&cases, &mut self.sandbox, |_| ())?;
+        let rewards: Vec<f64> = scored.iter().filter_map(|s| s.reward).collect();
+        let mean = rewards.iter().sum::<f64>() / rewards.len().max(1) as f64;
+        m.insert("held_out_reward".into(), json!(mean));
+        if let HeldOut::Rooms(asked) = &self.queries.held_out {
+            let mut right = 0;
+            for ((view, q), reply) in asked.iter().zip(&replies) {
+                let run = answer(reply, &mut self.sandbox, &mut OracleTools::new(view));
+                right += usize::from(run.value().is_some_and(|a| crate::rooms::questions::score(q, a)));
+            }
+            m.insert("held_out_right".into(), json!(right as f64 / asked.len() as f64));
+        }
+        bar.println(format!("step {}: {}", bar.position(), Value::Object(m.clone())));
+        Ok(m)
+    }
+}
+
+fn why_missing(r: &Rollout) -> Option<String> {
+    match &r.reply {
+        Err(e) => Some(format!("a reply could not be had: {e}")),
+        Ok(_) => {
+            let (head, v) = r.scored.heads.iter().find(|(_, v)| v.ok.is_none())?;
+            Some(format!("the verdict on {} was {:?}", head.word(), v.said.chars().take(200).collect::<String>()))
+        }
+    }
+}
+
+/// The keys in which two tables differ, with both values.
+fn differences(was: &Value, is: &Value) -> Vec<String> {
+    fn walk(path: String, was: &Value, is: &Value, out: &mut Vec<String>) {
+        match (was.as_object(), is.as_object()) {
+            (Some(a), Some(b)) => {
+                for key in a.keys().chain(b.keys().filter(|k| !a.contains_key(*k))) {
+                    let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+                    walk(path, &was[key], &is[key], out);
+                }
+            }
+            _ if was != is => out.push(format!("{path} was {was}, is {is}")),
+            _ => {}
+        }
+    }
+    let mut out = Vec::new();
+    walk(String::new(), was, is, &mut out);
+    out
+}
+
+fn chunks(all: Vec<Rollout>, n: usize) -> Vec<Vec<Rollout>> {
+    let mut rest = all.into_iter().peekable();
+    let mut out = Vec::new();
+    while rest.peek().is_some() {
+        out.push(rest.by_ref().take(n).collect());
+    }
+    out
+}
+
+/// A checkpoint's files.
+fn save(dir: &Path, policy: &Policy, optimiser: &AdamW, state: &State) -> Result<()> {
+    policy::write_tensors(&dir.join("trained.safetensors"), &policy.trained().tensors())?;
+    optimiser.save(&dir.join("optimiser.safetensors"))?;
+    write_atomic(&dir.join("state.json"), |w| writeln!(w, "{}", serde_json::to_string_pretty(state)?))?;
+    Ok(())
+}
+
+/// Seconds by phase.
+#[derive(Default)]
+struct Clock(BTreeMap<&'static str, f64>);
+
+impl Clock {
+    fn time<T>(&mut self, phase: &'static str, work: impl FnOnce() -> T) -> T {
+        let begun = Instant::now();
+        let out = work();
+        *self.0.entry(phase).or_default() += begun.elapsed().as_secs_f64();
+        out
+    }
+
+    fn seconds(&self, phase: &str) -> f64 {
+        self.0.get(phase).copied().unwrap_or(0.)
+    }
+}

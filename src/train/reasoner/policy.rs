@@ -1,0 +1,134 @@
+//! The planner as it is trained: what learns, what samples, and what it must not stray from.
+
+use crate::config;
+use crate::llm::engine::{EngineOptions, Network};
+use crate::llm::local::LocalChat;
+use crate::models::qwen3::{Config, Qwen3};
+use crate::nn::lora::{LoraConfig, adapted, merged, peft_config, peft_tensors};
+use crate::nn::{Params, frozen};
+use crate::weights::ModelFiles;
+use anyhow::{Context, Result, ensure};
+use candle_core::{Device, Tensor};
+use candle_nn::VarBuilder;
+use serde_json::Value;
+use std::collections::HashMap;
+use std::io::Write;
+use std::path::Path;
+
+use crate::files::write_atomic;
+
+/// A planner in training. With an adapter all three networks share the base's weights; without, the
+/// base is a copy of what the training began with.
+pub struct Policy {
+    files: ModelFiles,
+    base: Params,
+    /// The adapter's matrices, or all weights.
+    trained: Params,
+    adapter: Option<LoraConfig>,
+    /// Differentiable.
+    pub network: Network,
+    pub reference: Network,
+    /// Samples from the policy as it is.
+    pub sampler: LocalChat,
+    /// Samples from the reference.
+    pub base_sampler: LocalChat,
+}
+
+impl Policy {
+    pub fn load(model: &str, cfg: &config::Reasoner) -> Result<Self> {
+        let files = ModelFiles::open(model, "planner")?;
+        let kind: Value = files.json("config.json")?;
+        ensure!(
+            kind["model_type"] == "qwen3",
+            "{}/config.json: model_type {} cannot be trained as a planner yet; qwen3 can",
+            files.name(),
+            kind["model_type"]
+        );
+        let net: Config = files.json("config.json")?;
+        let mut tensors = files.checkpoint()?.tensors()?;
+        if net.tie_word_embeddings {
+            // A tied head may be stored all the same.
+            tensors.retain(|name, _| !name.starts_with("lm_head."));
+        }
+        let held = tensors.len();
+        let base = Params::from_tensors(cfg.seed, tensors.clone())?;
+        let text = |vb: VarBuilder| -> Result<Network> {
+            Ok(Network::Text { model: Qwen3::new(&net, vb)?, cfg: net.clone() })
+        };
+        let reference = text(frozen(base.builder()))?;
+        let fresh: Vec<String> =
+            base.named().into_iter().map(|p| p.0).filter(|n| !tensors.contains_key(n)).collect();
+        ensure!(fresh.is_empty(), "{} lacks {} of the network's {} tensors, first {}", files.name(), fresh.len(), fresh.len() + held, fresh[0]);
+        let adapter = (cfg.adapter.rank > 0).then(|| cfg.adapter.clone());
+        let trained = match &adapter {
+            Some(_) => Params::new(cfg.seed),
+            None => Params::from_tensors(cfg.seed, tensors)?,
+        };
+        let built = |fixed: bool| {
+            let vb = match &adapter {
+                Some(lora) => adapted(frozen(base.builder()), &trained, lora),
+                None => trained.builder(),
+            };
+            text(if fixed { frozen(vb) } else { vb })
+        };
+        let chat = |network| LocalChat::with_network(&files, network, &Device::Cpu, EngineOptions::default());
+        let network = built(false)?;
+        ensure!(trained.count() > 0, "reasoner.adapter.targets: the network has none of these layers");
+        let (sampler, base_sampler) = (chat(built(true)?)?, chat(text(frozen(base.builder()))?)?);
+        Ok(Self { base, trained, adapter, network, reference, sampler, base_sampler, files })
+    }
+
+    pub fn name(&self) -> String {
+        self.files.name()
+    }
+
+    /// What learns.
+    pub fn trained(&self) -> &Params {
+        &self.trained
+    }
+
+    pub fn parameters(&self) -> usize {
+        self.base.count()
+    }
+
+    /// To be called after each optimiser step: what the sampler kept of the old weights is wrong now.
+    pub fn changed(&self) {
+        self.sampler.engine().forget_prefixes();
+    }
+
+    /// Writes a model's folder with the weights as they are, for `planner.model`, transformers and vLLM;
+    /// and, of an adapter, `adapter/` in PEFT's format.
+    pub fn export(&self, dir: &Path) -> Result<()> {
+        for name in [
+            "config.json",
+            "generation_config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "chat_template.jinja",
+        ] {
+            if let Some(text) = self.files.text(name)? {
+                write_atomic(&dir.join(name), |w| w.write_all(text.as_bytes()))?;
+            }
+        }
+        let all = match &self.adapter {
+            Some(lora) => merged(&self.base.tensors(), &self.trained, lora)?,
+            None => self.trained.tensors(),
+        };
+        write_tensors(&dir.join("model.safetensors"), &all)?;
+        if let Some(lora) = &self.adapter {
+            let dir = dir.join("adapter");
+            write_tensors(&dir.join("adapter_model.safetensors"), &peft_tensors(&self.trained))?;
+            let config = peft_config(&self.files.name(), lora);
+            write_atomic(&dir.join("adapter_config.json"), |w| writeln!(w, "{config:#}"))?;
+        }
+        Ok(())
+    }
+}
+
+/// As one safetensors file, in the layout that transformers reads.
+pub(super) fn write_tensors(path: &Path, tensors: &HashMap<String, Tensor>) -> Result<()> {
+    let meta = HashMap::from([("format".to_string(), "pt".to_string())]);
+    let bytes = safetensors::serialize(tensors, Some(meta))?;
+    write_atomic(path, |w| w.write_all(&bytes)).with_context(|| path.display().to_string())
+}

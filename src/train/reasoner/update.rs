@@ -1,0 +1,162 @@
+//! From scored rollouts to a step of the optimiser.
+
+use super::policy::Policy;
+use crate::config::{Algorithm, Objective, RateDecay, Reasoner};
+use crate::llm::engine::Network;
+use crate::nn::optim::{AdamW, AdamWConfig, Decay, Group, Schedule};
+use crate::train::grpo::{Tokens, loss};
+use crate::train::lm::{Sample, micro_batches, reply_log_probs};
+use anyhow::{Result, ensure};
+use candle_core::{DType, Device, Tensor};
+
+/// A rollout to learn from.
+pub struct Scored {
+    pub sample: Sample,
+    /// Log-probabilities as the sampler had them.
+    pub sampled: Vec<f32>,
+    pub advantage: f64,
+}
+
+/// Means over the tokens of a step's updates.
+#[derive(Clone, Debug, Default)]
+pub struct Update {
+    pub loss: f64,
+    pub policy: f64,
+    pub kl: f64,
+    pub clipped: f64,
+    pub drift: f64,
+    pub lr: f64,
+    /// Of the last update, before clipping.
+    pub grad_norm: f64,
+    /// Whether any update was left out, its gradients not being finite.
+    pub skipped: bool,
+    pub tokens: usize,
+    /// How far the trainer's log-probabilities are from the sampler's, before the first update: mean and most.
+    pub mismatch: f64,
+    pub mismatch_most: f64,
+}
+
+pub fn optimiser(policy: &Policy, cfg: &Reasoner) -> Result<AdamW> {
+    let adamw = AdamWConfig {
+        weight_decay: cfg.weight_decay,
+        max_grad_norm: Some(cfg.max_grad_norm),
+        ..AdamWConfig::default()
+    };
+    Ok(AdamW::new(policy.trained().named(), adamw, |_, var| Some(Group::usual(var)))?)
+}
+
+pub fn schedule(cfg: &Reasoner, steps: u64) -> Schedule {
+    let updates = cfg.updates as u64;
+    let decay = match cfg.decay {
+        RateDecay::Constant => Decay::Constant,
+        RateDecay::Cosine => Decay::Cosine { total: steps * updates, to: cfg.lr / 10. },
+    };
+    // The first step learns too.
+    let warmup_from = cfg.lr / (cfg.warmup + 1) as f64;
+    Schedule { base: cfg.lr, warmup: cfg.warmup * updates, warmup_from, decay }
+}
+
+/// Log-probabilities of each sample's reply tokens, without gradients.
+fn log_probs(network: &Network, samples: &[&Sample]) -> Result<Vec<Vec<f64>>> {
+    let all = reply_log_probs(network, samples)?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+    Ok(split(&all, samples))
+}
+
+fn split(all: &[f64], samples: &[&Sample]) -> Vec<Vec<f64>> {
+    let mut rest = all;
+    let own = |s: &&Sample| {
+        let (own, after) = rest.split_at(s.reply_len());
+        rest = after;
+        own.to_vec()
+    };
+    samples.iter().map(own).collect()
+}
+
+/// Learns from a step's rollouts in `cfg.updates` optimiser steps, each on its share of them. Replies of
+/// no advantage count in the means, and where they have nothing to say for want of a divergence term
+/// they are not run.
+pub fn update(
+    policy: &Policy,
+    optimiser: &mut AdamW,
+    schedule: &Schedule,
+    cfg: &Reasoner,
+    step: u64,
+    rollouts: &[Scored],
+) -> Result<Update> {
+    let mut out = Update::default();
+    let objective = match cfg.algorithm {
+        Algorithm::Grpo => cfg.objective,
+        // −log p of every reply: a surrogate of advantage 1 at ratio 1, with nothing to hold it back.
+        Algorithm::Sft => Objective { kl: 0., ..cfg.objective },
+    };
+    let groups = |part: &[usize]| -> Vec<Vec<usize>> {
+        let lengths: Vec<usize> = part.iter().map(|&i| rollouts[i].sample.ids.len()).collect();
+        let own = |g: Vec<usize>| g.into_iter().map(|k| part[k]).collect();
+        micro_batches(&lengths, cfg.micro_tokens).into_iter().map(own).collect()
+    };
+    let all: Vec<usize> = (0..rollouts.len()).collect();
+    // With several updates the policy moves away from the one that sampled; before the first it is that one.
+    let mut old: Vec<Vec<f64>> = vec![Vec::new(); rollouts.len()];
+    if cfg.updates > 1 && cfg.algorithm == Algorithm::Grpo {
+        for group in groups(&all) {
+            let samples: Vec<&Sample> = group.iter().map(|&i| &rollouts[i].sample).collect();
+            for (&i, own) in group.iter().zip(log_probs(policy.sampler.engine().network(), &samples)?) {
+                old[i] = own;
+            }
+        }
+    }
+    let share = rollouts.len().div_ceil(cfg.updates).max(1);
+    let (mut differences, mut compared) = (0., 0);
+    for (k, part) in all.chunks(share).enumerate() {
+        let tokens: usize = part.iter().map(|&i| rollouts[i].sample.reply_len()).sum();
+        let heard: Vec<usize> =
+            part.iter().copied().filter(|&i| objective.kl > 0. || rollouts[i].advantage != 0.).collect();
+        for group in groups(&heard) {
+            let samples: Vec<&Sample> = group.iter().map(|&i| &rollouts[i].sample).collect();
+            let new = reply_log_probs(&policy.network, &samples)?;
+            let values = split(&new.detach().to_dtype(DType::F64)?.to_vec1::<f64>()?, &samples);
+            let reference = match objective.kl > 0. {
+                true => log_probs(&policy.reference, &samples)?,
+                false => values.clone(),
+            };
+            let mut gradient = Vec::with_capacity(new.elem_count());
+            for ((&i, new), reference) in group.iter().zip(&values).zip(&reference) {
+                let r = &rollouts[i];
+                if k == 0 && cfg.algorithm == Algorithm::Grpo {
+                    ensure!(r.sampled.len() == new.len(), "a reply of {} tokens has {} log-probabilities", new.len(), r.sampled.len());
+                    for (a, b) in r.sampled.iter().zip(new) {
+                        let off = (f64::from(*a) - b).abs();
+                        differences += off;
+                        out.mismatch_most = out.mismatch_most.max(off);
+                    }
+                    compared += new.len();
+                }
+                let old = if old[i].is_empty() { new } else { &old[i] };
+                let l = loss(Tokens { new, old, reference, advantage: r.advantage }, &objective);
+                out.policy += l.policy;
+                out.kl += l.kl;
+                out.clipped += l.clipped;
+                out.drift += l.drift;
+                gradient.extend(l.gradient.iter().map(|g| (g / tokens as f64) as f32));
+            }
+            let gradient = Tensor::from_vec(gradient, new.shape(), &Device::Cpu)?;
+            optimiser.accumulate(&(new * gradient)?.sum_all()?.backward()?, 1.)?;
+        }
+        out.tokens += tokens;
+        if heard.is_empty() {
+            continue;
+        }
+        out.lr = schedule.lr(step * cfg.updates as u64 + k as u64);
+        let report = optimiser.step(out.lr)?;
+        out.grad_norm = report.grad_norm;
+        out.skipped |= !report.applied;
+        policy.changed();
+    }
+    let n = out.tokens.max(1) as f64;
+    for sum in [&mut out.policy, &mut out.kl, &mut out.clipped, &mut out.drift] {
+        *sum /= n;
+    }
+    out.loss = out.policy + objective.kl * out.kl;
+    out.mismatch = differences / compared.max(1) as f64;
+    Ok(out)
+}
