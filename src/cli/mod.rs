@@ -7,6 +7,7 @@ mod config;
 mod doctor;
 mod eval;
 mod infer;
+mod make_queries;
 mod models;
 mod parts;
 mod program;
@@ -45,6 +46,8 @@ enum Command {
     Doctor(doctor::DoctorArgs),
     /// Measure planners and tools on benches
     Eval(eval::EvalArgs),
+    /// Have a VLM write spatial questions about unlabelled pictures, to train on
+    MakeQueries(make_queries::MakeQueriesArgs),
     /// Print the manual page (roff), for man -l -
     Man,
     /// Fetch, check, look into and convert checkpoints
@@ -139,6 +142,7 @@ pub fn main() -> ExitCode {
         Command::Doctor(args) => doctor::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Infer(args) => infer::run(args),
+        Command::MakeQueries(args) => make_queries::run(&args),
         Command::Man => man(),
         Command::Models(args) => models::run(args),
         Command::Program(args) => program::run(args),

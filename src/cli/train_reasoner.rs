@@ -1,12 +1,13 @@
 //! `valor train-reasoner`: from questions without answers to a better planner.
 
 use super::ModelArgs;
-use crate::config::{Algorithm, Config};
+use crate::config::{Algorithm, Config, ENDPOINT};
 use crate::llm::ChatModels;
 use crate::pipeline::limits;
 use crate::program::Sandbox;
 use crate::train::reasoner::{Policy, Queries, Training, steps};
-use crate::verify::{Head, Judge, Verification};
+use crate::verify::{self, Head, Judge, Verification};
+use crate::weights::ModelFiles;
 use anyhow::{Context, Result, ensure};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -22,7 +23,7 @@ pub struct TrainReasonerArgs {
     /// Go on with the run in the folder, from its newest whole checkpoint
     #[arg(long)]
     resume: bool,
-    /// Say what the run would do, and do nothing
+    /// Say what the run would do and, with local models, about how long it would take; train nothing
     #[arg(long)]
     dry_run: bool,
     #[command(flatten)]
@@ -35,6 +36,15 @@ pub fn run(args: &TrainReasonerArgs) -> Result<ExitCode> {
     let queries = Queries::open(&config.reasoner)?;
     if args.dry_run {
         plan(&config, &queries);
+    }
+    let asks_a_server = config.verifier.model.starts_with(ENDPOINT);
+    if args.dry_run && (asks_a_server || ModelFiles::open(&config.planner.model, "planner").is_err()) {
+        let why = if asks_a_server {
+            "the verifier is a server, which is not asked"
+        } else {
+            "the planner is not here"
+        };
+        println!("time, memory     not known: {why} in a dry run");
         return Ok(ExitCode::SUCCESS);
     }
     let chats = ChatModels::new(&config, &device);
@@ -61,13 +71,27 @@ pub fn run(args: &TrainReasonerArgs) -> Result<ExitCode> {
         dir: args.out.clone(),
         stop: &stop,
     };
+    if args.dry_run {
+        let phases = training.probe(&policy)?;
+        let each: Vec<String> = phases.iter().map(|(phase, s)| format!("{phase} {s:.0} s")).collect();
+        let minutes = phases.values().sum::<f64>() * training.steps() as f64 / 60.;
+        println!(
+            "time             about {minutes:.0} min, evaluations not counted; a step: {}",
+            each.join(", ")
+        );
+        println!("memory           {} MB at most while a part of a step was tried", peak_memory_mb());
+        return Ok(ExitCode::SUCCESS);
+    }
     let ended = training.run(&policy, args.resume)?;
     for (name, usage) in chats.usage() {
         eprintln!("valor: endpoint {name}: {}", serde_json::to_string(&usage)?);
     }
     let dir = args.out.display();
     if ended.step < ended.of {
-        eprintln!("valor: stopped after step {} of {}, saved; go on with --resume --out {dir}", ended.step, ended.of);
+        eprintln!(
+            "valor: stopped after step {} of {}, saved; go on with --resume --out {dir}",
+            ended.step, ended.of
+        );
         return Ok(ExitCode::from(1));
     }
     if let Some((step, reward)) = ended.best {
@@ -105,7 +129,37 @@ fn plan(config: &Config, queries: &Queries) {
     println!("verifier         {} (heads: {})", config.verifier.model, asked.join(", "));
     println!("questions        {} to train on, {held_out} held out", queries.training.len());
     println!("steps            {steps} of {} questions × {} rollouts", r.batch, r.group);
-    println!("rollouts         {rollouts}, of at most {} tokens: at most {}", r.max_new_tokens, rollouts * r.max_new_tokens as u64);
+    println!(
+        "rollouts         {rollouts}, of at most {} tokens: at most {}",
+        r.max_new_tokens,
+        rollouts * r.max_new_tokens as u64
+    );
     println!("evaluations      {evaluations}");
     println!("verifier calls   at most {calls}; what is the same is asked once");
+    let Some(e) = config.verifier.model.strip_prefix(ENDPOINT).map(|name| &config.endpoints[name]) else {
+        return;
+    };
+    let (prompt, new) = (e.usd_per_million_prompt_tokens, e.usd_per_million_new_tokens);
+    if prompt + new == 0. {
+        println!("money            not known: the endpoint has no usd_per_million_… set");
+        return;
+    }
+    // Instructions of about a token to four bytes, and the longest reply there can be to judge.
+    let bytes = |h: Head| verify::prompt(&config.verifier.prompts, h).map_or(0, |p| p.len());
+    let read = Head::ALL.into_iter().map(bytes).max().unwrap_or(0) / 4 + r.max_new_tokens;
+    let most = calls as f64 * (read as f64 * prompt + config.verifier.max_new_tokens as f64 * new) / 1e6;
+    println!("money            at most {most:.2} USD, were every reply and verdict as long as it may be");
+}
+
+/// The most memory that this process has held, as the system counts.
+#[cfg(unix)]
+fn peak_memory_mb() -> u64 {
+    // SAFETY: getrusage fills the struct that it is given, of which all zeros are a value.
+    let usage = unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        libc::getrusage(libc::RUSAGE_SELF, &mut usage);
+        usage
+    };
+    // In kilobytes, on macOS in bytes.
+    usage.ru_maxrss as u64 / if cfg!(target_os = "macos") { 1_000_000 } else { 1_000 }
 }

@@ -5,7 +5,7 @@
 
 mod reasoner;
 
-pub use reasoner::{Algorithm, Objective, RateDecay, Reasoner};
+pub use reasoner::{Algorithm, Objective, RateDecay, Reasoner, Servers};
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -16,9 +16,11 @@ use toml::{Table, Value};
 pub const ROOMS: &str = include_str!("../../configs/rooms.toml");
 
 /// The other configurations as shipped, with their files' names.
-pub const SHIPPED: [(&str, &str); 2] = [
+pub const SHIPPED: [(&str, &str); 4] = [
     ("configs/paper.toml", include_str!("../../configs/paper.toml")),
     ("configs/api.toml", include_str!("../../configs/api.toml")),
+    ("configs/rooms-reasoner.toml", include_str!("../../configs/rooms-reasoner.toml")),
+    ("configs/paper-reasoner.toml", include_str!("../../configs/paper-reasoner.toml")),
 ];
 
 /// Where values come from that are not set anywhere.

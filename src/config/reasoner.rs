@@ -45,6 +45,24 @@ pub struct Reasoner {
     pub objective: Objective,
     /// Rank 0: all weights are trained.
     pub adapter: LoraConfig,
+    pub servers: Servers,
+}
+
+/// vLLM servers that sample the rollouts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Servers {
+    /// Up to and with the version, such as `http://gpu1:8000/v1`; none: this process samples.
+    pub urls: Vec<String>,
+    /// The base model as the servers call it.
+    pub model: String,
+    /// The run's folder as the servers see it.
+    pub folder: String,
+    /// Calls at once, per server.
+    pub concurrency: usize,
+    /// That one call may take.
+    pub seconds: f64,
+    pub max_reply_mb: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -103,7 +121,11 @@ impl Reasoner {
         let share = |v: f64| (0. ..=1.).contains(&v);
         [
             ("batch", self.batch > 0, "must be at least 1"),
-            ("group", self.group > 1 || self.algorithm == Algorithm::Sft, "must be at least 2: rewards are compared within a group"),
+            (
+                "group",
+                self.group > 1 || self.algorithm == Algorithm::Sft,
+                "must be at least 2: rewards are compared within a group",
+            ),
             ("epochs", positive(self.epochs), "must be positive"),
             ("updates", self.updates > 0, "must be at least 1"),
             ("max_new_tokens", self.max_new_tokens > 0, "must be at least 1"),
@@ -118,8 +140,29 @@ impl Reasoner {
             ("objective.clip_high", o.clip_high >= 0., "must not be negative"),
             ("objective.dual_clip", o.dual_clip == 0. || o.dual_clip > 1., "must be 0 (none) or more than 1"),
             ("objective.kl", o.kl >= 0., "must not be negative"),
+            (
+                "adapter.rank",
+                self.servers.urls.is_empty() || self.adapter.rank > 0 || self.algorithm == Algorithm::Sft,
+                "must be more than 0 with servers: they are sent an adapter",
+            ),
+            (
+                "servers.model",
+                self.servers.urls.is_empty() || !self.servers.model.is_empty(),
+                "must name the base model",
+            ),
+            (
+                "servers.folder",
+                self.servers.urls.is_empty() || !self.servers.folder.is_empty(),
+                "must say where servers find the run's folder",
+            ),
+            ("servers.concurrency", self.servers.concurrency > 0, "must be at least 1"),
+            ("servers.seconds", positive(self.servers.seconds), "must be positive"),
             ("adapter.alpha", self.adapter.rank == 0 || positive(self.adapter.alpha), "must be positive"),
-            ("adapter.targets", self.adapter.rank == 0 || !self.adapter.targets.is_empty(), "must name layers, such as q_proj"),
+            (
+                "adapter.targets",
+                self.adapter.rank == 0 || !self.adapter.targets.is_empty(),
+                "must name layers, such as q_proj",
+            ),
         ]
         .into_iter()
         .find(|(_, right, _)| !right)

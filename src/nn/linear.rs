@@ -67,7 +67,12 @@ impl Linear {
     pub fn forward_residual(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
         let w = &self.weight;
         let fits = x.dim(D::Minus1)? == w.dim(1)? && x.elem_count() > 0;
-        if self.bias.is_some() || self.lora.is_some() || !fits || !cpu::fused(&[x, w, residual]) || !w.is_contiguous() {
+        if self.bias.is_some()
+            || self.lora.is_some()
+            || !fits
+            || !cpu::fused(&[x, w, residual])
+            || !w.is_contiguous()
+        {
             return residual + self.forward(x)?;
         }
         x.contiguous()?.apply_op3(w, &residual.contiguous()?, ResidualOp)

@@ -143,8 +143,16 @@ pub(super) fn dot<const FMA: bool>(a: &[f32], b: &[f32]) -> f32 {
             }
         }
     }
-    for i in whole..n {
-        acc[0][i % LANES] = madd::<FMA>(a[i], b[i], acc[0][i % LANES]);
+    // A head's 48 or 80 leave half of that: in lanes too.
+    let (a, b) = (a[whole..].chunks_exact(LANES), b[whole..].chunks_exact(LANES));
+    let (last_a, last_b) = (a.remainder(), b.remainder());
+    for (u, (x, y)) in a.zip(b).enumerate() {
+        for l in 0..LANES {
+            acc[u][l] = madd::<FMA>(x[l], y[l], acc[u][l]);
+        }
+    }
+    for (l, (x, y)) in last_a.iter().zip(last_b).enumerate() {
+        acc[3][l] = madd::<FMA>(*x, *y, acc[3][l]);
     }
     let mut v = [0f32; LANES];
     for l in 0..LANES {

@@ -1,9 +1,12 @@
-//! Records made visible: one self-contained HTML page for an answered question, and the pictures in it.
+//! Records made visible: one self-contained HTML page for an answered question, and the pictures in it;
+//! and one for a training run ([`training`]).
 //!
 //! Reads traces only. Everything in a trace that came from a model, a program or a file name is a
 //! stranger's text: it is escaped, and the page's own policy forbids scripts and requests.
 
 pub mod pictures;
+pub mod tensorboard;
+pub mod training;
 
 use base64::Engine as _;
 use serde_json::Value;

@@ -152,7 +152,10 @@ mod tests {
                         at(&new).0
                     };
                     let slope = (moved(1e-6) - moved(-1e-6)) / 2e-6;
-                    assert!((slope - gradient[i]).abs() < 1e-6, "{sequence_ratio} {advantage} {i}: {slope} {gradient:?}");
+                    assert!(
+                        (slope - gradient[i]).abs() < 1e-6,
+                        "{sequence_ratio} {advantage} {i}: {slope} {gradient:?}"
+                    );
                 }
             }
         }
@@ -163,6 +166,9 @@ mod tests {
         let o = Objective { clip_high: 0.28, ..Objective::default() };
         let old = -3.;
         assert!(one(old + 1.25f64.ln(), old, old, 1., &o).gradient[0] < 0.);
-        assert_eq!(one(old + 1.25f64.ln(), old, old + 1.25f64.ln(), 1., &Objective::default()).gradient[0], 0.);
+        assert_eq!(
+            one(old + 1.25f64.ln(), old, old + 1.25f64.ln(), 1., &Objective::default()).gradient[0],
+            0.
+        );
     }
 }

@@ -9,6 +9,7 @@ use serde::Serialize;
 use super::cache::VerdictCache;
 use super::head::{Head, parse_verdict, prompt, user_turn};
 use crate::config::{self, ConfigError};
+use crate::llm::endpoint::Usage;
 use crate::llm::{ChatError, ChatModel, ChatRequest, SamplingOptions};
 
 /// One question to a verifier.
@@ -62,6 +63,11 @@ impl Judge {
 
     pub fn name(&self) -> &str {
         self.model.name()
+    }
+
+    /// What its calls have cost so far, where calls cost anything.
+    pub fn usage(&self) -> Option<Usage> {
+        self.model.usage()
     }
 
     /// A verdict on each, in their order; what is the same is asked once. `progress` hears how many more

@@ -10,4 +10,6 @@ mod llm;
 mod parity;
 mod sandbox;
 mod server;
+mod train;
 mod verify;
+mod vllm;

@@ -89,18 +89,23 @@ impl Drop for Server {
     }
 }
 
-fn serve(state: &State, mut stream: TcpStream) -> std::io::Result<()> {
-    let mut reader = BufReader::new(stream.try_clone()?);
+/// The head and the JSON body of a request; `None` from a client that left.
+pub fn request(stream: &TcpStream) -> std::io::Result<Option<(String, Value)>> {
+    let mut reader = BufReader::new(stream);
     let mut head = String::new();
     while !head.ends_with("\r\n\r\n") {
         if reader.read_line(&mut head)? == 0 {
-            return Ok(());
+            return Ok(None);
         }
     }
     let length = head.to_lowercase().lines().find_map(|l| l.strip_prefix("content-length: ")?.parse().ok());
     let mut body = vec![0; length.unwrap_or(0)];
     reader.read_exact(&mut body)?;
-    let body: Value = serde_json::from_slice(&body).unwrap_or_default();
+    Ok(Some((head, serde_json::from_slice(&body).unwrap_or_default())))
+}
+
+fn serve(state: &State, mut stream: TcpStream) -> std::io::Result<()> {
+    let Some((head, body)) = request(&stream)? else { return Ok(()) };
     state.heard.lock().unwrap().push(Heard { head, body: body.clone() });
     let act = {
         let mut acts = state.acts.lock().unwrap();

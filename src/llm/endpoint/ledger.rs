@@ -22,6 +22,21 @@ pub struct Usage {
     pub usd: f64,
 }
 
+impl std::ops::Add for Usage {
+    type Output = Self;
+
+    fn add(self, o: Self) -> Self {
+        Self {
+            calls: self.calls + o.calls,
+            cached: self.cached + o.cached,
+            failed: self.failed + o.failed,
+            prompt_tokens: self.prompt_tokens + o.prompt_tokens,
+            new_tokens: self.new_tokens + o.new_tokens,
+            usd: self.usd + o.usd,
+        }
+    }
+}
+
 pub(super) struct Ledger {
     usd_per_prompt_token: f64,
     usd_per_new_token: f64,

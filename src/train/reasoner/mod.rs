@@ -6,6 +6,7 @@
 //! interrupted. Questions have no answers here: which checkpoint is best is the verifier's opinion of
 //! held-out questions. (On Rooms the share of right answers on exact tools is logged beside, for people.)
 
+pub mod make;
 mod policy;
 mod queries;
 mod update;
@@ -16,19 +17,22 @@ pub use queries::{HeldOut, Queries, ROOMS};
 use super::checkpoint::{Checkpoints, Saved};
 use super::grpo::advantages;
 use super::lm::Sample;
-use super::rollout::RolloutEngine;
+use super::rollout::{RolloutEngine, Servers};
 use super::run::{Metrics, MetricsLog};
 use crate::config::{self, Algorithm, Config};
 use crate::files::write_atomic;
-use crate::llm::{ChatModel, ChatReply, ChatRequest, Finish, SamplingOptions};
+use crate::llm::endpoint::Usage;
+use crate::llm::{ChatModel, ChatReply, ChatRequest, Finish, Message, SamplingOptions};
 use crate::nn::AdamW;
 use crate::nn::optim::Schedule;
 use crate::pipeline::{answer, question_seed};
 use crate::planner::{self, user_turn};
 use crate::program::Sandbox;
+use crate::report::{tensorboard, training};
 use crate::rooms::OracleTools;
 use crate::verify::{Head, Scored, Verification};
 use anyhow::{Context, Result, bail, ensure};
+use candle_core::Device;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
@@ -36,7 +40,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
-use update::{Update, optimiser, schedule, update};
+use update::{Update, log_probs, optimiser, schedule, update};
 
 /// Where a run stands, beside its weights.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -51,6 +55,8 @@ struct State {
     /// Verdicts asked for, and those that were missing.
     verdicts: u64,
     missing: u64,
+    /// What the verifier's calls have cost.
+    usage: Usage,
 }
 
 /// Steps of a run of so many questions.
@@ -105,7 +111,7 @@ impl Training<'_> {
     /// What a resumed run may not change. Limits on memory and what is written when are one's own.
     fn settings(&self, policy: &Policy) -> Value {
         let mut of_run = json!(self.cfg());
-        for free in ["micro_tokens", "save_every", "keep", "missing_limit"] {
+        for free in ["micro_tokens", "save_every", "keep", "missing_limit", "servers"] {
             of_run.as_object_mut().expect("a table").remove(free);
         }
         json!({
@@ -136,36 +142,61 @@ impl Training<'_> {
         }
         let resolved = toml::to_string(self.config)?;
         write_atomic(&self.dir.join("config.toml"), |w| w.write_all(resolved.as_bytes()))?;
-        let mut log = MetricsLog::open(&self.dir.join("metrics.jsonl"), state.step)?;
+        let log = self.dir.join("metrics.jsonl");
+        if state.step == 0 && log.exists() {
+            // Of a session that was ended before its first checkpoint.
+            std::fs::remove_file(&log)?;
+        }
+        let mut log = MetricsLog::open(&log, state.step)?;
         let bar = ProgressBar::new(steps).with_position(state.step);
         bar.set_style(ProgressStyle::with_template(
             "train-reasoner {bar:24} {pos}/{len} {elapsed} eta {eta} {msg}",
         )?);
         if state.step == 0 {
             let figures = self.evaluate(policy, &bar)?;
-            log.write(0, figures)?;
+            if !figures.is_empty() {
+                log.write(0, figures)?;
+            }
         }
-        let before = state.seconds;
+        let servers = self.servers(policy);
+        let session = unix() as u64;
+        if let (Some(servers), true) = (&servers, state.step > 0) {
+            self.send(policy, servers, session, state.step)?;
+        }
+        let (before, spent) = (state.seconds, state.usage);
         let begun = Instant::now();
         while state.step < steps && !self.stop.load(Ordering::Relaxed) {
             let step = state.step;
-            let figures = self.step(policy, &mut optimiser, &schedule, step, &mut state, &bar)?;
+            let engine = engine(policy, servers.as_ref(), self.cfg().algorithm);
+            let mut figures = self.step(policy, engine, &mut optimiser, &schedule, step, &mut state, &bar)?;
             state.step = step + 1;
+            state.usage = spent + self.verification.judge.usage().unwrap_or_default();
+            if let Some(servers) = &servers {
+                self.send(policy, servers, session, state.step)?;
+            }
+            if self.verification.judge.usage().is_some() {
+                figures.insert("verifier".into(), json!(state.usage));
+            }
             log.write(state.step, figures)?;
             bar.set_position(state.step);
             let every = self.cfg().eval_every;
-            if (every > 0 && state.step % every == 0) || state.step == steps {
+            if (every > 0 && state.step.is_multiple_of(every)) || state.step == steps {
                 let figures = self.evaluate(policy, &bar)?;
-                let reward = figures["held_out_reward"].as_f64().unwrap_or(f64::NAN);
-                if state.best.is_none_or(|(_, best)| reward > best) {
+                let reward = figures.get("held_out_reward").and_then(Value::as_f64);
+                if let Some(reward) = reward
+                    && state.best.is_none_or(|(_, best)| reward > best)
+                {
                     state.best = Some((state.step, reward));
                     policy.export(&self.dir.join("best"))?;
                 }
-                log.write(state.step, figures)?;
+                if !figures.is_empty() {
+                    log.write(state.step, figures)?;
+                }
+                self.report(state.step)?;
             }
             state.seconds = before + begun.elapsed().as_secs_f64();
             let stopped = self.stop.load(Ordering::Relaxed);
-            if state.step % self.cfg().save_every == 0 || state.step == steps || stopped {
+            if state.step.is_multiple_of(self.cfg().save_every) || state.step == steps || stopped {
                 let best = state.best.map(|b| b.0);
                 checkpoints.save(state.step, best, |dir| save(dir, policy, &optimiser, &state))?;
             }
@@ -175,6 +206,58 @@ impl Training<'_> {
             policy.export(&self.dir.join("model"))?;
         }
         Ok(Ended { step: state.step, of: steps, best: state.best })
+    }
+
+    fn servers<'p>(&self, policy: &'p Policy) -> Option<Servers<'p>> {
+        let cfg = &self.cfg().servers;
+        (!cfg.urls.is_empty()).then(|| Servers::new(cfg, &policy.sampler.format))
+    }
+
+    /// Sends the adapter to the servers, and makes sure that they use it. Base rollouts need none.
+    fn send(&self, policy: &Policy, servers: &Servers, session: u64, step: u64) -> Result<()> {
+        if self.cfg().algorithm == Algorithm::Sft {
+            return Ok(());
+        }
+        let within = |step: u64| format!("adapters/{session}-{step:06}");
+        policy.export_adapter(&self.dir.join(within(step)))?;
+        let sent = servers.load(&format!("valor-{session}-{step}"), &servers.path(&within(step)));
+        sent.map_err(anyhow::Error::msg).context("reasoner.servers")?;
+        let turn = user_turn(&planner::prompt(&self.config.planner)?, &self.queries.training[0]);
+        let prompt = policy.sampler.format.prompt(&[Message::user(turn)], &Device::Cpu)?.ids;
+        for (url, trace) in
+            servers.canaries(&prompt).map_err(anyhow::Error::msg).context("reasoner.servers")?
+        {
+            let ids = [&prompt[..], &trace.ids].concat();
+            let replies = std::iter::once(prompt.len()..ids.len()).collect();
+            let sample = Sample { ids, replies, pictures: None };
+            let own = log_probs(policy.sampler.engine().network(), &[&sample])?.remove(0);
+            Servers::check(&url, &trace.log_probs, &own)
+                .map_err(anyhow::Error::msg)
+                .with_context(|| format!("step {step}: reasoner.servers; the last checkpoint is kept"))?;
+        }
+        // Servers have read the one before.
+        let old = self.dir.join(within(step.saturating_sub(1)));
+        if step > 0 && old.exists() {
+            std::fs::remove_dir_all(old)?;
+        }
+        Ok(())
+    }
+
+    /// Seconds that a step would take, by phase: a part of the first one, done and scaled up. It changes
+    /// the policy, which is of no use afterwards.
+    pub fn probe(&mut self, policy: &Policy) -> Result<BTreeMap<&'static str, f64>> {
+        const QUESTIONS: usize = 8;
+        let mut questions = self.queries.batch(self.cfg(), 0, 0);
+        questions.truncate(QUESTIONS);
+        let mut clock = Clock::default();
+        let bar = ProgressBar::hidden();
+        let engine = engine(policy, None, self.cfg().algorithm);
+        let rollouts = self.collect(engine, &questions, 0, 0, &mut clock, &bar)?;
+        let learnt: Vec<update::Scored> = rollouts.iter().filter_map(|r| self.lesson(r)).collect();
+        let (mut optimiser, schedule) = (optimiser(policy, self.cfg())?, schedule(self.cfg(), self.steps()));
+        clock.time("update", || update(policy, &mut optimiser, &schedule, self.cfg(), 0, &learnt))?;
+        let whole = self.cfg().batch as f64 / questions.len() as f64;
+        Ok(clock.0.into_iter().map(|(phase, seconds)| (phase, seconds * whole)).collect())
     }
 
     fn restore(
@@ -203,6 +286,7 @@ impl Training<'_> {
     fn step(
         &mut self,
         policy: &Policy,
+        engine: &dyn RolloutEngine,
         optimiser: &mut AdamW,
         schedule: &Schedule,
         step: u64,
@@ -217,7 +301,7 @@ impl Training<'_> {
             // Later rounds only fill the places of groups that say nothing.
             let wanted = self.cfg().batch - rollouts.len() / self.cfg().group;
             questions.truncate(wanted);
-            let new = self.collect(policy, &questions, step, round, &mut clock, bar)?;
+            let new = self.collect(engine, &questions, step, round, &mut clock, bar)?;
             asked += new.len();
             let last = round == self.cfg().resample as u64;
             for group in chunks(new, self.cfg().group) {
@@ -246,8 +330,13 @@ impl Training<'_> {
             self.verification.judge.name()
         );
         let learnt: Vec<update::Scored> = rollouts.iter().filter_map(|r| self.lesson(r)).collect();
-        let report = clock.time("update", || update(policy, optimiser, schedule, self.cfg(), step, &learnt))?;
-        ensure!(report.loss.is_finite(), "step {}: the loss is not finite; the last checkpoint is kept", step + 1);
+        let report =
+            clock.time("update", || update(policy, optimiser, schedule, self.cfg(), step, &learnt))?;
+        ensure!(
+            report.loss.is_finite(),
+            "step {}: the loss is not finite; the last checkpoint is kept",
+            step + 1
+        );
         let figures = self.figures(&rollouts, asked, learnt.len(), &report, clock);
         bar.set_message(format!(
             "reward {:.3} kl {:.4} entropy {:.3}",
@@ -276,7 +365,7 @@ impl Training<'_> {
     /// Samples and scores a group of replies to each question.
     fn collect(
         &mut self,
-        policy: &Policy,
+        engine: &dyn RolloutEngine,
         questions: &[usize],
         step: u64,
         round: u64,
@@ -292,10 +381,6 @@ impl Training<'_> {
             })
         };
         let requests: Vec<ChatRequest> = questions.iter().enumerate().flat_map(request).collect();
-        let engine: &dyn RolloutEngine = match cfg.algorithm {
-            Algorithm::Grpo => &policy.sampler,
-            Algorithm::Sft => &policy.base_sampler,
-        };
         bar.set_message("rollouts");
         let replies = clock.time("rollouts", || engine.sample(&requests));
         let mut texts = Vec::with_capacity(replies.len());
@@ -343,7 +428,14 @@ impl Training<'_> {
         Ok(out)
     }
 
-    fn figures(&self, rollouts: &[Rollout], asked: usize, learnt: usize, u: &Update, clock: Clock) -> Metrics {
+    fn figures(
+        &self,
+        rollouts: &[Rollout],
+        asked: usize,
+        learnt: usize,
+        u: &Update,
+        clock: Clock,
+    ) -> Metrics {
         let n = rollouts.len().max(1) as f64;
         let mean = |values: &mut dyn Iterator<Item = f64>| {
             let (sum, n) = values.fold((0., 0), |(s, n), v| (s + v, n + 1));
@@ -377,7 +469,14 @@ impl Training<'_> {
         // Of the sampled tokens: −log p is an unbiased estimate of entropy at temperature 1.
         put("entropy", mean(&mut traces().flat_map(|t| &t.log_probs).map(|lp| -f64::from(*lp))));
         put("reply_tokens", tokens as f64 / n);
-        put("cut", mean(&mut rollouts.iter().filter_map(|r| Some(share(r.reply.as_ref().ok()?.finish == Finish::Length)))));
+        put(
+            "cut",
+            mean(
+                &mut rollouts
+                    .iter()
+                    .filter_map(|r| Some(share(r.reply.as_ref().ok()?.finish == Finish::Length))),
+            ),
+        );
         put("sampler_mismatch", u.mismatch);
         put("sampler_mismatch_most", u.mismatch_most);
         put("rollouts", asked as f64);
@@ -388,6 +487,7 @@ impl Training<'_> {
             m.insert("skipped".into(), json!(true));
         }
         m.insert("seconds".into(), json!(clock.0));
+        m.insert("unix".into(), json!(unix()));
         m
     }
 
@@ -405,6 +505,30 @@ impl Training<'_> {
                 writeln!(w, "{line}")
             })
         })?;
+        Ok(())
+    }
+
+    /// Replies to held-out questions after a step.
+    fn held_out_file(&self, step: u64) -> PathBuf {
+        self.dir.join("held_out").join(format!("{step:06}.jsonl"))
+    }
+
+    /// `report.html` and TensorBoard's file, anew from the run's records.
+    fn report(&self, step: u64) -> Result<()> {
+        let lines = |path: &Path| -> Vec<Value> {
+            let text = std::fs::read_to_string(path).unwrap_or_default();
+            text.lines().filter_map(|l| serde_json::from_str(l).ok()).collect()
+        };
+        let metrics = lines(&self.dir.join("metrics.jsonl"));
+        let page = training::page(
+            &format!("train-reasoner {}", self.dir.display()),
+            &metrics,
+            &lines(&self.held_out_file(0)),
+            &lines(&self.held_out_file(step)),
+        );
+        write_atomic(&self.dir.join("report.html"), |w| w.write_all(page.as_bytes()))?;
+        let events = tensorboard::events(&metrics);
+        write_atomic(&self.dir.join("events.out.tfevents.valor"), |w| w.write_all(&events))?;
         Ok(())
     }
 
@@ -428,10 +552,12 @@ impl Training<'_> {
                 reply => replies.push(reply.map(|r| r.text).unwrap_or_default()),
             }
         }
-        let cases: Vec<(&str, &str)> = texts.iter().copied().zip(replies.iter().map(String::as_str)).collect();
+        let cases: Vec<(&str, &str)> =
+            texts.iter().copied().zip(replies.iter().map(String::as_str)).collect();
         let scored = self.verification.score(&cases, &mut self.sandbox, |_| ())?;
         let rewards: Vec<f64> = scored.iter().filter_map(|s| s.reward).collect();
         let mean = rewards.iter().sum::<f64>() / rewards.len().max(1) as f64;
+        m.insert("unix".into(), json!(unix()));
         m.insert("held_out_reward".into(), json!(mean));
         if let HeldOut::Rooms(asked) = &self.queries.held_out {
             let mut right = 0;
@@ -442,7 +568,25 @@ impl Training<'_> {
             m.insert("held_out_right".into(), json!(right as f64 / asked.len() as f64));
         }
         bar.println(format!("step {}: {}", bar.position(), Value::Object(m.clone())));
+        write_atomic(&self.held_out_file(bar.position()), |w| {
+            texts.iter().zip(&replies).zip(&scored).try_for_each(|((question, reply), s)| {
+                writeln!(w, "{}", json!({"question": question, "reply": reply, "reward": s.reward}))
+            })
+        })?;
         Ok(m)
+    }
+}
+
+/// Who samples: GRPO learns from its own policy's rollouts, SFT from the base's.
+fn engine<'p>(
+    policy: &'p Policy,
+    servers: Option<&'p Servers>,
+    algorithm: Algorithm,
+) -> &'p dyn RolloutEngine {
+    match (servers, algorithm) {
+        (Some(servers), _) => servers,
+        (None, Algorithm::Grpo) => &policy.sampler,
+        (None, Algorithm::Sft) => &policy.base_sampler,
     }
 }
 
@@ -451,7 +595,11 @@ fn why_missing(r: &Rollout) -> Option<String> {
         Err(e) => Some(format!("a reply could not be had: {e}")),
         Ok(_) => {
             let (head, v) = r.scored.heads.iter().find(|(_, v)| v.ok.is_none())?;
-            Some(format!("the verdict on {} was {:?}", head.word(), v.said.chars().take(200).collect::<String>()))
+            Some(format!(
+                "the verdict on {} was {:?}",
+                head.word(),
+                v.said.chars().take(200).collect::<String>()
+            ))
         }
     }
 }
@@ -490,6 +638,11 @@ fn save(dir: &Path, policy: &Policy, optimiser: &AdamW, state: &State) -> Result
     optimiser.save(&dir.join("optimiser.safetensors"))?;
     write_atomic(&dir.join("state.json"), |w| writeln!(w, "{}", serde_json::to_string_pretty(state)?))?;
     Ok(())
+}
+
+/// Seconds since 1970, for people who look when something happened.
+fn unix() -> f64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0., |d| d.as_secs_f64().round())
 }
 
 /// Seconds by phase.

@@ -58,7 +58,14 @@ impl Policy {
         let reference = text(frozen(base.builder()))?;
         let fresh: Vec<String> =
             base.named().into_iter().map(|p| p.0).filter(|n| !tensors.contains_key(n)).collect();
-        ensure!(fresh.is_empty(), "{} lacks {} of the network's {} tensors, first {}", files.name(), fresh.len(), fresh.len() + held, fresh[0]);
+        ensure!(
+            fresh.is_empty(),
+            "{} lacks {} of the network's {} tensors, first {}",
+            files.name(),
+            fresh.len(),
+            fresh.len() + held,
+            fresh[0]
+        );
         let adapter = (cfg.adapter.rank > 0).then(|| cfg.adapter.clone());
         let trained = match &adapter {
             Some(_) => Params::new(cfg.seed),
@@ -85,6 +92,11 @@ impl Policy {
     /// What learns.
     pub fn trained(&self) -> &Params {
         &self.trained
+    }
+
+    #[cfg(test)]
+    pub(super) fn base(&self) -> &Params {
+        &self.base
     }
 
     pub fn parameters(&self) -> usize {
@@ -116,13 +128,15 @@ impl Policy {
             None => self.trained.tensors(),
         };
         write_tensors(&dir.join("model.safetensors"), &all)?;
-        if let Some(lora) = &self.adapter {
-            let dir = dir.join("adapter");
-            write_tensors(&dir.join("adapter_model.safetensors"), &peft_tensors(&self.trained))?;
-            let config = peft_config(&self.files.name(), lora);
-            write_atomic(&dir.join("adapter_config.json"), |w| writeln!(w, "{config:#}"))?;
-        }
-        Ok(())
+        self.export_adapter(&dir.join("adapter"))
+    }
+
+    /// Writes the adapter, if there is one, in PEFT's format.
+    pub fn export_adapter(&self, dir: &Path) -> Result<()> {
+        let Some(lora) = &self.adapter else { return Ok(()) };
+        write_tensors(&dir.join("adapter_model.safetensors"), &peft_tensors(&self.trained))?;
+        let config = peft_config(&self.files.name(), lora);
+        Ok(write_atomic(&dir.join("adapter_config.json"), |w| writeln!(w, "{config:#}"))?)
     }
 }
 

@@ -41,7 +41,10 @@ pub struct Queries {
 impl Queries {
     pub fn open(cfg: &config::Reasoner) -> Result<Self> {
         if cfg.queries == ROOMS {
-            ensure!(cfg.questions > 0, "reasoner.questions: of rooms there is no end of questions; say how many");
+            ensure!(
+                cfg.questions > 0,
+                "reasoner.questions: of rooms there is no end of questions; say how many"
+            );
             let mut rng = ChaCha8Rng::seed_from_u64(cfg.seed);
             let mut seen = HashSet::new();
             let mut training = Vec::with_capacity(cfg.questions);
@@ -156,7 +159,8 @@ mod tests {
 
     #[test]
     fn an_epoch_asks_each_question_once_and_orders_differ() {
-        let cfg = cfg(&["reasoner.questions=10".into(), "reasoner.batch=4".into(), "reasoner.held_out=0".into()]);
+        let cfg =
+            cfg(&["reasoner.questions=10".into(), "reasoner.batch=4".into(), "reasoner.held_out=0".into()]);
         let q = Queries::open(&cfg).unwrap();
         assert_eq!(q.training.len(), 10);
         let all: Vec<usize> = (0..5).flat_map(|step| q.batch(&cfg, step, 0)).collect();

@@ -57,7 +57,7 @@ pub fn schedule(cfg: &Reasoner, steps: u64) -> Schedule {
 }
 
 /// Log-probabilities of each sample's reply tokens, without gradients.
-fn log_probs(network: &Network, samples: &[&Sample]) -> Result<Vec<Vec<f64>>> {
+pub(super) fn log_probs(network: &Network, samples: &[&Sample]) -> Result<Vec<Vec<f64>>> {
     let all = reply_log_probs(network, samples)?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
     Ok(split(&all, samples))
 }
@@ -123,7 +123,12 @@ pub fn update(
             for ((&i, new), reference) in group.iter().zip(&values).zip(&reference) {
                 let r = &rollouts[i];
                 if k == 0 && cfg.algorithm == Algorithm::Grpo {
-                    ensure!(r.sampled.len() == new.len(), "a reply of {} tokens has {} log-probabilities", new.len(), r.sampled.len());
+                    ensure!(
+                        r.sampled.len() == new.len(),
+                        "a reply of {} tokens has {} log-probabilities",
+                        new.len(),
+                        r.sampled.len()
+                    );
                     for (a, b) in r.sampled.iter().zip(new) {
                         let off = (f64::from(*a) - b).abs();
                         differences += off;
@@ -159,4 +164,101 @@ pub fn update(
     out.loss = out.policy + objective.kl * out.kl;
     out.mismatch = differences / compared.max(1) as f64;
     Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+    use crate::llm::Message;
+    use crate::planner::{ROOMS_PROMPT, user_turn};
+
+    fn cfg(sets: &[&str]) -> Reasoner {
+        Config::resolve(None, &sets.iter().map(|s| s.to_string()).collect::<Vec<_>>()).unwrap().reasoner
+    }
+
+    fn sample(policy: &Policy, reply: &str) -> Sample {
+        let turn = user_turn(ROOMS_PROMPT, "How many chairs are there?");
+        Sample::new(&policy.sampler.format, &[Message::user(turn)], reply).unwrap()
+    }
+
+    /// A good reply and a bad one, as if just sampled.
+    fn rollouts(policy: &Policy) -> Vec<Scored> {
+        let pair = [("<plan>\n1. Count.\n</plan>", 1.), ("<plan>\n1. Guess.\n</plan>", -1.)];
+        let scored = |(reply, advantage)| {
+            let sample = sample(policy, reply);
+            let own = log_probs(&policy.network, &[&sample]).unwrap().remove(0);
+            Scored { sample, sampled: own.iter().map(|x| *x as f32).collect(), advantage }
+        };
+        pair.into_iter().map(scored).collect()
+    }
+
+    fn likelihoods(policy: &Policy, rollouts: &[Scored]) -> Vec<f64> {
+        let one =
+            |r: &Scored| log_probs(policy.sampler.engine().network(), &[&r.sample]).unwrap()[0].iter().sum();
+        rollouts.iter().map(one).collect()
+    }
+
+    #[test]
+    fn good_replies_become_likelier_and_bad_ones_rarer() -> Result<()> {
+        for sets in [
+            &["reasoner.warmup=0"][..],
+            &["reasoner.warmup=0", "reasoner.adapter.rank=0", "reasoner.lr=1e-4"],
+            &["reasoner.warmup=0", "reasoner.updates=2", "reasoner.objective.kl=0"],
+            &["reasoner.warmup=0", "reasoner.objective.sequence_ratio=true"],
+        ] {
+            let cfg = cfg(sets);
+            let policy = Policy::load("embedded", &cfg)?;
+            let rollouts = rollouts(&policy);
+            let before = likelihoods(&policy, &rollouts);
+            let mut optimiser = optimiser(&policy, &cfg)?;
+            let schedule = schedule(&cfg, 1);
+            let u = update(&policy, &mut optimiser, &schedule, &cfg, 0, &rollouts)?;
+            assert_eq!(optimiser.steps(), cfg.updates as u64);
+            assert!(u.mismatch_most < 1e-4 && !u.skipped && u.grad_norm > 0., "{u:?}");
+            let after = likelihoods(&policy, &rollouts);
+            // They share a beginning, so each draws the other along.
+            let (good, bad) = (after[0] - before[0], after[1] - before[1]);
+            assert!(good > 0. && good > bad + 0.1, "{sets:?}: {before:?} {after:?}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn without_advantage_and_divergence_nothing_is_learnt() -> Result<()> {
+        let cfg = cfg(&["reasoner.objective.kl=0"]);
+        let policy = Policy::load("embedded", &cfg)?;
+        let mut rollouts = rollouts(&policy);
+        rollouts.iter_mut().for_each(|r| r.advantage = 0.);
+        let mut optimiser = optimiser(&policy, &cfg)?;
+        let u = update(&policy, &mut optimiser, &schedule(&cfg, 1), &cfg, 0, &rollouts)?;
+        assert_eq!((optimiser.steps(), u.loss), (0, 0.));
+        assert!(u.tokens > 0, "they count in the means of others");
+        Ok(())
+    }
+
+    #[test]
+    fn every_parameter_of_the_adapter_receives_a_gradient_and_no_other() -> Result<()> {
+        let policy = Policy::load("embedded", &cfg(&[]))?;
+        for (name, var) in policy.trained().named() {
+            // As it starts B is zero, and A's gradient with it.
+            if name.ends_with("lora_B.weight") {
+                var.set(&(var.ones_like()? * 0.01)?)?;
+            }
+        }
+        let loss = reply_log_probs(&policy.network, &[&sample(&policy, "<plan>")])?.sum_all()?;
+        let grads = loss.backward()?;
+        let trained = policy.trained().named();
+        assert_eq!(trained.len(), 5 * 7 * 2, "five layers, seven targets");
+        for (name, var) in &trained {
+            let Some(g) = grads.get(var) else { panic!("no gradient: {name}") };
+            assert!(g.abs()?.sum_all()?.to_scalar::<f32>()? > 0., "zero gradient: {name}");
+        }
+        for (name, var) in policy.base().named() {
+            assert!(grads.get(&var).is_none(), "{name} is frozen");
+        }
+        let none = reply_log_probs(&policy.reference, &[&sample(&policy, "<plan>")])?.sum_all()?;
+        assert!(!none.track_op(), "the reference keeps no graph");
+        Ok(())
+    }
 }

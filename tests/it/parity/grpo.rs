@@ -27,7 +27,8 @@ fn advantages_loss_and_gradient() {
     let of = |normalise: bool| -> Vec<f64> {
         let mut all = Vec::new();
         for members in groups.chunk_by(|a, b| a == b) {
-            let group: Vec<_> = rewards[all.len()..all.len() + members.len()].iter().map(|r| Some(*r)).collect();
+            let group: Vec<_> =
+                rewards[all.len()..all.len() + members.len()].iter().map(|r| Some(*r)).collect();
             all.extend(advantages(&group, normalise).into_iter().flatten());
         }
         all
@@ -44,7 +45,8 @@ fn advantages_loss_and_gradient() {
             let n = mask[i].iter().sum::<f64>() as usize;
             let t = Tokens { new: &new[i][..n], old: &old[i][..n], reference: &reference[i][..n], advantage };
             let l = loss(t, &o);
-            (policy, kl, clipped, drift) = (policy + l.policy, kl + l.kl, clipped + l.clipped, drift + l.drift);
+            (policy, kl, clipped, drift) =
+                (policy + l.policy, kl + l.kl, clipped + l.clipped, drift + l.drift);
             gradient.extend(l.gradient.iter().map(|g| g / tokens));
             gradient.extend(vec![0.; mask[i].len() - n]);
         }

@@ -1,8 +1,12 @@
-//! Where a trainer's replies come from: this process, or somewhere else that follows its weights.
+//! Where a trainer's replies come from: this process, or servers that follow its weights.
+
+mod servers;
+
+pub use servers::Servers;
 
 use crate::llm::{ChatError, ChatModel, ChatReply, ChatRequest, SamplingOptions};
 
-/// Continues prompts under the newest weights and tells the log-probability of each token it sampled.
+/// Continues prompts and tells the log-probability of each token that it sampled.
 pub trait RolloutEngine {
     /// Replies sampled at temperature 1 without truncation, traces with them, in the requests' order.
     fn sample(&self, requests: &[ChatRequest]) -> Vec<Result<ChatReply, ChatError>>;

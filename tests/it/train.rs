@@ -1,0 +1,328 @@
+//! `valor train-reasoner`, run as a user would: to its end, killed, misused, with a verifier that fails.
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::server::{Act, Server};
+
+/// Four steps of two questions with three rollouts each.
+const SMALL: [&str; 7] = [
+    "reasoner.questions=8",
+    "reasoner.batch=2",
+    "reasoner.group=3",
+    "reasoner.epochs=1",
+    "reasoner.held_out=2",
+    "reasoner.eval_every=2",
+    "reasoner.lr=1e-3",
+];
+
+fn command(out: &Path, sets: &[&str], more: &[&str]) -> Command {
+    let mut c = Command::new(env!("CARGO_BIN_EXE_valor"));
+    c.arg("train-reasoner").arg("--out").arg(out).args(more);
+    for set in SMALL.iter().chain(sets) {
+        c.args(["--set", set]);
+    }
+    c.stdout(Stdio::piped()).stderr(Stdio::piped());
+    c
+}
+
+fn run(out: &Path, sets: &[&str], more: &[&str]) -> Output {
+    command(out, sets, more).output().unwrap()
+}
+
+fn stderr(o: &Output) -> String {
+    String::from_utf8_lossy(&o.stderr).into_owned()
+}
+
+/// The lines of a run's metrics without what clocks say.
+fn metrics(out: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+    let line = |l: &str| {
+        let mut v: Value = serde_json::from_str(l).unwrap();
+        for timed in ["seconds", "unix", "rollout_tokens_per_second", "trained_tokens_per_second"] {
+            v.as_object_mut().unwrap().remove(timed);
+        }
+        v
+    };
+    text.lines().map(line).collect()
+}
+
+fn weights(out: &Path) -> Vec<u8> {
+    std::fs::read(out.join("model/model.safetensors")).unwrap()
+}
+
+#[test]
+fn a_run_leaves_a_planner_and_what_it_did() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let o = run(&out, &[], &[]);
+    assert!(o.status.success(), "{}", stderr(&o));
+    let said = String::from_utf8_lossy(&o.stdout);
+    assert_eq!(said.trim(), out.join("model").display().to_string());
+    let lines = metrics(&out);
+    let steps: Vec<&Value> = lines.iter().filter(|l| l.get("reward").is_some()).collect();
+    assert_eq!(steps.len(), 4);
+    for s in &steps {
+        for key in
+            ["reward", "logic", "kl", "entropy", "clipped", "missing", "grad_norm", "sampler_mismatch_most"]
+        {
+            assert!(s[key].is_number(), "{key}: {s}");
+        }
+        // The engine that samples and the network that learns are one.
+        assert!(s["sampler_mismatch_most"].as_f64().unwrap() < 1e-3, "{s}");
+    }
+    assert_eq!(lines.iter().filter(|l| l.get("held_out_reward").is_some()).count(), 3, "steps 0, 2, 4");
+    for file in [
+        "config.toml",
+        "best/config.json",
+        "rollouts/000001.jsonl",
+        "model/adapter/adapter_config.json",
+        "report.html",
+        "held_out/000004.jsonl",
+    ] {
+        assert!(out.join(file).is_file(), "{file}");
+    }
+    // It is a planner like any other.
+    let picture = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/demo/room.png");
+    let o = Command::new(env!("CARGO_BIN_EXE_valor"))
+        .arg("infer")
+        .arg(picture)
+        .args(["How many chairs are there?", "--set"])
+        .arg(format!("planner.model={}", out.join("model").display()))
+        .output()
+        .unwrap();
+    assert!(o.status.success(), "{}", stderr(&o));
+}
+
+#[test]
+fn a_killed_run_goes_on_as_if_it_had_not_been() {
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, killed) = (dir.path().join("whole"), dir.path().join("killed"));
+    assert!(run(&whole, &[], &[]).status.success());
+    let mut sessions = 0;
+    // Each session is killed somewhat later than the one before, until one reaches the end.
+    for wait in (0..).map(|i| Duration::from_millis(400 + 350 * i)) {
+        sessions += 1;
+        assert!(sessions < 60, "it does not come to an end");
+        let mut child = command(&killed, &[], &["--resume"]).spawn().unwrap();
+        std::thread::sleep(wait);
+        child.kill().unwrap();
+        if child.wait().unwrap().success() {
+            break;
+        }
+    }
+    assert!(sessions > 2);
+    assert_eq!(metrics(&killed), metrics(&whole));
+    assert_eq!(weights(&killed), weights(&whole));
+}
+
+/// What a kill leaves between any two files of a save.
+#[test]
+fn a_save_that_was_cut_off_anywhere_harms_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let whole = dir.path().join("whole");
+    assert!(run(&whole, &["reasoner.keep=9"], &[]).status.success());
+    let files = ["trained.safetensors", "optimiser.safetensors", "state.json", "manifest.json"];
+    let third = whole.join("checkpoints/step-000003");
+    let mut held: Vec<String> =
+        std::fs::read_dir(&third).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    held.sort();
+    let mut expected = files.map(str::to_owned).to_vec();
+    expected.sort();
+    assert_eq!(held, expected);
+    // Any number of them in the temporary folder, the last one half; or all in place, but the last half.
+    for (count, in_place) in (0..=files.len()).map(|n| (n, false)).chain([(files.len(), true)]) {
+        let cut = dir.path().join(format!("cut-{count}-{in_place}"));
+        std::fs::create_dir_all(cut.join("checkpoints")).unwrap();
+        for file in ["metrics.jsonl", "config.toml"] {
+            std::fs::copy(whole.join(file), cut.join(file)).unwrap();
+        }
+        let copy = |from: &Path, to: &Path, count: usize, half: bool| {
+            std::fs::create_dir(to).unwrap();
+            for (i, file) in files[..count].iter().enumerate() {
+                let bytes = std::fs::read(from.join(file)).unwrap();
+                let end = if half && i + 1 == count { bytes.len() / 2 } else { bytes.len() };
+                std::fs::write(to.join(file), &bytes[..end]).unwrap();
+            }
+        };
+        let checkpoints = cut.join("checkpoints");
+        copy(&whole.join("checkpoints/step-000002"), &checkpoints.join("step-000002"), files.len(), false);
+        let third_is = if in_place { "step-000003" } else { ".unfinished-3" };
+        copy(&third, &checkpoints.join(third_is), count, true);
+        let o = run(&cut, &["reasoner.keep=9"], &["--resume"]);
+        assert!(o.status.success(), "{count} {in_place}: {}", stderr(&o));
+        assert_eq!(metrics(&cut), metrics(&whole), "{count} {in_place}");
+        assert_eq!(weights(&cut), weights(&whole), "{count} {in_place}");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_stopped_run_saves_its_step() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let child = command(&out, &["reasoner.questions=400", "reasoner.save_every=1000"], &[]).spawn().unwrap();
+    while std::fs::read_to_string(out.join("metrics.jsonl")).is_ok_and(|t| t.lines().count() < 3)
+        || !out.join("metrics.jsonl").exists()
+    {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    // SAFETY: a signal to a process of ours.
+    unsafe { libc::kill(child.id() as i32, libc::SIGTERM) };
+    let o = child.wait_with_output().unwrap();
+    assert_eq!(o.status.code(), Some(1), "{}", stderr(&o));
+    assert!(stderr(&o).contains("go on with --resume"), "{}", stderr(&o));
+    let saved = std::fs::read_dir(out.join("checkpoints")).unwrap().count();
+    assert_eq!(saved, 1);
+}
+
+#[test]
+fn a_folder_with_a_run_and_other_settings_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    assert!(run(&out, &["reasoner.questions=2"], &[]).status.success());
+    let o = run(&out, &["reasoner.questions=2"], &[]);
+    assert_eq!(o.status.code(), Some(2));
+    assert!(stderr(&o).contains("--resume"), "{}", stderr(&o));
+    let o = run(&out, &["reasoner.questions=2", "reasoner.objective.kl=0.5"], &["--resume"]);
+    assert_eq!(o.status.code(), Some(2));
+    assert!(stderr(&o).contains("reasoner.objective.kl was 0.01, is 0.5"), "{}", stderr(&o));
+}
+
+#[test]
+fn next_token_training_learns_from_good_rollouts_only() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let o = run(&out, &["reasoner.algorithm=sft", "reasoner.threshold=0.95"], &[]);
+    assert!(o.status.success(), "{}", stderr(&o));
+    for s in metrics(&out).iter().filter(|l| l.get("reward").is_some()) {
+        let share_of_best = s["learnt"].as_f64().unwrap() / s["rollouts"].as_f64().unwrap();
+        assert!(share_of_best <= s["logic"].as_f64().unwrap() + 1e-9, "{s}");
+    }
+}
+
+#[test]
+fn a_dry_run_counts_and_does_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let o = run(&out, &[], &["--dry-run"]);
+    let said = String::from_utf8_lossy(&o.stdout).into_owned();
+    assert!(o.status.success() && said.contains("4 of 2 questions × 3 rollouts"), "{said}");
+    assert!(!out.exists());
+}
+
+fn judged_by(server: &Server) -> Vec<String> {
+    let url = format!("endpoints.judge.base_url={}", server.url);
+    let keys = ["model=m", "tries=1", "seconds=1", "concurrency=1"];
+    std::iter::once(url)
+        .chain(keys.iter().map(|k| format!("endpoints.judge.{k}")))
+        .chain(["verifier.model=endpoint:judge".to_owned(), "reasoner.questions=2".to_owned()])
+        .collect()
+}
+
+#[test]
+fn missing_verdicts_are_counted_and_not_learnt_from() {
+    // Every third call fails, in every way there is; what is asked again fails again now and then.
+    let faults = [
+        Act::Status(500, "", "no".into()),
+        Act::Cut,
+        Act::Close,
+        Act::Hang,
+        Act::Body("garbage".into()),
+        Act::Status(429, "", "busy".into()),
+        Act::Reply("<answer>perhaps</answer>".into()),
+    ];
+    let yes = || Act::Reply("<answer>yes</answer>".into());
+    let server = Server::start(faults.into_iter().cycle().take(70).flat_map(|f| [f, yes(), yes()]));
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let sets =
+        [judged_by(&server), vec!["reasoner.missing_limit=1".into(), "reasoner.held_out=0".into()]].concat();
+    let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
+    let o = run(&out, &sets, &[]);
+    assert!(o.status.success(), "{}", stderr(&o));
+    let step = metrics(&out).into_iter().find(|l| l.get("reward").is_some()).unwrap();
+    let (missing, reward) = (step["missing"].as_f64().unwrap(), step["reward"].as_f64().unwrap());
+    assert!(missing > 0. && step["learnt"].as_f64().unwrap() < 6., "{step}");
+    assert!(reward > 0.8, "a missing reward is no zero: {step}");
+    assert!(step["verifier"]["failed"].as_u64().unwrap() > 0, "{step}");
+}
+
+#[test]
+fn a_verifier_that_is_gone_stops_the_run_and_keeps_it() {
+    let server = Server::start([Act::Status(500, "", "no".into())]);
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let sets = [judged_by(&server), vec!["reasoner.held_out=0".into()]].concat();
+    let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
+    let o = run(&out, &sets, &[]);
+    assert_eq!(o.status.code(), Some(2));
+    let said = stderr(&o);
+    assert!(said.contains("rewards are missing") && said.contains("--resume"), "{said}");
+}
+
+fn make_queries(images: &Path, out: &Path, server: &Server, n: usize) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_valor"))
+        .arg("make-queries")
+        .arg("--images")
+        .arg(images)
+        .arg("--out")
+        .arg(out)
+        .args(["--n", &n.to_string()])
+        .args(["--set", &format!("endpoints.eye.base_url={}", server.url), "--set", "endpoints.eye.model=m"])
+        .args(["--set", "endpoints.eye.tries=1", "--set", "vlm.model=endpoint:eye"])
+        .output()
+        .unwrap()
+}
+
+#[test]
+fn questions_about_pictures_are_new_ones_and_gone_on_with() {
+    let dir = tempfile::tempdir().unwrap();
+    let images = dir.path().join("pictures");
+    std::fs::create_dir(&images).unwrap();
+    let room = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/demo/room.png");
+    for name in ["a.png", "b.png"] {
+        std::fs::copy(&room, images.join(name)).unwrap();
+    }
+    std::fs::write(images.join("c.png"), "no picture").unwrap();
+    let reply = |questions: &str| Act::Reply(format!("{{\"questions\": [{questions}]}}"));
+    let server = Server::start([
+        // One of them twice, and one that is no question.
+        reply("\"How many chairs are there?\", \"How many chairs are there\", \"<b>What</b> is it?\""),
+        Act::Reply("Sure! Here they are.".into()),
+        reply("\"Which lamp is nearest to the bed?\""),
+        reply("\"How many beds are there?\", \"How wide is the sofa if the bed is 2 m wide?\""),
+    ]);
+    let out = dir.path().join("q.jsonl");
+    let o = make_queries(&images, &out, &server, 6);
+    // The third picture's share cannot be had.
+    assert_eq!(o.status.code(), Some(1), "{}", stderr(&o));
+    assert!(stderr(&o).contains("passed over") && stderr(&o).contains("c.png"), "{}", stderr(&o));
+    let questions = || -> Vec<(String, String)> {
+        let text = std::fs::read_to_string(&out).unwrap();
+        let read = |l: &str| {
+            let v: Value = serde_json::from_str(l).unwrap();
+            let image = v["image"].as_str().unwrap().rsplit('/').next().unwrap().to_owned();
+            (image, v["question"].as_str().unwrap().to_owned())
+        };
+        text.lines().map(read).collect()
+    };
+    let first = questions();
+    let of_a: Vec<&str> = first.iter().filter(|q| q.0 == "a.png").map(|q| q.1.as_str()).collect();
+    assert_eq!(of_a, ["How many chairs are there?", "Which lamp is nearest to the bed?"]);
+    assert_eq!(first.len(), 4, "{first:?}");
+    // What is there is told, so that it is not written again.
+    assert!(server.heard().iter().any(|h| h.body.to_string().contains("there already")), "no request tells");
+    // A line that was not written to its end is dropped, the rest stays, and nothing is asked twice.
+    std::fs::remove_file(images.join("c.png")).unwrap();
+    let text = std::fs::read_to_string(&out).unwrap();
+    std::fs::write(&out, format!("{text}{{\"image\": \"a")).unwrap();
+    let before = server.heard().len();
+    let o = make_queries(&images, &out, &server, 4);
+    assert!(o.status.success(), "{}", stderr(&o));
+    assert_eq!(questions(), first);
+    assert_eq!(server.heard().len(), before);
+}
