@@ -5,7 +5,7 @@ use crate::config::{Algorithm, Config, ENDPOINT};
 use crate::llm::ChatModels;
 use crate::pipeline::limits;
 use crate::program::Sandbox;
-use crate::train::reasoner::{Policy, Queries, Training, steps};
+use crate::train::reasoner::{Broken, Policy, Queries, Training, steps};
 use crate::verify::{self, Head, Judge, Verification};
 use crate::weights::ModelFiles;
 use anyhow::{Context, Result, ensure};
@@ -82,7 +82,13 @@ pub fn run(args: &TrainReasonerArgs) -> Result<ExitCode> {
         println!("memory           {} MB at most while a part of a step was tried", peak_memory_mb());
         return Ok(ExitCode::SUCCESS);
     }
-    let ended = training.run(&policy, args.resume)?;
+    let ended = match training.run(&policy, args.resume) {
+        Err(e) if e.is::<Broken>() => {
+            eprintln!("valor: {e}");
+            return Ok(ExitCode::FAILURE);
+        }
+        ended => ended?,
+    };
     for (name, usage) in chats.usage() {
         eprintln!("valor: endpoint {name}: {}", serde_json::to_string(&usage)?);
     }
@@ -114,7 +120,11 @@ fn plan(config: &Config, queries: &Queries) {
     ];
     let asked: Vec<&str> = weights.iter().filter(|w| w.1 > 0.).map(|w| w.0.word()).collect();
     let held_out = queries.held_out.texts().len() as u64;
-    let evaluations = 1 + if r.eval_every > 0 { steps.div_ceil(r.eval_every) } else { 1 };
+    let evaluations = match held_out {
+        0 => 0,
+        _ if r.eval_every > 0 => 1 + steps.div_ceil(r.eval_every),
+        _ => 2,
+    };
     let calls = (rollouts + evaluations * held_out) * asked.len() as u64;
     let algorithm = match r.algorithm {
         Algorithm::Grpo => "GRPO",

@@ -206,7 +206,7 @@ fn an_adapter_that_is_not_used_stops_the_run() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("run");
     let o = train(&out, &[&deaf], &[], &[]);
-    assert_eq!(o.status.code(), Some(2));
+    assert_eq!(o.status.code(), Some(1));
     let said = stderr(&o);
     assert!(said.contains("does not use the adapter") && said.contains(&deaf.url), "{said}");
 }

@@ -31,7 +31,7 @@ use crate::program::Sandbox;
 use crate::report::{tensorboard, training};
 use crate::rooms::OracleTools;
 use crate::verify::{Head, Scored, Verification};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
@@ -74,6 +74,11 @@ pub struct Training<'a> {
     /// Set from outside, it ends the run after the step that is under way, saved.
     pub stop: &'a AtomicBool,
 }
+
+/// Why a run that was well begun could not go on: no fault of its input.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Broken(String);
 
 /// How a run ended.
 #[derive(Clone, Debug, PartialEq)]
@@ -231,9 +236,9 @@ impl Training<'_> {
             let replies = std::iter::once(prompt.len()..ids.len()).collect();
             let sample = Sample { ids, replies, pictures: None };
             let own = log_probs(policy.sampler.engine().network(), &[&sample])?.remove(0);
-            Servers::check(&url, &trace.log_probs, &own)
-                .map_err(anyhow::Error::msg)
-                .with_context(|| format!("step {step}: reasoner.servers; the last checkpoint is kept"))?;
+            Servers::check(&url, &trace.log_probs, &own).map_err(|e| {
+                Broken(format!("step {step}: reasoner.servers: {e}; the last checkpoint is kept"))
+            })?;
         }
         // Servers have read the one before.
         let old = self.dir.join(within(step.saturating_sub(1)));
@@ -319,24 +324,25 @@ impl Training<'_> {
         state.verdicts += verdicts().count() as u64;
         state.missing += verdicts().filter(|v| v.ok.is_none()).count() as u64;
         let share = missing as f64 / rollouts.len().max(1) as f64;
-        ensure!(
-            share <= self.cfg().missing_limit,
-            "step {}: {missing} of {} rewards are missing, more than reasoner.missing_limit = {} allows; {}. The \
-             last checkpoint is kept: see to the verifier ({}) and go on with --resume",
-            step + 1,
-            rollouts.len(),
-            self.cfg().missing_limit,
-            rollouts.iter().find_map(why_missing).unwrap_or_default(),
-            self.verification.judge.name()
-        );
+        if share > self.cfg().missing_limit {
+            return Err(Broken(format!(
+                "step {}: {missing} of {} rewards are missing, more than reasoner.missing_limit = {} allows; {}. \
+                 The last checkpoint is kept: see to the verifier ({}) and go on with --resume",
+                step + 1,
+                rollouts.len(),
+                self.cfg().missing_limit,
+                rollouts.iter().find_map(why_missing).unwrap_or_default(),
+                self.verification.judge.name()
+            ))
+            .into());
+        }
         let learnt: Vec<update::Scored> = rollouts.iter().filter_map(|r| self.lesson(r)).collect();
         let report =
             clock.time("update", || update(policy, optimiser, schedule, self.cfg(), step, &learnt))?;
-        ensure!(
-            report.loss.is_finite(),
-            "step {}: the loss is not finite; the last checkpoint is kept",
-            step + 1
-        );
+        if !report.loss.is_finite() {
+            let why = format!("step {}: the loss is not finite; the last checkpoint is kept", step + 1);
+            return Err(Broken(why).into());
+        }
         let figures = self.figures(&rollouts, asked, learnt.len(), &report, clock);
         bar.set_message(format!(
             "reward {:.3} kl {:.4} entropy {:.3}",
