@@ -79,7 +79,9 @@ pub fn run(args: &TrainReasonerArgs) -> Result<ExitCode> {
             "time             about {minutes:.0} min, evaluations not counted; a step: {}",
             each.join(", ")
         );
-        println!("memory           {} MB at most while a part of a step was tried", peak_memory_mb());
+        if let Some(mb) = peak_memory_mb() {
+            println!("memory           {mb} MB at most while a part of a step was tried");
+        }
         return Ok(ExitCode::SUCCESS);
     }
     let ended = match training.run(&policy, args.resume) {
@@ -98,7 +100,7 @@ pub fn run(args: &TrainReasonerArgs) -> Result<ExitCode> {
             "valor: stopped after step {} of {}, saved; go on with --resume --out {dir}",
             ended.step, ended.of
         );
-        return Ok(ExitCode::from(1));
+        return Ok(ExitCode::FAILURE);
     }
     if let Some((step, reward)) = ended.best {
         eprintln!("valor: best held-out reward {reward:.3} after step {step}: {dir}/best");
@@ -112,13 +114,8 @@ fn plan(config: &Config, queries: &Queries) {
     let r = &config.reasoner;
     let steps = steps(r, queries.training.len());
     let rollouts = steps * (r.batch * r.group) as u64;
-    let weights = [
-        (Head::Logic, config.reward.logic),
-        (Head::Attribute, config.reward.attribute),
-        (Head::Spatial, config.reward.spatial),
-        (Head::Adherence, config.reward.adherence),
-    ];
-    let asked: Vec<&str> = weights.iter().filter(|w| w.1 > 0.).map(|w| w.0.word()).collect();
+    let asks = |head: &Head| verify::weight(&config.reward, *head) > 0.;
+    let asked: Vec<&str> = Head::ALL.into_iter().filter(asks).map(Head::word).collect();
     let held_out = queries.held_out.texts().len() as u64;
     let evaluations = match held_out {
         0 => 0,
@@ -161,9 +158,14 @@ fn plan(config: &Config, queries: &Queries) {
     println!("money            at most {most:.2} USD, were every reply and verdict as long as it may be");
 }
 
-/// The most memory that this process has held, as the system counts.
+#[cfg(not(unix))]
+fn peak_memory_mb() -> Option<u64> {
+    None
+}
+
+/// The most memory that this process has held, where the system tells.
 #[cfg(unix)]
-fn peak_memory_mb() -> u64 {
+fn peak_memory_mb() -> Option<u64> {
     // SAFETY: getrusage fills the struct that it is given, of which all zeros are a value.
     let usage = unsafe {
         let mut usage: libc::rusage = std::mem::zeroed();
@@ -171,5 +173,5 @@ fn peak_memory_mb() -> u64 {
         usage
     };
     // In kilobytes, on macOS in bytes.
-    usage.ru_maxrss as u64 / if cfg!(target_os = "macos") { 1_000_000 } else { 1_000 }
+    Some(usage.ru_maxrss as u64 / if cfg!(target_os = "macos") { 1_000_000 } else { 1_000 })
 }

@@ -410,6 +410,9 @@ impl Qwen3 {
 
     /// Log-probability of each target: hidden `[n, hidden]`, targets u32 `[n]` → `[n]`.
     pub fn token_log_probs(&self, hidden: &Tensor, targets: &Tensor) -> Result<Tensor> {
+        if self.lm_head.is_adapted() {
+            return nn::log_probs(&self.logits(hidden)?, targets);
+        }
         nn::linear_log_probs(hidden, self.lm_head.weight(), targets)
     }
 }

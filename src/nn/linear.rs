@@ -28,6 +28,11 @@ impl Linear {
         self.bias.as_ref()
     }
 
+    /// Is its output more than its weight's? Then ops that take the weight alone must not be used.
+    pub fn is_adapted(&self) -> bool {
+        self.lora.is_some()
+    }
+
     /// `[.., in]` → `[.., out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match &self.lora {

@@ -30,7 +30,11 @@ impl GatedMlp {
 
     /// `residual + mlp(x)`; both `[.., hidden]`.
     pub fn forward_residual(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
-        let [gate, up, down] = [&self.gate_proj, &self.up_proj, &self.down_proj].map(Linear::weight);
+        let layers = [&self.gate_proj, &self.up_proj, &self.down_proj];
+        if layers.iter().any(|l| l.is_adapted()) {
+            return self.composed(x, residual);
+        }
+        let [gate, up, down] = layers.map(Linear::weight);
         let trained = gate.track_op() && up.track_op() && down.track_op();
         if !(trained && cpu::fused(&[x, residual, gate, up, down])) {
             return self.composed(x, residual);

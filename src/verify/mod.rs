@@ -13,4 +13,4 @@ mod reward;
 
 pub use head::{Head, general_prompt, parse_verdict, prompt, rooms_prompt, user_turn, verdict_text};
 pub use judge::{Ask, Judge, JudgeError, Verdict};
-pub use reward::{Scored, Verification};
+pub use reward::{Scored, Verification, weight};

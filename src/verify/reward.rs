@@ -55,7 +55,7 @@ impl Verification<'_> {
                 (format_error, reply)
             })
             .collect();
-        let asked = |head: &Head| self.weight(*head) > 0.;
+        let asked = |head: &Head| weight(self.weights, *head) > 0.;
         let mut asks = Vec::new();
         for ((question, _), (_, reply)) in cases.iter().zip(&read) {
             let Some(reply) = reply else { continue };
@@ -86,21 +86,22 @@ impl Verification<'_> {
                 Head::ALL.into_iter().filter(asked).zip(verdicts.by_ref()).collect();
             let mut reward = Some(if syntax_error.is_none() { w.syntax } else { 0. });
             for (head, verdict) in &heads {
-                let earned = verdict.ok.map(|ok| if ok { self.weight(*head) } else { 0. });
+                let earned = verdict.ok.map(|ok| if ok { weight(w, *head) } else { 0. });
                 reward = reward.zip(earned).map(|(r, e)| r + e);
             }
             Scored { format, format_error, syntax: syntax_error.is_none(), syntax_error, heads, reward }
         };
         Ok(read.into_iter().map(score).collect())
     }
+}
 
-    fn weight(&self, head: Head) -> f64 {
-        match head {
-            Head::Logic => self.weights.logic,
-            Head::Attribute => self.weights.attribute,
-            Head::Spatial => self.weights.spatial,
-            Head::Adherence => self.weights.adherence,
-        }
+/// What a head counts in the reward.
+pub fn weight(weights: &config::Reward, head: Head) -> f64 {
+    match head {
+        Head::Logic => weights.logic,
+        Head::Attribute => weights.attribute,
+        Head::Spatial => weights.spatial,
+        Head::Adherence => weights.adherence,
     }
 }
 

@@ -66,6 +66,18 @@ impl Key {
     }
 }
 
+/// How servers with models are called: every call ends within the deadline, whatever its status.
+pub(crate) fn agent(seconds: f64) -> ureq::Agent {
+    ureq::Agent::config_builder()
+        .timeout_global(Some(Duration::from_secs_f64(seconds)))
+        .http_status_as_error(false)
+        // A redirected key is a lost one.
+        .max_redirects(0)
+        .user_agent(concat!("valor/", env!("CARGO_PKG_VERSION")))
+        .build()
+        .new_agent()
+}
+
 impl Endpoint {
     /// # Errors
     /// A wrong setting, or a key that is not in the environment; nothing is sent.
@@ -91,14 +103,7 @@ impl Endpoint {
             Ok(key) => key,
             Err(message) => return wrong("key_env", message),
         };
-        let agent = ureq::Agent::config_builder()
-            .timeout_global(Some(Duration::from_secs_f64(cfg.seconds)))
-            .http_status_as_error(false)
-            // A redirected key is a lost one.
-            .max_redirects(0)
-            .user_agent(concat!("valor/", env!("CARGO_PKG_VERSION")))
-            .build()
-            .new_agent();
+        let agent = agent(cfg.seconds);
         Ok(Self {
             name: name.into(),
             key,

@@ -50,11 +50,6 @@ struct State {
     settings: Value,
     /// The best evaluation so far: its step and mean reward.
     best: Option<(u64, f64)>,
-    /// Seconds of work, of all its sessions.
-    seconds: f64,
-    /// Verdicts asked for, and those that were missing.
-    verdicts: u64,
-    missing: u64,
     /// What the verifier's calls have cost.
     usage: Usage,
 }
@@ -168,12 +163,11 @@ impl Training<'_> {
         if let (Some(servers), true) = (&servers, state.step > 0) {
             self.send(policy, servers, session, state.step)?;
         }
-        let (before, spent) = (state.seconds, state.usage);
-        let begun = Instant::now();
+        let spent = state.usage;
         while state.step < steps && !self.stop.load(Ordering::Relaxed) {
             let step = state.step;
             let engine = engine(policy, servers.as_ref(), self.cfg().algorithm);
-            let mut figures = self.step(policy, engine, &mut optimiser, &schedule, step, &mut state, &bar)?;
+            let mut figures = self.step(policy, engine, &mut optimiser, &schedule, step, &bar)?;
             state.step = step + 1;
             state.usage = spent + self.verification.judge.usage().unwrap_or_default();
             if let Some(servers) = &servers {
@@ -199,7 +193,6 @@ impl Training<'_> {
                 }
                 self.report(state.step)?;
             }
-            state.seconds = before + begun.elapsed().as_secs_f64();
             let stopped = self.stop.load(Ordering::Relaxed);
             if state.step.is_multiple_of(self.cfg().save_every) || state.step == steps || stopped {
                 let best = state.best.map(|b| b.0);
@@ -295,7 +288,6 @@ impl Training<'_> {
         optimiser: &mut AdamW,
         schedule: &Schedule,
         step: u64,
-        state: &mut State,
         bar: &ProgressBar,
     ) -> Result<Metrics> {
         let mut clock = Clock::default();
@@ -320,9 +312,6 @@ impl Training<'_> {
             }
         }
         let missing = rollouts.iter().filter(|r| r.scored.reward.is_none()).count();
-        let verdicts = || rollouts.iter().flat_map(|r| r.scored.heads.values());
-        state.verdicts += verdicts().count() as u64;
-        state.missing += verdicts().filter(|v| v.ok.is_none()).count() as u64;
         let share = missing as f64 / rollouts.len().max(1) as f64;
         if share > self.cfg().missing_limit {
             return Err(Broken(format!(
@@ -378,7 +367,8 @@ impl Training<'_> {
         clock: &mut Clock,
         bar: &ProgressBar,
     ) -> Result<Vec<Rollout>> {
-        let (cfg, prompt) = (self.config.reasoner.clone(), planner::prompt(&self.config.planner)?);
+        let config = self.config;
+        let (cfg, prompt) = (&config.reasoner, planner::prompt(&config.planner)?);
         let of_step = question_seed(cfg.seed, step as usize, round as usize);
         let request = |(k, &q): (usize, &usize)| {
             let turn = user_turn(&prompt, &self.queries.training[q]);

@@ -10,6 +10,7 @@
 
 use super::RolloutEngine;
 use crate::config;
+use crate::llm::endpoint::agent;
 use crate::llm::format::ChatFormat;
 use crate::llm::{ChatError, ChatReply, ChatRequest, Finish, TokenTrace};
 use candle_core::Device;
@@ -37,14 +38,7 @@ const CANARY_OFF: f64 = 0.1;
 
 impl<'a> Servers<'a> {
     pub fn new(cfg: &config::Servers, format: &'a ChatFormat) -> Self {
-        let agent = ureq::Agent::config_builder()
-            .timeout_global(Some(Duration::from_secs_f64(cfg.seconds)))
-            .http_status_as_error(false)
-            .max_redirects(0)
-            .user_agent(concat!("valor/", env!("CARGO_PKG_VERSION")))
-            .build()
-            .new_agent();
-        Self { cfg: cfg.clone(), agent, format, adapter: Mutex::default() }
+        Self { cfg: cfg.clone(), agent: agent(cfg.seconds), format, adapter: Mutex::default() }
     }
 
     /// The path under which servers find a file of the run's folder.
