@@ -14,12 +14,14 @@
 //! - [`models`]: one file or folder per network, weight names as in the checkpoints
 //! - [`nn`]: differentiable building blocks and fused CPU ops
 //! - [`weights`]: where weights come from
+//! - [`data`]: boxes and questions from files
 //! - [`rooms`]: the synthetic world, inputs only
 //! - [`config`]: typed configuration
 //! - [`files`]: files written whole or not at all
 
 pub mod cli;
 pub mod config;
+pub mod data;
 pub mod eval;
 pub mod files;
 pub mod llm;

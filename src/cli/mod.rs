@@ -13,6 +13,7 @@ mod parts;
 mod program;
 mod rooms;
 mod train_reasoner;
+mod tune_grounding;
 mod verify;
 
 use std::path::PathBuf;
@@ -58,6 +59,8 @@ enum Command {
     Rooms(rooms::RoomsArgs),
     /// Train the planner on questions without answers, rewarded by a verifier
     TrainReasoner(train_reasoner::TrainReasonerArgs),
+    /// Tune the detector on boxes that a verifier stands by
+    TuneGrounding(tune_grounding::TuneGroundingArgs),
     /// Judge planners' replies as the reward of training does, and judge the judge
     Verify(verify::VerifyArgs),
 }
@@ -148,6 +151,7 @@ pub fn main() -> ExitCode {
         Command::Program(args) => program::run(args),
         Command::Rooms(args) => rooms::run(args),
         Command::TrainReasoner(args) => train_reasoner::run(&args),
+        Command::TuneGrounding(args) => tune_grounding::run(&args),
         Command::Verify(args) => verify::run(args),
     };
     match result {

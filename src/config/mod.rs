@@ -3,8 +3,10 @@
 //! The defaults are `configs/rooms.toml`, compiled in. A key that the defaults do not have is
 //! refused with the nearest one that they do.
 
+mod grounding;
 mod reasoner;
 
+pub use grounding::{DetectorTraining, Granularity, Grounding, Mining};
 pub use reasoner::{Algorithm, Objective, RateDecay, Reasoner, Servers};
 
 use serde::{Deserialize, Serialize};
@@ -16,11 +18,13 @@ use toml::{Table, Value};
 pub const ROOMS: &str = include_str!("../../configs/rooms.toml");
 
 /// The other configurations as shipped, with their files' names.
-pub const SHIPPED: [(&str, &str); 4] = [
+pub const SHIPPED: [(&str, &str); 6] = [
     ("configs/paper.toml", include_str!("../../configs/paper.toml")),
     ("configs/api.toml", include_str!("../../configs/api.toml")),
     ("configs/rooms-reasoner.toml", include_str!("../../configs/rooms-reasoner.toml")),
     ("configs/paper-reasoner.toml", include_str!("../../configs/paper-reasoner.toml")),
+    ("configs/rooms-grounding.toml", include_str!("../../configs/rooms-grounding.toml")),
+    ("configs/paper-grounding.toml", include_str!("../../configs/paper-grounding.toml")),
 ];
 
 /// Where values come from that are not set anywhere.
@@ -44,6 +48,7 @@ pub struct Config {
     pub inference: Inference,
     pub sandbox: Sandbox,
     pub reasoner: Reasoner,
+    pub grounding: Grounding,
     /// Servers with chat models, by names of the user's choice; a part whose `model` is
     /// `endpoint:NAME` is asked there.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
@@ -287,6 +292,9 @@ impl Config {
         if let Some((key, why)) = self.reasoner.fault() {
             return Err(invalid(&format!("reasoner.{key}"), &why));
         }
+        if let Some((key, why)) = self.grounding.fault() {
+            return Err(invalid(&format!("grounding.{key}"), &why));
+        }
         positive("inference.samples", self.inference.samples as f64)?;
         if self.inference.repairs > MOST_REPAIRS {
             return Err(invalid("inference.repairs", &format!("at most {MOST_REPAIRS}")));
@@ -321,9 +329,12 @@ impl Config {
                 ));
             }
         }
-        for (part, model) in
-            [("planner", &self.planner.model), ("vlm", &self.vlm.model), ("verifier", &self.verifier.model)]
-        {
+        for (part, model) in [
+            ("planner", &self.planner.model),
+            ("vlm", &self.vlm.model),
+            ("verifier", &self.verifier.model),
+            ("grounding.mining", &self.grounding.mining.model),
+        ] {
             let Some(name) = model.strip_prefix(ENDPOINT) else { continue };
             if !self.endpoints.contains_key(name) {
                 let known: Vec<&str> = self.endpoints.keys().map(String::as_str).collect();

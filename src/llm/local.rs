@@ -176,7 +176,7 @@ impl ChatModel for LocalChat {
                 None => generated.next().expect("one for each job")?,
             };
             match request.schema.as_ref().map(|s| s.check(&reply.text)) {
-                Some(Err(misfit)) => Err(ChatError::NoReply(misfit)),
+                Some(Err(misfit)) => Err(ChatError::Misfit(misfit)),
                 _ => Ok(reply),
             }
         };

@@ -124,6 +124,9 @@ pub enum ChatError {
     /// An endpoint gave no usable reply to this request; others may fare better.
     #[error("{0}")]
     NoReply(String),
+    /// A reply came, but is not of the form that the request's schema asks for.
+    #[error("{0}")]
+    Misfit(String),
     /// An endpoint will answer nothing more, such as when the budget is spent.
     #[error("{0}")]
     Closed(String),
@@ -138,7 +141,7 @@ impl From<candle_core::Error> for ChatError {
 impl ChatError {
     /// Would any other request fail too?
     pub fn is_of_model(&self) -> bool {
-        !matches!(self, Self::Request(_) | Self::NoReply(_))
+        !matches!(self, Self::Request(_) | Self::NoReply(_) | Self::Misfit(_))
     }
 }
 

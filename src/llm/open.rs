@@ -32,6 +32,14 @@ impl<'a> ChatModels<'a> {
         self.open(&self.config.vlm.model, "vlm")
     }
 
+    /// Who judges boxes; the VLM where no other is named.
+    pub fn box_verifier(&self) -> Result<Arc<dyn ChatModel>, LoadError> {
+        match self.config.grounding.mining.model.as_str() {
+            "" => self.vlm(),
+            model => self.open(model, "vlm"),
+        }
+    }
+
     pub fn verifier(&self) -> Result<Arc<dyn ChatModel>, LoadError> {
         self.open(&self.config.verifier.model, "verifier")
     }

@@ -4,6 +4,7 @@
 //! Reads traces only. Everything in a trace that came from a model, a program or a file name is a
 //! stranger's text: it is escaped, and the page's own policy forbids scripts and requests.
 
+pub mod mining;
 pub mod pictures;
 pub mod tensorboard;
 pub mod training;
@@ -14,7 +15,8 @@ use std::fmt::Write;
 
 use crate::models::moge::Depth;
 use crate::tools::Picture;
-use pictures::{COLOURS, boxes_of, depth_picture, png};
+use crate::tools::draw::COLOURS;
+use pictures::{boxes_of, depth_picture, png};
 
 /// The page of one trace, as `valor infer --json` prints it.
 ///

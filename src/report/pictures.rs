@@ -1,22 +1,10 @@
-//! Boxes on a picture, and depth as colours.
+//! Pictures as files, the boxes of a trace, and depth as colours.
 
-use font8x8::UnicodeFonts;
 use serde_json::Value;
 use std::io::Cursor;
 
 use crate::models::moge::Depth;
 use crate::tools::{BBox, Picture};
-
-/// For labels, in turn; told apart by most colour-blind people (Okabe and Ito 2008).
-pub const COLOURS: [[u8; 3]; 7] = [
-    [230, 159, 0],
-    [86, 180, 233],
-    [0, 158, 115],
-    [240, 228, 66],
-    [0, 114, 178],
-    [213, 94, 0],
-    [204, 121, 167],
-];
 
 pub fn png(picture: &Picture) -> image::ImageResult<Vec<u8>> {
     let image = image::RgbImage::from_raw(picture.width(), picture.height(), picture.rgb().to_vec());
@@ -38,54 +26,6 @@ pub fn boxes_of(trace: &Value) -> Vec<(BBox, String)> {
         }
     }
     all
-}
-
-/// The picture with labelled boxes drawn into it.
-pub fn overlay(picture: &Picture, boxes: &[(BBox, String)]) -> Picture {
-    let (w, h) = (picture.width() as i64, picture.height() as i64);
-    let mut rgb = picture.rgb().to_vec();
-    let mut set = |x: i64, y: i64, colour: [u8; 3]| {
-        if (0..w).contains(&x) && (0..h).contains(&y) {
-            let at = ((y * w + x) * 3) as usize;
-            rgb[at..at + 3].copy_from_slice(&colour);
-        }
-    };
-    let mut labels: Vec<&str> = boxes.iter().map(|b| b.1.as_str()).collect();
-    labels.sort_unstable();
-    labels.dedup();
-    let thick = (w.max(h) / 300).max(1);
-    let scale = (w.max(h) / 500).max(1);
-    for (bbox, label) in boxes {
-        let colour = COLOURS[labels.iter().position(|l| l == label).unwrap_or(0) % COLOURS.len()];
-        // A stranger's box may be anywhere.
-        let edge = |v: f64, n: i64| v.round().clamp(-1., n as f64) as i64;
-        let (x1, y1, x2, y2) = (edge(bbox[0], w), edge(bbox[1], h), edge(bbox[2], w), edge(bbox[3], h));
-        for t in 0..thick {
-            for x in x1..x2 {
-                set(x, y1 + t, colour);
-                set(x, y2 - 1 - t, colour);
-            }
-            for y in y1..y2 {
-                set(x1 + t, y, colour);
-                set(x2 - 1 - t, y, colour);
-            }
-        }
-        for (i, c) in label.chars().take(40).enumerate() {
-            let rows =
-                font8x8::BASIC_FONTS.get(c).or_else(|| font8x8::BASIC_FONTS.get('?')).unwrap_or_default();
-            for (row, bits) in (0i64..).zip(rows) {
-                for column in 0..8 {
-                    let ink = bits >> column & 1 == 1;
-                    for (dx, dy) in (0..scale).flat_map(|dx| (0..scale).map(move |dy| (dx, dy))) {
-                        let x = x1 + thick + (i as i64 * 8 + column) * scale + dx;
-                        let y = y1 + thick + row * scale + dy;
-                        set(x, y, if ink { [255; 3] } else { colour.map(|v| v / 3) });
-                    }
-                }
-            }
-        }
-    }
-    Picture::new(picture.width(), picture.height(), rgb)
 }
 
 /// Depth in colours, near to far, with the metres at both ends: the 2nd and 98th percentile, so that one
@@ -118,6 +58,7 @@ pub fn ramp(x: f64) -> [u8; 3] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tools::draw::{COLOURS, overlay};
     use serde_json::json;
 
     #[test]

@@ -9,6 +9,7 @@
 //! within the picture being seen; the share that is *small*, the visible box narrower than a tenth
 //! of the picture's width or lower than a tenth of its height.
 
+pub mod boxes;
 pub mod demos;
 pub mod export;
 pub mod frames;

@@ -6,7 +6,7 @@
 use super::spec::{Noun, colour_of, kind_of};
 use super::vqa::{UNKNOWN, answer_crop, answer_whole, parse_crop};
 use super::{Colour, Thing, View};
-use crate::tools::{BBox, Detection, ToolError, Tools};
+use crate::tools::{BBox, Detection, ToolError, Tools, bbox};
 
 /// [`Tools`] that know the truth of one picture.
 #[derive(Clone, Copy, Debug)]
@@ -43,13 +43,6 @@ fn named(phrase: &str) -> Option<Noun> {
     None
 }
 
-fn intersection_over_union(a: BBox, b: BBox) -> f64 {
-    let area = |b: BBox| (b[2] - b[0]).max(0.) * (b[3] - b[1]).max(0.);
-    let both = [a[0].max(b[0]), a[1].max(b[1]), a[2].min(b[2]), a[3].min(b[3])];
-    let overlap = area(both);
-    if overlap > 0. { overlap / (area(a) + area(b) - overlap) } else { 0. }
-}
-
 impl Tools for OracleTools<'_> {
     fn gd_detect(&mut self, prompt: &str) -> Result<Vec<Detection>, ToolError> {
         let mut detections: Vec<Detection> = Vec::new();
@@ -75,7 +68,7 @@ impl Tools for OracleTools<'_> {
 
     fn vqa(&mut self, bbox: Option<BBox>, prompt: &str) -> Result<String, ToolError> {
         let Some(bbox) = bbox else { return Ok(answer_whole(self.view, prompt)) };
-        let overlap = |t: &Thing| intersection_over_union(t.bbox, bbox);
+        let overlap = |t: &Thing| bbox::iou(t.bbox, bbox);
         let best = self.view.things.iter().max_by(|a, b| overlap(a).total_cmp(&overlap(b)));
         Ok(match (best.filter(|t| overlap(t) > 0.), parse_crop(prompt)) {
             (Some(thing), Some(ask)) => answer_crop(thing, &ask),

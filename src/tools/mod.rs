@@ -1,6 +1,8 @@
 //! The three tools that a program may call, behind one trait and one signature for every
 //! implementation: stub, oracle and real (method.md 7, 10.12).
 
+pub mod bbox;
+pub mod draw;
 pub mod familiar;
 pub mod mock;
 pub mod picture;

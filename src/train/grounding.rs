@@ -1,8 +1,7 @@
 //! Detector training: pictures with boxes and nouns → captions with sampled negatives → the
 //! grounding loss → AdamW (method.md 6), and average precision on held-out pictures.
 //!
-//! Serves both training from nothing and fine-tuning; what is frozen says the network's own
-//! configuration. Everything random follows from the seed and the step, so a resumed run repeats
+//! Serves both training from nothing and fine-tuning. Everything random follows from the seed and the step, so a resumed run repeats
 //! an undisturbed one ([`super::run`]). Batches are made on all cores before each step, not ahead
 //! of it. Not here: several machines, mixed precision, weight averaging.
 
@@ -13,7 +12,7 @@ use crate::eval::detection::{self, AveragePrecision, Scored, Truth};
 use crate::models::grounding_dino::caption::{Blanks, Caption, TextTokenizer};
 use crate::models::grounding_dino::postprocess::noun_scores;
 use crate::models::grounding_dino::preprocess::ImageProcessor;
-use crate::models::grounding_dino::{Config, GroundingDino, Inputs, Outputs};
+use crate::models::grounding_dino::{Config, Freeze, GroundingDino, Inputs, Outputs};
 use crate::nn::optim::{AdamW, AdamWConfig, Group, Schedule};
 use crate::nn::{Params, TrainCtx};
 use crate::tools::{BBox, Picture};
@@ -83,6 +82,8 @@ pub struct TrainConfig {
     pub max_nouns: usize,
     /// How captions are written; as prompts will be.
     pub blanks: Blanks,
+    /// Parameters whose names begin with one of these are not trained.
+    pub freeze: Vec<String>,
 }
 
 impl Default for TrainConfig {
@@ -98,6 +99,7 @@ impl Default for TrainConfig {
             augment: Augment::default(),
             max_nouns: 50,
             blanks: Blanks::Keep,
+            freeze: Vec::new(),
         }
     }
 }
@@ -114,6 +116,10 @@ pub struct GroundingTrainer {
     /// The order of the epoch it belongs to, for data of known length.
     order: Option<(u64, Vec<u64>)>,
 }
+
+/// What the names of the image backbone's and of BERT's parameters begin with.
+pub const BACKBONE: &str = "model.backbone.conv_encoder.model.";
+pub const TEXT_BACKBONE: &str = "model.text_backbone.";
 
 /// Parameters that Muon leaves to AdamW although they are matrices: they meet words, places or boxes, or
 /// begin at zero so that every query looks around its reference point.
@@ -141,12 +147,12 @@ impl GroundingTrainer {
         if cfg.batch == 0 || data.is_empty() {
             candle_core::bail!("detector training needs a batch size of at least 1 and some pictures")
         }
-        let frozen = model.freeze;
-        let model = GroundingDino::new(model, params.builder())?;
+        // What is frozen as a whole is left out of the graph, too.
+        let frozen = |name: &str| cfg.freeze.iter().any(|p| name.starts_with(p.as_str()));
+        let freeze = Freeze { backbone: frozen(BACKBONE), text: frozen(TEXT_BACKBONE) };
+        let model = GroundingDino::new(&Config { freeze, ..model.clone() }, params.builder())?;
         let optimiser = AdamW::new(params.named(), cfg.optimiser.clone(), |name, var| {
-            let fixed = (frozen.backbone && name.starts_with("model.backbone."))
-                || (frozen.text && name.starts_with("model.text_backbone."));
-            (!fixed).then(|| match cfg.muon {
+            (!frozen(name)).then(|| match cfg.muon {
                 Some(lr) => Group::from_nothing(name, var, &OUTER, lr),
                 None => Group::usual(var),
             })
@@ -486,6 +492,8 @@ mod tests {
     fn run(dir: &Path, steps: u64) -> (HashMap<String, Tensor>, Metrics) {
         let mut t = trainer();
         let options = RunOptions {
+            keep: 1,
+            stop: None,
             dir: dir.into(),
             steps,
             resume: true,

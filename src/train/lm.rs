@@ -283,6 +283,8 @@ mod tests {
     fn run(dir: &Path, steps: u64) -> (Metrics, Vec<f32>) {
         let mut t = trainee();
         let options = RunOptions {
+            keep: 1,
+            stop: None,
             dir: dir.into(),
             steps,
             resume: true,

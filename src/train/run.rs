@@ -1,12 +1,14 @@
 //! What every training run shares: steps, a checkpoint that resumes exactly, a metrics log,
 //! progress.
 //!
-//! A checkpoint is one safetensors file (parameters, optimiser state, step, settings), so it is
-//! written whole or not at all. Randomness must follow from the run's seed and the step number
+//! Checkpoints are [`super::checkpoint`]'s folders, each with one safetensors file (parameters, optimiser
+//! state, step, settings). Randomness must follow from the run's seed and the step number
 //! alone: then a resumed run repeats what an undisturbed one would have done, and no generator
 //! state is stored. The metrics log is JSON lines; on resume, lines after the checkpoint's step
 //! are dropped.
 
+use super::Broken;
+use super::checkpoint::Checkpoints;
 use crate::files::write_atomic;
 use crate::nn::Params;
 use candle_core::{Device, Tensor};
@@ -15,6 +17,8 @@ use serde_json::{Map, Value, json};
 use std::collections::HashMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 pub type Metrics = Map<String, Value>;
@@ -34,11 +38,15 @@ pub trait Trainee {
 
 #[derive(Clone, Debug)]
 pub struct RunOptions {
-    /// Holds `checkpoint.safetensors` and `metrics.jsonl`.
+    /// Holds `checkpoints` and `metrics.jsonl`.
     pub dir: PathBuf,
     pub steps: u64,
-    /// Continue from the folder's checkpoint; without it, a folder that holds one is refused.
+    /// Continue from the folder's newest whole checkpoint; without it, a folder that holds one is refused.
     pub resume: bool,
+    /// Checkpoints kept.
+    pub keep: usize,
+    /// Set from outside, it ends the run after the step that is under way, saved.
+    pub stop: Option<Arc<AtomicBool>>,
     pub save_every: u64,
     pub eval_every: u64,
     pub log_every: u64,
@@ -48,16 +56,23 @@ pub struct RunOptions {
 }
 
 /// Runs `trainee` up to `options.steps`, evaluates at the end, and leaves the final checkpoint.
+///
+/// # Errors
+/// [`Broken`] if it was stopped, or its loss is no number; what was saved stays.
 pub fn train(trainee: &mut dyn Trainee, options: &RunOptions) -> anyhow::Result<Metrics> {
     std::fs::create_dir_all(&options.dir)?;
-    let checkpoint = options.dir.join(CHECKPOINT);
+    let checkpoints = Checkpoints::open(&options.dir.join(CHECKPOINTS), options.keep)?;
     let log = options.dir.join("metrics.jsonl");
     let mut start = 0;
-    if checkpoint.exists() {
+    let said = |why: &str| eprintln!("valor: passed over a checkpoint: {why}");
+    if let Some(newest) = checkpoints.newest(said)? {
         if !options.resume {
-            anyhow::bail!("{} exists: give --resume to continue it or another folder", checkpoint.display());
+            anyhow::bail!(
+                "{} holds a run: give --resume to continue it or another folder",
+                options.dir.display()
+            );
         }
-        start = load(&checkpoint, trainee, &options.settings)?;
+        start = load(&newest.path.join(CHECKPOINT), trainee, &options.settings)?;
     }
     let mut log = MetricsLog::open(&log, start)?;
     let bar = ProgressBar::new(options.steps).with_position(start);
@@ -68,7 +83,8 @@ pub fn train(trainee: &mut dyn Trainee, options: &RunOptions) -> anyhow::Result<
         let mut m = trainee.step(step)?;
         let done = step + 1;
         if !m.get("loss").and_then(Value::as_f64).is_some_and(f64::is_finite) {
-            anyhow::bail!("step {done}: the loss is not finite ({m:?}); the last checkpoint is kept");
+            let why = format!("step {done}: the loss is not finite ({m:?}); the last checkpoint is kept");
+            return Err(Broken(why).into());
         }
         if done % options.log_every.max(1) == 0 || done == options.steps {
             m.insert("seconds".into(), json!(begun.elapsed().as_secs_f64()));
@@ -81,8 +97,15 @@ pub fn train(trainee: &mut dyn Trainee, options: &RunOptions) -> anyhow::Result<
             bar.println(format!("{} step {done}: {}", options.label, Value::Object(m.clone())));
             log.write(done, m)?;
         }
-        if done % options.save_every.max(1) == 0 || done == options.steps {
-            save(&checkpoint, trainee, done, &options.settings)?;
+        let stopped = options.stop.as_ref().is_some_and(|s| s.load(Ordering::Relaxed));
+        if done % options.save_every.max(1) == 0 || done == options.steps || stopped {
+            checkpoints
+                .save(done, None, |dir| save(&dir.join(CHECKPOINT), trainee, done, &options.settings))?;
+        }
+        if stopped && done < options.steps {
+            bar.finish_and_clear();
+            let why = format!("stopped after step {done} of {}, saved; go on with --resume", options.steps);
+            return Err(Broken(why).into());
         }
     }
     bar.finish_and_clear();
@@ -124,13 +147,21 @@ fn load(path: &Path, trainee: &mut dyn Trainee, settings: &Value) -> anyhow::Res
     Ok(step)
 }
 
-/// A run's state, in its folder.
-pub const CHECKPOINT: &str = "checkpoint.safetensors";
+/// A run's state, in each of its checkpoints.
+const CHECKPOINT: &str = "checkpoint.safetensors";
+/// Where those are, in a run's folder.
+const CHECKPOINTS: &str = "checkpoints";
 
-/// Parameters of a finished or running run, for evaluation or export.
-pub fn parameters(path: &Path) -> anyhow::Result<HashMap<String, Tensor>> {
-    let all = candle_core::safetensors::load(path, &Device::Cpu)?;
-    Ok(all.into_iter().filter_map(|(n, t)| Some((n.strip_prefix("p/")?.to_string(), t))).collect())
+/// Parameters of a finished or running run, for evaluation or export; `None` if the folder is no run's.
+pub fn parameters(run: &Path) -> anyhow::Result<Option<HashMap<String, Tensor>>> {
+    let dir = run.join(CHECKPOINTS);
+    if !dir.is_dir() {
+        return Ok(None);
+    }
+    let Some(newest) = Checkpoints::open(&dir, 1)?.newest(|_| ())? else { return Ok(None) };
+    let all = candle_core::safetensors::load(newest.path.join(CHECKPOINT), &Device::Cpu)?;
+    let all = all.into_iter().filter_map(|(n, t)| Some((n.strip_prefix("p/")?.to_string(), t))).collect();
+    Ok(Some(all))
 }
 
 pub(super) struct MetricsLog(std::fs::File);
@@ -203,6 +234,8 @@ mod tests {
             dir: dir.into(),
             steps,
             resume: true,
+            keep: 2,
+            stop: None,
             save_every: 4,
             eval_every: 0,
             log_every: 1,

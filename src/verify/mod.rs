@@ -6,6 +6,7 @@
 //! 0 is not asked. A verdict that cannot be had is *missing*, and so is then the reward: it is never
 //! taken for a no.
 
+pub mod boxes;
 mod cache;
 mod head;
 mod judge;

@@ -11,5 +11,6 @@ mod parity;
 mod sandbox;
 mod server;
 mod train;
+mod tune;
 mod verify;
 mod vllm;

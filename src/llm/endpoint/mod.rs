@@ -167,7 +167,11 @@ impl Endpoint {
             };
             if !failure.passing || tried >= self.cfg.tries {
                 let tries = if tried == 1 { String::new() } else { format!(" (tried {tried} times)") };
-                return Err(ChatError::NoReply(format!("{message}{tries}")));
+                let message = format!("{message}{tries}");
+                return Err(match failure.misfit {
+                    true => ChatError::Misfit(message),
+                    false => ChatError::NoReply(message),
+                });
             }
             std::thread::sleep(wait);
         }

@@ -28,6 +28,8 @@ pub(super) struct Failure {
     pub passing: bool,
     /// Will no other request fare better?
     pub closes: bool,
+    /// Is it that the reply is not of the form asked for?
+    pub misfit: bool,
     pub retry_after: Option<Duration>,
     /// Prompt and new tokens of a reply that was made but cannot be used.
     pub tokens: Option<(usize, usize)>,
@@ -35,7 +37,14 @@ pub(super) struct Failure {
 
 impl Failure {
     fn new(message: impl Into<String>, passing: bool) -> Self {
-        Self { message: message.into(), passing, closes: false, retry_after: None, tokens: None }
+        Self {
+            message: message.into(),
+            passing,
+            closes: false,
+            misfit: false,
+            retry_after: None,
+            tokens: None,
+        }
     }
 
     /// No answer at all.
@@ -193,7 +202,7 @@ pub(super) fn read(
 /// That a reply fits its request's schema.
 pub(super) fn check(reply: &ChatReply, request: &ChatRequest) -> Result<(), Failure> {
     match request.schema.as_ref().map(|s| s.check(&reply.text)) {
-        Some(Err(misfit)) => Err(Failure::new(misfit, true)),
+        Some(Err(misfit)) => Err(Failure { misfit: true, ..Failure::new(misfit, true) }),
         _ => Ok(()),
     }
 }

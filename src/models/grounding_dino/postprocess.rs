@@ -158,7 +158,7 @@ pub fn iou(a: BBox, b: BBox) -> f64 {
 }
 
 /// Greedy suppression within each label; `found` is sorted, best first.
-fn nms(found: Vec<Detection>, limit: f64) -> Vec<Detection> {
+pub fn nms(found: Vec<Detection>, limit: f64) -> Vec<Detection> {
     let mut kept: Vec<Detection> = Vec::new();
     for d in found {
         if !kept.iter().any(|k| k.label == d.label && iou(k.bbox, d.bbox) > limit) {

@@ -20,12 +20,23 @@ pub struct Detector {
     device: Device,
 }
 
-impl Detector {
+/// What a detector is made of, its network not yet built.
+pub struct DetectorParts {
+    pub name: String,
+    pub files: ModelFiles,
+    pub config: Config,
+    /// Under HF's names.
+    pub weights: Checkpoint,
+    pub tokenizer: TextTokenizer,
+    /// Sizes are the configuration's.
+    pub processor: ImageProcessor,
+}
+
+impl DetectorParts {
     /// From a folder or the embedded model: `config.json` (the original Swin-T's is assumed where
     /// the weights carry the original's names and there is none), `tokenizer.json` or `vocab.txt`,
     /// `preprocessor_config.json` if there is one, weights under HF's or the original's names.
-    /// Sizes and thresholds are the configuration's.
-    pub fn load(cfg: &config::Detector, device: &Device) -> std::result::Result<Self, LoadError> {
+    pub fn open(cfg: &config::Detector) -> std::result::Result<Self, LoadError> {
         let files = ModelFiles::open(&cfg.model, "detector")?;
         let name = files.name();
         let at = |source| LoadError::Model { name: name.clone(), source };
@@ -42,11 +53,6 @@ impl Detector {
         if original {
             weights = Checkpoint::from_tensors(&name, names::to_hf(weights.tensors()?).map_err(at)?);
         }
-        let mut unused: Vec<String> = grounding_dino::UNUSED.iter().map(|s| s.to_string()).collect();
-        // The box head that all decoder layers share is stored once for each.
-        unused.extend((1..net_cfg.decoder_layers).map(|i| format!("bbox_embed.{i}.")));
-        let unused: Vec<&str> = unused.iter().map(String::as_str).collect();
-        let net = weights.build(DType::F32, device, &unused, |vb| GroundingDino::new(&net_cfg, vb))?;
         let tokenizer = match (files.text("tokenizer.json")?, files.text("vocab.txt")?) {
             (Some(json), _) => TextTokenizer::from_json(&json, &format!("{name}/tokenizer.json")),
             (None, Some(vocab)) => TextTokenizer::from_json(
@@ -70,6 +76,26 @@ impl Detector {
         };
         processor.shortest = cfg.shortest_side;
         processor.longest = cfg.longest_side.max(cfg.shortest_side);
+        Ok(Self { name, files, config: net_cfg, weights, tokenizer, processor })
+    }
+
+    /// Beginnings of the names of tensors that a checkpoint may have beyond the network's own.
+    pub fn unused(&self) -> Vec<String> {
+        let mut unused: Vec<String> = grounding_dino::UNUSED.iter().map(|s| s.to_string()).collect();
+        // The box head that all decoder layers share is stored once for each.
+        unused.extend((1..self.config.decoder_layers).map(|i| format!("bbox_embed.{i}.")));
+        unused
+    }
+}
+
+impl Detector {
+    /// As [`DetectorParts::open`] finds it; thresholds are the configuration's.
+    pub fn load(cfg: &config::Detector, device: &Device) -> std::result::Result<Self, LoadError> {
+        let parts = DetectorParts::open(cfg)?;
+        let unused = parts.unused();
+        let unused: Vec<&str> = unused.iter().map(String::as_str).collect();
+        let DetectorParts { name, config, weights, tokenizer, processor, .. } = parts;
+        let net = weights.build(DType::F32, device, &unused, |vb| GroundingDino::new(&config, vb))?;
         let thresholds =
             Thresholds { boxes: cfg.box_threshold as f32, text: cfg.text_threshold as f32, nms: None };
         Ok(Self { name, net, tokenizer, processor, thresholds, device: device.clone() })
@@ -107,10 +133,21 @@ impl Detector {
         size: (u32, u32),
         nouns: &[String],
     ) -> std::result::Result<Vec<Detection>, ToolError> {
+        self.detect_above(pixels, size, nouns, self.thresholds)
+    }
+
+    /// The same with other thresholds than the configuration's: mining wants more than is right.
+    pub fn detect_above(
+        &self,
+        pixels: &Tensor,
+        size: (u32, u32),
+        nouns: &[String],
+        thresholds: Thresholds,
+    ) -> std::result::Result<Vec<Detection>, ToolError> {
         let caption = self.caption(nouns)?;
         let run = || {
             let (logits, boxes) = self.run(pixels, &caption)?;
-            detect(&self.tokenizer, &caption, nouns, &logits, &boxes, size, self.thresholds)
+            detect(&self.tokenizer, &caption, nouns, &logits, &boxes, size, thresholds)
         };
         run().map_err(runtime)
     }

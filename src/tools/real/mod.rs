@@ -8,7 +8,7 @@ mod detector;
 mod estimator;
 mod questions;
 
-pub use detector::Detector;
+pub use detector::{Detector, DetectorParts};
 pub use estimator::DepthEstimator;
 pub use questions::{Vlm, crop};
 

@@ -342,6 +342,8 @@ pub fn evaluate(net: &MoGe, cfg: &DepthTraining) -> anyhow::Result<Metrics> {
 pub fn run(cfg: DepthTraining, dir: &Path, resume: bool) -> anyhow::Result<Metrics> {
     let model = config();
     let options = RunOptions {
+        keep: 1,
+        stop: None,
         dir: dir.into(),
         steps: cfg.steps(),
         resume,

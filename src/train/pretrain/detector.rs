@@ -202,7 +202,7 @@ impl Samples for RoomPictures {
 }
 
 /// Kinds that all of a look's held-out pictures are asked for.
-fn validation(seed: u64, look: Look, pictures: u64) -> Validation {
+pub fn validation(seed: u64, look: Look, pictures: u64) -> Validation {
     let samples = RoomPictures { seed, from: HELD_OUT, look, split: Split::Train, vary: false };
     let nouns = Kind::ALL.iter().map(|k| k.to_string()).collect();
     Validation { samples: Box::new(samples), pictures, nouns }
@@ -264,6 +264,8 @@ pub fn train(o: &Options) -> anyhow::Result<Metrics> {
     let mut m = run::train(
         &mut trainer,
         &RunOptions {
+            keep: 1,
+            stop: None,
             dir: o.dir.clone(),
             steps: o.steps,
             resume: o.resume,

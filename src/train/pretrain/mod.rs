@@ -29,8 +29,10 @@ fn start(seed: u64, from: Option<&Path>) -> anyhow::Result<Params> {
 
 /// The parameters in a model's folder, or in a run's, which has those too that only training has.
 fn held(dir: &Path) -> anyhow::Result<HashMap<String, Tensor>> {
-    let checkpoint = dir.join(run::CHECKPOINT);
-    if checkpoint.is_file() { run::parameters(&checkpoint) } else { Ok(Checkpoint::open(dir)?.tensors()?) }
+    match run::parameters(dir)? {
+        Some(of_run) => Ok(of_run),
+        None => Ok(Checkpoint::open(dir)?.tensors()?),
+    }
 }
 
 /// That `from` held every parameter of the network that was built on `params` since, but for those whose
@@ -101,7 +103,7 @@ fn settings(mut of_run: Value, from: Option<&Path>) -> Value {
 /// Writes those parameters of a run's checkpoint that are the model's as `model.safetensors`, f16.
 fn export_weights(run: &Path, out: &Path, is_model: impl Fn(&str) -> bool) -> anyhow::Result<()> {
     let mut weights = HashMap::new();
-    let all = run::parameters(&run.join(run::CHECKPOINT))?;
+    let all = run::parameters(run)?.with_context(|| format!("{} holds no checkpoint", run.display()))?;
     for (name, t) in all.into_iter().filter(|(name, _)| is_model(name)) {
         weights.insert(name, t.to_dtype(DType::F16)?);
     }

@@ -19,6 +19,7 @@ use super::grpo::advantages;
 use super::lm::Sample;
 use super::rollout::{RolloutEngine, Servers};
 use super::run::{Metrics, MetricsLog};
+use super::{Broken, differences};
 use crate::config::{self, Algorithm, Config};
 use crate::files::write_atomic;
 use crate::llm::endpoint::Usage;
@@ -69,11 +70,6 @@ pub struct Training<'a> {
     /// Set from outside, it ends the run after the step that is under way, saved.
     pub stop: &'a AtomicBool,
 }
-
-/// Why a run that was well begun could not go on: no fault of its input.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct Broken(String);
 
 /// How a run ended.
 #[derive(Clone, Debug, PartialEq)]
@@ -598,25 +594,6 @@ fn why_missing(r: &Rollout) -> Option<String> {
             ))
         }
     }
-}
-
-/// The keys in which two tables differ, with both values.
-fn differences(was: &Value, is: &Value) -> Vec<String> {
-    fn walk(path: String, was: &Value, is: &Value, out: &mut Vec<String>) {
-        match (was.as_object(), is.as_object()) {
-            (Some(a), Some(b)) => {
-                for key in a.keys().chain(b.keys().filter(|k| !a.contains_key(*k))) {
-                    let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
-                    walk(path, &was[key], &is[key], out);
-                }
-            }
-            _ if was != is => out.push(format!("{path} was {was}, is {is}")),
-            _ => {}
-        }
-    }
-    let mut out = Vec::new();
-    walk(String::new(), was, is, &mut out);
-    out
 }
 
 fn chunks(all: Vec<Rollout>, n: usize) -> Vec<Vec<Rollout>> {

@@ -75,6 +75,8 @@ impl Options {
         });
         let settings = super::settings(settings, self.from.as_deref());
         let options = RunOptions {
+            keep: 1,
+            stop: None,
             dir: self.dir.clone(),
             steps: self.steps,
             resume: self.resume,

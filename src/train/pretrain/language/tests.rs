@@ -112,7 +112,6 @@ fn planner_and_verifier_learn_and_their_exports_reply() {
 
     let o = short(Options::planner, &planner);
     let before = planner::train(&Options { steps: 0, ..o.clone() }).unwrap();
-    std::fs::remove_file(planner.join(crate::train::run::CHECKPOINT)).ok();
     let after = planner::train(&o).unwrap();
     let loss = |m: &Metrics| m["held_out_loss"].as_f64().unwrap();
     assert!(loss(&after) < loss(&before) - 0.1, "{before:?} {after:?}");
@@ -141,7 +140,6 @@ fn the_vlm_learns_and_its_export_replies_about_a_picture() {
     let seen = vision::train(&Options { batch: 4, ..short(Options::vision, &tower) }).unwrap();
     assert!(seen["kind_right_studio"].as_f64().is_some(), "{seen:?}");
     let before = vlm::train(&Options { steps: 0, ..o.clone() }, &tower).unwrap();
-    std::fs::remove_file(run.join(crate::train::run::CHECKPOINT)).ok();
     let after = vlm::train(&o, &tower).unwrap();
     for name in ["whole", "colour", "colour-from", "kind", "is-colour", "is-kind"] {
         let loss = |m: &Metrics| m[&format!("{name}_loss")].as_f64().unwrap();

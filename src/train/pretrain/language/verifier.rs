@@ -212,7 +212,7 @@ pub fn train(o: &Options, planner: &Path) -> anyhow::Result<Metrics> {
     let (tokenizer, params) = match &o.from {
         Some(dir) => (tokenizer_of(&o.dir, Some(dir))?, start(o.seed, Some(dir))?),
         None => {
-            let of_planner = run::parameters(&planner.join(run::CHECKPOINT)).with_context(|| {
+            let of_planner = run::parameters(planner)?.with_context(|| {
                 format!(
                     "the verifier starts from the planner's run, and {} has none: make the planner first",
                     planner.display()

@@ -337,13 +337,9 @@ pub fn train(o: &Options) -> anyhow::Result<Metrics> {
 /// What a run hands on, by the VLM's names: the tower, and the decoder too if the run went on from a
 /// whole VLM.
 pub fn tower(run: &Path) -> anyhow::Result<HashMap<String, Tensor>> {
-    let mut all =
-        crate::train::run::parameters(&run.join(crate::train::run::CHECKPOINT)).with_context(|| {
-            format!(
-                "the VLM starts from the vision tower's run, and {} has none: make it first",
-                run.display()
-            )
-        })?;
+    let mut all = crate::train::run::parameters(run)?.with_context(|| {
+        format!("the VLM starts from the vision tower's run, and {} has none: make it first", run.display())
+    })?;
     all.retain(|name, _| !name.starts_with(HEADS));
     Ok(all)
 }

@@ -4,7 +4,8 @@
 //! every wording of [`crate::rooms::vqa`]. Boxes are jittered as a detector's are, and crops grown as
 //! the `vqa` tool does. A training sample is a conversation of several
 //! questions about one crop, so that its picture is worked through once for all of them; programs ask
-//! one, and so do the held-out samples.
+//! one, and so do the held-out samples. It is also the verifier of boxes for mining, so it is asked
+//! [`crate::rooms::boxes`]' questions too, one at a time.
 
 use super::super::{check_complete, start};
 use super::tokenizer::{FILLER, PICTURE, VISION_END, VISION_START};
@@ -17,13 +18,15 @@ use crate::llm::tokenizer::Tokenizer;
 use crate::models::qwen3;
 use crate::models::qwen3_vl::{Config, Mrope, Processor, Qwen3Vl, TextConfig, VisionConfig};
 use crate::nn::Params;
+use crate::rooms::boxes::{BoxAsk, BoxSample, box_samples};
 use crate::rooms::questions::{Split, scene_seed};
 use crate::rooms::vqa::{CropAsk, VqaSample, parse_crop, vqa_samples};
-use crate::rooms::{self, Kind, Look};
+use crate::rooms::{self, Kind, Look, View};
 use crate::tools::real::crop;
 use crate::tools::{BBox, Picture};
 use crate::train::lm::{LmTrainee, Sample};
 use crate::train::run::Metrics;
+use crate::verify::boxes::{Question, show, worded};
 use image::RgbImage;
 use rand::Rng;
 use rand::seq::SliceRandom;
@@ -39,12 +42,17 @@ pub(super) const HEIGHT: u32 = 192;
 
 /// Pictures of a step, half of them of each look.
 const PICTURES: u64 = 8;
-/// Things of a picture that are asked about.
+/// Things of a picture that the tower is shown; half of them are asked about.
 pub(super) const CROPS: usize = 8;
 /// One in so many pictures is asked about as a whole too, this many questions at once at most. (A
 /// program asks about the whole where nothing is detected, so what is not there hangs on these.)
 const WHOLE: u64 = 1;
 const WHOLE_TURNS: usize = 4;
+
+/// Of each question about boxes, so many a picture.
+const BOXES: usize = 4;
+/// Longest side to which small boxes are enlarged, as `configs/rooms.toml` says for mining.
+pub const BOX_SIDE: u32 = 80;
 
 /// Share of its size by which each side of a box is moved at most.
 const JITTER: f64 = 0.08;
@@ -62,7 +70,7 @@ impl Options {
             seed: 1,
             from: None,
             steps: 1_000,
-            batch: CROPS,
+            batch: CROPS / 2,
             lr: 1.5e-3,
             muon: 6.,
             resume: false,
@@ -154,12 +162,29 @@ fn jittered([x1, y1, x2, y2]: BBox, rng: &mut impl Rng) -> BBox {
     [x1 + by(w), y1 + by(h), x2 + by(w), y2 + by(h)]
 }
 
-/// Picture and questions of the training scene `index`; every other scene is lived-in.
-pub fn questions(seed: u64, index: u64, rng: &mut impl Rng) -> (Picture, Vec<VqaSample>) {
+/// The training scene `index`; every other one is lived-in.
+fn scene(seed: u64, index: u64) -> View {
     let look = if index.is_multiple_of(2) { Look::Studio } else { Look::LivedIn };
-    let view = rooms::generate(scene_seed(Split::Train, seed, index), look, WIDTH, HEIGHT);
+    rooms::generate(scene_seed(Split::Train, seed, index), look, WIDTH, HEIGHT)
+}
+
+/// Picture and questions of a training scene.
+pub fn questions(seed: u64, index: u64, rng: &mut impl Rng) -> (Picture, Vec<VqaSample>) {
+    let view = scene(seed, index);
     let samples = vqa_samples(&view, rng);
     (Picture::new(view.width, view.height, view.rgb), samples)
+}
+
+/// A question about boxes, as mining asks it.
+fn about_boxes(format: &ChatFormat, picture: &Picture, s: &BoxSample) -> anyhow::Result<Sample> {
+    let (question, image) = match s.ask {
+        BoxAsk::Shows(b) => (Question::Shows, show::alone(picture, b, BOX_SIDE)),
+        BoxAsk::Frames(b) => (Question::Frames, show::alone(picture, b, BOX_SIDE)),
+        BoxAsk::Same(a, b) => (Question::Same, show::pair(picture, a, b, BOX_SIDE)),
+    };
+    let text = worded(question.default_prompt(), &s.noun.to_string());
+    let message = Message::user(text).with_images(vec![image]);
+    Ok(Sample::conversation(format, &[(message, if s.yes { "yes" } else { "no" })])?)
 }
 
 /// A conversation about one box, or about the whole picture.
@@ -222,7 +247,10 @@ pub(super) fn unrelated<'a>(asks: &[&'a VqaSample]) -> Vec<&'a VqaSample> {
 /// Conversations about a training scene: `crops` of its clear things, and now and then the whole.
 fn samples(format: &ChatFormat, o: &Options, index: u64, crops: usize) -> anyhow::Result<Vec<Sample>> {
     let mut rng = stream(o.seed, index);
-    let (picture, questions) = questions(o.seed, index, &mut rng);
+    let view = scene(o.seed, index);
+    let questions = vqa_samples(&view, &mut rng);
+    let boxes = box_samples(&view, BOXES, &mut rng);
+    let picture = Picture::new(view.width, view.height, view.rgb);
     let (mut whole, of_crops): (Vec<_>, Vec<_>) = questions.iter().partition(|q| q.0.is_none());
     // The questions about a thing stand together.
     let mut things: Vec<&[&VqaSample]> = of_crops.chunk_by(|a, b| a.0 == b.0).collect();
@@ -237,6 +265,9 @@ fn samples(format: &ChatFormat, o: &Options, index: u64, crops: usize) -> anyhow
         whole.shuffle(&mut rng);
         let whole = unrelated(&whole);
         out.push(conversation(format, &picture, None, &whole, &mut rng)?);
+    }
+    for sample in &boxes {
+        out.push(about_boxes(format, &picture, sample)?);
     }
     Ok(out)
 }
@@ -256,8 +287,14 @@ fn held_out(format: &ChatFormat, o: &Options) -> anyhow::Result<BTreeMap<&'stati
     // A scene gives several samples of each name; a few of each, so that scenes are many.
     let each = 4;
     for i in 0..o.held_out.div_ceil(each) as u64 {
-        let (picture, mut questions) = questions(o.seed, HELD_OUT_SCENES + i, &mut rng);
+        let view = scene(o.seed, HELD_OUT_SCENES + i);
+        let mut questions = vqa_samples(&view, &mut rng);
         questions.shuffle(&mut rng);
+        let boxes = box_samples(&view, each, &mut rng);
+        let picture = Picture::new(view.width, view.height, view.rgb);
+        for sample in &boxes {
+            by_name.entry(sample.ask.name()).or_default().push(about_boxes(format, &picture, sample)?);
+        }
         let mut taken: BTreeMap<&str, usize> = BTreeMap::new();
         for q in &questions {
             let taken = taken.entry(name_of(q)).or_default();
@@ -305,7 +342,7 @@ pub fn train(o: &Options, vision: &Path) -> anyhow::Result<Metrics> {
     }
     let recipe = json!({
         "model": cfg, "processor": processor(), "starts_from": "vision", "pictures": PICTURES,
-        "one_in_whole": WHOLE, "whole_turns": WHOLE_TURNS,
+        "one_in_whole": WHOLE, "whole_turns": WHOLE_TURNS, "boxes": BOXES, "box_side": BOX_SIDE,
     });
     o.train(&mut trainee, "vlm", recipe)
 }

@@ -1,0 +1,262 @@
+//! `valor tune-grounding`: from unlabelled pictures and questions to a better detector.
+
+use super::ModelArgs;
+use crate::config::{Config, ENDPOINT};
+use crate::data::odvg::{Boxes, Fault};
+use crate::data::queries::{self, Asked};
+use crate::files::write_atomic;
+use crate::llm::ChatModels;
+use crate::pipeline::{Models, limits};
+use crate::program::Sandbox;
+use crate::report::mining;
+use crate::rooms::Look;
+use crate::train::Broken;
+use crate::train::tuning::fit::{Fit, faults_table, per_epoch, schedule};
+use crate::train::tuning::mine::{self, Miner, Outcome, PICTURES};
+use crate::train::tuning::{record, rooms};
+use crate::verify::boxes::BoxJudge;
+use anyhow::{Context, Result, bail, ensure};
+use indicatif::{ProgressBar, ProgressStyle};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Stage {
+    /// Find boxes and have them verified
+    Mine,
+    /// Train on what was mined
+    Train,
+    All,
+}
+
+/// Mine boxes with a verifier and tune the detector on them (settings: [grounding])
+#[derive(Debug, clap::Args)]
+pub struct TuneGroundingArgs {
+    #[arg(long, value_enum, default_value = "all")]
+    stage: Stage,
+    /// Folder of the run: mined boxes, metrics, checkpoints, and in the end the model. Mining goes on where
+    /// it stopped
+    #[arg(long, value_name = "DIR", default_value = "runs/grounding")]
+    out: PathBuf,
+    /// Go on with the training in the folder, from its newest whole checkpoint
+    #[arg(long)]
+    resume: bool,
+    /// A person's word on mined boxes: JSON lines {"image", "index", "keep"}, numbers as in report.html
+    #[arg(long, value_name = "FILE")]
+    overrule: Option<PathBuf>,
+    /// Train on nothing if anything is wrong with the boxes, in place of leaving that out
+    #[arg(long)]
+    strict: bool,
+    /// Say what the run would do; do nothing
+    #[arg(long)]
+    dry_run: bool,
+    #[command(flatten)]
+    models: ModelArgs,
+}
+
+pub fn run(args: &TuneGroundingArgs) -> Result<ExitCode> {
+    let (config, device) = (args.models.config()?, args.models.device()?);
+    ensure!(device.is_cpu(), "--device {}: detectors are tuned on the CPU only so far", args.models.device);
+    if args.dry_run {
+        plan(args, &config)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        // The second one does not wait for the work under way to end.
+        signal_hook::flag::register_conditional_shutdown(signal, 1, stop.clone())?;
+        signal_hook::flag::register(signal, stop.clone())?;
+    }
+    let done = || -> Result<ExitCode> {
+        if args.stage != Stage::Train {
+            let pictures = pictures(&config, &args.out)?;
+            if mine_all(args, &config, &device, &pictures, &stop)?.stopped {
+                eprintln!("valor: stopped; what is mined is kept, the same command goes on");
+                return Ok(ExitCode::FAILURE);
+            }
+        }
+        if args.stage != Stage::Mine {
+            let boxes = mined(args, &config)?;
+            let fit = Fit {
+                config: &config,
+                boxes,
+                dir: args.out.clone(),
+                resume: args.resume,
+                stop: stop.clone(),
+            };
+            let (metrics, model) = fit.run()?;
+            eprintln!("valor: {}", serde_json::Value::Object(metrics));
+            println!("{}", model.display());
+        }
+        Ok(ExitCode::SUCCESS)
+    };
+    match done() {
+        Err(e) if e.is::<Broken>() => {
+            eprintln!("valor: {e}");
+            Ok(ExitCode::FAILURE)
+        }
+        ended => ended,
+    }
+}
+
+/// The file of pictures and questions.
+fn source(config: &Config, out: &Path) -> PathBuf {
+    match config.grounding.queries.as_str() {
+        "rooms" => out.join("rooms/queries.jsonl"),
+        file => PathBuf::from(file),
+    }
+}
+
+fn pictures(config: &Config, out: &Path) -> Result<Vec<Asked>> {
+    let g = &config.grounding;
+    if g.queries == "rooms" {
+        eprintln!("valor: rendering {} rooms", g.pictures);
+        rooms::write(&out.join("rooms"), Look::LivedIn, g.seed, g.pictures)?;
+    }
+    queries::by_picture(&source(config, out)).context("grounding.queries")
+}
+
+fn truth(config: &Config, out: &Path) -> Result<Option<Boxes>> {
+    let g = &config.grounding;
+    let path = match (g.truth.as_str(), g.queries.as_str()) {
+        ("", "rooms") => out.join("rooms/odvg.jsonl"),
+        ("", _) => return Ok(None),
+        (file, _) => PathBuf::from(file),
+    };
+    Ok(Some(Boxes::open(&path).context("grounding.truth")?))
+}
+
+fn mine_all(
+    args: &TuneGroundingArgs,
+    config: &Config,
+    device: &candle_core::Device,
+    pictures: &[Asked],
+    stop: &AtomicBool,
+) -> Result<Outcome> {
+    let chats = ChatModels::new(config, device);
+    let models = Models::load(config, device, &chats)?;
+    let verifier = chats.box_verifier()?;
+    let judge = BoxJudge::new(verifier.clone(), &config.grounding.mining)?;
+    let names: Vec<String> = models.names().iter().map(|(part, name)| format!("{part} {name}")).collect();
+    eprintln!("valor: {}, verifier of boxes {}", names.join(", "), judge.name());
+    let questions: usize = pictures.iter().map(|p| p.questions.len()).sum();
+    let bar = ProgressBar::new(pictures.len() as u64);
+    bar.set_style(ProgressStyle::with_template("mining {bar:30} {pos}/{len} pictures {elapsed} eta {eta}")?);
+    let dir = args.out.join("mined");
+    let mut miner = Miner {
+        config,
+        planner: &models.planner,
+        perception: &models.perception,
+        judge: &judge,
+        vlm: &*verifier,
+        sandbox: Sandbox::start(limits(&config.sandbox)).context("cannot start the sandbox")?,
+        dir: &dir,
+        stop,
+    };
+    let mut outcome = miner.run(pictures, |n| bar.set_position(n as u64))?;
+    bar.finish_and_clear();
+    for (name, usage) in chats.usage() {
+        eprintln!("valor: endpoint {name}: {}", serde_json::to_string(&usage)?);
+    }
+    if let Some(file) = &args.overrule {
+        let n = record::overrule(&mut outcome.records, file)?;
+        eprintln!("valor: {n} boxes overruled by {}", file.display());
+    }
+    let precision = truth(config, &args.out)?.and_then(|t| record::precision(&outcome.records, &t));
+    let lines: Vec<serde_json::Value> =
+        outcome.records.iter().map(serde_json::to_value).collect::<Result<_, _>>()?;
+    let table = precision.as_ref().map(record::Precision::table);
+    let source = source(config, &args.out);
+    let page = mining::page(&lines, table.as_deref(), source.parent().unwrap_or(Path::new("")))?;
+    write_atomic(&dir.join("report.html"), |w| w.write_all(page.as_bytes()))?;
+    let written = mine::export(&dir, &outcome.records)?;
+    let broken = outcome.records.iter().filter(|r| r.error.is_some()).count();
+    let of = |keep: &dyn Fn(&record::Found) -> bool| -> usize {
+        outcome.records.iter().flat_map(|r| &r.found).filter(|f| keep(f)).count()
+    };
+    eprintln!(
+        "valor: {} pictures, {questions} questions; {} boxes found, {} kept; {written} records in {}",
+        outcome.records.len(),
+        of(&|_| true),
+        of(&|f| f.dropped.is_none()),
+        dir.join("odvg.jsonl").display()
+    );
+    if broken > 0 {
+        eprintln!("valor: {broken} pictures could not be read; {} names them", dir.join(PICTURES).display());
+    }
+    if let (n @ 1.., Some(why)) = &outcome.unverified {
+        eprintln!("valor: {n} pictures could not be judged ({why}); the same command tries them again");
+    }
+    if let Some(p) = precision {
+        write_atomic(&dir.join("precision.json"), |w| writeln!(w, "{}", serde_json::to_string_pretty(&p)?))?;
+        eprint!("{}", p.table());
+    }
+    Ok(outcome)
+}
+
+/// What was mined, checked, with its pictures.
+fn mined(args: &TuneGroundingArgs, config: &Config) -> Result<Boxes> {
+    let path = args.out.join("mined/odvg.jsonl");
+    ensure!(path.exists(), "{} is missing: mine first (--stage mine)", path.display());
+    let source = source(config, &args.out);
+    let folder = source.parent().unwrap_or(Path::new("")).to_owned();
+    let boxes = Boxes { folder, ..Boxes::open(&path)? };
+    let faults: Vec<Fault> = boxes.check();
+    if faults.is_empty() {
+        return Ok(boxes);
+    }
+    eprint!("valor: wrong in {}:\n{}", path.display(), faults_table(&boxes, &faults));
+    if args.strict {
+        bail!("--strict: {} faults in {}", faults.len(), path.display())
+    }
+    let left = boxes.without(&faults);
+    ensure!(!left.records.is_empty(), "{} holds no record that can be trained on", path.display());
+    eprintln!("valor: that is left out; {} records stay", left.records.len());
+    Ok(left)
+}
+
+fn plan(args: &TuneGroundingArgs, config: &Config) -> Result<()> {
+    let (g, m, t) = (&config.grounding, &config.grounding.mining, &config.grounding.training);
+    let (pictures, questions) = match g.queries.as_str() {
+        "rooms" => (g.pictures, "as many as Rooms gives".to_owned()),
+        file => {
+            let all = queries::by_picture(Path::new(file)).context("grounding.queries")?;
+            (all.len(), all.iter().map(|a| a.questions.len()).sum::<usize>().to_string())
+        }
+    };
+    let verifier = if m.model.is_empty() { &config.vlm.model } else { &m.model };
+    println!("pictures         {pictures} of {}, questions: {questions}", g.queries);
+    println!("planner          {}", config.planner.model);
+    println!(
+        "detector         {}, boxes from {} / {}",
+        config.detector.model, m.box_threshold, m.text_threshold
+    );
+    println!("verifier         {verifier}, one question a {:?}", m.granularity);
+    let per_epoch = per_epoch(t, pictures);
+    let (steps, s) = schedule(t, per_epoch);
+    println!("steps            at most {steps} of {} pictures ({} epochs of {per_epoch})", t.batch, t.epochs);
+    println!(
+        "rate             {:e}, from {:e} over {} steps, cosine to {:e}",
+        s.base, s.warmup_from, s.warmup, t.lr_floor
+    );
+    println!("sizes            shortest side {:?}, longest {}", t.sizes, config.detector.longest_side);
+    println!("frozen           {}", if t.freeze.is_empty() { "nothing".into() } else { t.freeze.join(" ") });
+    println!(
+        "against forgetting  replay {} ({}), average {}, alpha {}",
+        if t.replay.is_empty() { "none" } else { &t.replay },
+        t.replay_share,
+        t.ema,
+        t.alpha
+    );
+    if let Some(e) = verifier.strip_prefix(ENDPOINT).map(|name| &config.endpoints[name]) {
+        println!("verifier calls   2 a picture, and one for each box that is left after the first");
+        if e.usd_per_million_prompt_tokens + e.usd_per_million_new_tokens == 0. {
+            println!("money            not known: the endpoint has no usd_per_million_… set");
+        }
+    }
+    println!("folder           {}", args.out.display());
+    Ok(())
+}

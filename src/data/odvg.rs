@@ -1,0 +1,392 @@
+//! Pictures with boxes, as ODVG JSON lines (method.md 5.5) or COCO's instances file.
+//!
+//! An ODVG file has its `label_map.json` beside it and its pictures under the same folder. Beyond the
+//! format's `instances` a record may hold, under `detection`, `ignore` (boxes where nothing is known),
+//! `hard_negatives` (nouns that a detector finds here and should not: part of each caption) and `absent`
+//! (nouns that are not here: candidates for a caption's negatives). Files are a stranger's until
+//! [`Boxes::check`] has looked at them. Not here: grounding records (phrases with spans), masks.
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use crate::tools::{BBox, bbox};
+
+/// A line of an ODVG file.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// Relative to the file's folder.
+    pub filename: String,
+    pub height: u32,
+    pub width: u32,
+    #[serde(default)]
+    pub detection: Detected,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Detected {
+    pub instances: Vec<Instance>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ignore: Vec<BBox>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub hard_negatives: Vec<String>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub absent: Vec<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Instance {
+    pub bbox: BBox,
+    pub label: usize,
+    pub category: String,
+}
+
+/// Names by their ids, from 0 without a gap. An id once given never moves.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LabelMap(Vec<String>);
+
+impl LabelMap {
+    pub fn names(&self) -> &[String] {
+        &self.0
+    }
+
+    pub fn name(&self, label: usize) -> Option<&str> {
+        self.0.get(label).map(String::as_str)
+    }
+
+    /// The id of a name, a new one if it has none.
+    pub fn id(&mut self, name: &str) -> usize {
+        self.0.iter().position(|n| n == name).unwrap_or_else(|| {
+            self.0.push(name.to_owned());
+            self.0.len() - 1
+        })
+    }
+
+    pub fn to_json(&self) -> Value {
+        self.0
+            .iter()
+            .enumerate()
+            .map(|(i, n)| (i.to_string(), n.as_str().into()))
+            .collect::<serde_json::Map<_, _>>()
+            .into()
+    }
+
+    /// # Errors
+    /// If ids are no numbers, start elsewhere than at 0, or leave a gap; or a name stands twice.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let map: BTreeMap<String, String> = serde_json::from_str(&text)
+            .with_context(|| format!("{}: expected {{\"0\": \"name\", …}}", path.display()))?;
+        let mut names = vec![None; map.len()];
+        for (id, name) in map {
+            let slot = id.parse::<usize>().ok().and_then(|i| names.get_mut(i));
+            let Some(slot) = slot else {
+                bail!("{}: id {id:?}: ids count from 0 without a gap; renumber them", path.display())
+            };
+            *slot = Some(name);
+        }
+        let names: Vec<String> = names.into_iter().flatten().collect();
+        for (i, name) in names.iter().enumerate() {
+            ensure!(!names[..i].contains(name), "{}: {name:?} has two ids", path.display());
+        }
+        Ok(Self(names))
+    }
+}
+
+/// Pictures with boxes.
+#[derive(Clone, Debug)]
+pub struct Boxes {
+    pub labels: LabelMap,
+    pub records: Vec<Record>,
+    /// What file names are relative to.
+    pub folder: PathBuf,
+}
+
+/// What is wrong with a record or with one of its boxes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Fault {
+    /// Of [`Boxes::records`].
+    pub record: usize,
+    /// `None`: the record as a whole.
+    pub instance: Option<usize>,
+    pub kind: FaultKind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum FaultKind {
+    MissingPicture,
+    UnreadablePicture,
+    OtherSize,
+    RepeatedPicture,
+    NotFinite,
+    Empty,
+    Outside,
+    OffTheMap,
+    OtherName,
+}
+
+impl FaultKind {
+    pub fn text(self) -> &'static str {
+        match self {
+            Self::MissingPicture => "the picture is missing",
+            Self::UnreadablePicture => "the picture cannot be read",
+            Self::OtherSize => "the picture is of another size",
+            Self::RepeatedPicture => "the picture stands in the file twice",
+            Self::NotFinite => "a box is not of four finite numbers",
+            Self::Empty => "a box has no area",
+            Self::Outside => "a box reaches out of the picture",
+            Self::OffTheMap => "a label is not on the label map",
+            Self::OtherName => "a box's category is not its label's name",
+        }
+    }
+}
+
+/// Pixels that a box may reach out of its picture by: rounding.
+const SLACK: f64 = 1.;
+
+impl Boxes {
+    /// An ODVG file (`.jsonl`, `label_map.json` beside it) or a COCO instances file (`.json`).
+    pub fn open(path: &Path) -> Result<Self> {
+        let folder = path.parent().unwrap_or(Path::new("")).to_owned();
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        if path.extension().is_some_and(|e| e == "json") {
+            let (labels, records) = coco(&text).with_context(|| path.display().to_string())?;
+            return Ok(Self { labels, records, folder });
+        }
+        let labels = LabelMap::read(&folder.join("label_map.json"))?;
+        let lines = text.lines().zip(1..).filter(|(l, _)| !l.trim().is_empty());
+        let record = |(line, number): (&str, usize)| {
+            serde_json::from_str(line).with_context(|| {
+                format!("{}, line {number}: expected an ODVG record {{\"filename\", …}}", path.display())
+            })
+        };
+        Ok(Self { labels, records: lines.map(record).collect::<Result<_>>()?, folder })
+    }
+
+    pub fn picture(&self, record: usize) -> PathBuf {
+        self.folder.join(&self.records[record].filename)
+    }
+
+    /// Everything that is wrong; pictures' headers are read, not their pixels.
+    pub fn check(&self) -> Vec<Fault> {
+        let mut faults = Vec::new();
+        let mut seen = std::collections::HashSet::new();
+        for (i, r) in self.records.iter().enumerate() {
+            let mut fault = |instance, kind| faults.push(Fault { record: i, instance, kind });
+            if !seen.insert(&r.filename) {
+                fault(None, FaultKind::RepeatedPicture);
+            }
+            let path = self.picture(i);
+            match image::image_dimensions(&path) {
+                _ if !path.is_file() => fault(None, FaultKind::MissingPicture),
+                Err(_) => fault(None, FaultKind::UnreadablePicture),
+                // Turned by its EXIF tag, perhaps.
+                Ok(size) if size != (r.width, r.height) && size != (r.height, r.width) => {
+                    fault(None, FaultKind::OtherSize);
+                }
+                Ok(_) => {}
+            }
+            for (k, b) in r.detection.instances.iter().enumerate() {
+                let [x1, y1, x2, y2] = b.bbox;
+                let (w, h) = (f64::from(r.width), f64::from(r.height));
+                if b.bbox.iter().any(|v| !v.is_finite()) {
+                    fault(Some(k), FaultKind::NotFinite);
+                } else if bbox::area(b.bbox) <= 0. {
+                    fault(Some(k), FaultKind::Empty);
+                } else if x1 < -SLACK || y1 < -SLACK || x2 > w + SLACK || y2 > h + SLACK {
+                    fault(Some(k), FaultKind::Outside);
+                }
+                match self.labels.name(b.label) {
+                    None => fault(Some(k), FaultKind::OffTheMap),
+                    Some(name) if name != b.category => fault(Some(k), FaultKind::OtherName),
+                    Some(_) => {}
+                }
+            }
+        }
+        faults
+    }
+
+    /// Leaves out what is at fault: boxes where it is a box, else the record.
+    pub fn without(mut self, faults: &[Fault]) -> Self {
+        let bad = |i: usize, k: Option<usize>| faults.iter().any(|f| f.record == i && f.instance == k);
+        let mut records = Vec::with_capacity(self.records.len());
+        for (i, mut r) in std::mem::take(&mut self.records).into_iter().enumerate() {
+            if bad(i, None) {
+                continue;
+            }
+            let mut k = 0;
+            r.detection.instances.retain(|_| {
+                k += 1;
+                !bad(i, Some(k - 1))
+            });
+            records.push(r);
+        }
+        Self { records, ..self }
+    }
+}
+
+/// COCO's instances; crowds become ignore regions. Ids of categories need not be dense, labels are.
+fn coco(text: &str) -> Result<(LabelMap, Vec<Record>)> {
+    #[derive(Deserialize)]
+    struct File {
+        images: Vec<Image>,
+        annotations: Vec<Annotation>,
+        categories: Vec<Category>,
+    }
+    #[derive(Deserialize)]
+    struct Image {
+        id: u64,
+        file_name: String,
+        width: u32,
+        height: u32,
+    }
+    #[derive(Deserialize)]
+    struct Annotation {
+        image_id: u64,
+        category_id: u64,
+        bbox: BBox,
+        #[serde(default)]
+        iscrowd: u8,
+    }
+    #[derive(Deserialize)]
+    struct Category {
+        id: u64,
+        name: String,
+    }
+    let file: File =
+        serde_json::from_str(text).context("expected COCO instances, or ODVG lines in a .jsonl file")?;
+    let mut labels = LabelMap::default();
+    let mut ids = BTreeMap::new();
+    for c in &file.categories {
+        ids.insert(c.id, labels.id(&c.name));
+    }
+    let mut places = BTreeMap::new();
+    let mut records = Vec::with_capacity(file.images.len());
+    for image in file.images {
+        ensure!(places.insert(image.id, records.len()).is_none(), "two images have the id {}", image.id);
+        let (filename, height, width) = (image.file_name, image.height, image.width);
+        records.push(Record { filename, height, width, detection: Detected::default() });
+    }
+    for a in file.annotations {
+        let Some(record) = places.get(&a.image_id).map(|&i| &mut records[i]) else {
+            bail!("an annotation is of image {}, which is not listed", a.image_id)
+        };
+        let [x, y, w, h] = a.bbox;
+        let bbox = [x, y, x + w, y + h];
+        if a.iscrowd != 0 {
+            record.detection.ignore.push(bbox);
+            continue;
+        }
+        let Some(&label) = ids.get(&a.category_id) else {
+            bail!("an annotation is of category {}, which is not listed", a.category_id)
+        };
+        let category = labels.name(label).expect("just given").to_owned();
+        record.detection.instances.push(Instance { bbox, label, category });
+    }
+    Ok((labels, records))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn folder(lines: &str, map: &str) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("a.jsonl"), lines).unwrap();
+        std::fs::write(dir.path().join("label_map.json"), map).unwrap();
+        image::RgbImage::new(40, 30).save(dir.path().join("p.png")).unwrap();
+        std::fs::write(dir.path().join("q.png"), "no picture").unwrap();
+        dir
+    }
+
+    fn record(file: &str, instances: Value) -> String {
+        let r =
+            json!({ "filename": file, "width": 40, "height": 30, "detection": { "instances": instances } });
+        format!("{r}\n")
+    }
+
+    #[test]
+    fn every_fault_is_named_and_left_out() {
+        let ok = json!({ "bbox": [1, 2, 10, 20], "label": 0, "category": "chair" });
+        let bad = |b: Value, label: usize, name: &str| json!({ "bbox": b, "label": label, "category": name });
+        let lines = [
+            record(
+                "p.png",
+                json!([
+                    ok,
+                    bad(json!([5, 5, 5, 9]), 0, "chair"),
+                    bad(json!([5, 5, 50, 9]), 0, "chair"),
+                    bad(json!([5, 5, 9, 9]), 2, "bed"),
+                    bad(json!([5, 5, 9, 9]), 1, "chair"),
+                ]),
+            ),
+            record("q.png", json!([ok])),
+            record("gone.png", json!([])),
+            record("p.png", json!([])),
+        ]
+        .concat();
+        let dir = folder(&lines, r#"{"0": "chair", "1": "sofa"}"#);
+        let boxes = Boxes::open(&dir.path().join("a.jsonl")).unwrap();
+        let faults = boxes.check();
+        let kinds: Vec<_> = faults.iter().map(|f| (f.record, f.instance, f.kind)).collect();
+        use FaultKind::*;
+        assert_eq!(
+            kinds,
+            [
+                (0, Some(1), Empty),
+                (0, Some(2), Outside),
+                (0, Some(3), OffTheMap),
+                (0, Some(4), OtherName),
+                (1, None, UnreadablePicture),
+                (2, None, MissingPicture),
+                (3, None, RepeatedPicture),
+            ]
+        );
+        let good = boxes.without(&faults);
+        assert_eq!(good.records.len(), 1);
+        assert_eq!(good.records[0].detection.instances.len(), 1);
+        assert_eq!(good.check(), []);
+    }
+
+    #[test]
+    fn label_maps_count_from_zero() {
+        let at = |map: &str| {
+            let dir = folder("", map);
+            Boxes::open(&dir.path().join("a.jsonl"))
+                .map(|b| b.labels.names().to_vec())
+                .map_err(|e| format!("{e:#}"))
+        };
+        assert_eq!(at(r#"{"1": "b", "0": "a"}"#).unwrap(), ["a", "b"]);
+        assert!(at(r#"{"1": "a", "2": "b"}"#).unwrap_err().contains("count from 0"));
+        assert!(at(r#"{"0": "a", "1": "a"}"#).unwrap_err().contains("two ids"));
+        let mut labels = LabelMap(vec!["a".into()]);
+        assert_eq!((labels.id("b"), labels.id("a")), (1, 0));
+        assert_eq!(labels.to_json(), json!({ "0": "a", "1": "b" }));
+    }
+
+    #[test]
+    fn coco_is_read_with_crowds_to_be_ignored() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("instances.json");
+        let text = json!({
+            "images": [{ "id": 7, "file_name": "p.png", "width": 40, "height": 30 }],
+            "annotations": [
+                { "image_id": 7, "category_id": 90, "bbox": [1, 2, 3, 4], "iscrowd": 0 },
+                { "image_id": 7, "category_id": 90, "bbox": [0, 0, 9, 9], "iscrowd": 1 },
+            ],
+            "categories": [{ "id": 90, "name": "chair" }],
+        });
+        std::fs::write(&path, text.to_string()).unwrap();
+        let boxes = Boxes::open(&path).unwrap();
+        let d = &boxes.records[0].detection;
+        assert_eq!(d.instances, [Instance { bbox: [1., 2., 4., 6.], label: 0, category: "chair".into() }]);
+        assert_eq!(d.ignore, [[0., 0., 9., 9.]]);
+        std::fs::write(&path, text.to_string().replace("\"image_id\":7", "\"image_id\":8")).unwrap();
+        assert!(format!("{:#}", Boxes::open(&path).unwrap_err()).contains("image 8"));
+    }
+}

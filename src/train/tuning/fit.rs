@@ -1,0 +1,380 @@
+//! The detector's fine-tuning on mined boxes (method.md 6), and what keeps it from forgetting: replay of
+//! other boxes, a moving average of the weights, and a mean of old and new weights in the end.
+
+use crate::config::{Config, DetectorTraining};
+use crate::data::odvg::{Boxes, Fault, FaultKind, Record};
+use crate::files::write_atomic;
+use crate::models::grounding_dino::caption::Blanks;
+use crate::nn::Params;
+use crate::nn::optim::{AdamWConfig, Decay, Schedule};
+use crate::rooms::questions::Split;
+use crate::rooms::{self, Look};
+use crate::tools::Picture;
+use crate::tools::real::DetectorParts;
+use crate::train::augment::{Augment, Crop};
+use crate::train::grounding::{GroundingTrainer, Region, Sample, Samples, TrainConfig, Validation};
+use crate::train::pretrain::detector::{RoomPictures, validation};
+use crate::train::run::{self, Metrics, RunOptions, Trainee};
+use anyhow::{Context, Result, ensure};
+use candle_core::{DType, Tensor};
+use serde_json::json;
+use std::collections::{BTreeMap, HashMap};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+/// The files that make a detector's folder, beside its weights.
+const FILES: [&str; 4] = ["config.json", "tokenizer.json", "vocab.txt", "preprocessor_config.json"];
+
+/// Boxes from files, as training wants them.
+pub struct FromFiles {
+    boxes: Boxes,
+    /// Every label that a picture has no box of is absent there: all labels, where everything is labelled.
+    complete: bool,
+}
+
+impl FromFiles {
+    pub fn new(boxes: Boxes, complete: bool) -> Self {
+        Self { boxes, complete }
+    }
+}
+
+impl Samples for FromFiles {
+    fn len(&self) -> Option<u64> {
+        Some(self.boxes.records.len() as u64)
+    }
+
+    fn sample(&self, index: u64) -> Result<Sample> {
+        let record = &self.boxes.records[index as usize];
+        let picture = Picture::open(&self.boxes.picture(index as usize))?;
+        let size = (picture.width(), picture.height());
+        ensure!(
+            size == (record.width, record.height),
+            "{} is {}×{}, its boxes are of {}×{}",
+            record.filename,
+            size.0,
+            size.1,
+            record.width,
+            record.height
+        );
+        let d = &record.detection;
+        let mut absent = d.absent.clone();
+        if self.complete {
+            let is_there = |n: &String| d.instances.iter().any(|i| i.category == *n);
+            absent.extend(self.boxes.labels.names().iter().filter(|n| !is_there(n)).cloned());
+        }
+        Ok(Sample {
+            picture,
+            boxes: d.instances.iter().map(|i| i.bbox).collect(),
+            nouns: d.instances.iter().map(|i| i.category.clone()).collect(),
+            absent,
+            hard_negatives: d.hard_negatives.clone(),
+            ignore: d.ignore.iter().map(|&bbox| Region { bbox, noun: None }).collect(),
+        })
+    }
+}
+
+/// Mined pictures, and among them others to go on learning from.
+struct Mixed {
+    mined: FromFiles,
+    replay: Option<Box<dyn Samples>>,
+    replayed: u64,
+}
+
+impl Samples for Mixed {
+    fn len(&self) -> Option<u64> {
+        Some(self.mined.len()? + self.replayed)
+    }
+
+    fn sample(&self, index: u64) -> Result<Sample> {
+        let own = self.mined.boxes.records.len() as u64;
+        match &self.replay {
+            Some(replay) if index >= own => {
+                let at = index - own;
+                replay.sample(replay.len().map_or(at, |n| at % n))
+            }
+            _ => self.mined.sample(index),
+        }
+    }
+}
+
+/// Steps of a run over so many pictures, and its schedule.
+pub fn schedule(t: &DetectorTraining, pictures: u64) -> (u64, Schedule) {
+    let steps = |epochs: f64| (pictures as f64 * epochs / t.batch as f64).ceil() as u64;
+    let total = steps(t.epochs).max(1);
+    let schedule = Schedule {
+        base: t.lr,
+        warmup: steps(t.warmup).min(total),
+        warmup_from: t.lr_floor,
+        decay: Decay::Cosine { total, to: t.lr_floor },
+    };
+    (total, schedule)
+}
+
+/// Pictures of an epoch: what was mined, and its share of replay.
+pub fn per_epoch(t: &DetectorTraining, mined: usize) -> u64 {
+    mined as u64 + replayed(t, mined)
+}
+
+fn replayed(t: &DetectorTraining, mined: usize) -> u64 {
+    match t.replay.is_empty() {
+        true => 0,
+        false => (mined as f64 * t.replay_share / (1. - t.replay_share)).round() as u64,
+    }
+}
+
+fn train_config(t: &DetectorTraining, seed: u64, pictures: u64) -> TrainConfig {
+    let crop = Crop { probability: t.crop, least: t.crop_least, keep_aspect: t.keep_aspect };
+    TrainConfig {
+        seed,
+        batch: t.batch,
+        schedule: schedule(t, pictures).1,
+        optimiser: AdamWConfig {
+            weight_decay: t.weight_decay,
+            max_grad_norm: (t.max_grad_norm > 0.).then_some(t.max_grad_norm),
+            ..Default::default()
+        },
+        augment: Augment { flip: t.flip, crop: (t.crop > 0.).then_some(crop), sizes: t.sizes.clone() },
+        max_nouns: t.max_nouns,
+        blanks: if t.hyphens { Blanks::Hyphen } else { Blanks::Keep },
+        freeze: t.freeze.clone(),
+        ..Default::default()
+    }
+}
+
+/// A detector in tuning.
+pub struct Tuning {
+    trainer: GroundingTrainer,
+    /// Moving averages of what is trained, and their decay.
+    average: HashMap<String, Tensor>,
+    decay: f64,
+}
+
+impl Tuning {
+    fn is_averaged(&self) -> bool {
+        self.decay > 0.
+    }
+}
+
+impl Trainee for Tuning {
+    fn params(&self) -> &Params {
+        self.trainer.params()
+    }
+
+    fn optimiser_state(&self) -> candle_core::Result<HashMap<String, Tensor>> {
+        let mut state = self.trainer.optimiser_state()?;
+        state.extend(self.average.iter().map(|(n, t)| (format!("{AVERAGE}{n}"), t.clone())));
+        Ok(state)
+    }
+
+    fn restore(&mut self, state: HashMap<String, Tensor>, step: u64) -> candle_core::Result<()> {
+        let (average, of_optimiser): (HashMap<_, _>, HashMap<_, _>) =
+            state.into_iter().partition(|(n, _)| n.starts_with(AVERAGE));
+        self.average = average.into_iter().map(|(n, t)| (n[AVERAGE.len()..].to_owned(), t)).collect();
+        self.trainer.restore(of_optimiser, step)
+    }
+
+    fn step(&mut self, step: u64) -> Result<Metrics> {
+        let m = self.trainer.step(step)?;
+        if self.is_averaged() {
+            for (name, var) in self.trainer.params().named() {
+                let now = var.as_detached_tensor();
+                let next = match self.average.get(&name) {
+                    // At the beginning a shorter memory, so that the first weights do not linger.
+                    Some(old) => {
+                        let decay = self.decay.min((1. + step as f64) / (10. + step as f64));
+                        ((old * decay)? + (now * (1. - decay))?)?
+                    }
+                    None => now.copy()?,
+                };
+                self.average.insert(name, next);
+            }
+        }
+        Ok(m)
+    }
+
+    fn evaluate(&mut self) -> Result<Metrics> {
+        self.trainer.evaluate()
+    }
+}
+
+const AVERAGE: &str = "average/";
+
+/// What a training takes.
+pub struct Fit<'a> {
+    pub config: &'a Config,
+    /// Mined, checked boxes.
+    pub boxes: Boxes,
+    pub dir: PathBuf,
+    pub resume: bool,
+    pub stop: Arc<AtomicBool>,
+}
+
+/// A table of what is wrong with a file of boxes, by kind; empty where nothing is.
+pub fn faults_table(boxes: &Boxes, faults: &[Fault]) -> String {
+    let mut kinds: BTreeMap<FaultKind, (usize, &Fault)> = BTreeMap::new();
+    for f in faults {
+        kinds.entry(f.kind).or_insert((0, f)).0 += 1;
+    }
+    let mut out = String::new();
+    for (kind, (n, first)) in kinds {
+        let record: &Record = &boxes.records[first.record];
+        let place = first.instance.map_or(String::new(), |k| format!(", box {k}"));
+        out += &format!(
+            "{n:>7}  {}; the first: record {}, {}{place}\n",
+            kind.text(),
+            first.record + 1,
+            record.filename
+        );
+    }
+    out
+}
+
+impl Fit<'_> {
+    fn cfg(&self) -> &DetectorTraining {
+        &self.config.grounding.training
+    }
+
+    /// Trains to the end and writes the tuned detector to `model` in the folder.
+    pub fn run(self) -> Result<(Metrics, PathBuf)> {
+        let t = self.cfg().clone();
+        let seed = self.config.grounding.seed;
+        let parts = DetectorParts::open(&self.config.detector)?;
+        let original = parts.weights.tensors().with_context(|| parts.name.clone())?;
+        let unused = parts.unused();
+        let of_network = |n: &String| !unused.iter().any(|u| n.starts_with(u.as_str()));
+        let known: HashMap<String, Tensor> =
+            original.iter().filter(|(n, _)| of_network(n)).map(|(n, t)| (n.clone(), t.clone())).collect();
+        let had: Vec<String> = known.keys().cloned().collect();
+        let params = Params::from_tensors(seed, known)?;
+        let pictures = per_epoch(&t, self.boxes.records.len());
+        let (steps, _) = schedule(&t, pictures);
+        let settings = self.settings(&parts)?;
+        let replay: Option<Box<dyn Samples>> = match t.replay.as_str() {
+            "" => None,
+            "rooms" => Some(Box::new(RoomPictures {
+                seed: seed ^ REPLAY,
+                from: 0,
+                look: Look::Studio,
+                split: Split::Train,
+                vary: true,
+            })),
+            file => {
+                let boxes = Boxes::open(Path::new(file)).context("grounding.training.replay")?;
+                let faults = boxes.check();
+                Some(Box::new(FromFiles::new(boxes.without(&faults), true)))
+            }
+        };
+        let replayed = replayed(&t, self.boxes.records.len());
+        let data = Mixed { mined: FromFiles::new(self.boxes, false), replay, replayed };
+        let held_out: Option<Validation> = match self.config.grounding.queries.as_str() {
+            "rooms" => Some(validation(seed, Look::LivedIn, HELD_OUT)),
+            _ => None,
+        };
+        let trainer = GroundingTrainer::new(
+            params.clone(),
+            &parts.config,
+            train_config(&t, seed, pictures),
+            parts.tokenizer.clone(),
+            parts.processor.clone(),
+            Box::new(data),
+            held_out,
+        )?;
+        let fresh: Vec<String> =
+            params.named().into_iter().map(|p| p.0).filter(|n| !had.contains(n)).collect();
+        ensure!(
+            fresh.is_empty(),
+            "{} lacks {} of the network's tensors, first {}",
+            parts.name,
+            fresh.len(),
+            fresh[0]
+        );
+        let mut tuning = Tuning { trainer, average: HashMap::new(), decay: t.ema };
+        let metrics = run::train(
+            &mut tuning,
+            &RunOptions {
+                dir: self.dir.clone(),
+                steps,
+                resume: self.resume,
+                keep: t.keep,
+                stop: Some(self.stop.clone()),
+                save_every: t.save_every,
+                eval_every: t.eval_every,
+                log_every: 10,
+                settings,
+                label: "detector".into(),
+            },
+        )?;
+        let out = self.dir.join("model");
+        let trained = if tuning.is_averaged() { tuning.average } else { params.tensors() };
+        export(&parts, &original, &trained, t.alpha, &out)?;
+        Ok((metrics, out))
+    }
+
+    /// What a resumed run may not change.
+    fn settings(&self, parts: &DetectorParts) -> Result<serde_json::Value> {
+        let mut of_run = json!(self.cfg());
+        for free in ["save_every", "keep", "alpha", "eval_every"] {
+            of_run.as_object_mut().expect("a table").remove(free);
+        }
+        // What is trained on decides the run as much as how.
+        let records: String = self
+            .boxes
+            .records
+            .iter()
+            .map(serde_json::to_string)
+            .collect::<serde_json::Result<Vec<_>>>()?
+            .join("\n");
+        let hash = {
+            use sha2::{Digest, Sha256};
+            Sha256::digest(records).iter().take(8).map(|b| format!("{b:02x}")).collect::<String>()
+        };
+        Ok(json!({
+            "training": of_run, "seed": self.config.grounding.seed, "detector": parts.name,
+            "fingerprint": parts.files.fingerprint(), "boxes": hash, "rooms": rooms::VERSION,
+            "sides": [parts.processor.shortest, parts.processor.longest],
+        }))
+    }
+}
+
+/// Held-out pictures of Rooms at each evaluation.
+const HELD_OUT: u64 = 64;
+/// Sets the scenes that are replayed apart from those that are mined.
+const REPLAY: u64 = 0x7265_706c_6179;
+
+/// Writes the mean of old and new weights, `alpha` of it new, as a model's folder in HF's names, in the
+/// precision that the old ones have.
+fn export(
+    parts: &DetectorParts,
+    original: &HashMap<String, Tensor>,
+    trained: &HashMap<String, Tensor>,
+    alpha: f64,
+    out: &Path,
+) -> Result<()> {
+    let mut weights = HashMap::with_capacity(original.len());
+    for (name, old) in original {
+        let new = match trained.get(name) {
+            Some(new) if alpha < 1. => {
+                let old = old.to_dtype(DType::F32)?;
+                ((old * (1. - alpha))? + (new * alpha)?)?
+            }
+            Some(new) => new.clone(),
+            None => old.clone(),
+        };
+        weights.insert(name.clone(), new.to_dtype(old.dtype())?);
+    }
+    for file in FILES {
+        if let Some(text) = parts.files.text(file)? {
+            write_atomic(&out.join(file), |w| w.write_all(text.as_bytes()))?;
+        }
+    }
+    if parts.files.text("config.json")?.is_none() {
+        let mut config = serde_json::to_value(&parts.config)?;
+        config["model_type"] = "grounding-dino".into();
+        write_atomic(&out.join("config.json"), |w| writeln!(w, "{config:#}"))?;
+    }
+    let bytes = safetensors::serialize(&weights, None)?;
+    write_atomic(&out.join("model.safetensors"), |w| w.write_all(&bytes))?;
+    Ok(())
+}

@@ -1,0 +1,455 @@
+//! Mining: pictures and questions → boxes that a verifier stands by (method.md 5).
+//!
+//! The planner's programs tell what to look for, by their text and by being run; the detector looks with
+//! thresholds so low that it finds too much; the verifier drops what is wrong. A picture's record is
+//! appended to `pictures.jsonl` as soon as it is decided, and everything else in the folder is made anew
+//! from it, so a killed run loses the pictures under way at most, and nothing is mined twice. A picture
+//! whose verifier cannot be reached has no record: the next run takes it up again.
+
+use super::record::{self, Mined};
+use crate::config::{Config, Mining};
+use crate::data::odvg::LabelMap;
+use crate::data::queries::Asked;
+use crate::files::write_atomic;
+use crate::llm::{ChatError, ChatModel, ChatRequest, Message, SamplingOptions};
+use crate::models::grounding_dino::caption::nouns_of;
+use crate::models::grounding_dino::postprocess::{Thresholds, nms};
+use crate::pipeline::{IMAGE, question_seed};
+use crate::planner::Planner;
+use crate::program::check::check;
+use crate::program::{Reply, Sandbox};
+use crate::tools::real::{Perception, RealTools};
+use crate::tools::{Detection, Picture};
+use crate::train::Broken;
+use crate::verify::boxes::{self, BoxJudge, Case};
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::Tensor;
+use image::RgbImage;
+use rand::SeedableRng;
+use rand::seq::IndexedRandom;
+use rand_chacha::ChaCha8Rng;
+use serde_json::{Value, json};
+use std::collections::HashSet;
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// What mining takes.
+pub struct Miner<'a> {
+    pub config: &'a Config,
+    pub planner: &'a Planner,
+    pub perception: &'a Perception,
+    pub judge: &'a BoxJudge,
+    /// Denies nouns on whole pictures.
+    pub vlm: &'a dyn ChatModel,
+    pub sandbox: Sandbox,
+    pub dir: &'a Path,
+    pub stop: &'a AtomicBool,
+}
+
+/// How it ended.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Outcome {
+    pub records: Vec<Mined>,
+    /// Pictures that the verifier could not be asked about, with the first reason.
+    pub unverified: (usize, Option<String>),
+    /// Stopped before the last picture.
+    pub stopped: bool,
+}
+
+pub const PICTURES: &str = "pictures.jsonl";
+
+/// Words that tell where a thing is, not what it looks like: a detector takes "leftmost chair" for a
+/// chair at best (method.md 2), so such a noun is not looked for.
+const SPATIAL: [&str; 38] = [
+    "left",
+    "leftmost",
+    "right",
+    "rightmost",
+    "top",
+    "topmost",
+    "bottom",
+    "bottommost",
+    "upper",
+    "lower",
+    "above",
+    "below",
+    "over",
+    "under",
+    "front",
+    "back",
+    "behind",
+    "before",
+    "near",
+    "nearest",
+    "nearer",
+    "closest",
+    "closer",
+    "far",
+    "farthest",
+    "farther",
+    "furthest",
+    "middle",
+    "center",
+    "centre",
+    "between",
+    "beside",
+    "next",
+    "tallest",
+    "largest",
+    "smallest",
+    "biggest",
+    "highest",
+];
+
+/// Is it a name for a thing by its looks?
+fn is_noun(noun: &str) -> bool {
+    noun.chars().any(char::is_alphabetic)
+        && noun.len() <= 60
+        && !noun.split([' ', '-']).any(|word| SPATIAL.contains(&word))
+}
+
+impl Miner<'_> {
+    fn cfg(&self) -> &Mining {
+        &self.config.grounding.mining
+    }
+
+    /// What a folder's records hang on. Limits on how many are judged at once are one's own.
+    fn settings(&self) -> Value {
+        let mut of_run = json!(self.cfg());
+        for free in ["together", "missing_limit", "prompts", "model"] {
+            of_run.as_object_mut().expect("a table").remove(free);
+        }
+        json!({
+            "mining": of_run, "seed": self.config.grounding.seed, "judge": self.judge.identity(),
+            "planner": self.planner.model.identity(), "prompt": self.config.planner.prompt,
+            "detector": self.perception.detector.name(), "vlm": self.vlm.identity(),
+        })
+    }
+
+    /// Mines those of `pictures` that the folder has no record of. `progress` hears how many are done.
+    ///
+    /// # Errors
+    /// [`Broken`] if a model fails or too many pictures cannot be judged; what is mined stays. Others if
+    /// the folder was mined with other settings, or cannot be written.
+    pub fn run(&mut self, pictures: &[Asked], mut progress: impl FnMut(usize)) -> Result<Outcome> {
+        std::fs::create_dir_all(self.dir).with_context(|| self.dir.display().to_string())?;
+        self.same_settings()?;
+        let path = self.dir.join(PICTURES);
+        let (mut records, whole) = record::read(&path)?;
+        let named = || path.display().to_string();
+        let file = OpenOptions::new().create(true).append(true).open(&path).with_context(named)?;
+        file.set_len(whole as u64).with_context(named)?;
+        let done: HashSet<String> = records.iter().map(|r| r.image.clone()).collect();
+        let open: Vec<(usize, &Asked)> =
+            pictures.iter().enumerate().filter(|(_, p)| !done.contains(&p.image)).collect();
+        progress(pictures.len() - open.len());
+        let mut out = Outcome::default();
+        for chunk in open.chunks(self.cfg().together) {
+            if self.stop.load(Ordering::Relaxed) {
+                out.stopped = true;
+                break;
+            }
+            let vocabulary = record::vocabulary(&records);
+            let mined = self.mine(chunk, &vocabulary)?;
+            for m in mined {
+                match m {
+                    Ok(record) => {
+                        append(&file, &record).with_context(named)?;
+                        records.push(record);
+                    }
+                    Err(why) => {
+                        out.unverified.0 += 1;
+                        out.unverified.1.get_or_insert(why);
+                    }
+                }
+            }
+            file.sync_data().with_context(named)?;
+            let tried = records.len() - done.len() + out.unverified.0;
+            progress(pictures.len() - open.len() + tried);
+            let share = out.unverified.0 as f64 / tried.max(1) as f64;
+            if share > self.cfg().missing_limit {
+                return Err(Broken(format!(
+                    "{} of {tried} pictures could not be judged, more than grounding.mining.missing_limit = {} \
+                     allows: {}. What is mined is kept: see to the verifier ({}) and start the command again",
+                    out.unverified.0,
+                    self.cfg().missing_limit,
+                    out.unverified.1.unwrap_or_default(),
+                    self.judge.name(),
+                ))
+                .into());
+            }
+        }
+        out.records = records;
+        Ok(out)
+    }
+
+    fn same_settings(&self) -> Result<()> {
+        let (path, is) = (self.dir.join("settings.json"), self.settings());
+        if !path.exists() {
+            write_atomic(&path, |w| writeln!(w, "{is:#}"))?;
+            return Ok(());
+        }
+        let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        let was: Value = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
+        let differ = crate::train::differences(&was, &is);
+        ensure!(
+            differ.is_empty(),
+            "{} was mined with other settings ({}); name another --out",
+            self.dir.display(),
+            differ.join("; ")
+        );
+        Ok(())
+    }
+
+    /// Records of some pictures, by number and what is asked about them.
+    fn mine(
+        &mut self,
+        chunk: &[(usize, &Asked)],
+        vocabulary: &[String],
+    ) -> Result<Vec<std::result::Result<Mined, String>>> {
+        let seed = self.config.grounding.seed;
+        let opened: Vec<std::result::Result<Picture, String>> =
+            chunk.iter().map(|(_, a)| Picture::open(&a.path).map_err(|e| e.to_string())).collect();
+        let mut asked: Vec<(&str, u64)> = Vec::new();
+        let mut of = Vec::new();
+        for (k, (i, a)) in chunk.iter().enumerate().filter(|(k, _)| opened[*k].is_ok()) {
+            for (n, q) in a.questions.iter().enumerate() {
+                asked.push((q, question_seed(seed, *i, n)));
+                of.push(k);
+            }
+        }
+        let replies = self.planner.ask(&asked, None);
+        let mut programs: Vec<Vec<String>> = vec![Vec::new(); chunk.len()];
+        let mut unplanned: Vec<Option<String>> = vec![None; chunk.len()];
+        for (k, reply) in of.into_iter().zip(replies) {
+            match reply {
+                Ok(reply) => programs[k].extend(Reply::parse(&reply.text).ok().map(|r| r.program)),
+                Err(e) if e.is_of_model() => return Err(gone("planner", &e)),
+                Err(e) => unplanned[k] = Some(format!("the planner gave no reply: {e}")),
+            }
+        }
+        let mut records = Vec::with_capacity(chunk.len());
+        for (k, (_, a)) in chunk.iter().enumerate() {
+            let blank = Mined {
+                image: a.image.clone(),
+                width: 0,
+                height: 0,
+                questions: a.questions.len(),
+                programs: programs[k].len(),
+                nouns: Vec::new(),
+                found: Vec::new(),
+                denied: Vec::new(),
+                error: None,
+            };
+            let picture = match (&opened[k], unplanned[k].take()) {
+                (Err(e), _) => {
+                    records.push((Ok(Mined { error: Some(e.clone()), ..blank }), Vec::new()));
+                    continue;
+                }
+                (_, Some(why)) => {
+                    records.push((Err(why), Vec::new()));
+                    continue;
+                }
+                (Ok(picture), None) => picture,
+            };
+            let prompts = self.prompts(&programs[k], picture);
+            let found = self.find(picture, &prompts)?;
+            let mut nouns: Vec<String> = Vec::new();
+            for noun in prompts.into_iter().flatten() {
+                if !nouns.contains(&noun) {
+                    nouns.push(noun);
+                }
+            }
+            let (width, height) = (picture.width(), picture.height());
+            records.push((Ok(Mined { width, height, nouns, ..blank }), found));
+        }
+        self.verify(&opened, &mut records)?;
+        self.deny(chunk, &opened, vocabulary, &mut records)?;
+        Ok(records.into_iter().map(|r| r.0).collect())
+    }
+
+    /// The lists of nouns that programs give to the detector, each once.
+    fn prompts(&mut self, programs: &[String], picture: &Picture) -> Vec<Vec<String>> {
+        let mut lists: Vec<Vec<String>> = Vec::new();
+        let mut add = |nouns: Vec<String>| {
+            let nouns: Vec<String> = nouns.into_iter().filter(|n| is_noun(n)).collect();
+            if !nouns.is_empty() && !lists.contains(&nouns) {
+                lists.push(nouns);
+            }
+        };
+        for program in programs {
+            if let Ok(checked) = check(program) {
+                checked.prompts.iter().for_each(|p| add(nouns_of(p)));
+            }
+        }
+        let mut tools = RealTools::new(self.perception, picture);
+        for program in programs {
+            // Whatever comes of it.
+            self.sandbox.run(program, IMAGE, &mut tools);
+        }
+        let mut looked_for: Vec<Vec<String>> = tools.looked_for().map(<[String]>::to_vec).collect();
+        looked_for.sort();
+        looked_for.into_iter().for_each(add);
+        lists
+    }
+
+    /// Far too many boxes, best first.
+    fn find(&self, picture: &Picture, prompts: &[Vec<String>]) -> Result<Vec<Detection>> {
+        let detector = &self.perception.detector;
+        let thresholds = Thresholds {
+            boxes: self.cfg().box_threshold as f32,
+            text: self.cfg().text_threshold as f32,
+            nms: None,
+        };
+        let pixels: Tensor = detector.pixels(picture)?;
+        let mut found = Vec::new();
+        for nouns in prompts {
+            // A list that is too long for the detector is one that it would refuse a program, too.
+            let boxes =
+                detector.detect_above(&pixels, (picture.height(), picture.width()), nouns, thresholds);
+            found.extend(boxes.unwrap_or_default());
+        }
+        found.sort_by(|a, b| b.score.unwrap_or(0.).total_cmp(&a.score.unwrap_or(0.)));
+        Ok(nms(found, self.cfg().nms))
+    }
+
+    fn verify(
+        &self,
+        opened: &[std::result::Result<Picture, String>],
+        records: &mut [(std::result::Result<Mined, String>, Vec<Detection>)],
+    ) -> Result<()> {
+        let open: Vec<usize> =
+            (0..records.len()).filter(|&k| records[k].0.is_ok() && opened[k].is_ok()).collect();
+        let cases: Vec<Case> = open
+            .iter()
+            .map(|&k| Case { picture: opened[k].as_ref().expect("filtered above"), boxes: &records[k].1 })
+            .collect();
+        let judged = self.judge.judge(&cases).map_err(|e| gone("verifier of boxes", &e))?;
+        for (k, decisions) in open.into_iter().zip(judged) {
+            let (record, boxes) = &mut records[k];
+            match (decisions, record.as_mut()) {
+                (Err(why), _) => *record = Err(why),
+                (Ok(decisions), Ok(record)) => {
+                    record.found = std::mem::take(boxes)
+                        .into_iter()
+                        .zip(decisions)
+                        .map(|(b, d)| record::Found {
+                            // Whole hundredths of a pixel are read more easily.
+                            bbox: b.bbox.map(|v| (v * 100.).round() / 100.),
+                            label: b.label,
+                            score: (b.score.unwrap_or(0.) * 1e4).round() / 1e4,
+                            dropped: d.dropped,
+                            reason: d.reason,
+                        })
+                        .collect();
+                }
+                (Ok(_), Err(_)) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Has the verifier deny nouns on the whole picture: those all of whose boxes show something else, since a
+    /// thing that the detector missed is no hard negative; and some that other pictures were asked for.
+    fn deny(
+        &self,
+        chunk: &[(usize, &Asked)],
+        opened: &[std::result::Result<Picture, String>],
+        vocabulary: &[String],
+        records: &mut [(std::result::Result<Mined, String>, Vec<Detection>)],
+    ) -> Result<()> {
+        let (mut requests, mut at) = (Vec::new(), Vec::new());
+        for (k, (i, _)) in chunk.iter().enumerate() {
+            let (Ok(record), Ok(picture)) = (&records[k].0, &opened[k]) else { continue };
+            let mut rng =
+                ChaCha8Rng::seed_from_u64(question_seed(self.config.grounding.seed, *i, usize::MAX));
+            let others: Vec<&String> = vocabulary.iter().filter(|n| !record.nouns.contains(n)).collect();
+            let drawn = others.choose_multiple(&mut rng, self.cfg().negatives).copied();
+            let missed = record.nouns.iter().filter(|n| record.shows_only_others(n));
+            for noun in missed.chain(drawn) {
+                let (w, h) = (picture.width(), picture.height());
+                let image = RgbImage::from_raw(w, h, picture.rgb().to_vec()).expect("three bytes a pixel");
+                let message = Message::user(boxes::worded(ABSENT, noun)).with_images(vec![image]);
+                requests.push(ChatRequest {
+                    messages: vec![message],
+                    ..ChatRequest::user("", 0, self.cfg().max_new_tokens)
+                });
+                at.push((k, noun.clone()));
+            }
+        }
+        let replies = self.vlm.chat(&requests, &SamplingOptions::greedy(), None);
+        for ((k, noun), reply) in at.into_iter().zip(replies) {
+            let no = match reply {
+                Ok(reply) => boxes::parse(&reply.text) == Some(false),
+                Err(e) if e.is_of_model() => return Err(gone("verifier of boxes", &e)),
+                // What nobody denies is no negative.
+                Err(_) => false,
+            };
+            if let (true, Ok(record)) = (no, &mut records[k].0) {
+                record.denied.push(noun);
+            }
+        }
+        Ok(())
+    }
+}
+
+const ABSENT: &str = include_str!("../../../data/prompts/boxes-absent.txt");
+
+fn gone(who: &str, e: &ChatError) -> anyhow::Error {
+    Broken(format!("the {who} failed: {e}. What is mined is kept: start the command again to go on")).into()
+}
+
+fn append(mut file: &File, record: &Mined) -> Result<()> {
+    let mut line = serde_json::to_string(record)?;
+    line.push('\n');
+    // One write a line, so that a kill leaves at most one half.
+    file.write_all(line.as_bytes())?;
+    Ok(())
+}
+
+/// Writes `odvg.jsonl` and `label_map.json` from the records. Ids that the folder's map has given stay.
+pub fn export(dir: &Path, records: &[Mined]) -> Result<usize> {
+    let map = dir.join("label_map.json");
+    let mut labels = if map.exists() { LabelMap::read(&map)? } else { LabelMap::default() };
+    let lines = record::odvg(records, &mut labels);
+    let kept: usize = lines.iter().map(|r| r.detection.instances.len()).sum();
+    if kept == 0 {
+        // Nouns that it denies would still teach: that nothing is anywhere.
+        bail!(Broken(format!(
+            "nothing to train on: of {} boxes in {} pictures the verifier kept none. Look at {}/report.html: either \
+             the detector finds nothing, or the verifier knows nothing",
+            records.iter().map(|r| r.found.len()).sum::<usize>(),
+            records.len(),
+            dir.display()
+        )))
+    }
+    // The map first: an id must be known before it is used.
+    write_atomic(&map, |w| writeln!(w, "{}", labels.to_json()))?;
+    write_atomic(&dir.join("odvg.jsonl"), |w| {
+        lines.iter().try_for_each(|r| writeln!(w, "{}", serde_json::to_string(r)?))
+    })?;
+    Ok(lines.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_a_thing_is_is_no_part_of_its_name() {
+        for (noun, want) in [
+            ("chair", true),
+            ("red coffee table", true),
+            ("leftmost chair", false),
+            ("chair next to the sofa", false),
+            ("top-left lamp", false),
+            ("laptop", true),
+            ("12", false),
+            ("", false),
+        ] {
+            assert_eq!(is_noun(noun), want, "{noun:?}");
+        }
+    }
+}

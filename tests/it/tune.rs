@@ -1,0 +1,204 @@
+//! `valor tune-grounding`, run as a user would: to its end, killed, misused, with verifiers of all kinds.
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::server::{Act, Server};
+
+const SMALL: [&str; 7] = [
+    "grounding.pictures=6",
+    "grounding.mining.together=2",
+    "grounding.training.epochs=2",
+    "grounding.training.batch=2",
+    "grounding.training.eval_every=0",
+    "grounding.training.save_every=1",
+    "grounding.training.ema=0.9",
+];
+
+fn command(out: &Path, sets: &[&str], more: &[&str]) -> Command {
+    let mut c = Command::new(env!("CARGO_BIN_EXE_valor"));
+    c.arg("tune-grounding").arg("--out").arg(out).args(more);
+    for set in SMALL.iter().chain(sets) {
+        c.args(["--set", set]);
+    }
+    c.stdout(Stdio::piped()).stderr(Stdio::piped());
+    c
+}
+
+fn run(out: &Path, sets: &[&str], more: &[&str]) -> Output {
+    command(out, sets, more).output().unwrap()
+}
+
+fn stderr(o: &Output) -> String {
+    String::from_utf8_lossy(&o.stderr).into_owned()
+}
+
+fn lines(path: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(path).unwrap();
+    text.lines().map(|l| serde_json::from_str(l).unwrap()).collect()
+}
+
+/// The lines of a run's metrics without what clocks say.
+fn metrics(out: &Path) -> Vec<Value> {
+    let mut all = lines(&out.join("metrics.jsonl"));
+    all.iter_mut().for_each(|v| {
+        v.as_object_mut().unwrap().remove("seconds");
+    });
+    all
+}
+
+/// Starts a command over and over, each time killed somewhat later, until it reaches its end.
+fn with_kills(mut make: impl FnMut() -> Command) -> usize {
+    for (session, wait) in (1..).zip((0..).map(|i| Duration::from_millis(300 + 300 * i))) {
+        assert!(session < 80, "it does not come to an end");
+        let mut child = make().spawn().unwrap();
+        std::thread::sleep(wait);
+        child.kill().unwrap();
+        if child.wait().unwrap().success() {
+            return session;
+        }
+    }
+    unreachable!()
+}
+
+#[test]
+fn a_killed_tuning_goes_on_as_if_it_had_not_been() {
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, killed) = (dir.path().join("whole"), dir.path().join("killed"));
+    let o = run(&whole, &[], &[]);
+    assert!(o.status.success(), "{}", stderr(&o));
+    assert_eq!(String::from_utf8_lossy(&o.stdout).trim(), whole.join("model").display().to_string());
+    assert!(stderr(&o).contains("precision"), "{}", stderr(&o));
+    for file in ["mined/report.html", "mined/precision.json", "mined/label_map.json", "model/tokenizer.json"]
+    {
+        assert!(whole.join(file).is_file(), "{file}");
+    }
+    let mined = lines(&whole.join("mined/pictures.jsonl"));
+    assert_eq!(mined.len(), 6);
+    let found: usize = mined.iter().map(|r| r["found"].as_array().unwrap().len()).sum();
+    assert!(found > 20, "thresholds are low: {found}");
+    for r in &mined {
+        for f in r["found"].as_array().unwrap() {
+            assert!(r["nouns"].as_array().unwrap().contains(&f["label"]), "nobody asked for {f}");
+        }
+    }
+
+    assert!(with_kills(|| command(&killed, &[], &["--stage", "mine"])) > 1);
+    for file in ["mined/pictures.jsonl", "mined/odvg.jsonl", "mined/label_map.json"] {
+        let read = |d: &Path| std::fs::read_to_string(d.join(file)).unwrap();
+        assert_eq!(read(&killed), read(&whole), "{file}");
+    }
+    assert!(with_kills(|| command(&killed, &[], &["--stage", "train", "--resume"])) > 1);
+    assert_eq!(metrics(&killed), metrics(&whole));
+    let weights = |d: &Path| std::fs::read(d.join("model/model.safetensors")).unwrap();
+    assert_eq!(weights(&killed), weights(&whole));
+
+    // It is a detector like any other.
+    let picture = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/demo/room.png");
+    let o = Command::new(env!("CARGO_BIN_EXE_valor"))
+        .arg("infer")
+        .arg(picture)
+        .args(["What color does the bed have?", "--set"])
+        .arg(format!("detector.model={}", whole.join("model").display()))
+        .output()
+        .unwrap();
+    assert!(o.status.success(), "{}", stderr(&o));
+
+    // What was mined with other settings is not gone on with, and a run is not begun over another.
+    let o = run(&whole, &["grounding.mining.box_threshold=0.2"], &["--stage", "mine"]);
+    assert_eq!(o.status.code(), Some(2));
+    assert!(stderr(&o).contains("box_threshold was 0.1, is 0.2"), "{}", stderr(&o));
+    let o = run(&whole, &[], &["--stage", "train"]);
+    assert_eq!(o.status.code(), Some(2));
+    assert!(stderr(&o).contains("--resume"), "{}", stderr(&o));
+
+    // A person's word counts, and ids stay where they were.
+    let before = std::fs::read_to_string(whole.join("mined/label_map.json")).unwrap();
+    let first = mined.iter().find(|r| r["found"].as_array().is_some_and(|f| !f.is_empty())).unwrap();
+    let word = serde_json::json!({ "image": first["image"], "index": 0, "keep": first["found"][0]["dropped"].is_string() });
+    let file = dir.path().join("overrule.jsonl");
+    std::fs::write(&file, format!("{word}\n")).unwrap();
+    let odvg = std::fs::read_to_string(whole.join("mined/odvg.jsonl")).unwrap();
+    let o = run(&whole, &[], &["--stage", "mine", "--overrule", file.to_str().unwrap()]);
+    assert!(o.status.success(), "{}", stderr(&o));
+    assert_ne!(std::fs::read_to_string(whole.join("mined/odvg.jsonl")).unwrap(), odvg);
+    let after = std::fs::read_to_string(whole.join("mined/label_map.json")).unwrap();
+    let pairs = |t: &str| serde_json::from_str::<Value>(t).unwrap().as_object().unwrap().clone();
+    assert!(pairs(&before).iter().all(|(id, name)| pairs(&after)[id] == *name));
+}
+
+/// A mining whose verifier is a server that always does the same.
+fn judged_by(act: Act, granularity: &str) -> (Output, tempfile::TempDir, Vec<Value>) {
+    let server = Server::start([act]);
+    let dir = tempfile::tempdir().unwrap();
+    let sets = [
+        "grounding.pictures=2".to_owned(),
+        format!("endpoints.judge.base_url={}", server.url),
+        "endpoints.judge.model=judge".into(),
+        "endpoints.judge.tries=1".into(),
+        "endpoints.judge.seconds=2".into(),
+        "grounding.mining.model=endpoint:judge".into(),
+        format!("grounding.mining.granularity={granularity}"),
+    ];
+    let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
+    let o = run(&dir.path().join("run"), &sets, &["--stage", "mine"]);
+    let records = dir.path().join("run/mined/pictures.jsonl");
+    let records = if records.exists() { lines(&records) } else { Vec::new() };
+    (o, dir, records)
+}
+
+#[test]
+fn a_verifier_that_drops_everything_or_nothing_is_told_of() {
+    let (o, dir, records) = judged_by(Act::Reply("no".into()), "box");
+    assert_eq!((o.status.code(), records.len()), (Some(1), 2), "{}", stderr(&o));
+    assert!(stderr(&o).contains("kept none"), "{}", stderr(&o));
+    assert!(!dir.path().join("run/mined/odvg.jsonl").exists(), "labels are never silently empty");
+    assert!(dir.path().join("run/mined/report.html").exists());
+    let (o, dir, _) = judged_by(Act::Reply("Yes.".into()), "box");
+    assert!(o.status.success(), "{}", stderr(&o));
+    // Pairs are said to be one thing, too.
+    for r in lines(&dir.path().join("run/mined/odvg.jsonl")) {
+        assert!(!r["detection"]["instances"].as_array().unwrap().is_empty());
+    }
+}
+
+#[test]
+fn a_verifier_that_answers_wrong_numbers_or_goes_away_costs_no_wrong_label() {
+    let (o, _, records) = judged_by(Act::Reply(r#"{"keep": [99], "drop": []}"#.into()), "pass");
+    assert_eq!((o.status.code(), records.len()), (Some(1), 2), "{}", stderr(&o));
+    for act in [Act::Status(503, "", "{}".into()), Act::Close, Act::Hang] {
+        let (o, dir, records) = judged_by(act, "box");
+        assert_eq!((o.status.code(), records.len()), (Some(1), 0), "{}", stderr(&o));
+        assert!(stderr(&o).contains("could not be judged"), "{}", stderr(&o));
+        assert!(!dir.path().join("run/mined/odvg.jsonl").exists());
+    }
+}
+
+#[test]
+fn the_published_settings_are_planned_without_models() {
+    let dir = tempfile::tempdir().unwrap();
+    let queries = dir.path().join("q.jsonl");
+    let lines: String =
+        (0..40).map(|i| format!("{{\"image\": \"{i}.jpg\", \"question\": \"How many?\"}}\n")).collect();
+    std::fs::write(&queries, lines).unwrap();
+    let o = Command::new(env!("CARGO_BIN_EXE_valor"))
+        .args(["tune-grounding", "--dry-run", "--config", "configs/paper-grounding.toml", "--set"])
+        .arg(format!("grounding.queries={}", queries.display()))
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&o.stdout).into_owned();
+    assert!(o.status.success(), "{}", stderr(&o));
+    for part in [
+        "40 of",
+        "200 of 2 pictures (10 epochs of 40)",
+        "1e-5, from 1e-6 over 20 steps, cosine to 1e-6",
+        "[480, 512",
+        "longest 1333",
+        "model.text_backbone.",
+    ] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+}
