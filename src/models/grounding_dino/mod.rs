@@ -274,13 +274,22 @@ impl GroundingDino {
 
     /// `train` switches dropout and stochastic depth on, as the configuration sets them.
     pub fn forward(&self, inputs: &Inputs, train: Option<&mut TrainCtx>) -> Result<Outputs> {
-        self.run(inputs, train, None)
+        self.run(inputs, train, None, None)
+    }
+
+    /// Evaluation on given queries, u32 `[batch, q]`, in place of the best image tokens.
+    ///
+    /// Query i is the i-th learned embedding at the i-th best token, so where two scores differ by less
+    /// than rounding, two correct implementations may pair them differently and answer differently.
+    /// This compares what follows the choice.
+    pub fn forward_on(&self, inputs: &Inputs, topk: &Tensor) -> Result<Outputs> {
+        self.run(inputs, None, Some(topk), None)
     }
 
     /// Evaluation, with what happens on the way.
     pub fn trace(&self, inputs: &Inputs) -> Result<(Outputs, Trace)> {
         let mut trace = Trace::default();
-        let out = self.run(inputs, None, Some(&mut trace))?;
+        let out = self.run(inputs, None, None, Some(&mut trace))?;
         Ok((out, trace))
     }
 
@@ -288,6 +297,7 @@ impl GroundingDino {
         &self,
         inputs: &Inputs,
         mut train: Option<&mut TrainCtx>,
+        topk: Option<&Tensor>,
         mut trace: Option<&mut Trace>,
     ) -> Result<Outputs> {
         let trace = &mut trace;
@@ -307,7 +317,7 @@ impl GroundingDino {
         record(trace, || "encoder.text".into(), &enhanced);
 
         let padding = masks.padding.as_ref();
-        let chosen = self.select(&memory, &enhanced, padding, &levels, trace)?;
+        let chosen = self.select(&memory, &enhanced, padding, &levels, topk, trace)?;
         let (b, q) = chosen.topk.dims2()?;
         let target = self.query_embeddings.narrow(0, 0, q)?.unsqueeze(0)?;
         let target = target.broadcast_as((b, q, self.cfg.d_model))?.contiguous()?;
@@ -406,7 +416,8 @@ impl GroundingDino {
         Ok((vision, levels))
     }
 
-    /// Language-guided query selection: the tokens whose features match some token of the text best.
+    /// Language-guided query selection: the tokens whose features match some token of the text best,
+    /// or those in `topk`.
     ///
     /// All tokens are scored without a graph; only the chosen ones are computed again with one.
     fn select(
@@ -415,6 +426,7 @@ impl GroundingDino {
         text: &Tensor,
         padding: Option<&Tensor>,
         levels: &Levels,
+        topk: Option<&Tensor>,
         trace: &mut Option<&mut Trace>,
     ) -> Result<Chosen> {
         let (b, s, d) = memory.dims3()?;
@@ -429,17 +441,19 @@ impl GroundingDino {
             let boxes = (self.encoder_box_head.forward(&all)? + &proposals)?;
             record(trace, || "proposals.box_logits".into(), &boxes);
         }
-        let k = self.cfg.num_queries.min(s);
-        let mut rows = Vec::with_capacity(b * k);
-        let mut topk = Vec::with_capacity(b * k);
-        for (i, scores) in class.max(D::Minus1)?.to_dtype(DType::F32)?.to_vec2::<f32>()?.iter().enumerate() {
-            let mut order: Vec<u32> = (0..s as u32).collect();
-            order.sort_by(|&x, &y| scores[y as usize].total_cmp(&scores[x as usize]));
-            order.truncate(k);
-            rows.extend(order.iter().map(|t| (i * s) as u32 + t));
-            topk.extend(order);
+        let topk = match topk {
+            Some(given) => given.to_vec2::<u32>()?,
+            None => {
+                let scores = class.max(D::Minus1)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+                scores.iter().map(|scores| best(scores, self.cfg.num_queries)).collect()
+            }
+        };
+        let k = topk.first().map_or(0, Vec::len);
+        if topk.len() != b || topk.iter().flatten().any(|t| *t as usize >= s) {
+            candle_core::bail!("grounding-dino: the queries must be tokens of {b} pictures, under {s}")
         }
-        let rows = Tensor::from_vec(rows, b * k, memory.device())?;
+        let rows = topk.iter().enumerate().flat_map(|(i, t)| t.iter().map(move |t| (i * s) as u32 + t));
+        let rows = Tensor::from_vec(rows.collect(), b * k, memory.device())?;
         let pick = |x: &Tensor, c: usize| x.reshape((b * s, c))?.index_select(&rows, 0)?.reshape((b, k, c));
         let proposable = pick(&levels.proposable.broadcast_as((b, s, 1))?, 1)?;
         let features = features(&pick(memory, d)?.broadcast_mul(&proposable)?)?;
@@ -449,7 +463,7 @@ impl GroundingDino {
         Ok(Chosen {
             features,
             boxes: sigmoid(&boxes)?,
-            topk: Tensor::from_vec(topk, (b, k), memory.device())?,
+            topk: Tensor::from_vec(topk.concat(), (b, k), memory.device())?,
         })
     }
 
@@ -463,6 +477,14 @@ impl GroundingDino {
         let never = Tensor::full(f32::NEG_INFINITY, (b, q, rest), logits.device())?;
         Tensor::cat(&[logits, &never.to_dtype(logits.dtype())?], 2)
     }
+}
+
+/// Indices of the largest scores, largest first.
+fn best(scores: &[f32], count: usize) -> Vec<u32> {
+    let mut order: Vec<u32> = (0..scores.len() as u32).collect();
+    order.sort_by(|&x, &y| scores[y as usize].total_cmp(&scores[x as usize]));
+    order.truncate(count);
+    order
 }
 
 struct Chosen {

@@ -169,6 +169,46 @@ fn hf_wide_picture_without_padding() {
     within("boxes with a full mask", &same.boxes[last], &out.boxes[last], 1e-6);
 }
 
+/// The order of the queries is part of the answer: the i-th best token gets the i-th learned embedding.
+/// Whoever compares implementations must therefore compare on the same queries.
+#[test]
+fn hf_given_queries() {
+    let f = Fixture::open("grounding-dino-tiny");
+    let inputs = hf_inputs(&f);
+    let vb = VarBuilder::from_tensors(load(&f), DType::F32, &Device::Cpu);
+    let (cfg, model) = (config(&f), GroundingDino::new(&config(&f), vb).unwrap());
+    let last = cfg.decoder_layers - 1;
+    let topk = ids(f.output("topk_indices"));
+    let same = model.forward_on(&inputs, &topk).unwrap();
+    within("pred_boxes", &same.boxes[last], &f.output("pred_boxes"), 1e-5);
+    logits_within("logits", &same.logits[last], &f.output("logits"), cfg.max_text_len);
+
+    // The first picture's best and last queries change places, the second picture's stay.
+    let mut order = topk.to_vec2::<u32>().unwrap();
+    let q = order[0].len();
+    order[0].swap(0, q - 1);
+    let swapped = Tensor::new(order.clone(), &Device::Cpu).unwrap();
+    let out = model.forward_on(&inputs, &swapped).unwrap();
+    assert_eq!(out.topk.to_vec2::<u32>().unwrap(), order);
+    let row = |t: &Tensor, picture: usize, i: usize| t.get(picture).unwrap().get(i).unwrap();
+    for i in 0..q {
+        let from = if i == 0 || i == q - 1 { q - 1 - i } else { i };
+        within("proposals", &row(&out.encoder_boxes, 0, i), &row(&same.encoder_boxes, 0, from), 1e-6);
+    }
+    let (got, plain) = (&out.boxes[last], &same.boxes[last]);
+    within("the other picture", &got.get(1).unwrap(), &plain.get(1).unwrap(), 1e-6);
+    for (i, from) in [(0, 0), (0, q - 1), (q - 1, q - 1), (q - 1, 0)] {
+        let e = relative_error(&row(got, 0, i), &row(plain, 0, from), 1.);
+        assert!(e > 1e-4, "query {i} answers as query {from} without the change: {e:.1e}");
+    }
+
+    let tokens = f.output("enc_outputs_class").dim(1).unwrap() as u32;
+    order[0][0] = tokens;
+    let e = model.forward_on(&inputs, &Tensor::new(order, &Device::Cpu).unwrap()).unwrap_err().to_string();
+    assert!(e.contains(&format!("under {tokens}")), "{e}");
+    assert!(model.forward_on(&inputs, &swapped.narrow(0, 0, 1).unwrap()).is_err());
+}
+
 /// The original's pictures, as `case` stores them. Its masks are true in padding.
 pub fn original_inputs(f: &Fixture, case: &str) -> Inputs {
     let special = config(f).special_tokens;
