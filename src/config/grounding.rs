@@ -51,6 +51,8 @@ pub enum Granularity {
     Box,
     /// One question a picture, which parts its boxes.
     Pass,
+    /// None at all: every box is kept. Self-training, to compare with.
+    None,
 }
 
 /// How the detector is trained on what was mined.

@@ -1,12 +1,13 @@
-//! COCO's average precision, with the semantics of pycocotools (`bbox`, area "all").
+//! COCO's average precision, with the semantics of pycocotools (`bbox`), in all and by size.
 //!
 //! Per class, detections of all pictures are taken best first; each picture's are matched
 //! greedily to its truths at ten IoU thresholds; precision is made monotone and sampled at 101
 //! recalls. Truths marked `ignore` are what pycocotools calls crowds: they may swallow any number
-//! of detections (overlap over the *detection's* area), which then count neither way. Not here:
-//! area ranges, average recall, masks.
+//! of detections (overlap over the *detection's* area), which then count neither way. Of one size only
+//! truths of that size count; those of another are ignored, and so are detections of another that hit
+//! nothing. Not here: average recall, masks.
 
-use crate::tools::BBox;
+use crate::tools::{BBox, bbox};
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -16,6 +17,15 @@ pub struct Truth {
     pub class: usize,
     pub bbox: BBox,
     pub ignore: bool,
+    /// Pixels: of its mask where that is known, else of the box. Decides its size.
+    pub area: f64,
+}
+
+impl Truth {
+    /// Of the box's area.
+    pub fn new(class: usize, bbox: BBox, ignore: bool) -> Self {
+        Self { class, bbox, ignore, area: bbox::area(bbox) }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -39,6 +49,10 @@ pub struct AveragePrecision {
     pub ap: f64,
     pub ap50: f64,
     pub ap75: f64,
+    /// Of things below 32² pixels, up to 96², and above; NaN where there are none.
+    pub small: f64,
+    pub medium: f64,
+    pub large: f64,
     /// AP50 of each class, `None` where it does not occur.
     pub ap50_by_class: Vec<Option<f64>>,
     /// Truths that count.
@@ -50,17 +64,29 @@ const THRESHOLDS: usize = 10;
 /// Detections per picture and class that count; pycocotools' `maxDets`.
 pub const MAX_DETECTIONS: usize = 100;
 
+/// COCO's sizes: areas in pixels from … to.
+const ALL: [f64; 2] = [0., 1e10];
+const SMALL: [f64; 2] = [0., 32. * 32.];
+const MEDIUM: [f64; 2] = [32. * 32., 96. * 96.];
+const LARGE: [f64; 2] = [96. * 96., 1e10];
+
 pub fn average_precision(pictures: &[Scored], classes: usize) -> AveragePrecision {
-    let by_class: Vec<Option<[f64; THRESHOLDS]>> =
-        (0..classes).into_par_iter().map(|class| one_class(pictures, class)).collect();
-    let mean = |pick: &dyn Fn(&[f64; THRESHOLDS]) -> f64| {
+    let of_size = |size: [f64; 2]| -> Vec<Option<[f64; THRESHOLDS]>> {
+        (0..classes).into_par_iter().map(|class| one_class(pictures, class, size)).collect()
+    };
+    let mean = |by_class: &[Option<[f64; THRESHOLDS]>], pick: &dyn Fn(&[f64; THRESHOLDS]) -> f64| {
         let values: Vec<f64> = by_class.iter().flatten().map(pick).collect();
         values.iter().sum::<f64>() / values.len() as f64
     };
+    let over_thresholds = |t: &[f64; THRESHOLDS]| t.iter().sum::<f64>() / THRESHOLDS as f64;
+    let by_class = of_size(ALL);
     AveragePrecision {
-        ap: mean(&|t| t.iter().sum::<f64>() / THRESHOLDS as f64),
-        ap50: mean(&|t| t[0]),
-        ap75: mean(&|t| t[5]),
+        ap: mean(&by_class, &over_thresholds),
+        ap50: mean(&by_class, &|t| t[0]),
+        ap75: mean(&by_class, &|t| t[5]),
+        small: mean(&of_size(SMALL), &over_thresholds),
+        medium: mean(&of_size(MEDIUM), &over_thresholds),
+        large: mean(&of_size(LARGE), &over_thresholds),
         ap50_by_class: by_class.iter().map(|c| c.map(|t| t[0])).collect(),
         truths: pictures.iter().flat_map(|p| &p.truths).filter(|t| !t.ignore && t.class < classes).count(),
     }
@@ -74,14 +100,17 @@ enum Fate {
     Ignored,
 }
 
-fn one_class(pictures: &[Scored], class: usize) -> Option<[f64; THRESHOLDS]> {
+fn one_class(pictures: &[Scored], class: usize, [least, most]: [f64; 2]) -> Option<[f64; THRESHOLDS]> {
+    let is_of_size = |area: f64| (least..=most).contains(&area);
+    // Crowds, and what is of another size.
+    let ignored = |t: &Truth| t.ignore || !is_of_size(t.area);
     let mut all: Vec<(f64, [Fate; THRESHOLDS])> = Vec::new();
     let mut positives = 0usize;
     for p in pictures {
         // Truths that count come first: a detection prefers them to any ignore region.
         let mut truths: Vec<&Truth> = p.truths.iter().filter(|t| t.class == class).collect();
-        truths.sort_by_key(|t| t.ignore);
-        positives += truths.iter().filter(|t| !t.ignore).count();
+        truths.sort_by_key(|t| ignored(t));
+        positives += truths.iter().filter(|t| !ignored(t)).count();
         let mut found: Vec<&Found> = p.found.iter().filter(|f| f.class == class).collect();
         found.sort_by(|a, b| b.score.total_cmp(&a.score));
         found.truncate(MAX_DETECTIONS);
@@ -91,23 +120,27 @@ fn one_class(pictures: &[Scored], class: usize) -> Option<[f64; THRESHOLDS]> {
         for k in 0..THRESHOLDS {
             let threshold = 0.5 + 0.05 * k as f64;
             let mut taken = vec![false; truths.len()];
-            for (overlaps, fate) in overlaps.iter().zip(&mut fates) {
+            for ((overlaps, fate), found) in overlaps.iter().zip(&mut fates).zip(&found) {
                 let mut best: Option<usize> = None;
                 let mut least = threshold.min(1. - 1e-10);
                 for (i, truth) in truths.iter().enumerate() {
                     if taken[i] && !truth.ignore {
                         continue;
                     }
-                    if truth.ignore && best.is_some_and(|b| !truths[b].ignore) {
+                    if ignored(truth) && best.is_some_and(|b| !ignored(truths[b])) {
                         break;
                     }
                     if overlaps[i] >= least {
                         (best, least) = (Some(i), overlaps[i]);
                     }
                 }
-                if let Some(i) = best {
-                    taken[i] = true;
-                    fate[k] = if truths[i].ignore { Fate::Ignored } else { Fate::Hit };
+                match best {
+                    Some(i) => {
+                        taken[i] = true;
+                        fate[k] = if ignored(truths[i]) { Fate::Ignored } else { Fate::Hit };
+                    }
+                    None if !is_of_size(bbox::area(found.bbox)) => fate[k] = Fate::Ignored,
+                    None => {}
                 }
             }
         }
@@ -143,11 +176,10 @@ fn area(fates: impl Iterator<Item = Fate>, positives: usize) -> f64 {
 }
 
 fn overlap(found: BBox, truth: &Truth) -> f64 {
-    let area = |b: BBox| (b[2] - b[0]).max(0.) * (b[3] - b[1]).max(0.);
-    let t = truth.bbox;
-    let inter = area([found[0].max(t[0]), found[1].max(t[1]), found[2].min(t[2]), found[3].min(t[3])]);
-    let union = if truth.ignore { area(found) } else { area(found) + area(t) - inter };
-    if union > 0. { inter / union } else { 0. }
+    match truth.ignore {
+        true => bbox::intersection(found, truth.bbox) / bbox::area(found).max(f64::MIN_POSITIVE),
+        false => bbox::iou(found, truth.bbox),
+    }
 }
 
 #[cfg(test)]
@@ -155,7 +187,7 @@ mod tests {
     use super::*;
 
     fn truth(class: usize, x: f64) -> Truth {
-        Truth { class, bbox: [x, 0., x + 10., 10.], ignore: false }
+        Truth::new(class, [x, 0., x + 10., 10.], false)
     }
 
     fn found(class: usize, x: f64, score: f64) -> Found {
@@ -206,7 +238,7 @@ mod tests {
 
     #[test]
     fn ignore_regions_swallow_detections_but_do_not_attract_hits() {
-        let region = Truth { class: 0, bbox: [0., 0., 100., 10.], ignore: true };
+        let region = Truth::new(0, [0., 0., 100., 10.], true);
         let boxes = vec![found(0, 20., 0.9), found(0, 40., 0.8), found(0, 0., 0.7)];
         assert!((ap50(vec![region, truth(0, 0.)], boxes) - 1.).abs() < 1e-12);
         assert!(ap50(vec![region], vec![found(0, 20., 0.9)]).is_nan(), "a region is nothing to be found");
@@ -220,5 +252,36 @@ mod tests {
         assert_eq!(got.ap50_by_class, [Some(0.5), Some(0.5), None]);
         assert!((got.ap50 - 0.5).abs() < 1e-12);
         assert_eq!(got.truths, 2);
+    }
+
+    /// Figures of pycocotools on the same truths and detections (scripts/make_ap_fixture.py).
+    #[test]
+    fn figures_are_those_of_pycocotools() {
+        let case: serde_json::Value =
+            serde_json::from_str(include_str!("../../tests/fixtures/average-precision/case.json")).unwrap();
+        let number = |v: &serde_json::Value| v.as_f64().unwrap();
+        let corners = |v: &serde_json::Value| {
+            let [x, y, w, h] = [0, 1, 2, 3].map(|i| number(&v["bbox"][i]));
+            [x, y, x + w, y + h]
+        };
+        let class = |v: &serde_json::Value| v["category_id"].as_u64().unwrap() as usize - 1;
+        let list = |v: &serde_json::Value| v.as_array().unwrap().clone();
+        let mut pictures = vec![Scored::default(); list(&case["truth"]["images"]).len()];
+        let place = |v: &serde_json::Value| v["image_id"].as_u64().unwrap() as usize - 1;
+        for a in list(&case["truth"]["annotations"]) {
+            let ignore = a["iscrowd"] == 1;
+            let truth = Truth { class: class(&a), bbox: corners(&a), ignore, area: number(&a["area"]) };
+            pictures[place(&a)].truths.push(truth);
+        }
+        for f in list(&case["found"]) {
+            let found = Found { class: class(&f), bbox: corners(&f), score: number(&f["score"]) };
+            pictures[place(&f)].found.push(found);
+        }
+        let got = average_precision(&pictures, 4);
+        let got = [got.ap, got.ap50, got.ap75, got.small, got.medium, got.large];
+        for (name, got) in ["ap", "ap50", "ap75", "small", "medium", "large"].iter().zip(got) {
+            let want = number(&case["expected"][name]);
+            assert!((got - want).abs() < 1e-6, "{name}: {got}, pycocotools has {want}");
+        }
     }
 }

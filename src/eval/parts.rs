@@ -45,10 +45,9 @@ pub fn detector(
     let mut scored = Vec::new();
     for i in 0..pictures {
         let view = view(look, seed, i);
-        let truth = |t: &rooms::Thing| Truth {
-            class: Kind::ALL.iter().position(|k| *k == t.kind).expect("all kinds"),
-            bbox: t.bbox,
-            ignore: !t.is_clear(),
+        let truth = |t: &rooms::Thing| {
+            let class = Kind::ALL.iter().position(|k| *k == t.kind).expect("all kinds");
+            Truth::new(class, t.bbox, !t.is_clear())
         };
         let truths = view.things.iter().map(truth).collect();
         let pixels = detector.pixels(&picture(&view))?;

@@ -371,12 +371,12 @@ fn score(
     let mut out = Scored::default();
     for (&bbox, noun) in sample.boxes.iter().zip(&sample.nouns) {
         if let Some(class) = nouns.iter().position(|n| n == noun) {
-            out.truths.push(Truth { class, bbox, ignore: false });
+            out.truths.push(Truth::new(class, bbox, false));
         }
     }
     for region in &sample.ignore {
         let classes = (0..nouns.len()).filter(|&c| region.noun.as_ref().is_none_or(|n| *n == nouns[c]));
-        out.truths.extend(classes.map(|class| Truth { class, bbox: region.bbox, ignore: true }));
+        out.truths.extend(classes.map(|class| Truth::new(class, region.bbox, true)));
     }
     let size = (sample.picture.height(), sample.picture.width());
     for (bbox, scores) in noun_scores(caption, logits, boxes, size)? {

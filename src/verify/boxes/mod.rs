@@ -134,8 +134,9 @@ impl BoxJudge {
             "model": self.model.identity(), "granularity": self.granularity, "side": self.side,
             "max_new_tokens": self.max_new_tokens, "confidence": self.confidence,
             "prompts": match self.granularity {
-                Granularity::Box => [&p.shows, &p.frames, &p.same],
-                Granularity::Pass => [&p.coarse, &p.crop, &p.dedupe],
+                Granularity::Box => vec![&p.shows, &p.frames, &p.same],
+                Granularity::Pass => vec![&p.coarse, &p.crop, &p.dedupe],
+                Granularity::None => vec![],
             },
         })
     }
@@ -149,6 +150,7 @@ impl BoxJudge {
         match self.granularity {
             Granularity::Box => single::judge(self, &mut open)?,
             Granularity::Pass => pass::judge(self, &mut open)?,
+            Granularity::None => {}
         }
         Ok(open.into_iter().map(Open::finish).collect())
     }
