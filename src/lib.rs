@@ -15,11 +15,13 @@
 //! - [`nn`]: differentiable building blocks and fused CPU ops
 //! - [`weights`]: where weights come from
 //! - [`rooms`]: the synthetic world, inputs only
+//! - [`data`]: the published benches' files as questions, inputs only
 //! - [`config`]: typed configuration
 //! - [`files`]: files written whole or not at all
 
 pub mod cli;
 pub mod config;
+pub mod data;
 pub mod eval;
 pub mod files;
 pub mod llm;

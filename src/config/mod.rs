@@ -3,8 +3,10 @@
 //! The defaults are `configs/rooms.toml`, compiled in. A key that the defaults do not have is
 //! refused with the nearest one that they do.
 
+mod eval;
 mod reasoner;
 
+pub use eval::{AnswerJudge, Eval};
 pub use reasoner::{Algorithm, Objective, RateDecay, Reasoner, Servers};
 
 use serde::{Deserialize, Serialize};
@@ -44,6 +46,7 @@ pub struct Config {
     pub inference: Inference,
     pub sandbox: Sandbox,
     pub reasoner: Reasoner,
+    pub eval: Eval,
     /// Servers with chat models, by names of the user's choice; a part whose `model` is
     /// `endpoint:NAME` is asked there.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
@@ -321,9 +324,13 @@ impl Config {
                 ));
             }
         }
-        for (part, model) in
-            [("planner", &self.planner.model), ("vlm", &self.vlm.model), ("verifier", &self.verifier.model)]
-        {
+        positive("eval.judge.max_new_tokens", self.eval.judge.max_new_tokens as f64)?;
+        for (part, model) in [
+            ("planner", &self.planner.model),
+            ("vlm", &self.vlm.model),
+            ("verifier", &self.verifier.model),
+            ("eval.judge", &self.eval.judge.model),
+        ] {
             let Some(name) = model.strip_prefix(ENDPOINT) else { continue };
             if !self.endpoints.contains_key(name) {
                 let known: Vec<&str> = self.endpoints.keys().map(String::as_str).collect();
