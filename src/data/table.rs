@@ -212,3 +212,72 @@ fn cell(field: Field) -> Cell {
         _ => Cell::Null,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::{Rng, SeedableRng};
+
+    const COLUMNS: &[(&str, Column)] =
+        &[("image_1", Column::Picture), ("question", Column::Text), ("choices", Column::Texts)];
+
+    fn blink() -> Vec<u8> {
+        let file = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/tests/fixtures/benches/blink/Spatial_Relation/val-00000-of-00001.parquet"
+        );
+        std::fs::read(file).unwrap()
+    }
+
+    fn read(bytes: &[u8]) -> Result<Vec<Row>, DataError> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), bytes).unwrap();
+        Table::open(file.path(), COLUMNS)?.collect()
+    }
+
+    #[test]
+    fn another_writers_pictures_texts_and_lists_are_read() {
+        let rows = read(&blink()).unwrap();
+        assert_eq!(rows.len(), 2);
+        assert_eq!(rows[1]["question"], Cell::Scalar("Is the lamp left of the bed?".into()));
+        assert_eq!(rows[1]["choices"], Cell::Texts(vec!["Yes".into(), "No".into()]));
+        let Cell::Picture(jpeg) = &rows[0]["image_1"] else { panic!("no picture") };
+        assert_eq!(jpeg[..3], [0xff, 0xd8, 0xff]);
+        let wrong = Table::open(
+            Path::new(concat!(
+                env!("CARGO_MANIFEST_DIR"),
+                "/tests/fixtures/benches/countbench/data/test-00000-of-00001.parquet"
+            )),
+            &[("image", Column::Text)],
+        );
+        let why = wrong.err().unwrap().to_string();
+        assert!(why.contains("column \"image\" must hold text"), "{why}");
+    }
+
+    /// Whatever is spoilt, there are rows or an error, and the process lives.
+    #[test]
+    fn spoilt_files_are_errors_at_worst() {
+        let whole = blink();
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(1);
+        let mut errors = 0;
+        for _ in 0..600 {
+            let mut bytes = whole.clone();
+            match rng.random_range(0..3) {
+                0 => bytes.truncate(rng.random_range(0..whole.len())),
+                // The file's end says what is where.
+                1 => {
+                    let at = rng.random_range(whole.len() - 900..whole.len());
+                    bytes[at] = rng.random();
+                }
+                _ => {
+                    for _ in 0..4 {
+                        let at = rng.random_range(0..whole.len());
+                        bytes[at] = rng.random();
+                    }
+                }
+            }
+            errors += usize::from(read(&bytes).is_err());
+        }
+        assert!(errors > 200, "{errors}");
+    }
+}

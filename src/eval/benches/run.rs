@@ -348,6 +348,13 @@ impl Runner<'_> {
             }
         });
         drop(done);
+        let vlm = match &self.method {
+            Method::Direct(vlm) => Some(*vlm),
+            _ => self.perception.map(|p| &p.vlm),
+        };
+        if let Some(e) = vlm.and_then(Vlm::failed) {
+            return Err(e.clone().into());
+        }
         let mut all: Vec<Option<Done>> = (0..n).map(|_| None).collect();
         for result in results {
             for (i, done) in result? {
@@ -466,14 +473,17 @@ impl Runner<'_> {
         let started = Instant::now();
         let mut open = Vec::new();
         for (i, Done { record, .. }) in done.iter_mut().enumerate() {
-            let (Kind::Synonym, Some(answer)) = (record.kind, &record.answer) else { continue };
-            record.judged = Some(if self.judge.is_none() {
-                Judged::Nobody
-            } else if same_words(&record.truth, answer) {
-                Judged::Yes
-            } else {
-                open.push(i);
-                Judged::Missing
+            if record.kind != Kind::Synonym || !record.is_measured() {
+                continue;
+            }
+            record.judged = Some(match &record.answer {
+                _ if self.judge.is_none() => Judged::Nobody,
+                None => Judged::No,
+                Some(answer) if same_words(&record.truth, answer) => Judged::Yes,
+                Some(_) => {
+                    open.push(i);
+                    Judged::Missing
+                }
             });
         }
         let Some(judge) = self.judge.filter(|_| !open.is_empty()) else { return Ok(done) };
