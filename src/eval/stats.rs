@@ -3,7 +3,7 @@
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A share with its 95 % interval.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -54,10 +54,22 @@ pub struct Mean {
 }
 
 impl Mean {
+    /// Of scores from 0 to 1. Where all are 0 or all are 1 a bootstrap has no width: it is Wilson's interval
+    /// then.
+    pub fn accuracy<'a>(samples: impl IntoIterator<Item = (&'a str, f64)>) -> Option<Self> {
+        let samples: Vec<(&str, f64)> = samples.into_iter().collect();
+        let mean = Self::bootstrap(samples.iter().copied())?;
+        if mean.low != mean.high || (mean.value != 0. && mean.value != 1.) {
+            return Some(mean);
+        }
+        let clusters = samples.iter().map(|s| s.0).collect::<BTreeSet<_>>().len();
+        let (low, high) = wilson(mean.value, clusters as f64);
+        Some(Self { low, high, ..mean })
+    }
+
     /// Of `(cluster, value)` pairs: percentiles of the means of resampled clusters (Efron 1979; clusters
     /// as in Field and Welsh 2007). `None` of nothing. Of one cluster there is no interval: its ends are
-    /// NaN. Where no value differs from the others a bootstrap
-    /// has no width: for 0 and 1 it is Wilson's interval then.
+    /// NaN.
     pub fn bootstrap<'a>(samples: impl IntoIterator<Item = (&'a str, f64)>) -> Option<Self> {
         let mut clusters: BTreeMap<&str, (f64, f64)> = BTreeMap::new();
         let (mut least, mut most) = (f64::INFINITY, f64::NEG_INFINITY);
@@ -77,9 +89,7 @@ impl Mean {
             return Some(Self { low: f64::NAN, high: f64::NAN, ..mean });
         }
         if least == most {
-            let (low, high) =
-                if least == 0. || least == 1. { wilson(least, clusters.len() as f64) } else { (least, most) };
-            return Some(Self { low, high, ..mean });
+            return Some(mean);
         }
         let mut rng = ChaCha8Rng::seed_from_u64(SEED);
         let mut means: Vec<f64> = (0..RESAMPLES)
@@ -161,7 +171,9 @@ mod tests {
         assert_eq!(Mean::bootstrap([]), None);
         let one = Mean::bootstrap([("a", 1.), ("a", 0.)]).unwrap();
         assert!(one.value == 0.5 && one.low.is_nan() && one.high.is_nan());
-        let sure = Mean::bootstrap((0..20).map(|i| (&*names[i], 0.))).unwrap();
+        let none = Mean::bootstrap((0..20).map(|i| (&*names[i], 0.))).unwrap();
+        assert_eq!((none.low, none.high), (0., 0.), "as of differences that are none");
+        let sure = Mean::accuracy((0..20).map(|i| (&*names[i], 0.))).unwrap();
         assert!(sure.low == 0. && (sure.high - 0.1611).abs() < 1e-4, "as Wilson's: {sure:?}");
     }
 }

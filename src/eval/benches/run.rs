@@ -11,7 +11,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
-use std::sync::{Mutex, mpsc};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -144,6 +145,15 @@ struct Planned {
     replies: Vec<Result<ChatReply, ChatError>>,
 }
 
+/// What a worker gets.
+struct Job {
+    /// In its batch.
+    number: usize,
+    planned: Planned,
+    /// May it be shown in a gallery?
+    shown: bool,
+}
+
 /// What a worker gives back.
 struct Done {
     record: Record,
@@ -189,11 +199,17 @@ impl Runner<'_> {
         mut progress: impl FnMut(),
     ) -> Result<(BTreeMap<&'static str, Note>, Times), Stopped> {
         let times = Mutex::new(Times::new());
-        let start = || Sandbox::start(self.limits.clone()).context("cannot start the sandbox");
-        let mut sandboxes = (0..self.workers).map(|_| start()).collect::<Result<Vec<Sandbox>>>()?;
+        let stop = AtomicBool::new(false);
         std::thread::scope(|s| {
             let (send, batches) = mpsc::sync_channel::<Vec<Planned>>(1);
-            let times = &times;
+            let (give, jobs) = mpsc::channel::<Vec<Job>>();
+            let (done, results) = mpsc::channel();
+            let (times, stop, jobs) = (&times, &stop, Arc::new(Mutex::new(jobs)));
+            for _ in 0..self.workers {
+                let (jobs, done) = (jobs.clone(), done.clone());
+                s.spawn(move || self.serve(&jobs, &done, stop, times));
+            }
+            drop(done);
             let planning = s.spawn(move || -> Result<_, Stopped> {
                 loop {
                     let mut tasks: Vec<Task> = feed.by_ref().take(self.together).collect();
@@ -213,7 +229,9 @@ impl Runner<'_> {
                 }
             });
             for batch in batches {
-                let done = self.work(batch, &mut sandboxes, gallery, times)?;
+                let done = self.work(batch, gallery, &give, &results).inspect_err(|_| {
+                    stop.store(true, Ordering::Relaxed);
+                })?;
                 for Done { mut record, thumbnail } in self.judge(done, times)? {
                     finish(&mut record);
                     if gallery.takes(&record)
@@ -228,6 +246,37 @@ impl Runner<'_> {
             let notes = planning.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
             Ok((notes, std::mem::take(&mut *times.lock().expect("no holder panics"))))
         })
+    }
+
+    /// A worker's life. It starts its sandbox itself: the jailed process dies with the thread that
+    /// started it, and is replaced where a program has ended it.
+    fn serve(
+        &self,
+        jobs: &Mutex<mpsc::Receiver<Vec<Job>>>,
+        done: &mpsc::Sender<Result<Vec<(usize, Done)>, Stopped>>,
+        stop: &AtomicBool,
+        times: &Mutex<Times>,
+    ) {
+        let mut sandbox = None;
+        while let Ok(group) = { jobs.lock().expect("no holder panics").recv() } {
+            if stop.load(Ordering::Relaxed) {
+                return;
+            }
+            // A panic must reach the thread that waits for this group.
+            let work = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                let sandbox = match &mut sandbox {
+                    Some(sandbox) => sandbox,
+                    none => {
+                        none.insert(Sandbox::start(self.limits.clone()).context("cannot start the sandbox")?)
+                    }
+                };
+                self.about_one_picture(group, sandbox, times)
+            }));
+            let result = work.unwrap_or_else(|_| Err(anyhow!("a worker panicked; this is a bug").into()));
+            if done.send(result).is_err() {
+                return;
+            }
+        }
     }
 
     /// Only plans: each reply appended to the folder.
@@ -314,40 +363,33 @@ impl Runner<'_> {
     fn work(
         &self,
         batch: Vec<Planned>,
-        sandboxes: &mut [Sandbox],
         gallery: &Gallery,
-        times: &Mutex<Times>,
+        give: &mpsc::Sender<Vec<Job>>,
+        results: &mpsc::Receiver<Result<Vec<(usize, Done)>, Stopped>>,
     ) -> Result<Vec<Done>, Stopped> {
         let n = batch.len();
-        let mut groups: Vec<Vec<(usize, Planned)>> = Vec::new();
+        let mut groups: Vec<Vec<Job>> = Vec::new();
         let mut of: HashMap<(&'static str, String), usize> = HashMap::new();
-        for (i, planned) in batch.into_iter().enumerate() {
+        for (number, planned) in batch.into_iter().enumerate() {
             let key = (planned.task.bench, planned.task.picture.clone());
             let group = *of.entry(key).or_insert_with(|| {
                 groups.push(Vec::new());
                 groups.len() - 1
             });
-            groups[group].push((i, planned));
+            let shown = !gallery.is_full(planned.task.bench);
+            groups[group].push(Job { number, planned, shown });
         }
-        let queue = Mutex::new(groups.into_iter());
-        let (done, results) = mpsc::channel();
-        std::thread::scope(|s| {
-            for sandbox in sandboxes {
-                let (queue, done) = (&queue, done.clone());
-                s.spawn(move || {
-                    while let Some(group) = { queue.lock().expect("no holder panics").next() } {
-                        let result = self.about_one_picture(group, sandbox, gallery, times);
-                        let failed = result.is_err();
-                        // The receiver outlives this scope.
-                        let _ = done.send(result);
-                        if failed {
-                            return;
-                        }
-                    }
-                });
+        let given = groups.len();
+        for group in groups {
+            give.send(group).map_err(|_| anyhow!("all workers have ended"))?;
+        }
+        let mut all: Vec<Option<Done>> = (0..n).map(|_| None).collect();
+        for _ in 0..given {
+            let result = results.recv().context("all workers have ended")?;
+            for (number, done) in result? {
+                all[number] = Some(done);
             }
-        });
-        drop(done);
+        }
         let vlm = match &self.method {
             Method::Direct(vlm) => Some(*vlm),
             _ => self.perception.map(|p| &p.vlm),
@@ -355,24 +397,17 @@ impl Runner<'_> {
         if let Some(e) = vlm.and_then(Vlm::failed) {
             return Err(e.clone().into());
         }
-        let mut all: Vec<Option<Done>> = (0..n).map(|_| None).collect();
-        for result in results {
-            for (i, done) in result? {
-                all[i] = Some(done);
-            }
-        }
         Ok(all.into_iter().map(|d| d.expect("each group was worked on")).collect())
     }
 
     fn about_one_picture(
         &self,
-        group: Vec<(usize, Planned)>,
+        group: Vec<Job>,
         sandbox: &mut Sandbox,
-        gallery: &Gallery,
         times: &Mutex<Times>,
     ) -> Result<Vec<(usize, Done)>, Stopped> {
-        let picture = group.first().map(|(_, p)| decoded(&p.task.seen)).expect("no group is empty");
-        let room = match &group[0].1.task.seen {
+        let picture = group.first().map(|j| decoded(&j.planned.task.seen)).expect("no group is empty");
+        let room = match &group[0].planned.task.seen {
             Seen::Room(view, _) => Some(view.clone()),
             _ => None,
         };
@@ -384,7 +419,9 @@ impl Runner<'_> {
         };
         let picture = match picture {
             Ok(picture) => picture,
-            Err(why) => return Ok(group.iter().map(|(i, p)| (*i, refused(&p.task, &why))).collect()),
+            Err(why) => {
+                return Ok(group.iter().map(|j| (j.number, refused(&j.planned.task, &why))).collect());
+            }
         };
         let mut tools: Option<Box<dyn Tools + '_>> = match (self.perception, &room) {
             (Some(models), _) => Some(Box::new(RealTools::new(models, &picture))),
@@ -392,7 +429,7 @@ impl Runner<'_> {
             (None, None) => None,
         };
         let mut all = Vec::with_capacity(group.len());
-        for (i, Planned { task, replies }) in group {
+        for Job { number, planned: Planned { task, replies }, shown } in group {
             let mut record = blank(&task);
             record.size = Some((picture.width(), picture.height()));
             let mut program_is_right = None;
@@ -428,9 +465,9 @@ impl Runner<'_> {
                     });
                 }
             }
-            let thumbnail = (!gallery.is_full(task.bench)).then(|| thumbnail(&picture)).transpose()?;
+            let thumbnail = shown.then(|| thumbnail(&picture)).transpose()?;
             record.fault = program_is_right.and_then(|right| record.blame(Some(right)));
-            all.push((i, Done { record, thumbnail }));
+            all.push((number, Done { record, thumbnail }));
         }
         Ok(all)
     }

@@ -175,7 +175,7 @@ impl Tally {
 fn row(part: &str, kept: &[Kept], of: impl Fn(&Kept) -> bool) -> Row {
     let these = || kept.iter().filter(|k| of(k));
     let mean = |score: fn(&Kept) -> Option<f64>| {
-        Mean::bootstrap(these().filter_map(|k| Some((k.picture.as_str(), score(k)?))))
+        Mean::accuracy(these().filter_map(|k| Some((k.picture.as_str(), score(k)?))))
     };
     Row {
         part: part.to_owned(),
@@ -234,6 +234,7 @@ pub fn notes(s: &Summary) -> Vec<String> {
     if let Some(why) = &s.note.refused {
         let measured = s.table.first().map_or(0, |r| r.n);
         let when = if measured > 0 { format!("broken off after {measured} rows") } else { "refused".into() };
+        let why = why.strip_prefix(&format!("{}: ", s.bench)).unwrap_or(why);
         lines.push(format!("{when}: {why}"));
     }
     lines.extend(s.remarks.iter().cloned());
