@@ -14,8 +14,8 @@
 //! - [`models`]: one file or folder per network, weight names as in the checkpoints
 //! - [`nn`]: differentiable building blocks and fused CPU ops
 //! - [`weights`]: where weights come from
-//! - [`data`]: boxes and questions from files
 //! - [`rooms`]: the synthetic world, inputs only
+//! - [`data`]: boxes, questions and published benches from files, inputs only
 //! - [`config`]: typed configuration
 //! - [`files`]: files written whole or not at all
 

@@ -150,6 +150,24 @@ pub fn answer_all(
     asked: &[Asked],
     tools: &mut [impl Tools],
     repairs: usize,
+    progress: impl FnMut(),
+) -> Result<Vec<Run>, ChatError> {
+    let questions: Vec<(&str, u64)> = asked.iter().map(|a| (a.question, a.seed)).collect();
+    let replies = planner.ask(&questions, None);
+    run_all(Some(planner), sandbox, asked, replies, tools, repairs, progress)
+}
+
+/// The same with the first replies given; without a planner nothing is repaired.
+///
+/// # Errors
+/// As [`answer_all`].
+pub fn run_all(
+    planner: Option<&Planner>,
+    sandbox: &mut Sandbox,
+    asked: &[Asked],
+    replies: Vec<Result<ChatReply, ChatError>>,
+    tools: &mut [impl Tools],
+    repairs: usize,
     mut progress: impl FnMut(),
 ) -> Result<Vec<Run>, ChatError> {
     let mut run = |reply: Result<ChatReply, ChatError>, tools: &mut dyn Tools| match reply {
@@ -160,12 +178,12 @@ pub fn answer_all(
         Err(e) if e.is_of_model() => Err(e),
         Err(e) => Ok(Run { reply: None, answered: Answered::without_reply(&e), earlier: Vec::new() }),
     };
-    let questions: Vec<(&str, u64)> = asked.iter().map(|a| (a.question, a.seed)).collect();
     let mut runs = Vec::with_capacity(asked.len());
-    for (a, reply) in asked.iter().zip(planner.ask(&questions, None)) {
+    for (a, reply) in asked.iter().zip(replies) {
         runs.push(run(reply, &mut tools[a.tools])?);
         progress();
     }
+    let Some(planner) = planner else { return Ok(runs) };
     for _ in 0..repairs {
         let failed: Vec<usize> = (0..runs.len()).filter(|&i| runs[i].is_to_repair()).collect();
         if failed.is_empty() {

@@ -1,10 +1,13 @@
-//! `valor eval`: measure on benches.
+//! `valor eval`: measure on benches. The bench rooms by itself, with `--out FILE` or none, is here; its
+//! models one by one are in [`super::parts`]; runs of published benches, with `--out DIR`, in
+//! [`super::benches`].
 //!
 //! A row of `--out` can be repeated alone: write the pictures with `--pictures DIR` and run
 //! `valor infer DIR/INDEX.png QUESTION --seed SEED` with the row's index, question and seed, and
 //! the same settings (`--greedy` is `--set planner.temperature=0`).
 
 use super::ModelArgs;
+use crate::eval::benches::feed::{ROOMS_N, Shard};
 use crate::eval::rooms::{Programs, Report, ToolSet, evaluate, questions};
 use crate::files::write_atomic;
 use crate::llm::ChatModels;
@@ -50,27 +53,76 @@ pub enum ToolChoice {
     Real,
 }
 
+/// A bench as the command line names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Named {
+    Rooms(Bench),
+    /// With the revision of its data set, if one is named.
+    Published(crate::data::Bench, Option<String>),
+    /// All published ones, and rooms
+    All,
+}
+
+impl std::str::FromStr for Named {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "all" {
+            return Ok(Self::All);
+        }
+        if let Ok(bench) = Bench::from_str(text, false) {
+            return Ok(Self::Rooms(bench));
+        }
+        let (name, revision) = text.split_once('@').map_or((text, None), |(n, r)| (n, Some(r.to_owned())));
+        match crate::data::Bench::by_name(name) {
+            Some(bench) => Ok(Self::Published(bench, revision)),
+            None => {
+                let known = crate::data::Bench::ALL.map(crate::data::Bench::name).join(", ");
+                Err(format!(
+                    "there are all, rooms, rooms-detector, rooms-depth, rooms-vlm, rooms-verifier, {known}"
+                ))
+            }
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum MethodChoice {
+    /// A planner's program with its tools
+    Program,
+    /// The VLM answers alone
+    Direct,
+}
+
 #[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct EvalArgs {
-    /// What to measure on
-    #[arg(long, value_enum, default_value = "rooms")]
-    pub(super) bench: Bench,
-    /// Questions, or what the bench counts
-    #[arg(long, default_value_t = 1000)]
-    pub(super) n: usize,
+    #[command(subcommand)]
+    what: Option<super::benches::EvalCommand>,
+    /// What to measure on: all; rooms (questions about rooms: planner, programs and tools together),
+    /// rooms-detector (average precision; --n pictures), rooms-depth (error of metric depth; --n
+    /// pictures), rooms-vlm (answers about --n crops), rooms-verifier (verdicts on the planner's replies
+    /// to --n questions); or published benches, several behind commas, each with @REVISION if wanted:
+    /// omni3d-bench, robospatial, blink, vsr, realworldqa, gqa, tallyqa, countbench
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',', default_value = "rooms")]
+    pub(super) bench: Vec<Named>,
+    /// Questions, or what the bench counts: 1000 of rooms and all of a published bench unless it is given
+    #[arg(long)]
+    pub(super) n: Option<usize>,
     /// Seed of the scenes and questions, and of the planner's sampling
     #[arg(long, default_value_t = 1)]
     pub(super) seed: u64,
     /// Look of the rooms
     #[arg(long, value_enum, default_value = "studio")]
     pub(super) look: Look,
-    /// What answers the programs' tool calls
-    #[arg(long, value_enum, default_value = "oracle")]
-    tools: ToolChoice,
-    /// Where the programs come from: stored (each question's correct program), base (the
-    /// configuration's planner), or a planner's folder
-    #[arg(long, default_value = "stored")]
-    planner: String,
+    /// What answers the programs' tool calls; oracle for rooms alone, else real unless it is given
+    #[arg(long, value_enum)]
+    pub(super) tools: Option<ToolChoice>,
+    /// Where the programs come from: stored (each question's correct program; rooms only, and what they
+    /// alone are measured with unless it is given), base (the configuration's planner), or a planner's
+    /// folder
+    #[arg(long)]
+    pub(super) planner: Option<String>,
     /// The planner's most likely reply instead of a sampled one
     #[arg(long)]
     greedy: bool,
@@ -80,9 +132,26 @@ pub struct EvalArgs {
     /// The tools see another question's picture: what is still right did not need the picture
     #[arg(long)]
     pub(super) shuffle_pictures: bool,
-    /// Write one JSON line per question here
-    #[arg(long, value_name = "FILE")]
+    /// The run's folder: samples.jsonl, results.json, report.html; a run that was broken off goes on.
+    /// For the bench rooms alone a FILE (with an ending, such as rows.jsonl): one JSON line per question
+    #[arg(long, value_name = "DIR")]
     pub(super) out: Option<PathBuf>,
+    /// Folder with the published benches' files, a folder of its name for each; the hub's cache if none
+    /// is given (valor eval pull)
+    #[arg(long, value_name = "DIR")]
+    pub(super) data: Option<PathBuf>,
+    /// Part I of N of the questions, for job arrays; valor eval merge puts them together
+    #[arg(long, value_name = "I/N", value_parser = super::benches::shard)]
+    pub(super) shard: Option<Shard>,
+    /// How questions are answered; program unless it is given
+    #[arg(long, value_enum)]
+    pub(super) method: Option<MethodChoice>,
+    /// Only have the programs written, into DIR/programs.jsonl
+    #[arg(long, conflicts_with_all = ["programs", "method", "json"])]
+    pub(super) planner_only: bool,
+    /// Run these programs instead of asking a planner, so that tools are compared on the same ones
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["planner", "greedy", "vote", "method"])]
+    pub(super) programs: Option<PathBuf>,
     /// Write each question's picture here, as INDEX.png
     #[arg(long, value_name = "DIR")]
     pub(super) pictures: Option<PathBuf>,
@@ -90,11 +159,32 @@ pub struct EvalArgs {
     #[arg(long)]
     pub(super) json: bool,
     #[command(flatten)]
-    models: ModelArgs,
+    pub(super) models: ModelArgs,
+}
+
+impl EvalArgs {
+    /// Of what has no end of its own.
+    pub(super) fn n(&self) -> usize {
+        self.n.unwrap_or(ROOMS_N)
+    }
+
+    /// Rooms by themselves, with a file of rows or none: no run with a folder.
+    fn is_plain_rooms(&self) -> bool {
+        let new = self.data.is_some()
+            || self.shard.is_some()
+            || self.method.is_some()
+            || self.planner_only
+            || self.programs.is_some();
+        let folder = |out: &PathBuf| out.is_dir() || (!out.is_file() && out.extension().is_none());
+        !new && !self.out.as_ref().is_some_and(folder)
+    }
 }
 
 pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
-    if args.n == 0 || args.vote == Some(0) {
+    if let Some(command) = &args.what {
+        return super::benches::command(command);
+    }
+    if args.n == Some(0) || args.vote == Some(0) {
         bail!("--n and --vote must be at least 1")
     }
     let (mut config, device) = (args.models.config()?, args.models.device()?);
@@ -102,18 +192,22 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
         config.planner.temperature = 0.;
     }
     config.inference.samples = args.vote.unwrap_or(config.inference.samples);
-    if !["stored", "base"].contains(&args.planner.as_str()) {
-        config.planner.model.clone_from(&args.planner);
+    if let Some(planner) = args.planner.as_ref().filter(|p| !["stored", "base"].contains(&p.as_str())) {
+        config.planner.model.clone_from(planner);
     }
-    if args.bench != Bench::Rooms {
-        return super::parts::run(&args, &config, &device);
+    match args.bench[..] {
+        [Named::Rooms(Bench::Rooms)] if args.is_plain_rooms() => {}
+        [Named::Rooms(bench)] if bench != Bench::Rooms => {
+            return super::parts::run(&args, bench, &config, &device);
+        }
+        _ => return super::benches::run(&args, &config, &device),
     }
     let chats = ChatModels::new(&config, &device);
-    let planner = match args.planner.as_str() {
+    let planner = match args.planner.as_deref().unwrap_or("stored") {
         "stored" => None,
         _ => Some(Planner::new(chats.planner()?, &config.planner)?),
     };
-    let perception = match args.tools {
+    let perception = match args.tools.unwrap_or(ToolChoice::Oracle) {
         ToolChoice::Oracle => None,
         ToolChoice::Real => Some(Perception::load(&config, &device, &chats)?),
     };
@@ -122,7 +216,7 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
         Some(planner) => Programs::Planner { planner, seed: args.seed, how: config.inference },
     };
     let mut sandbox = Sandbox::start(limits(&config.sandbox)).context("cannot start the sandbox")?;
-    let asked: Vec<(Arc<View>, Question)> = questions(args.look, args.seed).take(args.n).collect();
+    let asked: Vec<(Arc<View>, Question)> = questions(args.look, args.seed).take(args.n()).collect();
     if args.shuffle_pictures && asked.iter().all(|(v, _)| v.seed == asked[0].0.seed) {
         bail!("--shuffle-pictures needs questions about more than one picture; raise --n")
     }
@@ -131,7 +225,7 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
             write_atomic(&dir.join(format!("{i}.png")), |w| w.write_all(&picture_png(view)?))?;
         }
     }
-    let bar = ProgressBar::new(args.n as u64);
+    let bar = ProgressBar::new(args.n() as u64);
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} eta {eta}")?);
     let tools = perception.as_ref().map_or(ToolSet::Oracle, ToolSet::Real);
     let scored = evaluate(&asked, programs, tools, args.shuffle_pictures, &mut sandbox, || bar.inc(1));

@@ -3,6 +3,7 @@
 //! Exit codes: 0 done, 1 the work failed, 2 bad usage or input. Answers go to stdout, everything
 //! else to stderr; a broken pipe is not an error.
 
+mod benches;
 mod config;
 mod doctor;
 mod eval;

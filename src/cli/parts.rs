@@ -16,23 +16,28 @@ use std::fmt::Write as _;
 use std::io::Write;
 use std::process::ExitCode;
 
-pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> anyhow::Result<ExitCode> {
+pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> anyhow::Result<ExitCode> {
     let unused = [
         ("--vote", args.vote.is_some()),
         ("--shuffle-pictures", args.shuffle_pictures),
         ("--out", args.out.is_some()),
         ("--pictures", args.pictures.is_some()),
+        ("--data", args.data.is_some()),
+        ("--shard", args.shard.is_some()),
+        ("--method", args.method.is_some()),
+        ("--planner-only", args.planner_only),
+        ("--programs", args.programs.is_some()),
     ];
     if let Some((name, _)) = unused.iter().find(|u| u.1) {
-        bail!("{name} says nothing to --bench {}: only the bench rooms has it", args.bench.name())
+        bail!("{name} says nothing to --bench {}", bench.name())
     }
-    let n = args.n as u64;
+    let n = args.n() as u64;
     let bar = ProgressBar::new(n);
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} eta {eta}")?);
     let tick = || bar.inc(1);
     let chats = ChatModels::new(config, device);
     let mut table = String::new();
-    let figures = match args.bench {
+    let figures = match bench {
         Bench::Rooms => unreachable!("the caller's own"),
         Bench::RoomsDetector => {
             let model = Detector::load(&config.detector, device)?;
@@ -64,7 +69,7 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> anyhow::Result<
         }
         Bench::RoomsVlm => {
             let model = Vlm::new(chats.vlm()?, &config.vlm);
-            let shares = parts::vlm(&model, args.look, args.seed, args.n, tick)?;
+            let shares = parts::vlm(&model, args.look, args.seed, args.n(), tick)?;
             for (name, share) in &shares {
                 writeln!(table, "{name:<12} {share}  n {}", share.n)?;
             }
@@ -74,7 +79,7 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> anyhow::Result<
             let judge = Judge::new(chats.verifier()?, &config.verifier)?;
             let planner = Planner::new(chats.planner()?, &config.planner)?;
             let asked: Vec<Question> =
-                crate::eval::rooms::questions(args.look, args.seed).take(args.n).map(|(_, q)| q).collect();
+                crate::eval::rooms::questions(args.look, args.seed).take(args.n()).map(|(_, q)| q).collect();
             let tick = |done: usize, all: usize| {
                 bar.set_length(all as u64);
                 bar.set_position(done as u64);
@@ -98,8 +103,8 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> anyhow::Result<
     let mut stdout = std::io::stdout().lock();
     if args.json {
         let report = json!({
-            "bench": args.bench.name(), "rooms_version": crate::rooms::VERSION, "look": args.look,
-            "seed": args.seed, "n": args.n, "figures": figures,
+            "bench": bench.name(), "rooms_version": crate::rooms::VERSION, "look": args.look,
+            "seed": args.seed, "n": args.n(), "figures": figures,
         });
         writeln!(stdout, "{report:#}")?;
     } else {

@@ -3,9 +3,11 @@
 //! The defaults are `configs/rooms.toml`, compiled in. A key that the defaults do not have is
 //! refused with the nearest one that they do.
 
+mod eval;
 mod grounding;
 mod reasoner;
 
+pub use eval::{AnswerJudge, Eval};
 pub use grounding::{DetectorTraining, Granularity, Grounding, Mining};
 pub use reasoner::{Algorithm, Objective, RateDecay, Reasoner, Servers};
 
@@ -49,6 +51,7 @@ pub struct Config {
     pub sandbox: Sandbox,
     pub reasoner: Reasoner,
     pub grounding: Grounding,
+    pub eval: Eval,
     /// Servers with chat models, by names of the user's choice; a part whose `model` is
     /// `endpoint:NAME` is asked there.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
@@ -329,11 +332,13 @@ impl Config {
                 ));
             }
         }
+        positive("eval.judge.max_new_tokens", self.eval.judge.max_new_tokens as f64)?;
         for (part, model) in [
             ("planner", &self.planner.model),
             ("vlm", &self.vlm.model),
             ("verifier", &self.verifier.model),
             ("grounding.mining", &self.grounding.mining.model),
+            ("eval.judge", &self.eval.judge.model),
         ] {
             let Some(name) = model.strip_prefix(ENDPOINT) else { continue };
             if !self.endpoints.contains_key(name) {

@@ -1,6 +1,7 @@
 //! Measuring.
 
 pub mod audit;
+pub mod benches;
 pub mod depth;
 pub mod detection;
 pub mod parts;

@@ -1,7 +1,9 @@
 //! Intervals for reported figures.
 
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A share with its 95 % interval.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -35,6 +37,80 @@ impl Share {
             if independent > 0. && c > 1. { (between * c / (c - 1.) / independent).max(1.) } else { 1. };
         let (low, high) = wilson(p, n / deff);
         Self { hits: hits as usize, n: n as usize, value: p, low, high }
+    }
+}
+
+/// Resamples of a bootstrap, and its seed: the same scores have the same interval.
+const RESAMPLES: usize = 2000;
+const SEED: u64 = 20_261_126;
+
+/// A mean with its 95 % interval.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Mean {
+    pub n: usize,
+    pub value: f64,
+    pub low: f64,
+    pub high: f64,
+}
+
+impl Mean {
+    /// Of scores from 0 to 1. Where all are 0 or all are 1 a bootstrap has no width: it is Wilson's interval
+    /// then.
+    pub fn accuracy<'a>(samples: impl IntoIterator<Item = (&'a str, f64)>) -> Option<Self> {
+        let samples: Vec<(&str, f64)> = samples.into_iter().collect();
+        let mean = Self::bootstrap(samples.iter().copied())?;
+        if mean.low != mean.high || (mean.value != 0. && mean.value != 1.) {
+            return Some(mean);
+        }
+        let clusters = samples.iter().map(|s| s.0).collect::<BTreeSet<_>>().len();
+        let (low, high) = wilson(mean.value, clusters as f64);
+        Some(Self { low, high, ..mean })
+    }
+
+    /// Of `(cluster, value)` pairs: percentiles of the means of resampled clusters (Efron 1979; clusters
+    /// as in Field and Welsh 2007). `None` of nothing. Of one cluster there is no interval: its ends are
+    /// NaN.
+    pub fn bootstrap<'a>(samples: impl IntoIterator<Item = (&'a str, f64)>) -> Option<Self> {
+        let mut clusters: BTreeMap<&str, (f64, f64)> = BTreeMap::new();
+        let (mut least, mut most) = (f64::INFINITY, f64::NEG_INFINITY);
+        for (cluster, value) in samples {
+            let (sum, n) = clusters.entry(cluster).or_default();
+            *sum += value;
+            *n += 1.;
+            (least, most) = (least.min(value), most.max(value));
+        }
+        let clusters: Vec<(f64, f64)> = clusters.into_values().collect();
+        let (sum, n) = clusters.iter().fold((0., 0.), |(s, n), c| (s + c.0, n + c.1));
+        if n == 0. {
+            return None;
+        }
+        let mean = Self { n: n as usize, value: sum / n, low: least, high: most };
+        if clusters.len() == 1 {
+            return Some(Self { low: f64::NAN, high: f64::NAN, ..mean });
+        }
+        if least == most {
+            return Some(mean);
+        }
+        let mut rng = ChaCha8Rng::seed_from_u64(SEED);
+        let mut means: Vec<f64> = (0..RESAMPLES)
+            .map(|_| {
+                let drawn = (0..clusters.len()).map(|_| clusters[rng.random_range(0..clusters.len())]);
+                let (s, n) = drawn.fold((0., 0.), |(s, n), c| (s + c.0, n + c.1));
+                s / n
+            })
+            .collect();
+        means.sort_unstable_by(f64::total_cmp);
+        let at = |share: f64| means[(share * (RESAMPLES - 1) as f64).round() as usize];
+        Some(Self { low: at(0.025), high: at(0.975), ..mean })
+    }
+}
+
+impl std::fmt::Display for Mean {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.low.is_nan() {
+            return write!(f, "{:5.1} % [one picture]", 100. * self.value);
+        }
+        write!(f, "{:5.1} % [{:.1}, {:.1}]", 100. * self.value, 100. * self.low, 100. * self.high)
     }
 }
 
@@ -74,5 +150,30 @@ mod tests {
         let once = Share::clustered((0..300).map(|i| (i, hit(i))));
         let thrice = Share::clustered((0..900).map(|i| (i / 3, hit(i / 3))));
         assert!((once.low - thrice.low).abs() < 2e-3 && (once.high - thrice.high).abs() < 2e-3);
+    }
+
+    #[test]
+    fn the_bootstrap_is_repeatable_agrees_with_theory_and_follows_the_clusters() {
+        let names: Vec<String> = (0..400).map(|i| format!("picture {i}")).collect();
+        let hit = |i: usize| f64::from(u8::from(i.is_multiple_of(4)));
+        let once = Mean::bootstrap((0..400).map(|i| (&*names[i], hit(i)))).unwrap();
+        assert_eq!(Mean::bootstrap((0..400).map(|i| (&*names[i], hit(i)))), Some(once));
+        // Of independent values: 1.96 standard errors on each side.
+        let half = 1.96 * (0.25f64 * 0.75 / 400.).sqrt();
+        assert!((once.value - 0.25).abs() < 1e-12);
+        assert!(
+            (once.low - (0.25 - half)).abs() < 5e-3 && (once.high - (0.25 + half)).abs() < 5e-3,
+            "{once:?}"
+        );
+        // Four questions about one picture that stand and fall together are one.
+        let together = Mean::bootstrap((0..1600).map(|i| (&*names[i / 4], hit(i / 4)))).unwrap();
+        assert!((together.low - once.low).abs() < 1e-12 && (together.high - once.high).abs() < 1e-12);
+        assert_eq!(Mean::bootstrap([]), None);
+        let one = Mean::bootstrap([("a", 1.), ("a", 0.)]).unwrap();
+        assert!(one.value == 0.5 && one.low.is_nan() && one.high.is_nan());
+        let none = Mean::bootstrap((0..20).map(|i| (&*names[i], 0.))).unwrap();
+        assert_eq!((none.low, none.high), (0., 0.), "as of differences that are none");
+        let sure = Mean::accuracy((0..20).map(|i| (&*names[i], 0.))).unwrap();
+        assert!(sure.low == 0. && (sure.high - 0.1611).abs() < 1e-4, "as Wilson's: {sure:?}");
     }
 }

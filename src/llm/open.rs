@@ -44,6 +44,14 @@ impl<'a> ChatModels<'a> {
         self.open(&self.config.verifier.model, "verifier")
     }
 
+    /// Who compares answers, if anyone does.
+    pub fn judge(&self) -> Result<Option<Arc<dyn ChatModel>>, LoadError> {
+        match self.config.eval.judge.model.as_str() {
+            "" => Ok(None),
+            model => Ok(Some(self.open(model, "judge")?)),
+        }
+    }
+
     fn open(&self, model: &str, part: &'static str) -> Result<Arc<dyn ChatModel>, LoadError> {
         let Some(name) = model.strip_prefix(ENDPOINT) else {
             let files = ModelFiles::open(model, part)?;

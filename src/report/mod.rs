@@ -1,9 +1,10 @@
 //! Records made visible: one self-contained HTML page for an answered question, and the pictures in it;
-//! and one for a training run ([`training`]).
+//! one for a training run ([`training`]), and one for a run on benches ([`benches`]).
 //!
 //! Reads traces only. Everything in a trace that came from a model, a program or a file name is a
 //! stranger's text: it is escaped, and the page's own policy forbids scripts and requests.
 
+pub mod benches;
 pub mod mining;
 pub mod pictures;
 pub mod tensorboard;
@@ -140,7 +141,11 @@ fn data_url(picture: &Picture) -> image::ImageResult<String> {
 
 /// The picture with every box that the detector gave.
 fn figure_of_boxes(trace: &Value, picture: &Picture) -> image::ImageResult<String> {
-    let (w, h) = (picture.width(), picture.height());
+    Ok(figure_of_boxes_on(trace, (picture.width(), picture.height()), &data_url(picture)?))
+}
+
+/// The same with the picture's own size, in which the boxes are, and a copy of it of any size.
+fn figure_of_boxes_on(trace: &Value, (w, h): (u32, u32), url: &str) -> String {
     let boxes = boxes_of(trace);
     let mut labels: Vec<&str> = boxes.iter().map(|b| b.1.as_str()).collect();
     labels.sort_unstable();
@@ -177,10 +182,9 @@ fn figure_of_boxes(trace: &Value, picture: &Picture) -> image::ImageResult<Strin
             escape(label)
         );
     }
-    Ok(format!(
-        "<figure><div><img alt=\"The picture\" src=\"{}\">{svg}</div><figcaption>{caption}</figcaption></figure>\n",
-        data_url(picture)?
-    ))
+    format!(
+        "<figure><div><img alt=\"The picture\" src=\"{url}\">{svg}</div><figcaption>{caption}</figcaption></figure>\n"
+    )
 }
 
 fn figure_of_depth(depth: &Depth) -> image::ImageResult<String> {
@@ -240,8 +244,8 @@ fn call(call: &Value) -> String {
         Some(prompt) => format!("{} “{prompt}”", plain(&call["tool"])),
         None => plain(&call["tool"]),
     };
-    let seconds = call["seconds"].as_f64().unwrap_or_default();
-    format!("{} → <b>{}</b> <small>{seconds:.2} s</small>", escape(&asked), escape(&given))
+    let seconds = call["seconds"].as_f64().map_or(String::new(), |s| format!(" <small>{s:.2} s</small>"));
+    format!("{} → <b>{}</b>{seconds}", escape(&asked), escape(&given))
 }
 
 fn facts(trace: &Value) -> String {

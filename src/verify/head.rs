@@ -80,14 +80,14 @@ pub fn user_turn(head: Head, prompt: &str, question: &str, plan: &str, program: 
     }
 }
 
-fn enclosed(tag: &str, text: &str) -> String {
+pub(super) fn enclosed(tag: &str, text: &str) -> String {
     format!("<{tag}>\n{}\n</{tag}>", untagged(text))
 }
 
 /// The text with every one of the format's tags broken by a blank.
 fn untagged(text: &str) -> String {
     let mut out = text.to_owned();
-    for tag in ["plan", "program", "answer"] {
+    for tag in ["plan", "program", "answer", "question", "truth", "given"] {
         for (whole, broken) in
             [(format!("<{tag}>"), format!("< {tag}>")), (format!("</{tag}>"), format!("< /{tag}>"))]
         {

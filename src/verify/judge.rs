@@ -42,14 +42,14 @@ pub struct Judge {
 pub enum JudgeError {
     #[error(transparent)]
     Config(#[from] ConfigError),
-    #[error("verifier.cache: {0}")]
+    #[error("the cache of verdicts: {0}")]
     Cache(#[from] std::io::Error),
     #[error("the verifier failed: {0}")]
     Model(#[from] ChatError),
 }
 
 /// What an unreadable reply is asked for again with: the most likely reply would be the same.
-const SECOND: f64 = 0.7;
+pub(super) const SECOND: f64 = 0.7;
 
 impl Judge {
     pub fn new(model: Arc<dyn ChatModel>, cfg: &config::Verifier) -> Result<Self, JudgeError> {

@@ -1,6 +1,6 @@
 //! Published checkpoints by short names.
 
-use super::source::HubSource;
+use super::source::{HubSource, RepoKind};
 
 /// What a checkpoint can be in a configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +33,8 @@ pub struct Preset {
 
 impl Preset {
     pub fn source(&self) -> HubSource {
-        HubSource { repo: self.repo.into(), revision: "main".into(), file: None }
+        let (kind, revision) = (RepoKind::Model, "main".into());
+        HubSource { kind, repo: self.repo.into(), revision, file: None }
     }
 }
 

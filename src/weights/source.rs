@@ -3,9 +3,27 @@
 use super::presets::{self, Preset};
 use std::path::PathBuf;
 
+/// What a repository on the hub holds; names of one kind are apart from those of the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum RepoKind {
+    Model,
+    Dataset,
+}
+
+impl RepoKind {
+    /// Of such a repository's name, where sources are named.
+    pub fn prefix(self) -> &'static str {
+        match self {
+            Self::Model => HUB,
+            Self::Dataset => "hub:datasets/",
+        }
+    }
+}
+
 /// A repository on the hub at a revision, whole or one file of weights in it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct HubSource {
+    pub kind: RepoKind,
     /// `owner/name`.
     pub repo: String,
     /// A branch, a tag or a commit.
@@ -43,13 +61,19 @@ impl HubSource {
         if let Some(file) = file.filter(|f| !is_safe(f)) {
             return Err(format!("{HUB}{text}: {file:?} is no file in a repository"));
         }
-        Ok(Self { repo: repo.into(), revision: revision.into(), file: file.map(Into::into) })
+        let (kind, repo, revision) = (RepoKind::Model, repo.into(), revision.into());
+        Ok(Self { kind, repo, revision, file: file.map(Into::into) })
+    }
+
+    /// A data set's repository.
+    pub fn parse_dataset(repo: &str, revision: &str) -> Result<Self, String> {
+        Ok(Self { kind: RepoKind::Dataset, ..Self::parse(&format!("{repo}@{revision}"))? })
     }
 }
 
 impl std::fmt::Display for HubSource {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{HUB}{}", self.repo)?;
+        write!(f, "{}{}", self.kind.prefix(), self.repo)?;
         if self.revision != "main" {
             write!(f, "@{}", self.revision)?;
         }
@@ -58,7 +82,7 @@ impl std::fmt::Display for HubSource {
 }
 
 /// A relative path that stays below where it starts.
-pub(super) fn is_safe(path: &str) -> bool {
+pub fn is_safe(path: &str) -> bool {
     !path.contains(['\\', '\0', ':']) && path.split('/').all(|p| !p.is_empty() && p != "." && p != "..")
 }
 

@@ -1,6 +1,7 @@
 //! The integration tests, one binary: `cargo test --release parity` runs the part against PyTorch.
 
 mod batch;
+mod benches;
 mod cli;
 mod endpoint;
 mod faults;

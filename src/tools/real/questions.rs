@@ -2,16 +2,18 @@
 
 use super::runtime;
 use crate::config;
-use crate::llm::{ChatModel, ChatRequest, Message, Role, SamplingOptions};
+use crate::llm::{ChatError, ChatModel, ChatRequest, Message, Role, SamplingOptions};
 use crate::tools::{BBox, Picture, ToolError};
 use image::RgbImage;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// A chat model that sees, and how crops are shown to it.
 pub struct Vlm {
     model: Arc<dyn ChatModel>,
     max_new_tokens: usize,
     margin: f64,
+    /// Why it will answer nothing more, once that is known.
+    failed: OnceLock<ChatError>,
 }
 
 /// What a box shows: grown by `margin` of its width and height on each side, clipped to the
@@ -34,11 +36,16 @@ fn tidy(reply: &str) -> String {
 
 impl Vlm {
     pub fn new(model: Arc<dyn ChatModel>, cfg: &config::Vlm) -> Self {
-        Self { model, max_new_tokens: cfg.max_new_tokens, margin: cfg.crop_margin }
+        Self { model, max_new_tokens: cfg.max_new_tokens, margin: cfg.crop_margin, failed: OnceLock::new() }
     }
 
     pub fn name(&self) -> &str {
         self.model.name()
+    }
+
+    /// Why the model will answer nothing more, if it has said so.
+    pub fn failed(&self) -> Option<&ChatError> {
+        self.failed.get()
     }
 
     /// The model's greedy answer about a box of the picture.
@@ -52,7 +59,13 @@ impl Vlm {
         };
         let replies = self.model.chat(&[request], &SamplingOptions::greedy(), None);
         let reply = replies.into_iter().next().ok_or_else(|| runtime("the VLM gave no reply"))?;
-        let reply = reply.map_err(runtime)?;
+        let reply = reply.map_err(|e| {
+            if e.is_of_model() {
+                // Programs take it for one call that failed; whoever measures must not.
+                let _ = self.failed.set(e.clone());
+            }
+            runtime(e)
+        })?;
         Ok(tidy(&reply.text))
     }
 }

@@ -20,7 +20,7 @@ use serde::Deserialize;
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
-use super::source::{HubSource, is_safe};
+use super::source::{HubSource, RepoKind, is_safe};
 
 #[derive(Debug, thiserror::Error)]
 pub enum HubError {
@@ -132,6 +132,25 @@ fn set(name: &str) -> Option<String> {
     std::env::var(name).ok().map(|v| v.trim().to_owned()).filter(|v| !v.is_empty())
 }
 
+/// Does the environment forbid to fetch anything?
+pub fn is_offline() -> bool {
+    set("HF_HUB_OFFLINE").is_some_and(|v| ["1", "true", "yes", "on"].contains(&v.to_lowercase().as_str()))
+}
+
+fn repo_type(kind: RepoKind) -> RepoType {
+    match kind {
+        RepoKind::Model => RepoType::Model,
+        RepoKind::Dataset => RepoType::Dataset,
+    }
+}
+
+fn api_name(kind: RepoKind) -> &'static str {
+    match kind {
+        RepoKind::Model => "models",
+        RepoKind::Dataset => "datasets",
+    }
+}
+
 impl Hub {
     pub fn from_env() -> Result<Self, HubError> {
         let home = match set("HF_HOME") {
@@ -150,12 +169,11 @@ impl Hub {
             let message = "HF_ENDPOINT is no http or https address".into();
             return Err(HubError::Repo { repo: endpoint, message });
         }
-        let yes = |v: String| ["1", "true", "yes", "on"].contains(&v.to_lowercase().as_str());
         Ok(Self {
             endpoint: endpoint.trim_end_matches('/').into(),
             cache: Cache::new(cache),
             token: token.filter(|t| !t.is_empty()),
-            offline: set("HF_HUB_OFFLINE").is_some_and(yes),
+            offline: is_offline(),
             // A redirect to another host loses the token (ureq's default), as it must.
             agent: ureq::Agent::config_builder()
                 .http_status_as_error(false)
@@ -175,8 +193,12 @@ impl Hub {
     }
 
     fn at(&self, source: &HubSource) -> CacheRepo {
-        let repo = Repo::with_revision(source.repo.clone(), RepoType::Model, source.revision.clone());
+        let repo = Repo::with_revision(source.repo.clone(), repo_type(source.kind), source.revision.clone());
         self.cache.repo(repo)
+    }
+
+    fn folder_of(&self, source: &HubSource) -> PathBuf {
+        self.cache.path().join(Repo::new(source.repo.clone(), repo_type(source.kind)).folder_name())
     }
 
     fn folder(&self, repo: &str) -> PathBuf {
@@ -186,7 +208,7 @@ impl Hub {
     /// The folder of a snapshot that is here, without asking the hub.
     pub fn cached(&self, source: &HubSource) -> Option<PathBuf> {
         let at = self.at(source);
-        let commit = std::fs::read_to_string(self.folder(&source.repo).join("refs").join(&source.revision))
+        let commit = std::fs::read_to_string(self.folder_of(source).join("refs").join(&source.revision))
             .map_or_else(|_| source.revision.clone(), |c| c.trim().to_owned());
         let folder = at.pointer_path(&commit);
         let there = source.file.as_ref().map_or(folder.is_dir(), |file| folder.join(file).is_file());
@@ -220,7 +242,8 @@ impl Hub {
             return Err(Self::fail(source, "is not here, and HF_HUB_OFFLINE forbids to ask the hub"));
         }
         let revision = source.revision.replace('/', "%2F");
-        let url = format!("{}/api/models/{}/revision/{revision}?blobs=true", self.endpoint, source.repo);
+        let (kind, repo) = (api_name(source.kind), &source.repo);
+        let url = format!("{}/api/{kind}/{repo}/revision/{revision}?blobs=true", self.endpoint);
         let text = self.text(&url).map_err(|m| Self::fail(source, m))?;
         let model: Model = serde_json::from_str(&text)
             .map_err(|e| Self::fail(source, format!("the hub's answer cannot be read: {e}")))?;
@@ -252,7 +275,7 @@ impl Hub {
         files: &[&RemoteFile],
         progress: Progress,
     ) -> Result<PathBuf, HubError> {
-        let folder = self.folder(&source.repo);
+        let folder = self.folder_of(source);
         let blobs = folder.join("blobs");
         std::fs::create_dir_all(&blobs)?;
         let missing = self.missing(source, files);
@@ -267,7 +290,12 @@ impl Hub {
             return Err(Self::fail(source, message));
         }
         for file in files {
-            let url = format!("{}/{}/resolve/{}/{}", self.endpoint, source.repo, listing.commit, file.name);
+            let below = match source.kind {
+                RepoKind::Model => "",
+                RepoKind::Dataset => "datasets/",
+            };
+            let repo = format!("{}/{below}{}", self.endpoint, source.repo);
+            let url = format!("{repo}/resolve/{}/{}", listing.commit, file.name);
             self.transfer(&url, &blobs, file, progress).map_err(|message| HubError::File {
                 repo: source.to_string(),
                 file: file.name.clone(),
@@ -287,7 +315,7 @@ impl Hub {
 
     /// Bytes that a pull of these would have to bring.
     pub fn missing(&self, source: &HubSource, files: &[&RemoteFile]) -> u64 {
-        let blobs = self.folder(&source.repo).join("blobs");
+        let blobs = self.folder_of(source).join("blobs");
         let unique: BTreeSet<(&str, u64)> = files.iter().map(|f| (f.hash.name(), f.bytes)).collect();
         let len = |path: PathBuf| path.metadata().map_or(0, |m| m.len());
         let of = |(name, bytes): &(&str, u64)| match blobs.join(name).is_file() {
@@ -426,6 +454,10 @@ pub fn free_space(folder: &Path) -> Option<u64> {
 }
 
 impl Listing {
+    pub fn files(&self) -> &[RemoteFile] {
+        &self.files
+    }
+
     /// Those files that a model is loaded from: weights in the best form there is (or the one that is
     /// asked for), configuration and tokenizer.
     pub fn of_model(&self, source: &HubSource) -> Result<Vec<&RemoteFile>, HubError> {

@@ -1,0 +1,539 @@
+//! `valor eval` on published benches, and `eval pull`, `merge` and `compare`.
+//!
+//! A run's folder holds `settings.json` (what was asked for), `samples.jsonl` (a line a question, as they
+//! are done), and in the end `results.json` and `report.html`. The same command goes on where a run was
+//! broken off; with other settings it is refused.
+
+use std::collections::{BTreeMap, HashSet};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::Device;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use super::eval::{Bench as RoomsBench, EvalArgs, MethodChoice, Named, ToolChoice};
+use crate::config::{Config, ENDPOINT};
+use crate::data::{Bench, Items, Links, Source};
+use crate::eval::benches::compare::{self, compare};
+use crate::eval::benches::feed::{Feed, Note, Opened, ROOMS, Shard};
+use crate::eval::benches::folder::{Folder, SETTINGS, picture_path, read_json};
+use crate::eval::benches::metric::Form;
+use crate::eval::benches::record::{Record, SAMPLES};
+use crate::eval::benches::run::{Gallery, Method, PROGRAMS, Programs, Runner, Stopped, Times, Written};
+use crate::eval::benches::summary::{PUBLISHED, summarise, table};
+use crate::files::write_atomic;
+use crate::llm::ChatModels;
+use crate::pipeline::limits;
+use crate::planner::{Planner, prompt};
+use crate::tools::real::{Perception, Vlm};
+use crate::verify::SynonymJudge;
+use crate::weights::ModelFiles;
+use crate::weights::hub::Hub;
+
+#[derive(Debug, clap::Subcommand)]
+pub enum EvalCommand {
+    /// Fetch published benches from the hub into its cache; a pull that was broken off goes on
+    Pull {
+        /// Such as omni3d-bench or vsr@REVISION
+        #[arg(required = true)]
+        benches: Vec<Named>,
+    },
+    /// Put the shards of a run together, as if it had been one
+    Merge {
+        /// Their folders
+        #[arg(required = true)]
+        dirs: Vec<PathBuf>,
+        /// A new folder
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+        /// Print the results as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Set two runs on the same questions side by side: paired differences, McNemar's exact test, flips
+    Compare {
+        a: PathBuf,
+        b: PathBuf,
+        /// Which form of the metrics
+        #[arg(long, value_enum, default_value = "strict")]
+        form: Form,
+        /// Print as JSON, with every sample that flipped
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// `I/N`.
+pub fn shard(text: &str) -> Result<Shard, String> {
+    let parts = text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
+    match parts {
+        Some((number, of)) if number >= 1 && number <= of => Ok(Shard { number, of }),
+        _ => Err("expected I/N with I from 1 to N, such as 1/4".into()),
+    }
+}
+
+pub fn command(command: &EvalCommand) -> Result<ExitCode> {
+    match command {
+        EvalCommand::Pull { benches } => pull(benches),
+        EvalCommand::Merge { dirs, out, json } => merge(dirs, out, *json),
+        EvalCommand::Compare { a, b, form, json } => {
+            let (all, alone) = compare(a, b, *form)?;
+            let mut stdout = std::io::stdout().lock();
+            match json {
+                true => writeln!(stdout, "{:#}", json!({ "form": form, "benches": all, "left_out": alone }))?,
+                false => write!(stdout, "{}", compare::table(&all, alone, *form))?,
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+fn pull(benches: &[Named]) -> Result<ExitCode> {
+    let hub = Hub::from_env()?;
+    let bar = ProgressBar::new(0);
+    bar.set_style(ProgressStyle::with_template("{msg} {bar:30} {bytes}/{total_bytes} eta {eta}")?);
+    for named in benches {
+        let Named::Published(bench, revision) = named else {
+            bail!("rooms are made here; name published benches, such as omni3d-bench")
+        };
+        let folder = crate::data::source::pull(&hub, *bench, revision.as_deref(), |file, done, all| {
+            bar.set_message(file.to_owned());
+            bar.set_length(all);
+            bar.set_position(done);
+        })?;
+        eprintln!("valor: {bench} is in {}", folder.display());
+    }
+    bar.finish_and_clear();
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The benches that are named, opened as far as they can be.
+fn opened(args: &EvalArgs, hub: &Hub) -> Result<Vec<Opened>> {
+    let mut named: Vec<Named> = Vec::new();
+    for name in &args.bench {
+        let all = || Bench::ALL.map(|b| Named::Published(b, None)).into_iter();
+        let more: Vec<Named> = match name {
+            Named::All => all().chain([Named::Rooms(RoomsBench::Rooms)]).collect(),
+            one => vec![one.clone()],
+        };
+        more.into_iter().for_each(|m| {
+            if !named.contains(&m) {
+                named.push(m);
+            }
+        });
+    }
+    let open = |name: &Named| match name {
+        Named::Rooms(RoomsBench::Rooms) => Ok(Opened::Rooms { look: args.look, seed: args.seed }),
+        Named::Published(bench, revision) => {
+            let source = match &args.data {
+                Some(data) => Source::local(data, *bench),
+                None => Source::cached(hub, *bench, revision.as_deref()),
+            };
+            Ok(match source.and_then(Items::open) {
+                Ok(items) => Opened::Items(Box::new(items)),
+                Err(e) => Opened::Refused(*bench, e.to_string()),
+            })
+        }
+        Named::Rooms(part) => bail!("{} is measured by itself: name no other bench with it", part.name()),
+        Named::All => unreachable!("spelt out above"),
+    };
+    let benches: Vec<Opened> = named.iter().map(open).collect::<Result<_>>()?;
+    let refused: Vec<&String> = benches
+        .iter()
+        .filter_map(|b| if let Opened::Refused(_, why) = b { Some(why) } else { None })
+        .collect();
+    if refused.len() == benches.len() {
+        let more =
+            if refused.len() > 1 { format!(" (and {} more)", refused.len() - 1) } else { String::new() };
+        bail!("{}{more}", refused[0])
+    }
+    Ok(benches)
+}
+
+/// How the programs of a run are got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum How {
+    Stored,
+    Planner,
+    Programs,
+    Direct,
+}
+
+pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode> {
+    for (name, given) in
+        [("--shuffle-pictures", args.shuffle_pictures), ("--pictures", args.pictures.is_some())]
+    {
+        ensure!(!given, "{name} is for the bench rooms alone, with --out FILE or none");
+    }
+    let Some(out) = &args.out else { bail!("--out DIR is needed: the run's folder") };
+    let hub = Hub::from_env()?;
+    let benches = opened(args, &hub)?;
+    let only_rooms = benches.iter().all(|b| b.name() == ROOMS);
+    let direct = args.method == Some(MethodChoice::Direct);
+    let how = match (direct, &args.programs, args.planner.as_deref()) {
+        (true, ..) => How::Direct,
+        (_, Some(_), _) => How::Programs,
+        (.., None) if only_rooms && !args.planner_only => How::Stored,
+        (.., Some("stored")) => How::Stored,
+        _ => How::Planner,
+    };
+    let default = if only_rooms { ToolChoice::Oracle } else { ToolChoice::Real };
+    let tools = args.tools.unwrap_or(default);
+    if !only_rooms {
+        ensure!(
+            how != How::Stored,
+            "--planner stored is for rooms: published benches have no stored programs"
+        );
+        ensure!(
+            tools == ToolChoice::Real,
+            "--tools oracle is for rooms: of published benches no exact truth is known"
+        );
+    }
+    ensure!(!direct || args.planner.is_none(), "--planner says nothing to --method direct");
+    let settings = settings(args, config, &benches, how, tools)?;
+    let total: usize = benches.iter().map(|b| b.questions(args.n)).sum();
+    let order: Vec<&'static str> = benches.iter().map(Opened::name).collect();
+    let mut gallery = Gallery::default();
+    let mut done: HashSet<(String, usize)> = HashSet::new();
+    let mut folder = match args.planner_only {
+        true => Folder::open(out, &settings, PROGRAMS, |w: Written| {
+            // Of several replies to a question the last one says that it is done.
+            if w.sample + 1 == config.inference.samples {
+                done.insert((w.bench, w.index));
+            }
+            Ok(())
+        })?,
+        false => Folder::open(out, &settings, SAMPLES, |r: Record| {
+            gallery.takes(&r);
+            done.insert((r.bench, r.index));
+            Ok(())
+        })?,
+    };
+    if !done.is_empty() {
+        eprintln!("valor: {} questions are done in {} already", done.len(), out.display());
+    }
+    let chats = ChatModels::new(config, device);
+    let planner = match how {
+        How::Planner => Some(Planner::new(chats.planner()?, &config.planner)?),
+        _ => None,
+    };
+    let perception = match tools {
+        ToolChoice::Real if !direct && !args.planner_only => Some(Perception::load(config, device, &chats)?),
+        _ => None,
+    };
+    let vlm = if direct { Some(Vlm::new(chats.vlm()?, &config.vlm)) } else { None };
+    let judge = chats.judge()?.map(|m| SynonymJudge::new(m, &config.eval.judge)).transpose()?;
+    let links = Links::new(match &args.data {
+        Some(data) => data.join("fetched"),
+        None => hub.cache_folder().join("valor-pictures"),
+    });
+    let method = match (how, &planner, &vlm) {
+        (How::Planner, Some(planner), _) => Method::Planner(planner),
+        (How::Direct, _, Some(vlm)) => Method::Direct(vlm),
+        (How::Programs, ..) => Method::Programs(Programs::open(args.programs.as_deref().unwrap_or(out))?),
+        _ => Method::Stored,
+    };
+    let workers = at_once(config, &config.vlm.model).max(std::thread::available_parallelism()?.get().min(4));
+    let runner = Runner {
+        method,
+        perception: perception.as_ref(),
+        judge: judge.as_ref(),
+        links: &links,
+        seed: args.seed,
+        how: config.inference,
+        limits: limits(&config.sandbox),
+        workers,
+        // Several questions are about one picture, which one worker has.
+        together: (2 * at_once(config, &config.planner.model)).max(6 * workers).max(32),
+    };
+    let already = done.len();
+    let bar = ProgressBar::new(total as u64);
+    bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} eta {eta}")?);
+    bar.set_position(already as u64);
+    let feed = Feed::new(benches, args.n, args.shard, done);
+    let started = std::time::Instant::now();
+    let mut asked = 0usize;
+    let mut tick = || {
+        asked += 1;
+        bar.inc(1);
+    };
+    let result = match args.planner_only {
+        true => runner.plan_only(feed, &mut folder, &mut tick).map(|notes| (notes, Times::new())),
+        false => runner.run(feed, &mut folder, &mut gallery, &mut tick),
+    };
+    bar.finish_and_clear();
+    let (notes, times) = match result {
+        Ok(done) => done,
+        Err(Stopped::Model(e)) => {
+            eprintln!(
+                "valor: a model failed: {e}; the same command goes on behind what is in {}",
+                out.display()
+            );
+            return Ok(ExitCode::FAILURE);
+        }
+        Err(Stopped::Other(e)) => return Err(e),
+    };
+    tell(asked, started.elapsed().as_secs_f64(), &times);
+    let notes: Vec<(String, Note)> = order.iter().map(|b| (b.to_string(), notes[b].clone())).collect();
+    if args.planner_only {
+        for (bench, why) in notes.iter().filter_map(|(b, n)| Some((b, n.refused.as_ref()?))) {
+            eprintln!("valor: {bench} is refused: {why}");
+        }
+        eprintln!("valor: the programs are in {}", out.join(PROGRAMS).display());
+        return Ok(code(&notes));
+    }
+    report(out, &settings, &notes, args.json)
+}
+
+/// Calls that a model takes at once.
+fn at_once(config: &Config, model: &str) -> usize {
+    let endpoint = model.strip_prefix(ENDPOINT).and_then(|name| config.endpoints.get(name));
+    endpoint.map_or(1, |e| e.concurrency)
+}
+
+/// Where the time went, for someone who waits.
+fn tell(asked: usize, seconds: f64, times: &Times) {
+    if asked == 0 {
+        return;
+    }
+    let parts: Vec<String> =
+        times.iter().filter(|(_, s)| **s >= 0.05).map(|(on, s)| format!("{on} {s:.1} s")).collect();
+    eprintln!(
+        "valor: {asked} questions in {seconds:.1} s, {:.0} a minute; {}",
+        60. * asked as f64 / seconds.max(1e-9),
+        parts.join(", ")
+    );
+}
+
+/// Writes what a finished run holds, and prints it.
+fn report(out: &Path, settings: &Value, notes: &[(String, Note)], as_json: bool) -> Result<ExitCode> {
+    let all = summarise(out, notes)?;
+    let published: BTreeMap<&str, BTreeMap<&str, f64>> = PUBLISHED
+        .iter()
+        .map(|(model, figures)| (*model, Bench::ALL.iter().map(|b| b.name()).zip(*figures).collect()))
+        .collect();
+    let results = json!({ "settings": settings, "benches": all, "published": published });
+    write_atomic(&out.join(RESULTS), |w| writeln!(w, "{results:#}"))?;
+    let page = crate::report::benches::page(out, settings, &all)?;
+    write_atomic(&out.join("report.html"), |w| w.write_all(page.as_bytes()))?;
+    let mut stdout = std::io::stdout().lock();
+    match as_json {
+        true => writeln!(stdout, "{results:#}")?,
+        false => write!(stdout, "{}", table(&all))?,
+    }
+    Ok(code(notes))
+}
+
+const RESULTS: &str = "results.json";
+
+/// A bench that was refused is work that failed.
+fn code(notes: &[(String, Note)]) -> ExitCode {
+    if notes.iter().any(|(_, n)| n.refused.is_some()) { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
+
+/// Everything that a run's records hang on.
+fn settings(
+    args: &EvalArgs,
+    config: &Config,
+    benches: &[Opened],
+    how: How,
+    tools: ToolChoice,
+) -> Result<Value> {
+    let short = |bytes: &[u8]| -> String {
+        Sha256::digest(bytes).iter().take(8).map(|b| format!("{b:02x}")).collect()
+    };
+    // A model's name says little of a folder that training overwrites.
+    let identity = |model: &str, part: &'static str| -> Result<Value> {
+        if let Some(name) = model.strip_prefix(ENDPOINT) {
+            let e = &config.endpoints[name];
+            return Ok(json!(format!("{} {}", e.base_url, e.model)));
+        }
+        Ok(json!(format!("{model} {}", ModelFiles::open(model, part)?.fingerprint())))
+    };
+    let mut models = serde_json::Map::new();
+    let mut shown = serde_json::Map::new();
+    let mut add = |part: &'static str, model: &str, section: Value| -> Result<()> {
+        models.insert(part.into(), identity(model, part)?);
+        shown.insert(part.into(), section);
+        Ok(())
+    };
+    if how == How::Planner {
+        add("planner", &config.planner.model, json!(config.planner))?;
+    }
+    if tools == ToolChoice::Real && how != How::Direct && !args.planner_only {
+        add("detector", &config.detector.model, json!(config.detector))?;
+        add("depth", &config.depth.model, json!(config.depth))?;
+    }
+    if (tools == ToolChoice::Real || how == How::Direct) && !args.planner_only {
+        add("vlm", &config.vlm.model, json!(config.vlm))?;
+    }
+    if !config.eval.judge.model.is_empty() {
+        let judge = &config.eval.judge;
+        add("judge", &judge.model, json!({ "max_new_tokens": judge.max_new_tokens }))?;
+    }
+    shown.insert("sandbox".into(), json!(config.sandbox));
+    shown.insert("inference".into(), json!(config.inference));
+    let sources: serde_json::Map<String, Value> = benches
+        .iter()
+        .map(|b| {
+            let source = match b {
+                Opened::Items(items) => json!(items.source().fingerprint),
+                Opened::Rooms { look, .. } => json!(format!("{} {look:?}", crate::rooms::VERSION)),
+                Opened::Refused(..) => Value::Null,
+            };
+            (b.name().to_owned(), source)
+        })
+        .collect();
+    let programs = match &args.programs {
+        None => Value::Null,
+        Some(path) => {
+            let file = if path.is_dir() { path.join(PROGRAMS) } else { path.clone() };
+            let bytes = std::fs::read(&file).with_context(|| format!("--programs {}", file.display()))?;
+            json!(short(&bytes))
+        }
+    };
+    let how_named = match how {
+        How::Stored => "stored programs",
+        How::Planner if args.planner_only => "planner only",
+        How::Planner => "planner's programs",
+        How::Programs => "given programs",
+        How::Direct => "vlm alone",
+    };
+    Ok(json!({
+        "valor": env!("CARGO_PKG_VERSION"),
+        "benches": benches.iter().map(Opened::name).collect::<Vec<_>>(),
+        "sources": sources,
+        "method": how_named,
+        "tools": if tools == ToolChoice::Real { "real" } else { "oracle" },
+        "n": args.n,
+        "seed": args.seed,
+        "shard": args.shard.map(|s| format!("{}/{}", s.number, s.of)),
+        "models": models,
+        "prompt": if how == How::Planner { json!(short(prompt(&config.planner)?.as_bytes())) } else { Value::Null },
+        "programs": programs,
+        "config": shown,
+    }))
+}
+
+/// A shard's lines in their order.
+struct ShardLines {
+    reader: std::io::Lines<std::io::BufReader<std::fs::File>>,
+    dir: PathBuf,
+    next: Option<(usize, usize, String, Record)>,
+}
+
+impl ShardLines {
+    fn advance(&mut self, order: &[String]) -> Result<()> {
+        let Some(line) = self.reader.next() else {
+            self.next = None;
+            return Ok(());
+        };
+        let (line, file) = (line?, self.dir.join(SAMPLES));
+        let record: Record = serde_json::from_str(&line)
+            .with_context(|| format!("{}: is no sample of a run", file.display()))?;
+        let bench = order.iter().position(|b| *b == record.bench);
+        let bench =
+            bench.with_context(|| format!("{}: {} is no bench of this run", file.display(), record.bench))?;
+        self.next = Some((bench, record.index, line, record));
+        Ok(())
+    }
+}
+
+fn merge(dirs: &[PathBuf], out: &Path, as_json: bool) -> Result<ExitCode> {
+    use std::io::BufRead;
+    ensure!(
+        !out.exists() || std::fs::read_dir(out).is_ok_and(|mut d| d.next().is_none()),
+        "--out {} is there already; name a new folder",
+        out.display()
+    );
+    let mut settings: Option<Value> = None;
+    let mut shards: BTreeMap<u64, &PathBuf> = BTreeMap::new();
+    let mut notes: Vec<(String, Note)> = Vec::new();
+    let mut count = 0;
+    for dir in dirs {
+        let mut mine = read_json(&dir.join(SETTINGS))?;
+        let name = mine["shard"].take();
+        let Some(part) = name.as_str().and_then(|s| shard(s).ok()) else {
+            bail!("{} is no shard: it was run without --shard", dir.display())
+        };
+        count = part.of;
+        match &settings {
+            None => settings = Some(mine),
+            Some(first) => ensure!(
+                *first == mine,
+                "{} and {} are of runs with other settings; merge the shards of one run",
+                dirs[0].display(),
+                dir.display()
+            ),
+        }
+        if let Some(other) = shards.insert(part.number, dir) {
+            bail!("{} and {} are both shard {}", other.display(), dir.display(), name)
+        }
+        let results = dir.join(RESULTS);
+        ensure!(
+            results.is_file(),
+            "{} is not finished: it has no {RESULTS}; run its command again",
+            dir.display()
+        );
+        for found in read_json(&results)?["benches"].as_array().into_iter().flatten() {
+            let bench = found["bench"].as_str().unwrap_or_default().to_owned();
+            let note: Note = serde_json::from_value(json!({
+                "rows": found["rows"], "origin": found.get("origin").cloned().unwrap_or(json!("")),
+                "refused": found["refused"],
+            }))
+            .with_context(|| results.display().to_string())?;
+            match notes.iter_mut().find(|(b, _)| *b == bench) {
+                None => notes.push((bench, note)),
+                Some((_, known)) => {
+                    known.rows = known.rows.max(note.rows);
+                    known.refused = known.refused.take().or(note.refused);
+                }
+            }
+        }
+    }
+    if let Some(missing) = (1..=count).find(|i| !shards.contains_key(i)) {
+        bail!("shard {missing}/{count} is missing; give all of them")
+    }
+    ensure!(shards.len() as u64 == count, "there are shards of several counts; merge the shards of one run");
+    let settings = settings.context("there is nothing to merge")?;
+    let order: Vec<String> = notes.iter().map(|(b, _)| b.clone()).collect();
+    let mut lines = Vec::new();
+    for dir in shards.values() {
+        let path = dir.join(SAMPLES);
+        let file = std::fs::File::open(&path).with_context(|| path.display().to_string())?;
+        let reader = std::io::BufReader::new(file).lines();
+        let mut one = ShardLines { reader, dir: dir.to_path_buf(), next: None };
+        one.advance(&order)?;
+        lines.push(one);
+    }
+    let mut gallery = Gallery::default();
+    let mut failed = None;
+    write_atomic(&out.join(SAMPLES), |w| {
+        loop {
+            let first = lines.iter_mut().filter(|l| l.next.is_some()).min_by_key(|l| {
+                let (bench, index, ..) = l.next.as_ref().expect("kept only where there is one");
+                (*bench, *index)
+            });
+            let Some(shard) = first else { return Ok(()) };
+            let (_, index, line, record) = shard.next.take().expect("kept only where there is one");
+            writeln!(w, "{line}")?;
+            let from = picture_path(&shard.dir, &record.bench, index);
+            if gallery.takes(&record) && from.is_file() {
+                let to = picture_path(out, &record.bench, index);
+                std::fs::create_dir_all(to.parent().expect("below the folder"))?;
+                std::fs::copy(from, to)?;
+            }
+            if let Err(e) = shard.advance(&order) {
+                failed = Some(e);
+                return Err(std::io::Error::other("a shard cannot be read"));
+            }
+        }
+    })
+    .map_err(|e| failed.take().unwrap_or_else(|| e.into()))?;
+    write_atomic(&out.join(SETTINGS), |w| writeln!(w, "{settings:#}"))?;
+    report(out, &settings, &notes, as_json)
+}

@@ -1,0 +1,308 @@
+//! Rows of a bench's files as questions.
+
+use std::collections::VecDeque;
+use std::path::PathBuf;
+
+use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
+
+use super::lines::Lines;
+use super::table::{Cell, Column, Row, Table};
+use super::transform::{caption, letter, lettered, with_options};
+use super::{Bench, DataError, Files, Item, Kind, PictureRef, Source};
+
+/// A row that is no question: what is wrong with it, in words that name the column.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BadRow {
+    pub part: String,
+    pub index: usize,
+    pub why: String,
+}
+
+enum Reader {
+    Table(Table),
+    Lines(Lines),
+}
+
+/// The questions of a bench in their published order.
+pub struct Items {
+    source: Source,
+    waiting: VecDeque<(usize, PathBuf)>,
+    current: Option<(usize, Reader)>,
+    next: usize,
+    total: usize,
+}
+
+/// What the columns of a bench's parquet files are called and hold.
+fn columns(bench: Bench) -> &'static [(&'static str, Column)] {
+    use Column::{Integer, Picture, Scalar, Text, Texts};
+    match bench {
+        Bench::Omni3d => &[("image", Picture), ("question", Text), ("answer", Scalar), ("answer_type", Text)],
+        Bench::Robospatial => &[("img", Picture), ("question", Text), ("answer", Text)],
+        Bench::Blink => &[("image_1", Picture), ("question", Text), ("choices", Texts), ("answer", Text)],
+        Bench::Realworldqa => &[("image", Picture), ("question", Text), ("answer", Text)],
+        Bench::Countbench => &[("image", Picture), ("question", Text), ("number", Integer)],
+        Bench::Vsr | Bench::Gqa | Bench::Tallyqa => &[],
+    }
+}
+
+/// What the objects of a bench's lines are called: of each set one. GRIT's releases differ in the names.
+fn keys(bench: Bench) -> &'static [&'static [&'static str]] {
+    match bench {
+        Bench::Vsr => &[&["image_link"], &["caption"], &["label"]],
+        Bench::Gqa | Bench::Tallyqa => {
+            &[&["image", "image_path", "image_id", "filename"], &["question", "query"], &["answer", "label"]]
+        }
+        _ => &[],
+    }
+}
+
+impl Items {
+    /// # Errors
+    /// The first file that cannot be read, or lacks a column.
+    pub fn open(source: Source) -> Result<Self, DataError> {
+        let mut total = 0;
+        for (_, file) in &source.files {
+            total += match source.bench.files() {
+                Files::Parquet(_) => Table::open(file, columns(source.bench))?.rows(),
+                Files::Lines(_) => checked_lines(source.bench, file)?.rows(),
+            };
+        }
+        let waiting = source.files.iter().cloned().collect();
+        Ok(Self { source, waiting, current: None, next: 0, total })
+    }
+
+    /// Rows of the bench.
+    pub fn total(&self) -> usize {
+        self.total
+    }
+
+    pub fn source(&self) -> &Source {
+        &self.source
+    }
+
+    fn part(&self, number: usize) -> &'static str {
+        match self.source.bench.files() {
+            Files::Parquet(parts) if parts.len() > 1 => parts[number].0,
+            _ => "",
+        }
+    }
+
+    fn of_row(&self, part: usize, row: Row) -> Result<Item, String> {
+        let bench = self.source.bench;
+        let text = |name: &str| match row.get(name) {
+            Some(Cell::Scalar(Value::String(s))) if !s.trim().is_empty() => Ok(s.trim().to_owned()),
+            _ => Err(format!("{name} is empty")),
+        };
+        let picture = |name: &str| match row.get(name) {
+            Some(Cell::Picture(bytes)) if !bytes.is_empty() => Ok(bytes.clone()),
+            _ => Err(format!("{name} holds no picture")),
+        };
+        let bytes = picture(columns(bench)[0].0)?;
+        let mut item = Item {
+            part: self.part(part).to_owned(),
+            index: self.next,
+            question: text("question")?,
+            kind: Kind::Word,
+            truth: Value::Null,
+            options: Vec::new(),
+            picture_id: Sha256::digest(&bytes).iter().take(8).map(|b| format!("{b:02x}")).collect(),
+            picture: PictureRef::Bytes(bytes),
+        };
+        match bench {
+            Bench::Omni3d => {
+                let kind = text("answer_type")?;
+                let answer = match row.get("answer") {
+                    Some(Cell::Scalar(v)) => v.clone(),
+                    _ => return Err("answer is empty".into()),
+                };
+                (item.kind, item.truth) = match kind.as_str() {
+                    "int" => (Kind::Int, number(&answer).ok_or("answer is no number")?),
+                    "float" => (Kind::Float, number(&answer).ok_or("answer is no number")?),
+                    "str" => {
+                        let word =
+                            answer.as_str().map_or_else(|| answer.to_string(), |s| s.trim().to_owned());
+                        let yes_no = ["yes", "no"].contains(&word.to_lowercase().as_str());
+                        (if yes_no { Kind::YesNo } else { Kind::Word }, word.into())
+                    }
+                    other => return Err(format!("answer_type is {other:?}; int, float and str are known")),
+                };
+                item.part = if item.kind == Kind::YesNo { "yes/no".into() } else { kind };
+            }
+            Bench::Robospatial => {
+                item.kind = Kind::YesNo;
+                item.truth = yes_no(&text("answer")?)?.into();
+            }
+            Bench::Blink => {
+                let Some(Cell::Texts(choices)) = row.get("choices") else {
+                    return Err("choices is empty".into());
+                };
+                item.options = choices.iter().map(|c| c.trim().to_owned()).collect();
+                let answer = text("answer")?;
+                let right = letter(&answer).and_then(|i| item.options.get(i));
+                item.truth = right.ok_or(format!("answer {answer:?} is none of the choices"))?.clone().into();
+                item.kind = Kind::Choice;
+                item.question = with_options(&lettered(&item.question).0, &item.options);
+            }
+            Bench::Realworldqa => {
+                let (question, options) = lettered(&item.question);
+                let answer = text("answer")?;
+                item.kind = if options.is_empty() { Kind::Word } else { Kind::Choice };
+                let right = letter(&answer).and_then(|i| options.get(i));
+                item.truth = right.cloned().unwrap_or(answer).into();
+                item.question = if options.is_empty() { question } else { with_options(&question, &options) };
+                item.options = options;
+            }
+            Bench::Countbench => {
+                let Some(Cell::Scalar(n)) = row.get("number") else { return Err("number is empty".into()) };
+                (item.kind, item.truth) = (Kind::Int, n.clone());
+            }
+            Bench::Vsr | Bench::Gqa | Bench::Tallyqa => unreachable!("these are lines"),
+        }
+        Ok(item)
+    }
+
+    fn of_line(&self, line: &Map<String, Value>) -> Result<Item, String> {
+        let bench = self.source.bench;
+        let [picture, question, answer] = keys(bench) else { unreachable!("three keys each") };
+        let value = |names: &[&str]| {
+            let found = names.iter().find_map(|n| line.get(*n)).filter(|v| !v.is_null());
+            found.ok_or(format!("there is no {}", names.join(" or ")))
+        };
+        let text = |names: &[&str]| match value(names)? {
+            Value::String(s) if !s.trim().is_empty() => Ok(s.trim().to_owned()),
+            Value::Number(n) => Ok(n.to_string()),
+            _ => Err(format!("{} is empty", names.join(" or "))),
+        };
+        let (picture, question) = (text(picture)?, text(question)?);
+        let answer = match value(answer)? {
+            // Several people's, of which the first counts.
+            Value::Array(several) => several.first().ok_or("answer is an empty list")?.clone(),
+            one => one.clone(),
+        };
+        let (picture_id, picture) = match bench {
+            Bench::Vsr => (picture.clone(), PictureRef::Link(picture)),
+            _ => {
+                let file = self.file(&picture)?;
+                (picture, PictureRef::File(file))
+            }
+        };
+        let (kind, question, truth): (_, _, Value) = match bench {
+            Bench::Vsr => {
+                let yes = match answer.as_i64() {
+                    Some(1) => "yes",
+                    Some(0) => "no",
+                    _ => return Err(format!("label is {answer}, not 0 or 1")),
+                };
+                (Kind::YesNo, caption(&question), yes.into())
+            }
+            Bench::Tallyqa => (Kind::Int, question, number(&answer).ok_or("answer is no number")?),
+            _ => {
+                let word = answer.as_str().map(str::trim).filter(|s| !s.is_empty());
+                let number = answer.is_number().then(|| answer.to_string());
+                let word = word.map(str::to_owned).or(number).ok_or("answer is empty")?;
+                (Kind::Synonym, question, word.into())
+            }
+        };
+        let part = self.part(0).to_owned();
+        Ok(Item { part, index: self.next, question, kind, truth, options: Vec::new(), picture, picture_id })
+    }
+
+    /// A picture's file from its path in a line, which must stay below the bench's folder.
+    fn file(&self, path: &str) -> Result<PathBuf, String> {
+        if !crate::weights::source::is_safe(path) {
+            return Err(format!("the picture's path {path:?} leads out of the folder"));
+        }
+        let folder = &self.source.folder;
+        let places = [folder.join("images").join(path), folder.join(path)];
+        let with_ending =
+            |p: &PathBuf| [p.clone(), p.with_added_extension("jpg"), p.with_added_extension("png")];
+        let found = places.iter().flat_map(with_ending).find(|p| p.is_file());
+        found.ok_or_else(|| format!("the picture {} is missing", places[0].display()))
+    }
+}
+
+/// A file of lines of which the first has what is needed.
+fn checked_lines(bench: Bench, file: &std::path::Path) -> Result<Lines, DataError> {
+    let fail = |message: String| DataError::File { file: file.display().to_string(), message };
+    let first = Lines::open(file)?.next().ok_or_else(|| fail("is empty; fetch it again".into()))??;
+    let first = first.map_err(|e| fail(format!("line 1 {e}; fetch it again")))?;
+    for names in keys(bench) {
+        if !names.iter().any(|n| first.contains_key(*n)) {
+            let have: Vec<&str> = first.keys().map(String::as_str).collect();
+            return Err(fail(format!(
+                "line 1 has no {:?}, only {}; fetch the revision of the data set that has it",
+                names.join(" or "),
+                have.join(", ")
+            )));
+        }
+    }
+    Lines::open(file)
+}
+
+fn number(v: &Value) -> Option<Value> {
+    let n = match v {
+        Value::Number(_) => return Some(v.clone()),
+        Value::String(s) => s.trim().parse::<f64>().ok().filter(|n| n.is_finite())?,
+        _ => return None,
+    };
+    Some(if n.fract() == 0. && n.abs() < 1e15 { Value::from(n as i64) } else { Value::from(n) })
+}
+
+fn yes_no(answer: &str) -> Result<&'static str, String> {
+    match answer.trim().trim_end_matches('.').to_lowercase().as_str() {
+        "yes" => Ok("yes"),
+        "no" => Ok("no"),
+        other => Err(format!("answer is {other:?}, not yes or no")),
+    }
+}
+
+impl Iterator for Items {
+    /// The inner error is of one row, the outer one ends the bench.
+    type Item = Result<Result<Item, BadRow>, DataError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            let Some((part, reader)) = &mut self.current else {
+                let (part, file) = self.waiting.pop_front()?;
+                let reader = match self.source.bench.files() {
+                    Files::Parquet(_) => Table::open(&file, columns(self.source.bench)).map(Reader::Table),
+                    Files::Lines(_) => Lines::open(&file).map(Reader::Lines),
+                };
+                match reader {
+                    Ok(reader) => self.current = Some((part, reader)),
+                    Err(e) => return Some(Err(e)),
+                }
+                continue;
+            };
+            let part = *part;
+            let item = match reader {
+                Reader::Table(table) => match table.next() {
+                    None => None,
+                    Some(Ok(row)) => Some(self.of_row(part, row)),
+                    Some(Err(e)) => {
+                        self.waiting.clear();
+                        self.current = None;
+                        return Some(Err(e));
+                    }
+                },
+                Reader::Lines(lines) => match lines.next() {
+                    None => None,
+                    Some(Ok(line)) => Some(line.and_then(|l| self.of_line(&l))),
+                    Some(Err(e)) => {
+                        self.waiting.clear();
+                        self.current = None;
+                        return Some(Err(e));
+                    }
+                },
+            };
+            let Some(item) = item else {
+                self.current = None;
+                continue;
+            };
+            let index = self.next;
+            self.next += 1;
+            return Some(Ok(item.map_err(|why| BadRow { part: self.part(part).to_owned(), index, why })));
+        }
+    }
+}

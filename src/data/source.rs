@@ -1,0 +1,199 @@
+//! Where a bench's files are: in a folder of one's own, or in the hub's cache.
+
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+use super::{Bench, DataError, Files};
+use crate::weights::hub::{Hub, HubError, Listing, RemoteFile};
+use crate::weights::source::{HubSource, RepoKind};
+
+/// A bench's files, found.
+#[derive(Clone, Debug)]
+pub struct Source {
+    pub bench: Bench,
+    pub folder: PathBuf,
+    /// With the number of the part that each belongs to, in the order of the rows.
+    pub files: Vec<(usize, PathBuf)>,
+    /// Where they came from, for reports.
+    pub origin: String,
+    /// Changes where names or sizes of the files do, or the commit.
+    pub fingerprint: String,
+}
+
+/// The part of a bench that a file belongs to, by its path below the bench's folder.
+fn part(bench: Bench, path: &str) -> Option<usize> {
+    match bench.files() {
+        Files::Lines(name) => (path == name).then_some(0),
+        Files::Parquet(parts) => {
+            let fits = |words: &&[&str]| words.iter().all(|w| path.contains(w));
+            path.ends_with(".parquet").then(|| parts.iter().position(|(_, words)| fits(words))).flatten()
+        }
+    }
+}
+
+/// A bench's repository at a revision; GRIT's have none.
+pub fn on_hub(bench: Bench, revision: Option<&str>) -> Result<HubSource, DataError> {
+    let fail = |message: String| DataError::Source { bench, message };
+    let Some(repo) = bench.repo() else {
+        return Err(fail(format!(
+            "is not on the hub with its pictures: put GRIT's file and its folder images into DIR/{bench}, and \
+             give --data DIR"
+        )));
+    };
+    HubSource::parse_dataset(repo, revision.unwrap_or("main")).map_err(fail)
+}
+
+/// Of a repository's files those that the bench is read from.
+pub fn wanted(bench: Bench, listing: &Listing) -> Vec<&RemoteFile> {
+    listing.files().iter().filter(|f| part(bench, &f.name).is_some()).collect()
+}
+
+impl Source {
+    /// The folder of the bench's name in `data`.
+    pub fn local(data: &Path, bench: Bench) -> Result<Self, DataError> {
+        let folder = data.join(bench.name());
+        if !folder.is_dir() {
+            let message = format!("there is no folder {}; put its files there", folder.display());
+            return Err(DataError::Source { bench, message });
+        }
+        Self::in_folder(bench, folder.clone(), folder.display().to_string())
+    }
+
+    /// What a pull has left in the hub's cache.
+    pub fn cached(hub: &Hub, bench: Bench, revision: Option<&str>) -> Result<Self, DataError> {
+        let at = on_hub(bench, revision)?;
+        let Some(folder) = hub.cached(&at) else {
+            let name = revision.map_or(bench.to_string(), |r| format!("{bench}@{r}"));
+            let message = format!("{at} is not here; valor eval pull {name}, or give --data DIR");
+            return Err(DataError::Source { bench, message });
+        };
+        let commit = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        Self::in_folder(bench, folder, format!("{}{}@{commit}", RepoKind::Dataset.prefix(), at.repo))
+    }
+
+    fn in_folder(bench: Bench, folder: PathBuf, origin: String) -> Result<Self, DataError> {
+        let fail = |message: String| DataError::Source { bench, message };
+        let mut found = Vec::new();
+        walk(&folder, &folder, 0, &mut found).map_err(|e| fail(format!("{}: {e}", folder.display())))?;
+        let mut files: Vec<(usize, String)> =
+            found.into_iter().filter_map(|path| Some((part(bench, &path)?, path))).collect();
+        files.sort();
+        let missing = |what: String| fail(format!("{} holds no {what}", folder.display()));
+        match bench.files() {
+            Files::Lines(name) if files.is_empty() => return Err(missing(name.into())),
+            Files::Lines(_) => {}
+            Files::Parquet(parts) => {
+                for (i, (_, words)) in parts.iter().enumerate() {
+                    let of: Vec<&str> = files.iter().filter(|f| f.0 == i).map(|f| f.1.as_str()).collect();
+                    if of.is_empty() {
+                        return Err(missing(format!("parquet file named {}", words.join("… "))));
+                    }
+                    complete(&of).map_err(&fail)?;
+                }
+            }
+        }
+        let mut hash = Sha256::new();
+        hash.update(&origin);
+        for (_, path) in &files {
+            let bytes = folder.join(path).metadata().map_or(0, |m| m.len());
+            hash.update(format!("{path} {bytes};"));
+        }
+        let fingerprint = hash.finalize().iter().take(8).map(|b| format!("{b:02x}")).collect();
+        let files = files.into_iter().map(|(part, path)| (part, folder.join(path))).collect();
+        Ok(Self { bench, folder, files, origin, fingerprint })
+    }
+}
+
+/// Of files that count themselves ("-00000-of-00003") all must be there.
+fn complete(files: &[&str]) -> Result<(), String> {
+    let counted = |path: &str| -> Option<(usize, usize)> {
+        let (head, of) = path.strip_suffix(".parquet")?.rsplit_once("-of-")?;
+        // Duplicated conversions end in a hash: "-00000-of-00001-0123456789abcdef".
+        let of = of.split('-').next()?.parse().ok()?;
+        Some((head.rsplit('-').next()?.parse().ok()?, of))
+    };
+    for path in files {
+        let Some((_, of)) = counted(path) else { continue };
+        let have = |i: usize| files.iter().any(|p| counted(p) == Some((i, of)));
+        if let Some(missing) = (0..of).find(|i| !have(*i)) {
+            return Err(format!(
+                "{path} is one of {of} files, and number {missing} is missing; fetch it too"
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Relative paths of the files below a folder; a loop of links is not followed for ever.
+fn walk(root: &Path, dir: &Path, depth: usize, found: &mut Vec<String>) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(dir)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            // Pictures are many and are not looked for.
+            if depth < 4 && path.file_name().is_none_or(|n| n != "images") {
+                walk(root, &path, depth + 1, found)?;
+            }
+        } else if let Some(path) = path.strip_prefix(root).ok().and_then(Path::to_str) {
+            found.push(path.replace('\\', "/"));
+        }
+    }
+    Ok(())
+}
+
+/// Brings a bench's files from the hub into its cache; gives the snapshot's folder.
+pub fn pull(
+    hub: &Hub,
+    bench: Bench,
+    revision: Option<&str>,
+    mut progress: impl FnMut(&str, u64, u64),
+) -> Result<PathBuf, PullError> {
+    let at = on_hub(bench, revision)?;
+    let listing = hub.listing(&at)?;
+    let files = wanted(bench, &listing);
+    if files.is_empty() {
+        let message =
+            format!("{at} holds none of its files; name the revision that does, as {bench}@REVISION");
+        return Err(DataError::Source { bench, message }.into());
+    }
+    Ok(hub.pull(&at, &listing, &files, &mut progress)?)
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum PullError {
+    #[error(transparent)]
+    Data(#[from] DataError),
+    #[error(transparent)]
+    Hub(#[from] HubError),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_belong_to_parts_by_their_paths() {
+        for (bench, path, want) in [
+            (Bench::Omni3d, "data/train-00000-of-00001.parquet", Some(0)),
+            (Bench::Robospatial, "data/configuration-00000-of-00001.parquet", Some(1)),
+            (Bench::Robospatial, "data/context-00000-of-00001.parquet", None),
+            (Bench::Blink, "Counting/val-00000-of-00001.parquet", Some(1)),
+            (Bench::Blink, "Counting/test-00000-of-00001.parquet", None),
+            (Bench::Blink, "Jigsaw/val-00000-of-00001.parquet", None),
+            (Bench::Vsr, "dev.jsonl", Some(0)),
+            (Bench::Vsr, "train.jsonl", None),
+            (Bench::Countbench, "data/test-00000-of-00001.parquet.txt", None),
+        ] {
+            assert_eq!(part(bench, path), want, "{path}");
+        }
+    }
+
+    #[test]
+    fn a_missing_file_of_several_is_named() {
+        let whole = ["a/test-00000-of-00002.parquet", "a/test-00001-of-00002.parquet"];
+        assert_eq!(complete(&whole), Ok(()));
+        assert_eq!(complete(&["test-00000-of-00001-0123abcd.parquet"]), Ok(()));
+        assert!(complete(&whole[..1]).unwrap_err().contains("number 1 is missing"));
+        assert_eq!(complete(&["plain.parquet"]), Ok(()));
+    }
+}

@@ -1,0 +1,183 @@
+//! A run's folder: what it was asked for, what it has measured, and the pictures of its galleries.
+//!
+//! `settings.json` is written first; `samples.jsonl` grows by whole lines, one a
+//! question in the run's order, and a line that a kill left torn is dropped. A run goes on only under
+//! the settings that it began with.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::record::each;
+use crate::files::write_atomic;
+
+pub const SETTINGS: &str = "settings.json";
+
+pub struct Folder {
+    dir: PathBuf,
+    lines: PathBuf,
+    file: File,
+}
+
+impl Folder {
+    /// A new folder, or one of the same settings behind what it holds; `lines` is the name of the file that
+    /// grows, and `done` hears what stands in it.
+    ///
+    /// # Errors
+    /// A folder of other settings, or with something else in it.
+    pub fn open<T: DeserializeOwned>(
+        dir: &Path,
+        settings: &Value,
+        lines: &str,
+        done: impl FnMut(T) -> Result<()>,
+    ) -> Result<Self> {
+        let named = || format!("--out {}", dir.display());
+        if dir.exists() && !dir.is_dir() {
+            bail!("{} is a file; name a folder", named())
+        }
+        let path = dir.join(SETTINGS);
+        if path.exists() {
+            let old = read_json(&path)?;
+            if let Some(key) = difference(&old, settings, "") {
+                bail!(
+                    "{} holds a run with other settings ({key}); name a new folder, or repeat them",
+                    named()
+                )
+            }
+        } else {
+            // What a kill left half written has a hidden name.
+            let is_shown = |e: &std::fs::DirEntry| !e.file_name().to_string_lossy().starts_with('.');
+            let full =
+                dir.is_dir() && std::fs::read_dir(dir).with_context(named)?.flatten().any(|e| is_shown(&e));
+            ensure!(!full, "{} is not empty and holds no run; name a new folder", named());
+        }
+        // Also where they are there: what was refused then may be known now.
+        write_atomic(&path, |w| writeln!(w, "{settings:#}"))?;
+        let lines = dir.join(lines);
+        let file =
+            OpenOptions::new().create(true).read(true).append(true).open(&lines).with_context(named)?;
+        drop_torn_line(&file, &lines)?;
+        each(&lines, done)?;
+        Ok(Self { dir: dir.into(), lines, file })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    /// One write a line.
+    pub fn add(&mut self, record: &impl Serialize) -> Result<()> {
+        let mut line = serde_json::to_vec(record)?;
+        line.push(b'\n');
+        self.file.write_all(&line).with_context(|| self.lines.display().to_string())
+    }
+
+    /// Keeps a picture for the galleries.
+    pub fn keep_picture(&self, bench: &str, index: usize, jpeg: &[u8]) -> Result<()> {
+        Ok(write_atomic(&picture_path(&self.dir, bench, index), |w| w.write_all(jpeg))?)
+    }
+}
+
+pub fn picture_path(dir: &Path, bench: &str, index: usize) -> PathBuf {
+    dir.join("pictures").join(format!("{bench}-{index:06}.jpg"))
+}
+
+pub fn read_json(path: &Path) -> Result<Value> {
+    let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    serde_json::from_str(&text).with_context(|| format!("{} is no JSON", path.display()))
+}
+
+/// Cuts a file of lines behind its last whole one.
+fn drop_torn_line(file: &File, path: &Path) -> Result<()> {
+    use std::io::{Read, Seek, SeekFrom};
+    let named = || path.display().to_string();
+    let mut end = file.metadata().with_context(named)?.len();
+    let whole = end;
+    let mut reader = file;
+    let mut block = vec![0; 1 << 16];
+    while end > 0 {
+        let start = end.saturating_sub(block.len() as u64);
+        let n = (end - start) as usize;
+        reader.seek(SeekFrom::Start(start)).with_context(named)?;
+        reader.read_exact(&mut block[..n]).with_context(named)?;
+        if let Some(at) = block[..n].iter().rposition(|b| *b == b'\n') {
+            end = start + at as u64 + 1;
+            break;
+        }
+        end = start;
+    }
+    if end < whole {
+        file.set_len(end).with_context(named)?;
+    }
+    Ok(())
+}
+
+/// The first key whose value is another one now, with both. A bench that could not be opened then has no
+/// source (null), and may have one now.
+fn difference(old: &Value, new: &Value, path: &str) -> Option<String> {
+    let short = |v: &Value| {
+        let text = v.to_string();
+        if text.chars().count() > 60 {
+            format!("{}…", text.chars().take(60).collect::<String>())
+        } else {
+            text
+        }
+    };
+    match (old, new) {
+        (Value::Object(a), Value::Object(b)) => {
+            let mut keys: Vec<&String> = a.keys().chain(b.keys()).collect();
+            keys.dedup();
+            keys.into_iter().find_map(|k| {
+                let path = if path.is_empty() { k.clone() } else { format!("{path}.{k}") };
+                let of = |m: &serde_json::Map<String, Value>| m.get(k).cloned().unwrap_or(Value::Null);
+                difference(&of(a), &of(b), &path)
+            })
+        }
+        (Value::Null, _) | (_, Value::Null) if path.starts_with("sources.") => None,
+        _ if old == new => None,
+        _ => Some(format!("{path}: {} there, {} here", short(old), short(new))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn the_first_difference_is_named_with_both_values() {
+        let old = json!({ "seed": 1, "config": { "vlm": { "model": "a" } }, "sources": { "vsr": null } });
+        assert_eq!(difference(&old, &old, ""), None);
+        let mut new = old.clone();
+        new["sources"]["vsr"] = json!("found");
+        assert_eq!(difference(&old, &new, ""), None, "it was refused then");
+        new["config"]["vlm"]["model"] = json!("b");
+        assert_eq!(difference(&old, &new, "").unwrap(), "config.vlm.model: \"a\" there, \"b\" here");
+    }
+
+    #[test]
+    fn a_torn_line_is_dropped_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.jsonl");
+        let long = "x".repeat(200_000);
+        for (text, want) in [
+            ("", ""),
+            ("torn", ""),
+            ("a\nb\n", "a\nb\n"),
+            ("a\nto", "a\n"),
+            (&*format!("a\n{long}"), "a\n"),
+            (&*format!("{long}\nb"), &*format!("{long}\n")),
+        ] {
+            std::fs::write(&path, text).unwrap();
+            let file = OpenOptions::new().read(true).append(true).open(&path).unwrap();
+            drop_torn_line(&file, &path).unwrap();
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), want);
+        }
+    }
+}

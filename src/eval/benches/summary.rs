@@ -1,0 +1,268 @@
+//! The table of a run, made of its records: accuracy in both forms with intervals, failures, and the
+//! published rows beside it (method.md 8).
+//!
+//! Rows that could not be measured (broken picture, dead link) are counted and in no accuracy; failures
+//! of the method are wrong answers, counted by kind; answers without a verdict are in no strict figure.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write;
+use std::path::Path;
+
+use anyhow::Result;
+use serde::Serialize;
+
+use super::feed::{Note, OMNI3D_PUBLISHED, is_untrained};
+use super::metric::Judged;
+use super::record::{Record, SAMPLES, each};
+use crate::data::Bench;
+use crate::eval::stats::Mean;
+
+/// Published accuracies, %, in the order of [`Bench::ALL`].
+pub const PUBLISHED: [(&str, [f64; 8]); 5] = [
+    ("GPT-4o + tools", [38.0, 56.6, 64.2, 67.4, 54.5, 58.0, 49.9, 67.6]),
+    ("Gemini-2.5-Flash + tools", [37.1, 68.7, 61.5, 68.5, 62.2, 65.2, 48.9, 65.6]),
+    ("base (Qwen3-8B + tools)", [37.5, 60.5, 63.9, 68.2, 53.3, 57.4, 50.1, 68.6]),
+    ("VALOR-RL", [43.9, 61.8, 67.3, 70.3, 53.5, 57.6, 49.5, 67.6]),
+    ("VALOR", [44.0, 69.5, 69.2, 75.6, 57.3, 64.4, 51.0, 75.9]),
+];
+
+/// Accuracy on a part of a bench; on all that is published of it where the part has no name.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    pub part: String,
+    /// Rows that were measured.
+    pub n: usize,
+    pub pictures: usize,
+    pub reference: Option<Mean>,
+    pub strict: Option<Mean>,
+    /// Answers without a verdict; in no strict figure.
+    pub unjudged: usize,
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct Summary {
+    pub bench: String,
+    #[serde(flatten)]
+    pub note: Note,
+    pub table: Vec<Row>,
+    /// Rows that could not be measured, with why, the first ones.
+    pub unmeasured: usize,
+    pub unmeasured_why: Vec<String>,
+    /// Failures of the method, by kind.
+    pub failures: BTreeMap<String, usize>,
+    /// Whose fault wrong answers are.
+    pub faults: BTreeMap<String, usize>,
+    /// Answers before which a detector's call gave no box, right or wrong.
+    pub nothing_detected: usize,
+    /// Rows that ask what an earlier one asks about the same picture: the row, the earlier one.
+    pub duplicates: Vec<[usize; 2]>,
+    /// Words were compared where a judge should have been asked.
+    pub without_judge: bool,
+    /// What `valor infer` and other readers must know of the rows that were tested.
+    pub remarks: Vec<String>,
+}
+
+/// What is kept of a record until the end.
+struct Kept {
+    part: String,
+    index: usize,
+    picture: String,
+    reference: Option<f64>,
+    strict: Option<f64>,
+}
+
+#[derive(Default)]
+struct Tally {
+    kept: Vec<Kept>,
+    unmeasured: usize,
+    unmeasured_why: Vec<String>,
+    failures: BTreeMap<String, usize>,
+    faults: BTreeMap<String, usize>,
+    nothing_detected: usize,
+    duplicates: Vec<[usize; 2]>,
+    without_judge: bool,
+}
+
+/// The first reasons are worth reading, a thousand dead links are not.
+const REASONS: usize = 3;
+
+/// Of a run's folder; `notes` name the benches in their order.
+///
+/// # Errors
+/// If the folder's records cannot be read.
+pub fn summarise(dir: &Path, notes: &[(String, Note)]) -> Result<Vec<Summary>> {
+    let mut tallies: BTreeMap<String, Tally> = BTreeMap::new();
+    each(&dir.join(SAMPLES), |r: Record| {
+        let t = tallies.entry(r.bench.clone()).or_default();
+        if let Some(first) = r.duplicate_of {
+            t.duplicates.push([r.index, first]);
+        }
+        if !r.is_measured() {
+            t.unmeasured += 1;
+            if t.unmeasured_why.len() < REASONS {
+                t.unmeasured_why.push(format!("row {}: {}", r.index, r.why.unwrap_or_default()));
+            }
+            return Ok(());
+        }
+        if let Some(f) = r.failure {
+            *t.failures.entry(f).or_default() += 1;
+        }
+        if let Some(f) = r.fault {
+            *t.faults.entry(f.word().to_owned()).or_default() += 1;
+        }
+        t.nothing_detected += usize::from(r.nothing_detected);
+        t.without_judge |= r.judged == Some(Judged::Nobody);
+        let (reference, strict) = (r.reference, r.strict);
+        t.kept.push(Kept { part: r.part, index: r.index, picture: r.picture, reference, strict });
+        Ok(())
+    })?;
+    Ok(notes
+        .iter()
+        .map(|(bench, note)| tallies.remove(bench).unwrap_or_default().summary(bench, note.clone()))
+        .collect())
+}
+
+impl Tally {
+    fn summary(self, bench: &str, note: Note) -> Summary {
+        let mut table = Vec::new();
+        let mut remarks = Vec::new();
+        let headline: Box<dyn Fn(&Kept) -> bool> = if bench == Bench::Omni3d.name() {
+            Box::new(|k| k.index < OMNI3D_PUBLISHED)
+        } else {
+            Box::new(|_| true)
+        };
+        table.push(row("", &self.kept, &headline));
+        if bench == Bench::Omni3d.name() && note.refused.is_none() {
+            let untrained = |k: &Kept| is_untrained(k.index, note.rows);
+            table.push(row("rows not mined", &self.kept, untrained));
+            let (first, overlap) = (
+                note.rows.saturating_sub(super::feed::OMNI3D_MINED),
+                (0..OMNI3D_PUBLISHED.min(note.rows)).filter(|i| !is_untrained(*i, note.rows)).count(),
+            );
+            remarks.push(format!(
+                "tested as published on rows 0–{}, and apart on the {first} rows before the last {} of {}, which \
+                 mining takes",
+                OMNI3D_PUBLISHED.min(note.rows).saturating_sub(1),
+                note.rows - first,
+                note.rows
+            ));
+            if overlap > 0 {
+                remarks.push(format!(
+                    "{overlap} of the rows tested as published are among those that mining takes"
+                ));
+            }
+        }
+        let parts: BTreeSet<&String> = self.kept.iter().map(|k| &k.part).filter(|p| !p.is_empty()).collect();
+        for part in parts {
+            table.push(row(part, &self.kept, |k| k.part == *part && headline(k)));
+        }
+        Summary {
+            bench: bench.to_owned(),
+            note,
+            table,
+            unmeasured: self.unmeasured,
+            unmeasured_why: self.unmeasured_why,
+            failures: self.failures,
+            faults: self.faults,
+            nothing_detected: self.nothing_detected,
+            duplicates: self.duplicates,
+            without_judge: self.without_judge,
+            remarks,
+        }
+    }
+}
+
+fn row(part: &str, kept: &[Kept], of: impl Fn(&Kept) -> bool) -> Row {
+    let these = || kept.iter().filter(|k| of(k));
+    let mean = |score: fn(&Kept) -> Option<f64>| {
+        Mean::accuracy(these().filter_map(|k| Some((k.picture.as_str(), score(k)?))))
+    };
+    Row {
+        part: part.to_owned(),
+        n: these().count(),
+        pictures: these().map(|k| &k.picture).collect::<BTreeSet<_>>().len(),
+        reference: mean(|k| k.reference),
+        strict: mean(|k| k.strict),
+        unjudged: these().filter(|k| k.strict.is_none()).count(),
+    }
+}
+
+/// For a terminal.
+pub fn table(all: &[Summary]) -> String {
+    let cell = |m: &Option<Mean>| m.as_ref().map_or("–".into(), Mean::to_string);
+    let mut out = format!(
+        "{:<14} {:<17} {:>5} {:>5}  {:<23} {}\n",
+        "bench", "part", "n", "pict.", "reference", "strict"
+    );
+    for s in all {
+        for (i, r) in s.table.iter().enumerate().filter(|(_, r)| r.n > 0 || s.note.refused.is_none()) {
+            let name = if i == 0 { s.bench.as_str() } else { "" };
+            let _ = writeln!(
+                out,
+                "{name:<14} {:<17} {:>5} {:>5}  {:<23} {}",
+                r.part,
+                r.n,
+                r.pictures,
+                cell(&r.reference),
+                cell(&r.strict)
+            );
+        }
+        for line in notes(s) {
+            let _ = writeln!(out, "  {}: {line}", s.bench);
+        }
+    }
+    let shown: Vec<(usize, Bench)> =
+        Bench::ALL.into_iter().enumerate().filter(|(_, b)| all.iter().any(|s| s.bench == b.name())).collect();
+    if !shown.is_empty() {
+        let names: String = shown.iter().map(|(_, b)| format!("{:>14}", b.name())).collect();
+        let _ = writeln!(out, "\n{:<26}{names}", "published, %");
+        for (model, figures) in PUBLISHED {
+            let row: String = shown.iter().map(|(i, _)| format!("{:>14.1}", figures[*i])).collect();
+            let _ = writeln!(out, "{model:<26}{row}");
+        }
+        out.push_str("published figures were measured by the released code: compare them with reference\n");
+    }
+    out
+}
+
+/// What else is to be said of a bench, a line each.
+pub fn notes(s: &Summary) -> Vec<String> {
+    let counted = |of: &BTreeMap<String, usize>| {
+        of.iter().map(|(k, n)| format!("{k} {n}")).collect::<Vec<_>>().join(", ")
+    };
+    let mut lines = Vec::new();
+    if let Some(why) = &s.note.refused {
+        let measured = s.table.first().map_or(0, |r| r.n);
+        let when = if measured > 0 { format!("broken off after {measured} rows") } else { "refused".into() };
+        let why = why.strip_prefix(&format!("{}: ", s.bench)).unwrap_or(why);
+        lines.push(format!("{when}: {why}"));
+    }
+    lines.extend(s.remarks.iter().cloned());
+    if s.unmeasured > 0 {
+        lines.push(format!("{} not measured; {}", s.unmeasured, s.unmeasured_why.join("; ")));
+    }
+    if !s.failures.is_empty() {
+        lines.push(format!("no answer: {}", counted(&s.failures)));
+    }
+    if !s.faults.is_empty() {
+        lines.push(format!("not right by: {}", counted(&s.faults)));
+    }
+    if s.nothing_detected > 0 {
+        lines.push(format!("nothing was detected in {}", s.nothing_detected));
+    }
+    if let Some(unjudged) = s.table.first().map(|r| r.unjudged).filter(|n| *n > 0) {
+        lines.push(format!("{unjudged} answers have no verdict, and are in no strict figure"));
+    }
+    if s.without_judge {
+        lines.push(
+            "no judge is configured (eval.judge.model): strict compares word by word, which is no published \
+             metric, and there is no reference"
+                .into(),
+        );
+    }
+    if !s.duplicates.is_empty() {
+        let pairs: Vec<String> = s.duplicates.iter().take(5).map(|[a, b]| format!("{a} = {b}")).collect();
+        lines.push(format!("duplicate rows, {}: {}", s.duplicates.len(), pairs.join(", ")));
+    }
+    lines
+}

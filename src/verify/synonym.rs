@@ -1,0 +1,80 @@
+//! Do two answers mean the same? Asked of a language model, as GQA is scored (method.md 8).
+//!
+//! Answers are a stranger's text and stand between tags that they cannot forge; verdicts are kept like
+//! those of the heads. What cannot be had or read is missing, never a no.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::cache::VerdictCache;
+use super::head::{enclosed, parse_verdict};
+use super::judge::{JudgeError, SECOND};
+use crate::config;
+use crate::llm::{ChatModel, ChatRequest, SamplingOptions};
+
+/// What the judge is told.
+const PROMPT: &str = include_str!("../../data/prompts/judge-synonym.txt");
+
+/// A language model that compares answers.
+pub struct SynonymJudge {
+    model: Arc<dyn ChatModel>,
+    max_new_tokens: usize,
+    cache: VerdictCache,
+}
+
+/// A question with its right answer and the one that was given.
+#[derive(Clone, Copy, Debug)]
+pub struct Pair<'a> {
+    pub question: &'a str,
+    pub truth: &'a str,
+    pub given: &'a str,
+}
+
+impl SynonymJudge {
+    pub fn new(model: Arc<dyn ChatModel>, cfg: &config::AnswerJudge) -> Result<Self, JudgeError> {
+        let cache = VerdictCache::open((!cfg.cache.is_empty()).then_some(Path::new(&cfg.cache)))?;
+        Ok(Self { model, max_new_tokens: cfg.max_new_tokens, cache })
+    }
+
+    pub fn identity(&self) -> String {
+        self.model.identity()
+    }
+
+    /// A verdict on each; `None` where it is missing.
+    ///
+    /// # Errors
+    /// If the judge will answer nothing any more, or the cache cannot be written.
+    pub fn verdicts(&self, pairs: &[Pair]) -> Result<Vec<Option<bool>>, JudgeError> {
+        let identity = self.model.identity();
+        let key = |p: &Pair| VerdictCache::key(&["synonym", &identity, PROMPT, p.question, p.truth, p.given]);
+        let keys: Vec<String> = pairs.iter().map(key).collect();
+        let mut verdicts: Vec<Option<bool>> = keys.iter().map(|k| self.cache.get(k)).collect();
+        for (round, opts) in
+            [SamplingOptions::greedy(), SamplingOptions::temperature(SECOND)].iter().enumerate()
+        {
+            let open: Vec<usize> = (0..pairs.len()).filter(|&i| verdicts[i].is_none()).collect();
+            if open.is_empty() {
+                break;
+            }
+            let request = |&i: &usize| {
+                let Pair { question, truth, given } = pairs[i];
+                let parts =
+                    [("question", question), ("truth", truth), ("given", given)].map(|(t, x)| enclosed(t, x));
+                let turn = format!("{PROMPT}\n{}", parts.join("\n"));
+                ChatRequest::user(turn, round as u64, self.max_new_tokens)
+            };
+            let requests: Vec<ChatRequest> = open.iter().map(request).collect();
+            for (&i, reply) in open.iter().zip(self.model.chat(&requests, opts, None)) {
+                match reply {
+                    Ok(reply) => verdicts[i] = parse_verdict(&reply.text),
+                    Err(e) if e.is_of_model() => return Err(e.into()),
+                    Err(_) => {}
+                }
+                if let Some(same) = verdicts[i] {
+                    self.cache.put(&keys[i], same)?;
+                }
+            }
+        }
+        Ok(verdicts)
+    }
+}
