@@ -31,6 +31,8 @@ pub enum Bench {
     Rooms,
     /// Average precision of the detector; --n pictures
     RoomsDetector,
+    /// Average precision of the detector on the boxes in --data
+    Detection,
     /// Error of metric depth; --n pictures
     RoomsDepth,
     /// The VLM's answers about --n crops
@@ -79,7 +81,7 @@ impl std::str::FromStr for Named {
             None => {
                 let known = crate::data::Bench::ALL.map(crate::data::Bench::name).join(", ");
                 Err(format!(
-                    "there are all, rooms, rooms-detector, rooms-depth, rooms-vlm, rooms-verifier, {known}"
+                    "there are all, rooms, detection, rooms-detector, rooms-depth, rooms-vlm, rooms-verifier, {known}"
                 ))
             }
         }
@@ -100,7 +102,8 @@ pub struct EvalArgs {
     #[command(subcommand)]
     what: Option<super::benches::EvalCommand>,
     /// What to measure on: all; rooms (questions about rooms: planner, programs and tools together),
-    /// rooms-detector (average precision; --n pictures), rooms-depth (error of metric depth; --n
+    /// detection (average precision on the boxes of an ODVG or COCO file, --data FILE), rooms-detector
+    /// (the same on --n pictures of rooms), rooms-depth (error of metric depth; --n
     /// pictures), rooms-vlm (answers about --n crops), rooms-verifier (verdicts on the planner's replies
     /// to --n questions); or published benches, several behind commas, each with @REVISION if wanted:
     /// omni3d-bench, robospatial, blink, vsr, realworldqa, gqa, tallyqa, countbench
@@ -137,8 +140,8 @@ pub struct EvalArgs {
     #[arg(long, value_name = "DIR")]
     pub(super) out: Option<PathBuf>,
     /// Folder with the published benches' files, a folder of its name for each; the hub's cache if none
-    /// is given (valor eval pull)
-    #[arg(long, value_name = "DIR")]
+    /// is given (valor eval pull). Of detection: a file of boxes, .jsonl (ODVG) or .json (COCO)
+    #[arg(long, value_name = "PATH")]
     pub(super) data: Option<PathBuf>,
     /// Part I of N of the questions, for job arrays; valor eval merge puts them together
     #[arg(long, value_name = "I/N", value_parser = super::benches::shard)]

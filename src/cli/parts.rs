@@ -2,13 +2,14 @@
 
 use super::eval::{Bench, EvalArgs};
 use crate::config::Config;
+use crate::data::odvg::Boxes;
 use crate::eval::parts;
 use crate::llm::ChatModels;
 use crate::planner::Planner;
 use crate::rooms::{Kind, Question};
 use crate::tools::real::{DepthEstimator, Detector, Vlm};
 use crate::verify::Judge;
-use anyhow::bail;
+use anyhow::{Context, bail};
 use candle_core::Device;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
@@ -22,7 +23,7 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
         ("--shuffle-pictures", args.shuffle_pictures),
         ("--out", args.out.is_some()),
         ("--pictures", args.pictures.is_some()),
-        ("--data", args.data.is_some()),
+        ("--data", args.data.is_some() && bench != Bench::Detection),
         ("--shard", args.shard.is_some()),
         ("--method", args.method.is_some()),
         ("--planner-only", args.planner_only),
@@ -59,6 +60,36 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
             let kinds =
                 Kind::ALL.iter().map(|k| k.to_string()).zip(ap.ap50_by_class.iter().map(|x| json!(x)));
             figures["ap50_by_class"] = kinds.collect::<serde_json::Map<_, _>>().into();
+            figures
+        }
+        Bench::Detection => {
+            let path = args
+                .data
+                .as_ref()
+                .context("--bench detection needs --data FILE: ODVG (.jsonl) or COCO (.json)")?;
+            let boxes = Boxes::open(path).context("--data")?;
+            let pictures = args.n.unwrap_or(boxes.records.len());
+            bar.set_length(pictures.min(boxes.records.len()) as u64);
+            let model = Detector::load(&config.detector, device)?;
+            let mut unreadable = 0;
+            let ap = parts::detection(&model, &boxes, pictures, |why| {
+                if let Some(why) = why {
+                    unreadable += 1;
+                    bar.suspend(|| eprintln!("valor: left out: {why}"));
+                }
+                bar.inc(1);
+            })?;
+            writeln!(
+                table,
+                "AP50 {:.3}  AP75 {:.3}  AP {:.3}  small {:.3}  medium {:.3}  large {:.3}  ({} things; {unreadable} \
+                 pictures left out)",
+                ap.ap50, ap.ap75, ap.ap, ap.small, ap.medium, ap.large, ap.truths
+            )?;
+            let mut figures = serde_json::to_value(&ap)?;
+            let names = boxes.labels.names().iter().cloned();
+            let by_class = names.zip(ap.ap50_by_class.iter().map(|x| json!(x)));
+            figures["ap50_by_class"] = by_class.collect::<serde_json::Map<_, _>>().into();
+            figures["left_out"] = unreadable.into();
             figures
         }
         Bench::RoomsDepth => {

@@ -1,8 +1,8 @@
 //! Pictures with boxes, as ODVG JSON lines (method.md 5.5) or COCO's instances file.
 //!
 //! An ODVG file has its `label_map.json` beside it and its pictures under the same folder. Beyond the
-//! format's `instances` a record may hold, under `detection`, `ignore` (boxes where nothing is known),
-//! `hard_negatives` (nouns that a detector finds here and should not: part of each caption) and `absent`
+//! format's `instances` a record may hold, under `detection`, `ignore` (boxes where nothing is known), `crowds`
+//! (as instances), `hard_negatives` (nouns that a detector finds here and should not: part of each caption) and `absent`
 //! (nouns that are not here: candidates for a caption's negatives). Files are a stranger's until
 //! [`Boxes::check`] has looked at them. Not here: grounding records (phrases with spans), masks.
 
@@ -30,6 +30,9 @@ pub struct Detected {
     pub instances: Vec<Instance>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ignore: Vec<BBox>,
+    /// Regions with an unknown number of things of one kind.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub crowds: Vec<Instance>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub hard_negatives: Vec<String>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -41,6 +44,9 @@ pub struct Instance {
     pub bbox: BBox,
     pub label: usize,
     pub category: String,
+    /// Pixels of its mask, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub area: Option<f64>,
 }
 
 /// Names by their ids, from 0 without a gap. An id once given never moves.
@@ -229,7 +235,7 @@ impl Boxes {
     }
 }
 
-/// COCO's instances; crowds become ignore regions. Ids of categories need not be dense, labels are.
+/// COCO's instances. Ids of categories need not be dense, labels are.
 fn coco(text: &str) -> Result<(LabelMap, Vec<Record>)> {
     #[derive(Deserialize)]
     struct File {
@@ -249,6 +255,7 @@ fn coco(text: &str) -> Result<(LabelMap, Vec<Record>)> {
         image_id: u64,
         category_id: u64,
         bbox: BBox,
+        area: Option<f64>,
         #[serde(default)]
         iscrowd: u8,
     }
@@ -277,15 +284,13 @@ fn coco(text: &str) -> Result<(LabelMap, Vec<Record>)> {
         };
         let [x, y, w, h] = a.bbox;
         let bbox = [x, y, x + w, y + h];
-        if a.iscrowd != 0 {
-            record.detection.ignore.push(bbox);
-            continue;
-        }
         let Some(&label) = ids.get(&a.category_id) else {
             bail!("an annotation is of category {}, which is not listed", a.category_id)
         };
         let category = labels.name(label).expect("just given").to_owned();
-        record.detection.instances.push(Instance { bbox, label, category });
+        let d = &mut record.detection;
+        let list = if a.iscrowd == 0 { &mut d.instances } else { &mut d.crowds };
+        list.push(Instance { bbox, label, category, area: a.area });
     }
     Ok((labels, records))
 }
@@ -370,13 +375,13 @@ mod tests {
     }
 
     #[test]
-    fn coco_is_read_with_crowds_to_be_ignored() {
+    fn coco_is_read_with_its_crowds() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("instances.json");
         let text = json!({
             "images": [{ "id": 7, "file_name": "p.png", "width": 40, "height": 30 }],
             "annotations": [
-                { "image_id": 7, "category_id": 90, "bbox": [1, 2, 3, 4], "iscrowd": 0 },
+                { "image_id": 7, "category_id": 90, "bbox": [1, 2, 3, 4], "area": 9.0, "iscrowd": 0 },
                 { "image_id": 7, "category_id": 90, "bbox": [0, 0, 9, 9], "iscrowd": 1 },
             ],
             "categories": [{ "id": 90, "name": "chair" }],
@@ -384,8 +389,9 @@ mod tests {
         std::fs::write(&path, text.to_string()).unwrap();
         let boxes = Boxes::open(&path).unwrap();
         let d = &boxes.records[0].detection;
-        assert_eq!(d.instances, [Instance { bbox: [1., 2., 4., 6.], label: 0, category: "chair".into() }]);
-        assert_eq!(d.ignore, [[0., 0., 9., 9.]]);
+        let chair = |bbox, area| Instance { bbox, label: 0, category: "chair".into(), area };
+        assert_eq!(d.instances, [chair([1., 2., 4., 6.], Some(9.))]);
+        assert_eq!(d.crowds, [chair([0., 0., 9., 9.], None)]);
         std::fs::write(&path, text.to_string().replace("\"image_id\":7", "\"image_id\":8")).unwrap();
         assert!(format!("{:#}", Boxes::open(&path).unwrap_err()).contains("image 8"));
     }

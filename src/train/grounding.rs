@@ -44,7 +44,7 @@ pub struct Sample {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Region {
     pub bbox: BBox,
-    /// For which noun, in evaluation; `None` for all. Training ignores regions for all.
+    /// For which noun, in evaluation; `None` for all. Training looks at none of them, whatever the noun.
     pub noun: Option<String>,
 }
 

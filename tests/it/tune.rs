@@ -202,3 +202,34 @@ fn the_published_settings_are_planned_without_models() {
         assert!(said.contains(part), "{part}: {said}");
     }
 }
+
+#[test]
+fn average_precision_on_files_is_that_of_the_same_rooms() {
+    let dir = tempfile::tempdir().unwrap();
+    let valor = |args: &[&str]| {
+        let o = Command::new(env!("CARGO_BIN_EXE_valor")).args(args).output().unwrap();
+        assert!(o.status.success(), "{}", stderr(&o));
+        String::from_utf8(o.stdout).unwrap()
+    };
+    let rooms = dir.path().join("rooms");
+    let out = rooms.to_str().unwrap();
+    valor(&[
+        "rooms", "render", "--seed", "7", "-n", "8", "--split", "test", "--size", "256x192", "--out", out,
+    ]);
+    let ap50 = |args: &[&str]| {
+        let report: Value = serde_json::from_str(&valor(&[&["eval", "--json"], args].concat())).unwrap();
+        report["figures"]["ap50"].as_f64().unwrap()
+    };
+    let drawn = ap50(&["--bench", "rooms-detector", "--seed", "7", "--n", "8"]);
+    assert!(drawn > 0.5, "{drawn}");
+    for file in ["coco.json", "odvg.jsonl"] {
+        let path = rooms.join(file);
+        let read = ap50(&["--bench", "detection", "--data", path.to_str().unwrap()]);
+        // Of a picture the best 300 detections count.
+        assert!((read - drawn).abs() < 0.03, "{file}: {read}, not {drawn}");
+    }
+    let o =
+        Command::new(env!("CARGO_BIN_EXE_valor")).args(["eval", "--bench", "detection"]).output().unwrap();
+    assert_eq!(o.status.code(), Some(2));
+    assert!(stderr(&o).contains("--data"), "{}", stderr(&o));
+}

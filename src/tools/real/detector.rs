@@ -152,6 +152,11 @@ impl Detector {
         run().map_err(runtime)
     }
 
+    /// Can it be asked for all of these at once?
+    pub fn fits(&self, nouns: &[String]) -> bool {
+        self.caption(nouns).is_ok()
+    }
+
     fn caption(&self, nouns: &[String]) -> std::result::Result<Caption, ToolError> {
         let caption = self.tokenizer.caption_of(nouns, Blanks::Hyphen).map_err(|e| value(e.to_string()))?;
         let cfg = self.net.config();

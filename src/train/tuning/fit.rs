@@ -61,7 +61,7 @@ impl Samples for FromFiles {
         let d = &record.detection;
         let mut absent = d.absent.clone();
         if self.complete {
-            let is_there = |n: &String| d.instances.iter().any(|i| i.category == *n);
+            let is_there = |n: &String| d.instances.iter().chain(&d.crowds).any(|i| i.category == *n);
             absent.extend(self.boxes.labels.names().iter().filter(|n| !is_there(n)).cloned());
         }
         Ok(Sample {
@@ -70,7 +70,12 @@ impl Samples for FromFiles {
             nouns: d.instances.iter().map(|i| i.category.clone()).collect(),
             absent,
             hard_negatives: d.hard_negatives.clone(),
-            ignore: d.ignore.iter().map(|&bbox| Region { bbox, noun: None }).collect(),
+            ignore: d
+                .ignore
+                .iter()
+                .map(|&bbox| Region { bbox, noun: None })
+                .chain(d.crowds.iter().map(|c| Region { bbox: c.bbox, noun: Some(c.category.clone()) }))
+                .collect(),
         })
     }
 }

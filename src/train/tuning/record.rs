@@ -95,6 +95,7 @@ pub fn odvg(records: &[Mined], labels: &mut LabelMap) -> Vec<Record> {
                     bbox: f.bbox,
                     label: labels.id(&f.label),
                     category: f.label.clone(),
+                    area: None,
                 }),
                 Some(Stage::Crop) => detection.ignore.push(f.bbox),
                 Some(_) => {}
@@ -327,7 +328,10 @@ mod tests {
         );
         assert_eq!(got.len(), 1, "nothing is known of the others");
         let d = &got[0].detection;
-        assert_eq!(d.instances, [Instance { bbox: [0., 0., 10., 10.], label: 1, category: "chair".into() }]);
+        assert_eq!(
+            d.instances,
+            [Instance { bbox: [0., 0., 10., 10.], label: 1, category: "chair".into(), area: None }]
+        );
         assert_eq!(labels.names(), ["vase", "chair"], "known ids stay");
         assert_eq!(d.hard_negatives, ["sofa"]);
         assert_eq!(d.absent, ["lamp", "ball"]);
@@ -336,8 +340,12 @@ mod tests {
 
     #[test]
     fn precision_rises_by_stage_and_is_compared_with_a_threshold() {
-        let instance =
-            |x: f64, name: &str| Instance { bbox: [x, 0., x + 10., 10.], label: 0, category: name.into() };
+        let instance = |x: f64, name: &str| Instance {
+            bbox: [x, 0., x + 10., 10.],
+            label: 0,
+            category: name.into(),
+            area: None,
+        };
         let truth = Boxes {
             labels: LabelMap::default(),
             folder: Default::default(),

@@ -67,7 +67,12 @@ fn truth(view: &View, filename: String, labels: &mut LabelMap) -> Record {
             continue;
         }
         for category in [t.kind.to_string(), format!("{} {}", t.colour, t.kind)] {
-            detection.instances.push(Instance { bbox: t.bbox, label: labels.id(&category), category });
+            detection.instances.push(Instance {
+                bbox: t.bbox,
+                label: labels.id(&category),
+                category,
+                area: None,
+            });
         }
     }
     Record { filename, height: view.height, width: view.width, detection }
