@@ -383,3 +383,47 @@ fn export(
     write_atomic(&out.join("model.safetensors"), |w| w.write_all(&bytes))?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tools::real::Detector;
+    use candle_core::Device;
+
+    #[test]
+    fn the_result_is_the_mean_of_old_and_new_and_loads() {
+        let config = Config::resolve(None, &[]).unwrap();
+        let parts = DetectorParts::open(&config.detector).unwrap();
+        let original = parts.weights.tensors().unwrap();
+        let name = original.keys().find(|n| n.ends_with("level_embed")).unwrap().clone();
+        let old = original[&name].to_dtype(DType::F32).unwrap();
+        let trained = HashMap::from([(name.clone(), (&old + 1.).unwrap())]);
+        let dir = tempfile::tempdir().unwrap();
+        export(&parts, &original, &trained, 0.25, dir.path()).unwrap();
+        let mut cfg = config.detector.clone();
+        cfg.model = dir.path().display().to_string();
+        Detector::load(&cfg, &Device::Cpu).unwrap();
+        let written = DetectorParts::open(&cfg).unwrap().weights.tensors().unwrap();
+        assert_eq!(written.len(), original.len());
+        for (n, t) in &written {
+            let moved =
+                (t.to_dtype(DType::F32).unwrap() - original[n].to_dtype(DType::F32).unwrap()).unwrap();
+            let most = moved.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+            let want = if *n == name { 0.25 } else { 0. };
+            assert!((most - want).abs() < 2e-3, "{n} moved by {most}");
+        }
+    }
+
+    #[test]
+    fn replay_is_its_share_of_an_epoch() {
+        let mut t = Config::resolve(None, &[]).unwrap().grounding.training;
+        t.replay_share = 0.25;
+        assert_eq!(per_epoch(&t, 300), 400);
+        t.replay = String::new();
+        assert_eq!(per_epoch(&t, 300), 300);
+        (t.batch, t.epochs, t.warmup, t.lr_floor) = (2, 10., 1., 1e-6);
+        let (steps, s) = schedule(&t, 300);
+        assert_eq!((steps, s.warmup), (1500, 150));
+        assert!((s.lr(1499) - 1e-6).abs() < 1e-8 && s.lr(0) < t.lr / 50., "{} {}", s.lr(0), s.lr(1499));
+    }
+}
