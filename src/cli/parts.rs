@@ -2,12 +2,12 @@
 
 use super::eval::{Bench, EvalArgs};
 use crate::config::Config;
-use crate::data::odvg::Boxes;
 use crate::eval::parts;
 use crate::llm::ChatModels;
 use crate::planner::Planner;
 use crate::rooms::{Kind, Question};
 use crate::tools::real::{DepthEstimator, Detector, Vlm};
+use crate::train::tuning::fit::checked;
 use crate::verify::Judge;
 use anyhow::{Context, bail};
 use candle_core::Device;
@@ -67,7 +67,7 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
                 .data
                 .as_ref()
                 .context("--bench detection needs --data FILE: ODVG (.jsonl) or COCO (.json)")?;
-            let boxes = Boxes::open(path).context("--data")?;
+            let boxes = checked(path, false).context("--data")?;
             let pictures = args.n.unwrap_or(boxes.records.len());
             bar.set_length(pictures.min(boxes.records.len()) as u64);
             let model = Detector::load(&config.detector, device)?;

@@ -1,8 +1,8 @@
 //! `valor tune-grounding`: from unlabelled pictures and questions to a better detector.
 
 use super::ModelArgs;
-use crate::config::{Config, ENDPOINT};
-use crate::data::odvg::{Boxes, Fault};
+use crate::config::{Config, ENDPOINT, Granularity};
+use crate::data::odvg::Boxes;
 use crate::data::queries::{self, Asked};
 use crate::files::write_atomic;
 use crate::llm::ChatModels;
@@ -11,11 +11,11 @@ use crate::program::Sandbox;
 use crate::report::mining;
 use crate::rooms::Look;
 use crate::train::Broken;
-use crate::train::tuning::fit::{Fit, faults_table, per_epoch, schedule};
-use crate::train::tuning::mine::{self, Miner, Outcome, PICTURES};
+use crate::train::tuning::fit::{Fit, checked, per_epoch, schedule};
+use crate::train::tuning::mine::{self, Miner, Outcome};
 use crate::train::tuning::{record, rooms};
 use crate::verify::boxes::BoxJudge;
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -70,8 +70,16 @@ pub fn run(args: &TuneGroundingArgs) -> Result<ExitCode> {
         signal_hook::flag::register_conditional_shutdown(signal, 1, stop.clone())?;
         signal_hook::flag::register(signal, stop.clone())?;
     }
+    ensure!(
+        args.overrule.is_none() || args.stage != Stage::Train,
+        "--overrule changes what was mined: give it with --stage mine or all"
+    );
     let done = || -> Result<ExitCode> {
-        if args.stage != Stage::Train {
+        // What a training began with must not change under it.
+        let trained = args.resume && args.stage == Stage::All && args.out.join("checkpoints").is_dir();
+        if trained {
+            eprintln!("valor: {} is in training: nothing more is mined for it", args.out.display());
+        } else if args.stage != Stage::Train {
             let pictures = pictures(&config, &args.out)?;
             if mine_all(args, &config, &device, &pictures, &stop)?.stopped {
                 eprintln!("valor: stopped; what is mined is kept, the same command goes on");
@@ -79,8 +87,13 @@ pub fn run(args: &TuneGroundingArgs) -> Result<ExitCode> {
             }
         }
         if args.stage != Stage::Mine {
-            let boxes = mined(args, &config)?;
+            let boxes = mined(args)?;
+            let replay = match config.grounding.training.replay.as_str() {
+                "" | "rooms" => None,
+                file => Some(checked(Path::new(file), args.strict).context("grounding.training.replay")?),
+            };
             let fit = Fit {
+                replay,
                 config: &config,
                 boxes,
                 dir: args.out.clone(),
@@ -105,16 +118,21 @@ pub fn run(args: &TuneGroundingArgs) -> Result<ExitCode> {
 /// The file of pictures and questions.
 fn source(config: &Config, out: &Path) -> PathBuf {
     match config.grounding.queries.as_str() {
-        "rooms" => out.join("rooms/queries.jsonl"),
+        "rooms" => rooms_folder(config, out).join("queries.jsonl"),
         file => PathBuf::from(file),
     }
+}
+
+/// Of rooms that follow from these settings and no others.
+fn rooms_folder(config: &Config, out: &Path) -> PathBuf {
+    out.join(format!("rooms-{}-{}", config.grounding.seed, config.grounding.pictures))
 }
 
 fn pictures(config: &Config, out: &Path) -> Result<Vec<Asked>> {
     let g = &config.grounding;
     if g.queries == "rooms" {
         eprintln!("valor: rendering {} rooms", g.pictures);
-        rooms::write(&out.join("rooms"), Look::LivedIn, g.seed, g.pictures)?;
+        rooms::write(&rooms_folder(config, out), Look::LivedIn, g.seed, g.pictures)?;
     }
     queries::by_picture(&source(config, out)).context("grounding.queries")
 }
@@ -122,7 +140,7 @@ fn pictures(config: &Config, out: &Path) -> Result<Vec<Asked>> {
 fn truth(config: &Config, out: &Path) -> Result<Option<Boxes>> {
     let g = &config.grounding;
     let path = match (g.truth.as_str(), g.queries.as_str()) {
-        ("", "rooms") => out.join("rooms/odvg.jsonl"),
+        ("", "rooms") => rooms_folder(config, out).join("odvg.jsonl"),
         ("", _) => return Ok(None),
         (file, _) => PathBuf::from(file),
     };
@@ -139,7 +157,7 @@ fn mine_all(
     let chats = ChatModels::new(config, device);
     let models = Models::load(config, device, &chats)?;
     let verifier = chats.box_verifier()?;
-    let judge = BoxJudge::new(verifier.clone(), &config.grounding.mining)?;
+    let judge = BoxJudge::new(verifier, &config.grounding.mining)?;
     let names: Vec<String> = models.names().iter().map(|(part, name)| format!("{part} {name}")).collect();
     eprintln!("valor: {}, verifier of boxes {}", names.join(", "), judge.name());
     let questions: usize = pictures.iter().map(|p| p.questions.len()).sum();
@@ -151,7 +169,6 @@ fn mine_all(
         planner: &models.planner,
         perception: &models.perception,
         judge: &judge,
-        vlm: &*verifier,
         sandbox: Sandbox::start(limits(&config.sandbox)).context("cannot start the sandbox")?,
         dir: &dir,
         stop,
@@ -161,9 +178,20 @@ fn mine_all(
     for (name, usage) in chats.usage() {
         eprintln!("valor: endpoint {name}: {}", serde_json::to_string(&usage)?);
     }
+    let word = dir.join("overrules.jsonl");
     if let Some(file) = &args.overrule {
-        let n = record::overrule(&mut outcome.records, file)?;
-        eprintln!("valor: {n} boxes overruled by {}", file.display());
+        record::overrule(&mut outcome.records, file)?;
+        // From now on it counts, whoever starts the command.
+        let more = std::fs::read_to_string(file)?;
+        let all = std::fs::read_to_string(&word).unwrap_or_default() + more.trim_end() + "\n";
+        write_atomic(&word, |w| w.write_all(all.as_bytes()))?;
+    }
+    if word.exists() {
+        let n = record::overrule(&mut outcome.records, &word)?;
+        eprintln!("valor: {n} boxes overruled by {}", word.display());
+    }
+    if outcome.stopped {
+        return Ok(outcome);
     }
     let precision = truth(config, &args.out)?.and_then(|t| record::precision(&outcome.records, &t));
     let lines: Vec<serde_json::Value> =
@@ -172,8 +200,7 @@ fn mine_all(
     let source = source(config, &args.out);
     let page = mining::page(&lines, table.as_deref(), source.parent().unwrap_or(Path::new("")))?;
     write_atomic(&dir.join("report.html"), |w| w.write_all(page.as_bytes()))?;
-    let written = mine::export(&dir, &outcome.records)?;
-    let broken = outcome.records.iter().filter(|r| r.error.is_some()).count();
+    let written = mine::export(&dir, &outcome.records, source.parent().unwrap_or(Path::new("")))?;
     let of = |keep: &dyn Fn(&record::Found) -> bool| -> usize {
         outcome.records.iter().flat_map(|r| &r.found).filter(|f| keep(f)).count()
     };
@@ -184,11 +211,8 @@ fn mine_all(
         of(&|f| f.dropped.is_none()),
         dir.join("odvg.jsonl").display()
     );
-    if broken > 0 {
-        eprintln!("valor: {broken} pictures could not be read; {} names them", dir.join(PICTURES).display());
-    }
     if let (n @ 1.., Some(why)) = &outcome.unverified {
-        eprintln!("valor: {n} pictures could not be judged ({why}); the same command tries them again");
+        eprintln!("valor: {n} pictures could not be mined ({why}); the same command tries them again");
     }
     if let Some(p) = precision {
         write_atomic(&dir.join("precision.json"), |w| writeln!(w, "{}", serde_json::to_string_pretty(&p)?))?;
@@ -198,24 +222,10 @@ fn mine_all(
 }
 
 /// What was mined, checked, with its pictures.
-fn mined(args: &TuneGroundingArgs, config: &Config) -> Result<Boxes> {
+fn mined(args: &TuneGroundingArgs) -> Result<Boxes> {
     let path = args.out.join("mined/odvg.jsonl");
     ensure!(path.exists(), "{} is missing: mine first (--stage mine)", path.display());
-    let source = source(config, &args.out);
-    let folder = source.parent().unwrap_or(Path::new("")).to_owned();
-    let boxes = Boxes { folder, ..Boxes::open(&path)? };
-    let faults: Vec<Fault> = boxes.check();
-    if faults.is_empty() {
-        return Ok(boxes);
-    }
-    eprint!("valor: wrong in {}:\n{}", path.display(), faults_table(&boxes, &faults));
-    if args.strict {
-        bail!("--strict: {} faults in {}", faults.len(), path.display())
-    }
-    let left = boxes.without(&faults);
-    ensure!(!left.records.is_empty(), "{} holds no record that can be trained on", path.display());
-    eprintln!("valor: that is left out; {} records stay", left.records.len());
-    Ok(left)
+    checked(&path, args.strict)
 }
 
 fn plan(args: &TuneGroundingArgs, config: &Config) -> Result<()> {
@@ -252,7 +262,15 @@ fn plan(args: &TuneGroundingArgs, config: &Config) -> Result<()> {
         t.alpha
     );
     if let Some(e) = verifier.strip_prefix(ENDPOINT).map(|name| &config.endpoints[name]) {
-        println!("verifier calls   2 a picture, and one for each box that is left after the first");
+        let denials = m.negatives;
+        println!(
+            "verifier calls   {}, {denials} or more for nouns that are not there",
+            match m.granularity {
+                Granularity::Box => "2 a box at most, one a pair of boxes that overlap",
+                Granularity::Pass => "2 a picture, one a box that is left after the first",
+                Granularity::None => "none for boxes",
+            }
+        );
         if e.usd_per_million_prompt_tokens + e.usd_per_million_new_tokens == 0. {
             println!("money            not known: the endpoint has no usd_per_million_… set");
         }

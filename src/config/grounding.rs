@@ -85,8 +85,8 @@ pub struct DetectorTraining {
     pub ema: f64,
     /// Share of the tuned weights in the result, the rest are the original's (Wortsman et al. 2022).
     pub alpha: f64,
-    /// Boxes to go on learning from: an ODVG file, or `rooms`: as many pictures of the studio look as were
-    /// mined. Empty: none.
+    /// Boxes to go on learning from: a COCO file (everything labelled), an ODVG file (not everything), or
+    /// `rooms`: pictures of the studio look. Empty: none.
     pub replay: String,
     /// Share of the pictures seen that are replayed.
     pub replay_share: f64,

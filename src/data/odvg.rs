@@ -12,7 +12,8 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use crate::tools::{BBox, bbox};
+use crate::tools::{BBox, Picture, bbox};
+use rayon::prelude::*;
 
 /// A line of an ODVG file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -132,6 +133,7 @@ pub enum FaultKind {
     Outside,
     OffTheMap,
     OtherName,
+    NoName,
 }
 
 impl FaultKind {
@@ -146,6 +148,7 @@ impl FaultKind {
             Self::Outside => "a box reaches out of the picture",
             Self::OffTheMap => "a label is not on the label map",
             Self::OtherName => "a box's category is not its label's name",
+            Self::NoName => "a category is no name for a thing",
         }
     }
 }
@@ -177,8 +180,10 @@ impl Boxes {
         self.folder.join(&self.records[record].filename)
     }
 
-    /// Everything that is wrong; pictures' headers are read, not their pixels.
+    /// Everything that is wrong; pictures are read whole, turned as their tags say.
     pub fn check(&self) -> Vec<Fault> {
+        let size = |i: usize| Picture::open(&self.picture(i)).ok().map(|p| (p.width(), p.height()));
+        let sizes: Vec<Option<(u32, u32)>> = (0..self.records.len()).into_par_iter().map(size).collect();
         let mut faults = Vec::new();
         let mut seen = std::collections::HashSet::new();
         for (i, r) in self.records.iter().enumerate() {
@@ -187,14 +192,11 @@ impl Boxes {
                 fault(None, FaultKind::RepeatedPicture);
             }
             let path = self.picture(i);
-            match image::image_dimensions(&path) {
+            match sizes[i] {
                 _ if !path.is_file() => fault(None, FaultKind::MissingPicture),
-                Err(_) => fault(None, FaultKind::UnreadablePicture),
-                // Turned by its EXIF tag, perhaps.
-                Ok(size) if size != (r.width, r.height) && size != (r.height, r.width) => {
-                    fault(None, FaultKind::OtherSize);
-                }
-                Ok(_) => {}
+                None => fault(None, FaultKind::UnreadablePicture),
+                Some(size) if size != (r.width, r.height) => fault(None, FaultKind::OtherSize),
+                Some(_) => {}
             }
             for (k, b) in r.detection.instances.iter().enumerate() {
                 let [x1, y1, x2, y2] = b.bbox;
@@ -209,6 +211,7 @@ impl Boxes {
                 match self.labels.name(b.label) {
                     None => fault(Some(k), FaultKind::OffTheMap),
                     Some(name) if name != b.category => fault(Some(k), FaultKind::OtherName),
+                    Some(name) if !name.contains(char::is_alphanumeric) => fault(Some(k), FaultKind::NoName),
                     Some(_) => {}
                 }
             }

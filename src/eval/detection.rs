@@ -118,7 +118,8 @@ fn one_class(pictures: &[Scored], class: usize, [least, most]: [f64; 2]) -> Opti
             found.iter().map(|f| truths.iter().map(|t| overlap(f.bbox, t)).collect()).collect();
         let mut fates = vec![[Fate::Miss; THRESHOLDS]; found.len()];
         for k in 0..THRESHOLDS {
-            let threshold = 0.5 + 0.05 * k as f64;
+            // As numpy's linspace(0.5, 0.95, 10) rounds.
+            let threshold = if k == THRESHOLDS - 1 { 0.95 } else { 0.5 + k as f64 * ((0.95 - 0.5) / 9.) };
             let mut taken = vec![false; truths.len()];
             for ((overlaps, fate), found) in overlaps.iter().zip(&mut fates).zip(&found) {
                 let mut best: Option<usize> = None;
@@ -172,7 +173,8 @@ fn area(fates: impl Iterator<Item = Fate>, positives: usize) -> f64 {
         let i = curve.partition_point(|p| p.0 < recall);
         curve.get(i).map_or(0., |p| p.1)
     };
-    (0..=100).map(|i| at(i as f64 / 100.)).sum::<f64>() / 101.
+    // As numpy's linspace(0, 1, 101) rounds.
+    (0..=100).map(|i| at(if i == 100 { 1. } else { i as f64 * 0.01 })).sum::<f64>() / 101.
 }
 
 fn overlap(found: BBox, truth: &Truth) -> f64 {

@@ -16,7 +16,6 @@ struct Record {
     nouns: Vec<String>,
     found: Vec<Found>,
     denied: Vec<String>,
-    error: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -51,7 +50,7 @@ pub fn page(records: &[serde_json::Value], precision: Option<&str>, folder: &Pat
     if let Some(p) = precision {
         let _ = write!(out, "<h2>Precision, where the truth is known</h2>\n<pre>{}</pre>\n", escape(p));
     }
-    let with: Vec<&Record> = records.iter().filter(|r| !r.found.is_empty() || r.error.is_some()).collect();
+    let with: Vec<&Record> = records.iter().filter(|r| !r.found.is_empty()).collect();
     let shown = with.len().min(SHOWN);
     let _ = writeln!(
         out,
@@ -81,10 +80,6 @@ fn counts(records: &[Record]) -> String {
 
 fn picture(out: &mut String, r: &Record, folder: &Path) -> image::ImageResult<()> {
     let _ = writeln!(out, "<h2>{}</h2>", escape(&r.image));
-    if let Some(e) = &r.error {
-        let _ = writeln!(out, "<p class=\"failed\">{}</p>", escape(e));
-        return Ok(());
-    }
     let line = |name: &str, nouns: &[String]| {
         let nouns = if nouns.is_empty() { "none".into() } else { nouns.join(", ") };
         format!("<p>{name}: {}</p>\n", escape(&nouns))

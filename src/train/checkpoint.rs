@@ -53,6 +53,11 @@ impl Checkpoints {
         Ok(Self { dir: dir.into(), keep: keep.max(1) })
     }
 
+    /// Those in a folder as it is, to read: another process may be saving there.
+    pub fn of(dir: &Path) -> Self {
+        Self { dir: dir.into(), keep: 1 }
+    }
+
     /// Saves what `fill` writes into the folder that it is given, as the checkpoint of a step, and
     /// removes those beyond the newest `keep`, but for the one of step `also`.
     pub fn save(

@@ -74,6 +74,11 @@ pub fn train(trainee: &mut dyn Trainee, options: &RunOptions) -> anyhow::Result<
         }
         start = load(&newest.path.join(CHECKPOINT), trainee, &options.settings)?;
     }
+    if start == options.steps
+        && let Some(done) = last_figures(&log, start)
+    {
+        return Ok(done);
+    }
     let mut log = MetricsLog::open(&log, start)?;
     let bar = ProgressBar::new(options.steps).with_position(start);
     bar.set_style(ProgressStyle::with_template("{prefix} {bar:30} {pos}/{len} {elapsed} eta {eta} {msg}")?);
@@ -112,6 +117,15 @@ pub fn train(trainee: &mut dyn Trainee, options: &RunOptions) -> anyhow::Result<
     let m = trainee.evaluate()?;
     log.write(options.steps, m.clone())?;
     Ok(m)
+}
+
+/// The held-out figures that a run logged at its end.
+fn last_figures(log: &Path, step: u64) -> Option<Metrics> {
+    let text = std::fs::read_to_string(log).ok()?;
+    let mut last: Metrics = serde_json::from_str(text.strip_suffix('\n')?.lines().last()?).ok()?;
+    let is_theirs = last.get("step") == Some(&json!(step)) && !last.contains_key("loss");
+    last.remove("step");
+    is_theirs.then_some(last)
 }
 
 fn save(path: &Path, trainee: &dyn Trainee, step: u64, settings: &Value) -> anyhow::Result<()> {
@@ -158,7 +172,7 @@ pub fn parameters(run: &Path) -> anyhow::Result<Option<HashMap<String, Tensor>>>
     if !dir.is_dir() {
         return Ok(None);
     }
-    let Some(newest) = Checkpoints::open(&dir, 1)?.newest(|_| ())? else { return Ok(None) };
+    let Some(newest) = Checkpoints::of(&dir).newest(|_| ())? else { return Ok(None) };
     let all = candle_core::safetensors::load(newest.path.join(CHECKPOINT), &Device::Cpu)?;
     let all = all.into_iter().filter_map(|(n, t)| Some((n.strip_prefix("p/")?.to_string(), t))).collect();
     Ok(Some(all))

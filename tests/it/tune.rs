@@ -5,10 +5,11 @@ use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use serde_json::Value;
+use valor::data::odvg::Boxes;
 
 use crate::server::{Act, Server};
 
-const SMALL: [&str; 7] = [
+const SMALL: [&str; 8] = [
     "grounding.pictures=6",
     "grounding.mining.together=2",
     "grounding.training.epochs=2",
@@ -16,6 +17,7 @@ const SMALL: [&str; 7] = [
     "grounding.training.eval_every=0",
     "grounding.training.save_every=1",
     "grounding.training.ema=0.9",
+    "grounding.mining.confidence=0.5",
 ];
 
 fn command(out: &Path, sets: &[&str], more: &[&str]) -> Command {
@@ -157,12 +159,17 @@ fn a_verifier_that_drops_everything_or_nothing_is_told_of() {
     assert!(stderr(&o).contains("kept none"), "{}", stderr(&o));
     assert!(!dir.path().join("run/mined/odvg.jsonl").exists(), "labels are never silently empty");
     assert!(dir.path().join("run/mined/report.html").exists());
-    let (o, dir, _) = judged_by(Act::Reply("Yes.".into()), "box");
+    let (o, dir, records) = judged_by(Act::Reply("Yes.".into()), "box");
     assert!(o.status.success(), "{}", stderr(&o));
-    // Pairs are said to be one thing, too.
-    for r in lines(&dir.path().join("run/mined/odvg.jsonl")) {
-        assert!(!r["detection"]["instances"].as_array().unwrap().is_empty());
-    }
+    // It says of pairs that they are one thing, too: of boxes that overlap one stays, and no noun is denied.
+    let by = |stage: &str| {
+        let found = records.iter().flat_map(|r| r["found"].as_array().unwrap());
+        found.filter(|f| f["dropped"] == stage).count()
+    };
+    assert!(by("coarse") == 0 && by("crop") == 0 && by("dedupe") > 0, "{records:?}");
+    assert!(records.iter().all(|r| r["denied"].as_array().unwrap().is_empty()));
+    let boxes = Boxes::open(&dir.path().join("run/mined/odvg.jsonl")).unwrap();
+    assert_eq!(boxes.check(), [], "it stands by itself, pictures and all");
 }
 
 #[test]

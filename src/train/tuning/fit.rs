@@ -97,7 +97,12 @@ impl Samples for Mixed {
         match &self.replay {
             Some(replay) if index >= own => {
                 let at = index - own;
-                replay.sample(replay.len().map_or(at, |n| at % n))
+                // From all over the file: steps of its golden section.
+                replay.sample(
+                    replay
+                        .len()
+                        .map_or(at, |n| (at as f64 * 0.618_033_988_75).fract().mul_add(n as f64, 0.) as u64),
+                )
             }
             _ => self.mined.sample(index),
         }
@@ -154,6 +159,7 @@ pub struct Tuning {
     /// Moving averages of what is trained, and their decay.
     average: HashMap<String, Tensor>,
     decay: f64,
+    frozen: Vec<String>,
 }
 
 impl Tuning {
@@ -184,6 +190,9 @@ impl Trainee for Tuning {
         let m = self.trainer.step(step)?;
         if self.is_averaged() {
             for (name, var) in self.trainer.params().named() {
+                if self.frozen.iter().any(|p| name.starts_with(p.as_str())) {
+                    continue;
+                }
                 let now = var.as_detached_tensor();
                 let next = match self.average.get(&name) {
                     // At the beginning a shorter memory, so that the first weights do not linger.
@@ -211,13 +220,33 @@ pub struct Fit<'a> {
     pub config: &'a Config,
     /// Mined, checked boxes.
     pub boxes: Boxes,
+    /// Where the configuration names a file of them.
+    pub replay: Option<Boxes>,
     pub dir: PathBuf,
     pub resume: bool,
     pub stop: Arc<AtomicBool>,
 }
 
-/// A table of what is wrong with a file of boxes, by kind; empty where nothing is.
-pub fn faults_table(boxes: &Boxes, faults: &[Fault]) -> String {
+/// A file of boxes, looked through: what is wrong is said in one table and left out, or refused if `strict`.
+///
+/// # Errors
+/// If nothing is left.
+pub fn checked(path: &Path, strict: bool) -> Result<Boxes> {
+    let boxes = Boxes::open(path)?;
+    let faults = boxes.check();
+    if faults.is_empty() {
+        ensure!(!boxes.records.is_empty(), "{} holds no record", path.display());
+        return Ok(boxes);
+    }
+    eprint!("valor: wrong in {}:\n{}", path.display(), faults_table(&boxes, &faults));
+    ensure!(!strict, "--strict: {} faults in {}", faults.len(), path.display());
+    let left = boxes.without(&faults);
+    ensure!(!left.records.is_empty(), "{} holds no record that can be trained on", path.display());
+    eprintln!("valor: that is left out; {} records stay", left.records.len());
+    Ok(left)
+}
+
+fn faults_table(boxes: &Boxes, faults: &[Fault]) -> String {
     let mut kinds: BTreeMap<FaultKind, (usize, &Fault)> = BTreeMap::new();
     for f in faults {
         kinds.entry(f.kind).or_insert((0, f)).0 += 1;
@@ -256,20 +285,20 @@ impl Fit<'_> {
         let pictures = per_epoch(&t, self.boxes.records.len());
         let (steps, _) = schedule(&t, pictures);
         let settings = self.settings(&parts)?;
-        let replay: Option<Box<dyn Samples>> = match t.replay.as_str() {
-            "" => None,
-            "rooms" => Some(Box::new(RoomPictures {
+        let replay: Option<Box<dyn Samples>> = match (t.replay.as_str(), self.replay) {
+            (_, Some(boxes)) => {
+                // Who labels in COCO's format labels everything; others may have labelled some.
+                let complete = Path::new(&t.replay).extension().is_some_and(|e| e == "json");
+                Some(Box::new(FromFiles::new(boxes, complete)))
+            }
+            ("rooms", None) => Some(Box::new(RoomPictures {
                 seed: seed ^ REPLAY,
                 from: 0,
                 look: Look::Studio,
                 split: Split::Train,
                 vary: true,
             })),
-            file => {
-                let boxes = Boxes::open(Path::new(file)).context("grounding.training.replay")?;
-                let faults = boxes.check();
-                Some(Box::new(FromFiles::new(boxes.without(&faults), true)))
-            }
+            _ => None,
         };
         let replayed = replayed(&t, self.boxes.records.len());
         let data = Mixed { mined: FromFiles::new(self.boxes, false), replay, replayed };
@@ -295,8 +324,12 @@ impl Fit<'_> {
             fresh.len(),
             fresh[0]
         );
-        let mut tuning = Tuning { trainer, average: HashMap::new(), decay: t.ema };
-        let metrics = run::train(
+        let mut tuning = Tuning { trainer, average: HashMap::new(), decay: t.ema, frozen: t.freeze.clone() };
+        for prefix in &t.freeze {
+            let known = params.named().iter().any(|(n, _)| n.starts_with(prefix.as_str()));
+            ensure!(known, "grounding.training.freeze: no parameter's name begins with {prefix:?}");
+        }
+        let mut metrics = run::train(
             &mut tuning,
             &RunOptions {
                 dir: self.dir.clone(),
@@ -312,8 +345,16 @@ impl Fit<'_> {
             },
         )?;
         let out = self.dir.join("model");
-        let trained = if tuning.is_averaged() { tuning.average } else { params.tensors() };
-        export(&parts, &original, &trained, t.alpha, &out)?;
+        let mut trained = params.tensors();
+        trained.extend(std::mem::take(&mut tuning.average));
+        let weights = export(&parts, &original, &trained, t.alpha, &out)?;
+        if t.ema > 0. || t.alpha < 1. {
+            // The figures of what is handed on, not of the last step.
+            for (name, var) in params.named() {
+                var.set(&weights[&name].to_dtype(DType::F32)?)?;
+            }
+            metrics = tuning.evaluate()?;
+        }
         Ok((metrics, out))
     }
 
@@ -356,7 +397,7 @@ fn export(
     trained: &HashMap<String, Tensor>,
     alpha: f64,
     out: &Path,
-) -> Result<()> {
+) -> Result<HashMap<String, Tensor>> {
     let mut weights = HashMap::with_capacity(original.len());
     for (name, old) in original {
         let new = match trained.get(name) {
@@ -379,9 +420,11 @@ fn export(
         config["model_type"] = "grounding-dino".into();
         write_atomic(&out.join("config.json"), |w| writeln!(w, "{config:#}"))?;
     }
-    let bytes = safetensors::serialize(&weights, None)?;
+    // transformers asks for the note.
+    let note = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let bytes = safetensors::serialize(&weights, Some(note))?;
     write_atomic(&out.join("model.safetensors"), |w| w.write_all(&bytes))?;
-    Ok(())
+    Ok(weights)
 }
 
 #[cfg(test)]

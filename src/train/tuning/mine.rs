@@ -3,15 +3,16 @@
 //! The planner's programs tell what to look for, by their text and by being run; the detector looks with
 //! thresholds so low that it finds too much; the verifier drops what is wrong. A picture's record is
 //! appended to `pictures.jsonl` as soon as it is decided, and everything else in the folder is made anew
-//! from it, so a killed run loses the pictures under way at most, and nothing is mined twice. A picture
-//! whose verifier cannot be reached has no record: the next run takes it up again.
+//! from it, so a killed run loses the pictures under way at most, and nothing is mined twice. What a
+//! record says does not hang on where a run was broken off. A picture that cannot be read, or whose
+//! verifier cannot be reached, has no record: the next run takes it up again.
 
 use super::record::{self, Mined};
 use crate::config::{Config, Mining};
 use crate::data::odvg::LabelMap;
 use crate::data::queries::Asked;
 use crate::files::write_atomic;
-use crate::llm::{ChatError, ChatModel, ChatRequest, Message, SamplingOptions};
+use crate::llm::ChatError;
 use crate::models::grounding_dino::caption::nouns_of;
 use crate::models::grounding_dino::postprocess::{Thresholds, nms};
 use crate::pipeline::{IMAGE, question_seed};
@@ -21,10 +22,9 @@ use crate::program::{Reply, Sandbox};
 use crate::tools::real::{Perception, RealTools};
 use crate::tools::{Detection, Picture};
 use crate::train::Broken;
-use crate::verify::boxes::{self, BoxJudge, Case};
+use crate::verify::boxes::{BoxJudge, Case};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Tensor;
-use image::RgbImage;
 use rand::SeedableRng;
 use rand::seq::IndexedRandom;
 use rand_chacha::ChaCha8Rng;
@@ -32,7 +32,7 @@ use serde_json::{Value, json};
 use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
-use std::path::Path;
+use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// What mining takes.
@@ -41,8 +41,6 @@ pub struct Miner<'a> {
     pub planner: &'a Planner,
     pub perception: &'a Perception,
     pub judge: &'a BoxJudge,
-    /// Denies nouns on whole pictures.
-    pub vlm: &'a dyn ChatModel,
     pub sandbox: Sandbox,
     pub dir: &'a Path,
     pub stop: &'a AtomicBool,
@@ -59,6 +57,9 @@ pub struct Outcome {
 }
 
 pub const PICTURES: &str = "pictures.jsonl";
+
+/// Pictures tried before their losses end a run.
+const LEAST: usize = 16;
 
 /// Words that tell where a thing is, not what it looks like: a detector takes "leftmost chair" for a
 /// chair at best (method.md 2), so such a noun is not looked for.
@@ -115,16 +116,17 @@ impl Miner<'_> {
         &self.config.grounding.mining
     }
 
-    /// What a folder's records hang on. Limits on how many are judged at once are one's own.
+    /// What a folder's records hang on.
     fn settings(&self) -> Value {
         let mut of_run = json!(self.cfg());
-        for free in ["together", "missing_limit", "prompts", "model"] {
+        for free in ["missing_limit", "prompts", "model"] {
             of_run.as_object_mut().expect("a table").remove(free);
         }
         json!({
             "mining": of_run, "seed": self.config.grounding.seed, "judge": self.judge.identity(),
-            "planner": self.planner.model.identity(), "prompt": self.config.planner.prompt,
-            "detector": self.perception.detector.name(), "vlm": self.vlm.identity(),
+            "queries": self.config.grounding.queries, "planner": self.planner.model.identity(),
+            "planning": self.config.planner, "detector": self.config.detector, "depth": self.config.depth,
+            "vlm": self.config.vlm, "sandbox": self.config.sandbox,
         })
     }
 
@@ -141,22 +143,39 @@ impl Miner<'_> {
         let named = || path.display().to_string();
         let file = OpenOptions::new().create(true).append(true).open(&path).with_context(named)?;
         file.set_len(whole as u64).with_context(named)?;
-        let done: HashSet<String> = records.iter().map(|r| r.image.clone()).collect();
-        let open: Vec<(usize, &Asked)> =
-            pictures.iter().enumerate().filter(|(_, p)| !done.contains(&p.image)).collect();
-        progress(pictures.len() - open.len());
+        for record in &records {
+            let is_same = |p: &&Asked| p.image == record.image && key(p).is_ok_and(|k| k == record.key);
+            if pictures.iter().any(|p| p.image == record.image) && !pictures.iter().any(|p| is_same(&p)) {
+                bail!(
+                    "{} was mined with another picture or other questions of the name {:?}; name another --out",
+                    self.dir.display(),
+                    record.image
+                )
+            }
+        }
+        let mut done: HashSet<String> = records.iter().map(|r| r.image.clone()).collect();
+        let (mut through, before) = (done.len(), done.len());
+        progress(through);
         let mut out = Outcome::default();
-        for chunk in open.chunks(self.cfg().together) {
+        // Always the same chunks, so that what is drawn for a picture does not hang on where a run began.
+        for (first, chunk) in (0..).step_by(self.cfg().together).zip(pictures.chunks(self.cfg().together)) {
+            let open: Vec<(usize, &Asked)> =
+                (first..).zip(chunk).filter(|(_, p)| !done.contains(&p.image)).collect();
+            if open.is_empty() {
+                continue;
+            }
             if self.stop.load(Ordering::Relaxed) {
                 out.stopped = true;
                 break;
             }
-            let vocabulary = record::vocabulary(&records);
-            let mined = self.mine(chunk, &vocabulary)?;
-            for m in mined {
+            let earlier: HashSet<&str> = pictures[..first].iter().map(|p| p.image.as_str()).collect();
+            let vocabulary = record::vocabulary(records.iter().filter(|r| earlier.contains(&*r.image)));
+            for m in self.mine(&open, &vocabulary)? {
+                through += 1;
                 match m {
                     Ok(record) => {
                         append(&file, &record).with_context(named)?;
+                        done.insert(record.image.clone());
                         records.push(record);
                     }
                     Err(why) => {
@@ -166,17 +185,15 @@ impl Miner<'_> {
                 }
             }
             file.sync_data().with_context(named)?;
-            let tried = records.len() - done.len() + out.unverified.0;
-            progress(pictures.len() - open.len() + tried);
-            let share = out.unverified.0 as f64 / tried.max(1) as f64;
-            if share > self.cfg().missing_limit {
+            progress(through);
+            let (lost, tried) = (out.unverified.0, through - before);
+            let last = first + chunk.len() == pictures.len();
+            if lost as f64 > self.cfg().missing_limit * tried as f64 && (last || tried >= LEAST) {
                 return Err(Broken(format!(
-                    "{} of {tried} pictures could not be judged, more than grounding.mining.missing_limit = {} \
-                     allows: {}. What is mined is kept: see to the verifier ({}) and start the command again",
-                    out.unverified.0,
+                    "{lost} of {tried} pictures could not be mined, more than grounding.mining.missing_limit = {} \
+                     allows; the first: {}. What is mined is kept: mend that and start the command again",
                     self.cfg().missing_limit,
                     out.unverified.1.unwrap_or_default(),
-                    self.judge.name(),
                 ))
                 .into());
             }
@@ -241,11 +258,11 @@ impl Miner<'_> {
                 nouns: Vec::new(),
                 found: Vec::new(),
                 denied: Vec::new(),
-                error: None,
+                key: String::new(),
             };
             let picture = match (&opened[k], unplanned[k].take()) {
-                (Err(e), _) => {
-                    records.push((Ok(Mined { error: Some(e.clone()), ..blank }), Vec::new()));
+                (Err(why), _) => {
+                    records.push((Err(why.clone()), Vec::new()));
                     continue;
                 }
                 (_, Some(why)) => {
@@ -263,7 +280,8 @@ impl Miner<'_> {
                 }
             }
             let (width, height) = (picture.width(), picture.height());
-            records.push((Ok(Mined { width, height, nouns, ..blank }), found));
+            let key = key(a)?;
+            records.push((Ok(Mined { width, height, nouns, key, ..blank }), found));
         }
         self.verify(&opened, &mut records)?;
         self.deny(chunk, &opened, vocabulary, &mut records)?;
@@ -341,6 +359,7 @@ impl Miner<'_> {
                             label: b.label,
                             score: (b.score.unwrap_or(0.) * 1e4).round() / 1e4,
                             dropped: d.dropped,
+                            unsure: d.unsure,
                             reason: d.reason,
                         })
                         .collect();
@@ -360,7 +379,7 @@ impl Miner<'_> {
         vocabulary: &[String],
         records: &mut [(std::result::Result<Mined, String>, Vec<Detection>)],
     ) -> Result<()> {
-        let (mut requests, mut at) = (Vec::new(), Vec::new());
+        let (mut asked, mut at) = (Vec::new(), Vec::new());
         for (k, (i, _)) in chunk.iter().enumerate() {
             let (Ok(record), Ok(picture)) = (&records[k].0, &opened[k]) else { continue };
             let mut rng =
@@ -369,33 +388,34 @@ impl Miner<'_> {
             let drawn = others.choose_multiple(&mut rng, self.cfg().negatives).copied();
             let missed = record.nouns.iter().filter(|n| record.shows_only_others(n));
             for noun in missed.chain(drawn) {
-                let (w, h) = (picture.width(), picture.height());
-                let image = RgbImage::from_raw(w, h, picture.rgb().to_vec()).expect("three bytes a pixel");
-                let message = Message::user(boxes::worded(ABSENT, noun)).with_images(vec![image]);
-                requests.push(ChatRequest {
-                    messages: vec![message],
-                    ..ChatRequest::user("", 0, self.cfg().max_new_tokens)
-                });
-                at.push((k, noun.clone()));
+                asked.push((picture, noun.clone()));
+                at.push(k);
             }
         }
-        let replies = self.vlm.chat(&requests, &SamplingOptions::greedy(), None);
-        for ((k, noun), reply) in at.into_iter().zip(replies) {
-            let no = match reply {
-                Ok(reply) => boxes::parse(&reply.text) == Some(false),
-                Err(e) if e.is_of_model() => return Err(gone("verifier of boxes", &e)),
+        let asks: Vec<(&Picture, &str)> = asked.iter().map(|(p, n)| (*p, n.as_str())).collect();
+        let replies = self.judge.deny(&asks).map_err(|e| gone("verifier of boxes", &e))?;
+        for ((k, (_, noun)), reply) in at.into_iter().zip(asked).zip(replies) {
+            match (reply, &mut records[k].0) {
+                (Ok(Some(true)), Ok(record)) => record.denied.push(noun),
                 // What nobody denies is no negative.
-                Err(_) => false,
-            };
-            if let (true, Ok(record)) = (no, &mut records[k].0) {
-                record.denied.push(noun);
+                (Ok(_), _) | (Err(_), Err(_)) => {}
+                (Err(why), record) => *record = Err(why),
             }
         }
         Ok(())
     }
 }
 
-const ABSENT: &str = include_str!("../../../data/prompts/boxes-absent.txt");
+/// What a record is of: the picture's bytes and the questions about it.
+fn key(asked: &Asked) -> Result<String> {
+    use sha2::{Digest, Sha256};
+    let bytes = std::fs::read(&asked.path).with_context(|| asked.path.display().to_string())?;
+    let mut hash = Sha256::new();
+    hash.update((bytes.len() as u64).to_le_bytes());
+    hash.update(bytes);
+    asked.questions.iter().for_each(|q| hash.update(format!("{q}\n")));
+    Ok(hash.finalize().iter().take(8).map(|b| format!("{b:02x}")).collect())
+}
 
 fn gone(who: &str, e: &ChatError) -> anyhow::Error {
     Broken(format!("the {who} failed: {e}. What is mined is kept: start the command again to go on")).into()
@@ -409,14 +429,24 @@ fn append(mut file: &File, record: &Mined) -> Result<()> {
     Ok(())
 }
 
-/// Writes `odvg.jsonl` and `label_map.json` from the records. Ids that the folder's map has given stay.
-pub fn export(dir: &Path, records: &[Mined]) -> Result<usize> {
+/// Writes `odvg.jsonl` and `label_map.json` from the records; file names in it are relative to the folder,
+/// where `pictures` says what those of the records are relative to. Ids that the folder's map has given
+/// stay.
+///
+/// # Errors
+/// [`Broken`] if no box is left; what an earlier run has written is then taken away.
+pub fn export(dir: &Path, records: &[Mined], pictures: &Path) -> Result<usize> {
     let map = dir.join("label_map.json");
     let mut labels = if map.exists() { LabelMap::read(&map)? } else { LabelMap::default() };
-    let lines = record::odvg(records, &mut labels);
+    let mut lines = record::odvg(records, &mut labels);
+    let back = between(dir, pictures)?;
+    for line in &mut lines {
+        line.filename = back.join(&line.filename).to_string_lossy().into_owned();
+    }
     let kept: usize = lines.iter().map(|r| r.detection.instances.len()).sum();
     if kept == 0 {
         // Nouns that it denies would still teach: that nothing is anywhere.
+        let _ = std::fs::remove_file(dir.join("odvg.jsonl"));
         bail!(Broken(format!(
             "nothing to train on: of {} boxes in {} pictures the verifier kept none. Look at {}/report.html: either \
              the detector finds nothing, or the verifier knows nothing",
@@ -433,9 +463,32 @@ pub fn export(dir: &Path, records: &[Mined]) -> Result<usize> {
     Ok(lines.len())
 }
 
+/// The way from one folder to another, as short as it is where neither moves alone.
+fn between(from: &Path, to: &Path) -> Result<PathBuf> {
+    let whole = |p: &Path| {
+        let p = if p.as_os_str().is_empty() { Path::new(".") } else { p };
+        p.canonicalize().with_context(|| p.display().to_string())
+    };
+    let (from, to) = (whole(from)?, whole(to)?);
+    let common = from.components().zip(to.components()).take_while(|(a, b)| a == b).count();
+    let up = from.components().skip(common).map(|_| Component::ParentDir);
+    Ok(up.chain(to.components().skip(common)).collect())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_way_between_folders() {
+        let dir = tempfile::tempdir().unwrap();
+        let (a, b) = (dir.path().join("run/mined"), dir.path().join("run/rooms"));
+        std::fs::create_dir_all(&a).unwrap();
+        std::fs::create_dir_all(&b).unwrap();
+        assert_eq!(between(&a, &b).unwrap(), Path::new("../rooms"));
+        assert_eq!(between(&a, dir.path()).unwrap(), Path::new("../.."));
+        assert_eq!(between(&a, &a).unwrap(), Path::new(""));
+    }
 
     #[test]
     fn where_a_thing_is_is_no_part_of_its_name() {

@@ -25,9 +25,8 @@ pub struct Mined {
     pub found: Vec<Found>,
     /// Nouns that the verifier says are not in the picture.
     pub denied: Vec<String>,
-    /// Why there is nothing to tell.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub error: Option<String>,
+    /// Hash of the picture and its questions.
+    pub key: String,
 }
 
 /// A box and what became of it.
@@ -38,6 +37,9 @@ pub struct Found {
     pub score: f64,
     /// The stage that dropped it.
     pub dropped: Option<Stage>,
+    /// Dropped since nothing certain was said.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unsure: bool,
     pub reason: String,
 }
 
@@ -45,7 +47,7 @@ impl Mined {
     /// Were there boxes of that name, none of which shows one?
     pub fn shows_only_others(&self, noun: &str) -> bool {
         let mut of = self.found.iter().filter(|f| f.label == noun).peekable();
-        of.peek().is_some() && of.all(|f| f.dropped == Some(Stage::Coarse))
+        of.peek().is_some() && of.all(|f| f.dropped == Some(Stage::Coarse) && !f.unsure)
     }
 }
 
@@ -76,6 +78,7 @@ pub fn overrule(records: &mut [Mined], path: &Path) -> Result<usize> {
             bail!("{}: {:?} has {boxes} boxes, numbered from 0", at(), o.image)
         };
         found.dropped = (!o.keep).then_some(Stage::Coarse);
+        found.unsure = false;
         found.reason = "overruled".into();
         n += 1;
     }
@@ -86,8 +89,8 @@ pub fn overrule(records: &mut [Mined], path: &Path) -> Result<usize> {
 /// verifier denies on the whole picture, is a hard negative (method.md 5.4). Boxes that show their noun but do not frame it are regions where nothing
 /// is known, and so is their noun elsewhere in the picture: it is no negative.
 pub fn odvg(records: &[Mined], labels: &mut LabelMap) -> Vec<Record> {
-    let good = records.iter().filter(|r| r.error.is_none());
-    good.map(|r| {
+    let all = records.iter();
+    all.map(|r| {
         let mut detection = Detected::default();
         for f in &r.found {
             match f.dropped {
@@ -97,8 +100,13 @@ pub fn odvg(records: &[Mined], labels: &mut LabelMap) -> Vec<Record> {
                     category: f.label.clone(),
                     area: None,
                 }),
-                Some(Stage::Crop) => detection.ignore.push(f.bbox),
-                Some(_) => {}
+                // A box over most of the picture would hide all that is wrong in it.
+                Some(stage) => {
+                    let small = bbox::area(f.bbox) <= 0.5 * f64::from(r.width) * f64::from(r.height);
+                    if (stage == Stage::Crop || f.unsure) && small {
+                        detection.ignore.push(f.bbox);
+                    }
+                }
             }
         }
         for noun in &r.denied {
@@ -154,12 +162,8 @@ enum Fate {
 /// Measures records against true boxes of the same file names. `None` if they have no picture in common.
 pub fn precision(records: &[Mined], truth: &Boxes) -> Option<Precision> {
     let of: HashMap<&str, &Record> = truth.records.iter().map(|r| (r.filename.as_str(), r)).collect();
-    let known: Vec<(u64, &Mined, &Record)> = records
-        .iter()
-        .filter(|r| r.error.is_none())
-        .zip(0..)
-        .filter_map(|(r, i)| Some((i, r, *of.get(r.image.as_str())?)))
-        .collect();
+    let known: Vec<(u64, &Mined, &Record)> =
+        records.iter().zip(0..).filter_map(|(r, i)| Some((i, r, *of.get(r.image.as_str())?))).collect();
     if known.is_empty() {
         return None;
     }
@@ -253,9 +257,9 @@ impl Precision {
 }
 
 /// Nouns by how many pictures were asked for them, the most frequent first.
-pub fn vocabulary(records: &[Mined]) -> Vec<String> {
+pub fn vocabulary<'a>(records: impl IntoIterator<Item = &'a Mined>) -> Vec<String> {
     let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
-    for noun in records.iter().flat_map(|r| &r.nouns) {
+    for noun in records.into_iter().flat_map(|r| &r.nouns) {
         *counts.entry(noun).or_default() += 1;
     }
     let mut all: Vec<(&str, usize)> = counts.into_iter().collect();
@@ -265,13 +269,15 @@ pub fn vocabulary(records: &[Mined]) -> Vec<String> {
 
 /// The records of a file that an earlier session wrote, without a last line that it did not finish.
 pub fn read(path: &Path) -> Result<(Vec<Mined>, usize)> {
-    let text = match std::fs::read_to_string(path) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
-        text => text.with_context(|| format!("cannot read {}", path.display()))?,
+    let bytes = match std::fs::read(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+        bytes => bytes.with_context(|| format!("cannot read {}", path.display()))?,
     };
-    let whole = text.rfind('\n').map_or(0, |end| end + 1);
+    // The half line may end within a character.
+    let whole = bytes.iter().rposition(|b| *b == b'\n').map_or(0, |end| end + 1);
+    let text = std::str::from_utf8(&bytes[..whole]).with_context(|| path.display().to_string())?;
     let mut records: Vec<Mined> = Vec::new();
-    for (line, number) in text[..whole].lines().zip(1..) {
+    for (line, number) in text.lines().zip(1..) {
         let record: Mined =
             serde_json::from_str(line).with_context(|| format!("{}, line {number}", path.display()))?;
         ensure!(
@@ -290,7 +296,14 @@ mod tests {
     use super::*;
 
     fn found(label: &str, x: f64, score: f64, dropped: Option<Stage>) -> Found {
-        Found { bbox: [x, 0., x + 10., 10.], label: label.into(), score, dropped, reason: String::new() }
+        Found {
+            bbox: [x, 0., x + 10., 10.],
+            label: label.into(),
+            score,
+            dropped,
+            unsure: false,
+            reason: String::new(),
+        }
     }
 
     fn mined(nouns: &[&str], found: Vec<Found>, denied: &[&str]) -> Mined {
@@ -303,7 +316,7 @@ mod tests {
             nouns: nouns.iter().map(|n| n.to_string()).collect(),
             found,
             denied: denied.iter().map(|n| n.to_string()).collect(),
-            error: None,
+            key: String::new(),
         }
     }
 
@@ -322,10 +335,7 @@ mod tests {
         );
         let mut labels = LabelMap::default();
         labels.id("vase");
-        let got = odvg(
-            &[r.clone(), Mined { error: Some("broken".into()), ..r }, mined(&["chair"], vec![], &[])],
-            &mut labels,
-        );
+        let got = odvg(&[r.clone(), mined(&["chair"], vec![], &[])], &mut labels);
         assert_eq!(got.len(), 1, "nothing is known of the others");
         let d = &got[0].detection;
         assert_eq!(

@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 use crate::config::{self, ConfigError, Granularity};
 use crate::llm::endpoint::Usage;
-use crate::llm::{ChatError, ChatModel, ChatReply, ChatRequest, SamplingOptions};
+use crate::llm::{ChatError, ChatModel, ChatReply, ChatRequest, Message, SamplingOptions};
 use crate::tools::{Detection, Picture};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -48,6 +48,8 @@ impl Stage {
 pub struct Decision {
     /// The stage that dropped it; `None`: kept.
     pub dropped: Option<Stage>,
+    /// Dropped since nothing certain was said: nothing readable, or a hesitant yes.
+    pub unsure: bool,
     /// What was said, last of all, for people.
     pub reason: String,
 }
@@ -72,14 +74,10 @@ pub struct BoxJudge {
     confidence: f64,
 }
 
-/// The texts of both granularities.
+/// The texts of a granularity's three stages, and of denials.
 struct Prompts {
-    shows: String,
-    frames: String,
-    same: String,
-    coarse: String,
-    crop: String,
-    dedupe: String,
+    stages: [String; 3],
+    absent: String,
 }
 
 /// Times that a reply is asked for.
@@ -100,14 +98,19 @@ impl BoxJudge {
             }
         };
         let question = |q: Question| prompt(q.file(), q.default_prompt());
-        let prompts = Prompts {
-            shows: question(Question::Shows)?,
-            frames: question(Question::Frames)?,
-            same: question(Question::Same)?,
-            coarse: prompt("boxes-coarse.txt", include_str!("../../../data/prompts/boxes-coarse.txt"))?,
-            crop: prompt("boxes-crop.txt", include_str!("../../../data/prompts/boxes-crop.txt"))?,
-            dedupe: prompt("boxes-dedupe.txt", include_str!("../../../data/prompts/boxes-dedupe.txt"))?,
+        let stages = match cfg.granularity {
+            Granularity::Box => {
+                [question(Question::Shows)?, question(Question::Frames)?, question(Question::Same)?]
+            }
+            Granularity::Pass => [
+                prompt("boxes-coarse.txt", include_str!("../../../data/prompts/boxes-coarse.txt"))?,
+                prompt("boxes-crop.txt", include_str!("../../../data/prompts/boxes-crop.txt"))?,
+                prompt("boxes-dedupe.txt", include_str!("../../../data/prompts/boxes-dedupe.txt"))?,
+            ],
+            Granularity::None => Default::default(),
         };
+        let absent = prompt("boxes-absent.txt", include_str!("../../../data/prompts/boxes-absent.txt"))?;
+        let prompts = Prompts { stages, absent };
         Ok(Self {
             model,
             granularity: cfg.granularity,
@@ -129,16 +132,28 @@ impl BoxJudge {
 
     /// What decides its verdicts, for records: model, granularity, texts.
     pub fn identity(&self) -> serde_json::Value {
-        let p = &self.prompts;
         serde_json::json!({
             "model": self.model.identity(), "granularity": self.granularity, "side": self.side,
             "max_new_tokens": self.max_new_tokens, "confidence": self.confidence,
-            "prompts": match self.granularity {
-                Granularity::Box => vec![&p.shows, &p.frames, &p.same],
-                Granularity::Pass => vec![&p.coarse, &p.crop, &p.dedupe],
-                Granularity::None => vec![],
-            },
+            "prompts": self.prompts.stages, "absent": self.prompts.absent,
         })
+    }
+
+    /// Is each noun missing from its whole picture? `None` where that could not be said; a yes is a guess more
+    /// often than a no, so only a no counts.
+    ///
+    /// # Errors
+    /// If the verifier will answer nothing any more.
+    pub fn deny(
+        &self,
+        asked: &[(&Picture, &str)],
+    ) -> Result<Vec<Result<Option<bool>, Unverified>>, ChatError> {
+        let request = |(picture, noun): &(&Picture, &str)| {
+            let message =
+                Message::user(worded(&self.prompts.absent, noun)).with_images(vec![show::image(picture)]);
+            ChatRequest { messages: vec![message], ..ChatRequest::user("", 0, self.max_new_tokens) }
+        };
+        self.ask(asked.iter().map(request).collect(), |_, said| parse(&said.text).map(|there| !there))
     }
 
     /// A decision on each box of each picture, in their order.
@@ -187,6 +202,8 @@ impl BoxJudge {
                             unread.push(i);
                         }
                     },
+                    // Nor will it ever answer what it cannot be asked.
+                    Err(ChatError::Request(_)) => out[i] = Ok(None),
                     Err(ChatError::Misfit(_)) => {
                         out[i] = Ok(None);
                         unread.push(i);
@@ -223,7 +240,7 @@ struct Open<'a> {
 
 impl<'a> Open<'a> {
     fn new(case: Case<'a>) -> Self {
-        let kept = Decision { dropped: None, reason: String::new() };
+        let kept = Decision { dropped: None, unsure: false, reason: String::new() };
         Self { case, decisions: vec![kept; case.boxes.len()], unverified: None }
     }
 
@@ -236,7 +253,13 @@ impl<'a> Open<'a> {
     }
 
     fn decide(&mut self, i: usize, stage: Stage, keep: bool, reason: impl Into<String>) {
-        self.decisions[i] = Decision { dropped: (!keep).then_some(stage), reason: reason.into() };
+        self.decisions[i] =
+            Decision { dropped: (!keep).then_some(stage), unsure: false, reason: reason.into() };
+    }
+
+    /// Drops a box of which nothing certain was said.
+    fn doubt(&mut self, i: usize, stage: Stage, reason: impl Into<String>) {
+        self.decisions[i] = Decision { dropped: Some(stage), unsure: true, reason: reason.into() };
     }
 
     fn finish(self) -> Result<Vec<Decision>, Unverified> {

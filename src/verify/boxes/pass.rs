@@ -102,7 +102,7 @@ fn list(boxes: &[(usize, &Detection)]) -> String {
 
 /// One question a picture.
 fn parted(judge: &BoxJudge, cases: &mut [Open], stage: Stage) -> Result<(), ChatError> {
-    let prompt = if stage == Stage::Coarse { &judge.prompts.coarse } else { &judge.prompts.dedupe };
+    let prompt = &judge.prompts.stages[if stage == Stage::Coarse { 0 } else { 2 }];
     let schema = partition();
     let (mut at, mut requests) = (Vec::new(), Vec::new());
     for (c, case) in cases.iter().enumerate() {
@@ -125,7 +125,9 @@ fn parted(judge: &BoxJudge, cases: &mut [Open], stage: Stage) -> Result<(), Chat
     let parts = std::cell::RefCell::new(vec![Verdicts::new(); at.len()]);
     let replies = judge.ask(requests, |k, reply| {
         let (whole, verdicts) = read(&reply.text, &at[k].1);
-        parts.borrow_mut()[k].clone_from(&verdicts);
+        if !verdicts.is_empty() {
+            parts.borrow_mut()[k].clone_from(&verdicts);
+        }
         whole.then_some(verdicts)
     })?;
     for (((c, asked), reply), part) in at.into_iter().zip(replies).zip(parts.into_inner()) {
@@ -139,7 +141,7 @@ fn parted(judge: &BoxJudge, cases: &mut [Open], stage: Stage) -> Result<(), Chat
         for i in asked {
             match verdicts.get(&i) {
                 Some((keep, reason)) => cases[c].decide(i, stage, *keep, reason.clone()),
-                None => cases[c].decide(i, stage, false, UNREADABLE),
+                None => cases[c].doubt(i, stage, UNREADABLE),
             }
         }
     }
@@ -159,7 +161,7 @@ fn crops(judge: &BoxJudge, cases: &mut [Open]) -> Result<(), ChatError> {
     for (c, case) in cases.iter().enumerate() {
         for i in case.kept() {
             let found = &case.case.boxes[i];
-            let text = super::worded(&judge.prompts.crop, &found.label);
+            let text = super::worded(&judge.prompts.stages[1], &found.label);
             let request =
                 super::ask::about(case.case.picture, found.bbox, text, judge.side, 0, judge.max_new_tokens);
             requests.push(ChatRequest { schema: Some(schema.clone()), ..request });
@@ -173,7 +175,7 @@ fn crops(judge: &BoxJudge, cases: &mut [Open]) -> Result<(), ChatError> {
             Ok(Some(v)) => {
                 cases[c].decide(i, Stage::Crop, v.keep, v.reason.chars().take(200).collect::<String>());
             }
-            Ok(None) => cases[c].decide(i, Stage::Crop, false, UNREADABLE),
+            Ok(None) => cases[c].doubt(i, Stage::Crop, UNREADABLE),
             Err(why) => cases[c].unverified = Some(why),
         }
     }

@@ -15,7 +15,7 @@ pub const MARGIN: f64 = 0.1;
 const RED: [u8; 3] = [230, 20, 20];
 const BLUE: [u8; 3] = [20, 60, 230];
 
-fn image(picture: &Picture) -> RgbImage {
+pub(super) fn image(picture: &Picture) -> RgbImage {
     RgbImage::from_raw(picture.width(), picture.height(), picture.rgb().to_vec())
         .expect("three bytes a pixel")
 }

@@ -1,6 +1,6 @@
 //! Box by box: yes or no to each, yes or no to each pair that may be one thing.
 
-use super::ask::{Question, about, parse, worded};
+use super::ask::{about, parse, worded};
 use super::{BoxJudge, Open, Said, Stage, UNREADABLE, show};
 use crate::llm::{ChatError, ChatRequest, Message};
 use crate::tools::bbox::{iou, nesting};
@@ -10,18 +10,13 @@ const OVERLAP: f64 = 0.15;
 const NESTED: f64 = 0.4;
 
 pub(super) fn judge(judge: &BoxJudge, cases: &mut [Open]) -> Result<(), ChatError> {
-    stage(judge, cases, Stage::Coarse, Question::Shows)?;
-    stage(judge, cases, Stage::Crop, Question::Frames)?;
+    stage(judge, cases, Stage::Coarse, &judge.prompts.stages[0])?;
+    stage(judge, cases, Stage::Crop, &judge.prompts.stages[1])?;
     dedupe(judge, cases)
 }
 
 /// One question to each box that is left.
-fn stage(judge: &BoxJudge, cases: &mut [Open], stage: Stage, question: Question) -> Result<(), ChatError> {
-    let prompt = match question {
-        Question::Shows => &judge.prompts.shows,
-        Question::Frames => &judge.prompts.frames,
-        Question::Same => &judge.prompts.same,
-    };
+fn stage(judge: &BoxJudge, cases: &mut [Open], stage: Stage, prompt: &str) -> Result<(), ChatError> {
     let mut at = Vec::new();
     let mut requests = Vec::new();
     for (c, case) in cases.iter().enumerate() {
@@ -36,8 +31,9 @@ fn stage(judge: &BoxJudge, cases: &mut [Open], stage: Stage, question: Question)
     let replies = judge.ask(requests, |_, said| verdict(said, Some(judge.confidence)))?;
     for ((c, i), reply) in at.into_iter().zip(replies) {
         match reply {
-            Ok(Some((yes, said))) => cases[c].decide(i, stage, yes, said),
-            Ok(None) => cases[c].decide(i, stage, false, UNREADABLE),
+            Ok(Some((Verdict::Hesitant, said))) => cases[c].doubt(i, stage, said),
+            Ok(Some((verdict, said))) => cases[c].decide(i, stage, verdict == Verdict::Yes, said),
+            Ok(None) => cases[c].doubt(i, stage, UNREADABLE),
             Err(why) => cases[c].unverified = Some(why),
         }
     }
@@ -57,7 +53,7 @@ fn dedupe(judge: &BoxJudge, cases: &mut [Open]) -> Result<(), ChatError> {
                 if a.label != b.label || apart {
                     continue;
                 }
-                let text = worded(&judge.prompts.same, &a.label);
+                let text = worded(&judge.prompts.stages[2], &a.label);
                 let image = show::pair(case.case.picture, a.bbox, b.bbox, judge.side);
                 requests.push(ChatRequest {
                     messages: vec![Message::user(text).with_images(vec![image])],
@@ -75,12 +71,10 @@ fn dedupe(judge: &BoxJudge, cases: &mut [Open]) -> Result<(), ChatError> {
             continue;
         }
         match reply {
-            Ok(Some((false, _))) => {}
-            Ok(Some((true, said))) => {
-                case.decide(j, Stage::Dedupe, false, format!("the same as {i}: {said}"))
-            }
+            Ok(Some((Verdict::No, _))) => {}
+            Ok(Some((_, said))) => case.decide(j, Stage::Dedupe, false, format!("the same as {i}: {said}")),
             // Two boxes where there may be one thing: precision wins.
-            Ok(None) => case.decide(j, Stage::Dedupe, false, format!("beside {i}: {UNREADABLE}")),
+            Ok(None) => case.doubt(j, Stage::Dedupe, format!("beside {i}: {UNREADABLE}")),
             Err(why) => case.unverified = Some(why),
         }
     }
@@ -94,13 +88,24 @@ fn best_first(case: &Open) -> Vec<usize> {
     kept
 }
 
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Verdict {
+    Yes,
+    /// Not sure enough to count as one.
+    Hesitant,
+    No,
+}
+
 /// Yes or no, and what was said. A yes needs `least` confidence, where that is known.
-pub(super) fn verdict(said: &Said, least: Option<f64>) -> Option<(bool, String)> {
+pub(super) fn verdict(said: &Said, least: Option<f64>) -> Option<(Verdict, String)> {
     let yes = parse(&said.text)?;
-    let mut text: String = said.text.trim().chars().take(200).collect();
-    if let (true, Some(least), Some(sure)) = (yes, least, said.confidence) {
-        text = format!("{text} ({:.0} %)", 100. * sure);
-        return Some((sure >= least, text));
-    }
-    Some((yes, text))
+    let text: String = said.text.trim().chars().take(200).collect();
+    Some(match (yes, least, said.confidence) {
+        (false, ..) => (Verdict::No, text),
+        (true, Some(least), Some(sure)) => {
+            let verdict = if sure >= least { Verdict::Yes } else { Verdict::Hesitant };
+            (verdict, format!("{text} ({:.0} %)", 100. * sure))
+        }
+        (true, ..) => (Verdict::Yes, text),
+    })
 }

@@ -137,9 +137,10 @@ fn an_uncertain_yes_is_a_no() {
         };
         single::verdict(&Said::new(reply), Some(0.9)).map(|v| v.0)
     };
+    use single::Verdict::{Hesitant, No, Yes};
     assert_eq!(
         (said("yes", 0.95), said("yes", 0.85), said("no", 0.5)),
-        (Some(true), Some(false), Some(false))
+        (Some(Yes), Some(Hesitant), Some(No))
     );
     assert_eq!(said("perhaps", 0.99), None);
 }
