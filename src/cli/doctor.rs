@@ -146,23 +146,29 @@ pub fn run(args: DoctorArgs) -> anyhow::Result<ExitCode> {
 fn verdict(name: &str, config: &Config, memory: Option<u64>) -> Verdict {
     let (mut missing, mut for_training) = (Vec::new(), Vec::new());
     let mut weights_bytes = 0;
+    let boxes = match config.grounding.mining.model.as_str() {
+        "" => &config.vlm.model,
+        _ => &config.grounding.mining.model,
+    };
     let parts = [
         ("planner", &config.planner.model),
         ("detector", &config.detector.model),
         ("depth", &config.depth.model),
         ("vlm", &config.vlm.model),
         ("verifier", &config.verifier.model),
+        ("box-verifier", boxes),
     ];
     for (part, model) in parts {
-        let missing = if part == "verifier" { &mut for_training } else { &mut missing };
+        let judges = part.ends_with("verifier");
+        let missing = if judges { &mut for_training } else { &mut missing };
         if let Some(endpoint) = model.strip_prefix(ENDPOINT) {
             let problem = config.endpoints.get(endpoint).and_then(key_problem);
             missing.extend(problem.map(|p| format!("{part}: {p}")));
             continue;
         }
         match ModelFiles::open(model, part).and_then(|files| files.checkpoint()) {
-            // Networks compute in f32; the verifier is not loaded beside the others.
-            Ok(checkpoint) if part != "verifier" => {
+            // Networks compute in f32; verifiers are not loaded beside the others.
+            Ok(checkpoint) if !judges => {
                 let numbers: usize = checkpoint.shapes().values().map(|s| s.iter().product::<usize>()).sum();
                 weights_bytes += 4 * numbers as u64;
             }

@@ -42,6 +42,8 @@ enum Part {
     Vision,
     /// Starts from the vision tower's run
     Vlm,
+    /// Judges boxes for mining; starts from the VLM's run
+    BoxVerifier,
     Depth,
     Detector,
     /// What rooms look like, for the notice about other pictures; takes a minute
@@ -148,6 +150,12 @@ fn pretrain(args: &PretrainArgs) -> Result<()> {
                     &language(language::Options::vlm(run.clone())),
                     &args.runs.join(name_of(Part::Vision)),
                 )?,
+                Part::BoxVerifier => {
+                    let mut o = language(language::Options::box_verifier(run.clone()));
+                    let of_vlm = args.runs.join(name_of(Part::Vlm));
+                    o.from.get_or_insert(of_vlm);
+                    vlm::train(&o, &args.runs.join(name_of(Part::Vision)))?
+                }
                 Part::Depth => {
                     let o = depth::DepthTraining::default();
                     let (seed, from) = (args.seed.unwrap_or(o.seed), args.from.clone());
@@ -180,7 +188,7 @@ fn pretrain(args: &PretrainArgs) -> Result<()> {
                 eprintln!("{name}: the VLM's run takes it from {}", run.display());
                 continue;
             }
-            Part::Vlm => vlm::export(&run, &out)?,
+            Part::Vlm | Part::BoxVerifier => vlm::export(&run, &out)?,
             Part::Depth => depth::export(&run, &out)?,
             Part::Detector => detector::export(&run, &out)?,
             Part::Familiar => familiar::export(&out)?,

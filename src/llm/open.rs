@@ -36,7 +36,7 @@ impl<'a> ChatModels<'a> {
     pub fn box_verifier(&self) -> Result<Arc<dyn ChatModel>, LoadError> {
         match self.config.grounding.mining.model.as_str() {
             "" => self.vlm(),
-            model => self.open(model, "vlm"),
+            model => self.open(model, "box-verifier"),
         }
     }
 

@@ -44,6 +44,8 @@ pub struct Options {
     pub steps: u64,
     /// Samples of a step; for the VLM and its tower, things of a picture that are looked at.
     pub batch: usize,
+    /// Of a VLM: questions of each kind about boxes, a picture.
+    pub boxes: usize,
     pub lr: f64,
     /// How much faster the matrices between layers learn (by Muon).
     pub muon: f64,

@@ -28,6 +28,7 @@ impl Options {
             from: None,
             steps: 1_600,
             batch: 24,
+            boxes: 0,
             lr: 2e-3,
             muon: 4.5,
             resume: false,
