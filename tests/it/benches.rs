@@ -423,7 +423,7 @@ fn shards_put_together_are_the_run_in_one() {
     let shards: Vec<PathBuf> =
         (1..=3).map(|i| run(&format!("shard{i}"), &["--shard", &format!("{i}/3")])).collect();
     let sizes: Vec<usize> = shards.iter().map(|s| samples(s).len()).collect();
-    assert!(sizes.iter().all(|n| *n > 3) && sizes.iter().sum::<usize>() == 38, "{sizes:?}");
+    assert!(sizes.iter().all(|n| *n > 0) && sizes.iter().sum::<usize>() == 38, "{sizes:?}");
     let merged = dir.path().join("merged");
     let mut args = vec!["merge", "--out", shown(&merged)];
     // In any order.

@@ -19,6 +19,7 @@ use valor::rooms::{Look, Split, generate, scene_seed};
 use valor::tools::real::{Perception, RealTools};
 use valor::tools::stub::StubTools;
 use valor::tools::{Picture, ToolErrorKind, Tools};
+use valor::train::checkpoint::Checkpoints;
 use valor::train::pretrain::{depth, detector};
 
 /// A chat model that answers by a rule and remembers the pictures' sizes that it was shown.
@@ -58,7 +59,9 @@ impl<F: Fn(&str, u64) -> String + Send + Sync> ChatModel for Scripted<F> {
 fn save_run(dir: &Path, params: &Params) {
     let all: HashMap<String, Tensor> =
         params.named().into_iter().map(|(n, v)| (format!("p/{n}"), v.as_tensor().clone())).collect();
-    candle_core::safetensors::save(&all, dir.join("checkpoint.safetensors")).unwrap();
+    let checkpoints = Checkpoints::open(&dir.join("checkpoints"), 1).unwrap();
+    let fill = |dir: &Path| Ok(candle_core::safetensors::save(&all, dir.join("checkpoint.safetensors"))?);
+    checkpoints.save(0, None, fill).unwrap();
 }
 
 /// Detector and depth network with random weights, as folders that a configuration names.

@@ -179,7 +179,7 @@ fn a_verifier_that_answers_wrong_numbers_or_goes_away_costs_no_wrong_label() {
     for act in [Act::Status(503, "", "{}".into()), Act::Close, Act::Hang] {
         let (o, dir, records) = judged_by(act, "box");
         assert_eq!((o.status.code(), records.len()), (Some(1), 0), "{}", stderr(&o));
-        assert!(stderr(&o).contains("could not be judged"), "{}", stderr(&o));
+        assert!(stderr(&o).contains("could not be mined"), "{}", stderr(&o));
         assert!(!dir.path().join("run/mined/odvg.jsonl").exists());
     }
 }
