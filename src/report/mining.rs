@@ -5,6 +5,7 @@
 use super::{data_url, escape, head};
 use crate::tools::draw::{COLOURS, Canvas};
 use crate::tools::{BBox, Picture, real};
+use crate::verify::boxes::show::MARGIN;
 use serde::Deserialize;
 use std::fmt::Write;
 use std::path::Path;
@@ -32,8 +33,6 @@ const STAGES: [&str; 3] = ["coarse", "crop", "dedupe"];
 
 /// Pictures shown, evenly from all.
 const SHOWN: usize = 40;
-/// As the verifier was shown boxes alone.
-const MARGIN: f64 = 0.1;
 /// Boxes shown of a picture, those that a stage dropped first.
 const BOXES: usize = 24;
 

@@ -7,9 +7,8 @@ use crate::models::moge::Depth;
 use crate::tools::{BBox, Picture};
 
 pub fn png(picture: &Picture) -> image::ImageResult<Vec<u8>> {
-    let image = image::RgbImage::from_raw(picture.width(), picture.height(), picture.rgb().to_vec());
     let mut out = Cursor::new(Vec::new());
-    image.expect("three bytes a pixel").write_to(&mut out, image::ImageFormat::Png)?;
+    picture.to_image().write_to(&mut out, image::ImageFormat::Png)?;
     Ok(out.into_inner())
 }
 

@@ -161,7 +161,7 @@ fn relative_error(question: &Question, answer: &Value) -> Option<f64> {
 }
 
 /// A number, or its text; truth values are no numbers.
-fn number(answer: &Value) -> Option<f64> {
+pub fn number(answer: &Value) -> Option<f64> {
     match answer {
         Value::Number(n) => n.as_f64(),
         Value::String(text) => text.trim().parse().ok(),

@@ -5,7 +5,7 @@
 //! scaled to 8 bits, grey becomes RGB. Of an animation the first frame counts. Files are hostile
 //! until decoded: dimensions are checked before any pixel is allocated.
 
-use image::{DynamicImage, ImageDecoder, ImageReader, Limits};
+use image::{DynamicImage, ImageDecoder, ImageReader, Limits, RgbImage};
 use std::io::{BufRead, Cursor, Seek};
 use std::path::Path;
 
@@ -129,6 +129,11 @@ impl Picture {
     /// `[height, width, 3]`, row-major.
     pub fn rgb(&self) -> &[u8] {
         &self.rgb
+    }
+
+    /// As the `image` crate has it.
+    pub fn to_image(&self) -> RgbImage {
+        RgbImage::from_raw(self.width, self.height, self.rgb.clone()).expect("three bytes a pixel")
     }
 
     /// The pixels inside `[x1, y1, x2, y2]` (pixels), clipped to the picture and never empty.

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::data::{Bench, Kind};
-use crate::rooms::questions::relative_accuracy;
+use crate::rooms::questions::{number, relative_accuracy};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
@@ -106,16 +106,6 @@ fn mean_relative_accuracy(form: Form, truth: &Value, answer: &Value) -> f64 {
         Form::Reference => (a - t).abs() / t,
     };
     relative_accuracy(error)
-}
-
-/// A number, or its text; truth values are no numbers.
-fn number(answer: &Value) -> Option<f64> {
-    match answer {
-        Value::Number(n) => n.as_f64(),
-        Value::String(text) => text.trim().parse().ok(),
-        _ => None,
-    }
-    .filter(|n: &f64| n.is_finite())
 }
 
 /// As text: truth values are yes and no, 3.0 is 3.

@@ -608,10 +608,9 @@ const THUMBNAIL: u32 = 400;
 
 fn thumbnail(picture: &Picture) -> Result<Vec<u8>> {
     let (w, h) = (picture.width(), picture.height());
-    let whole = image::RgbImage::from_raw(w, h, picture.rgb().to_vec()).context("three bytes a pixel")?;
     let scale = f64::from(THUMBNAIL) / f64::from(w.max(h).max(THUMBNAIL));
     let side = |n: u32| ((f64::from(n) * scale).round() as u32).max(1);
-    let small = image::imageops::thumbnail(&whole, side(w), side(h));
+    let small = image::imageops::thumbnail(&picture.to_image(), side(w), side(h));
     let mut jpeg = Vec::new();
     small.write_with_encoder(image::codecs::jpeg::JpegEncoder::new_with_quality(&mut jpeg, 85))?;
     Ok(jpeg)

@@ -4,7 +4,6 @@ use super::runtime;
 use crate::config;
 use crate::llm::{ChatError, ChatModel, ChatRequest, Message, Role, SamplingOptions};
 use crate::tools::{BBox, Picture, ToolError};
-use image::RgbImage;
 use std::sync::{Arc, OnceLock};
 
 /// A chat model that sees, and how crops are shown to it.
@@ -50,9 +49,7 @@ impl Vlm {
 
     /// The model's greedy answer about a box of the picture.
     pub fn ask(&self, picture: &Picture, bbox: Option<BBox>, prompt: &str) -> Result<String, ToolError> {
-        let seen = crop(picture, bbox, self.margin);
-        let image = RgbImage::from_raw(seen.width(), seen.height(), seen.rgb().to_vec());
-        let image = image.expect("a picture has three bytes a pixel");
+        let image = crop(picture, bbox, self.margin).to_image();
         let request = ChatRequest {
             messages: vec![Message::new(Role::User, prompt).with_images(vec![image])],
             ..ChatRequest::user("", 0, self.max_new_tokens)

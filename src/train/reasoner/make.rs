@@ -158,8 +158,7 @@ pub fn make(
 
 fn read(path: &Path) -> Result<RgbImage, String> {
     let picture = Picture::open(path).map_err(|e| e.to_string())?;
-    let (w, h) = (picture.width(), picture.height());
-    Ok(RgbImage::from_raw(w, h, picture.rgb().to_vec()).expect("a picture has its pixels"))
+    Ok(picture.to_image())
 }
 
 fn schema() -> Result<Schema> {

@@ -97,12 +97,9 @@ impl Samples for Mixed {
         match &self.replay {
             Some(replay) if index >= own => {
                 let at = index - own;
-                // From all over the file: steps of its golden section.
-                replay.sample(
-                    replay
-                        .len()
-                        .map_or(at, |n| (at as f64 * 0.618_033_988_75).fract().mul_add(n as f64, 0.) as u64),
-                )
+                // From all over a file, by steps of its golden section.
+                let spread = |n: u64| ((at as f64 * 0.618_033_988_75).fract() * n as f64) as u64;
+                replay.sample(replay.len().map_or(at, spread))
             }
             _ => self.mined.sample(index),
         }

@@ -29,7 +29,7 @@ use rand::SeedableRng;
 use rand::seq::IndexedRandom;
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Component, Path, PathBuf};
@@ -143,15 +143,15 @@ impl Miner<'_> {
         let named = || path.display().to_string();
         let file = OpenOptions::new().create(true).append(true).open(&path).with_context(named)?;
         file.set_len(whole as u64).with_context(named)?;
+        let by_name: HashMap<&str, &Asked> = pictures.iter().map(|p| (p.image.as_str(), p)).collect();
         for record in &records {
-            let is_same = |p: &&Asked| p.image == record.image && key(p).is_ok_and(|k| k == record.key);
-            if pictures.iter().any(|p| p.image == record.image) && !pictures.iter().any(|p| is_same(&p)) {
-                bail!(
-                    "{} was mined with another picture or other questions of the name {:?}; name another --out",
-                    self.dir.display(),
-                    record.image
-                )
-            }
+            let Some(picture) = by_name.get(record.image.as_str()) else { continue };
+            ensure!(
+                key(picture)? == record.key,
+                "{} was mined with another picture or other questions of the name {:?}; name another --out",
+                self.dir.display(),
+                record.image
+            );
         }
         let mut done: HashSet<String> = records.iter().map(|r| r.image.clone()).collect();
         let (mut through, before) = (done.len(), done.len());

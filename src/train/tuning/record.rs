@@ -7,7 +7,7 @@ use crate::tools::{BBox, bbox};
 use crate::verify::boxes::Stage;
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
 /// One picture: a line of `pictures.jsonl`.
@@ -276,12 +276,12 @@ pub fn read(path: &Path) -> Result<(Vec<Mined>, usize)> {
     // The half line may end within a character.
     let whole = bytes.iter().rposition(|b| *b == b'\n').map_or(0, |end| end + 1);
     let text = std::str::from_utf8(&bytes[..whole]).with_context(|| path.display().to_string())?;
-    let mut records: Vec<Mined> = Vec::new();
+    let (mut records, mut seen) = (Vec::<Mined>::new(), HashSet::new());
     for (line, number) in text.lines().zip(1..) {
         let record: Mined =
             serde_json::from_str(line).with_context(|| format!("{}, line {number}", path.display()))?;
         ensure!(
-            !records.iter().any(|r| r.image == record.image),
+            seen.insert(record.image.clone()),
             "{}, line {number}: {:?} stands there twice",
             path.display(),
             record.image

@@ -150,7 +150,7 @@ impl BoxJudge {
     ) -> Result<Vec<Result<Option<bool>, Unverified>>, ChatError> {
         let request = |(picture, noun): &(&Picture, &str)| {
             let message =
-                Message::user(worded(&self.prompts.absent, noun)).with_images(vec![show::image(picture)]);
+                Message::user(worded(&self.prompts.absent, noun)).with_images(vec![picture.to_image()]);
             ChatRequest { messages: vec![message], ..ChatRequest::user("", 0, self.max_new_tokens) }
         };
         self.ask(asked.iter().map(request).collect(), |_, said| parse(&said.text).map(|there| !there))

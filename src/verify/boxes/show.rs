@@ -7,18 +7,12 @@ use crate::tools::draw::{COLOURS, Canvas};
 use crate::tools::real::crop;
 use crate::tools::{BBox, Detection, Picture, bbox};
 
-/// Growth of a box that is looked at alone, and longest side of what is shown of it, pixels
-/// (method.md 5.3).
+/// Growth of a box that is looked at alone: share of its size on each side (method.md 5.3).
 pub const MARGIN: f64 = 0.1;
 
 /// Of a pair, in the order that prompts name them.
 const RED: [u8; 3] = [230, 20, 20];
 const BLUE: [u8; 3] = [20, 60, 230];
-
-pub(super) fn image(picture: &Picture) -> RgbImage {
-    RgbImage::from_raw(picture.width(), picture.height(), picture.rgb().to_vec())
-        .expect("three bytes a pixel")
-}
 
 /// Enlarged, never made smaller, until the long side is `side`.
 fn enlarged(picture: Picture, side: u32) -> (Picture, f64) {
@@ -34,7 +28,7 @@ fn enlarged(picture: Picture, side: u32) -> (Picture, f64) {
 
 /// A box alone.
 pub fn alone(picture: &Picture, b: BBox, side: u32) -> RgbImage {
-    image(&enlarged(crop(picture, Some(b), MARGIN), side).0)
+    enlarged(crop(picture, Some(b), MARGIN), side).0.to_image()
 }
 
 /// Two boxes, the first outlined in red, the second in blue, and what lies around them.
@@ -49,7 +43,7 @@ pub fn pair(picture: &Picture, a: BBox, b: BBox, side: u32) -> RgbImage {
     let mut canvas = Canvas::new(&seen);
     canvas.outline(within(a), RED, thick);
     canvas.outline(within(b), BLUE, thick);
-    image(&canvas.finish())
+    canvas.finish().to_image()
 }
 
 /// The whole picture, clean and with numbered, labelled boxes.
@@ -62,5 +56,5 @@ pub fn numbered(picture: &Picture, boxes: &[(usize, &Detection)]) -> [RgbImage; 
         canvas.outline(d.bbox, colour, thick);
         canvas.label(d.bbox, &format!("{i} {}", d.label), colour, thick, scale);
     }
-    [image(picture), image(&canvas.finish())]
+    [picture.to_image(), canvas.finish().to_image()]
 }

@@ -6,7 +6,7 @@
 //! questions about one crop, so that its picture is worked through once for all of them; programs ask
 //! one, and so do the held-out samples. From it comes the verifier of boxes for mining, a network like it that
 //! is asked [`crate::rooms::boxes`]' questions too, one at a time. (Asked of the VLM itself they cost it
-//! 1.5 to 2 points of a hundred on crops.)
+//! 1.4 to 2 points of a hundred on crops.)
 
 use super::super::{check_complete, start};
 use super::tokenizer::{FILLER, PICTURE, VISION_END, VISION_START};
@@ -155,8 +155,7 @@ fn format(tokenizer: &str) -> anyhow::Result<ChatFormat> {
 
 /// What the VLM is shown of a box.
 fn shown(picture: &Picture, bbox: Option<BBox>) -> RgbImage {
-    let seen = crop(picture, bbox, GROWTH);
-    RgbImage::from_raw(seen.width(), seen.height(), seen.rgb().to_vec()).expect("three bytes a pixel")
+    crop(picture, bbox, GROWTH).to_image()
 }
 
 /// What the VLM is shown of a thing's box as a detector would find it.
