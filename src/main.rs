@@ -8,17 +8,18 @@ fn main() -> ExitCode {
     if let Some(code) = valor::program::worker_dispatch() {
         return code;
     }
-    sleep_between_ops();
+    few_cores();
     valor::cli::main()
 }
 
-/// candle's workers spin for a while after each op before they sleep. On few cores they spin where the
-/// next op's own threads would work: a training step on two cores took 1.18 times as long.
-fn sleep_between_ops() {
-    const SPINS: &str = "CANDLE_BARRIER_POOL_SPIN_LIMIT";
+/// candle's own workers share each element-wise operation and spin before they sleep. On few cores they
+/// cost more than they bring: they spin where the next operation's threads would work, and parts of a
+/// batch that run side by side wait for them in turn.
+fn few_cores() {
+    const THREADS: &str = "CANDLE_NUM_THREADS";
     let few = std::thread::available_parallelism().is_ok_and(|n| n.get() <= 4);
-    if few && std::env::var_os(SPINS).is_none() {
+    if few && std::env::var_os(THREADS).is_none() {
         // SAFETY: no other thread has been started.
-        unsafe { std::env::set_var(SPINS, "1") }
+        unsafe { std::env::set_var(THREADS, "1") }
     }
 }

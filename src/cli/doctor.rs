@@ -194,6 +194,7 @@ fn vector_units() -> String {
             ("fma", std::arch::is_x86_feature_detected!("fma")),
             ("f16c", std::arch::is_x86_feature_detected!("f16c")),
             ("avx512f", std::arch::is_x86_feature_detected!("avx512f")),
+            ("amx-bf16", crate::nn::precision::fast()),
         ];
         let has = |wanted: bool| {
             all.iter().filter(|(_, has)| *has == wanted).map(|(name, _)| *name).collect::<Vec<_>>().join(" ")

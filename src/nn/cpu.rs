@@ -96,11 +96,18 @@ impl<'a> Mat<'a> {
     }
 }
 
+/// Below these a product of packed tiles gains nothing: half of a tile would be padding, or packing
+/// costs what it saves.
+#[cfg(target_arch = "x86_64")]
+const LEAST_SIDE: usize = 24;
+#[cfg(target_arch = "x86_64")]
+const LEAST_PRODUCT: usize = 64 * 64 * 64;
+
 /// A place that parallel tasks write, each its own part.
 #[derive(Clone, Copy)]
 pub(super) struct Out {
-    ptr: *mut f32,
-    len: usize,
+    pub ptr: *mut f32,
+    pub len: usize,
 }
 
 // SAFETY: an address and a length; who writes through it answers for disjointness (see `gemm_into`).
@@ -145,6 +152,17 @@ pub(super) unsafe fn gemm_into(
         return;
     }
     assert!(a.holds(m, k) && b.holds(k, n) && at + (m - 1) * apart + n <= out.len, "gemm out of bounds");
+    #[cfg(target_arch = "x86_64")]
+    if let Some(parts) = super::Precision::chosen().parts()
+        && m.min(n).min(k) >= LEAST_SIDE
+        && m * n * k >= LEAST_PRODUCT
+    {
+        // SAFETY: as below; `parts` is given only where the CPU has what it takes.
+        unsafe {
+            super::amx::product((m, n, k), parts, out, at, apart, accumulate, scale, a, b, parallel);
+        }
+        return;
+    }
     let threads = rayon::current_num_threads();
     let parallelism =
         if parallel && threads > 1 { gemm::Parallelism::Rayon(threads) } else { gemm::Parallelism::None };

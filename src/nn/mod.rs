@@ -8,6 +8,8 @@
 //! Shapes are written `[batch, heads, seq, dim]`. All blocks take f32 on the CPU.
 
 pub mod act;
+#[cfg(target_arch = "x86_64")]
+mod amx;
 pub mod attention;
 mod attention_cpu;
 pub mod conv;
@@ -23,6 +25,7 @@ pub mod msda;
 pub mod norm;
 pub mod optim;
 pub mod params;
+pub mod precision;
 pub mod resample;
 pub mod resize;
 pub mod rope;
@@ -42,6 +45,7 @@ pub use mlp::GatedMlp;
 pub use norm::{GroupNorm, LayerNorm, RmsNorm, group_norm, layer_norm, rms_norm};
 pub use optim::{AdamW, AdamWConfig};
 pub use params::Params;
+pub use precision::Precision;
 pub use resize::{Filter, Taps, resize, resize_taps};
 pub use rope::rope;
 pub use stochastic::TrainCtx;

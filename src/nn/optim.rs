@@ -126,8 +126,8 @@ impl AdamW {
     /// parameter without a gradient here contributes nothing.
     pub fn accumulate(&mut self, grads: &GradStore, weight: f64) -> Result<()> {
         let weight = weight as f32;
-        for s in &mut self.slots {
-            let Some(g) = grads.get(&s.var) else { continue };
+        self.slots.par_iter_mut().try_for_each(|s| {
+            let Some(g) = grads.get(&s.var) else { return Ok(()) };
             let g = g.contiguous()?;
             let held = Held::new(&g)?;
             let g = held.get()?;
@@ -136,8 +136,8 @@ impl AdamW {
             }
             let chunk = rows_per_task(1);
             s.grad.par_chunks_mut(chunk).zip(g.par_chunks(chunk)).for_each(|(a, g)| add_scaled(a, g, weight));
-        }
-        Ok(())
+            Ok(())
+        })
     }
 
     /// Clips what was accumulated to the configured norm, takes one step and forgets it.
@@ -159,15 +159,14 @@ impl AdamW {
         let clip = self.cfg.max_grad_norm.map_or(1., |max| (max / (grad_norm + 1e-6)).min(1.));
         let t = self.steps.min(i32::MAX as u64) as i32;
         let (c1, c2) = (1. - self.cfg.beta1.powi(t), 1. - self.cfg.beta2.powi(t));
-        for s in &mut self.slots {
+        self.slots.par_iter_mut().try_for_each(|s| {
             if s.grad.is_empty() {
-                continue;
+                return Ok(());
             }
             let lr = lr * s.group.lr;
             let decay = if s.group.decay { self.cfg.weight_decay } else { 0. };
             if s.group.muon {
-                s.muon(lr, (1. - lr * decay) as f32)?;
-                continue;
+                return s.muon(lr, (1. - lr * decay) as f32);
             }
             let rule = Rule {
                 clip: clip as f32,
@@ -180,7 +179,8 @@ impl AdamW {
             };
             s.var.inplace_op1(&Update { rule, state: Mutex::new((&mut s.m, &mut s.v, &s.grad)) })?;
             s.grad.clear();
-        }
+            Ok::<_, candle_core::Error>(())
+        })?;
         Ok(StepReport { grad_norm, applied: true })
     }
 

@@ -12,6 +12,7 @@
 use super::super::depth::{
     DepthBatch, DepthLoss, DepthLossWeights, DepthSample, check_trainable, depth_loss,
 };
+use super::super::lanes::Lanes;
 use super::super::run::{Metrics, RunOptions, Trainee, train};
 use crate::eval::depth::{abs_rel, abs_rel_aligned};
 use crate::files::write_atomic;
@@ -68,6 +69,8 @@ pub struct DepthTraining {
     pub patches: f64,
     pub normals: f64,
     pub kinds: f64,
+    /// Parts of a batch that are worked on side by side.
+    pub lanes: usize,
     /// Held-out pictures per look, of the last stage's size.
     pub eval_pictures: u64,
 }
@@ -99,6 +102,7 @@ impl Default for DepthTraining {
             patches: 1.,
             normals: 0.3,
             kinds: 0.2,
+            lanes: 2,
             eval_pictures: 24,
         }
     }
@@ -371,6 +375,7 @@ pub struct DepthTrainer {
     normals: Linear,
     kinds: Linear,
     optimiser: AdamW,
+    lanes: Lanes,
 }
 
 /// Losses of a step; those of the maps where the stage has them.
@@ -400,7 +405,8 @@ impl DepthTrainer {
         }
         let adamw = AdamWConfig { weight_decay: cfg.weight_decay, ..AdamWConfig::default() };
         let optimiser = AdamW::new(params.named(), adamw, super::group(cfg.muon))?;
-        Ok(Self { cfg, params, net, camera, camera_of_patch, patches, normals, kinds, optimiser })
+        let lanes = Lanes::new(cfg.lanes)?;
+        Ok(Self { cfg, params, net, camera, camera_of_patch, patches, normals, kinds, optimiser, lanes })
     }
 
     pub fn net(&self) -> &MoGe {
@@ -466,13 +472,38 @@ impl Trainee for DepthTrainer {
 
     fn step(&mut self, step: u64) -> anyhow::Result<Metrics> {
         let (stage, own, _) = self.cfg.stage(step);
-        let l = self.losses(&self.views(step), stage)?;
-        let mut total = ((&l.camera * self.cfg.camera)? + (&l.patches * self.cfg.patches)?)?;
-        total = (total + ((&l.normals * self.cfg.normals)? + (&l.kinds * self.cfg.kinds)?)?)?;
-        if let Some(maps) = &l.maps {
-            total = (total + &maps.total)?;
+        let views = self.views(step);
+        let parts = self.lanes.map(&views, |views| {
+            let l = self.losses(views, stage)?;
+            let mut total = ((&l.camera * self.cfg.camera)? + (&l.patches * self.cfg.patches)?)?;
+            total = (total + ((&l.normals * self.cfg.normals)? + (&l.kinds * self.cfg.kinds)?)?)?;
+            if let Some(maps) = &l.maps {
+                total = (total + &maps.total)?;
+            }
+            let mut m = vec![
+                ("loss", total.to_scalar::<f32>()?),
+                ("camera", l.camera.to_scalar()?),
+                ("patches", l.patches.to_scalar()?),
+                ("normals", l.normals.to_scalar()?),
+                ("kinds", l.kinds.to_scalar()?),
+            ];
+            if let Some(maps) = l.maps {
+                m.extend([
+                    ("depth", maps.depth),
+                    ("gradient", maps.gradient),
+                    ("rays", maps.rays),
+                    ("scale", maps.scale),
+                ]);
+            }
+            Ok((total.backward()?, m, views.len() as f64 / stage.batch as f64))
+        })?;
+        let mut figures: Vec<(&str, f64)> = parts[0].1.iter().map(|(name, _)| (*name, 0.)).collect();
+        for (grads, of_part, share) in parts {
+            self.optimiser.accumulate(&grads, share)?;
+            for ((_, sum), (_, x)) in figures.iter_mut().zip(of_part) {
+                *sum += share * f64::from(x);
+            }
         }
-        self.optimiser.accumulate(&total.backward()?, 1.)?;
         let schedule = Schedule {
             base: stage.lr,
             warmup: self.cfg.warmup.min(stage.steps / 2),
@@ -481,25 +512,9 @@ impl Trainee for DepthTrainer {
         };
         let lr = schedule.lr(own);
         let report = self.optimiser.step(lr)?;
-        let mut m = Metrics::from_iter([
-            ("loss".to_string(), json!(total.to_scalar::<f32>()?)),
-            ("camera".into(), json!(l.camera.to_scalar::<f32>()?)),
-            ("patches".into(), json!(l.patches.to_scalar::<f32>()?)),
-            ("normals".into(), json!(l.normals.to_scalar::<f32>()?)),
-            ("kinds".into(), json!(l.kinds.to_scalar::<f32>()?)),
-            ("lr".into(), json!(lr)),
-            ("grad_norm".into(), json!(report.grad_norm)),
-        ]);
-        if let Some(maps) = l.maps {
-            for (name, value) in [
-                ("depth", maps.depth),
-                ("gradient", maps.gradient),
-                ("rays", maps.rays),
-                ("scale", maps.scale),
-            ] {
-                m.insert(name.into(), json!(value));
-            }
-        }
+        let mut m: Metrics = figures.into_iter().map(|(name, x)| (name.to_string(), json!(x))).collect();
+        m.insert("lr".into(), json!(lr));
+        m.insert("grad_norm".into(), json!(report.grad_norm));
         Ok(m)
     }
 

@@ -7,13 +7,13 @@ pub mod familiar;
 pub mod language;
 
 use crate::files::write_atomic;
-use crate::nn::Params;
 use crate::nn::optim::Group;
+use crate::nn::{Params, Precision};
 use crate::train::run;
 use crate::weights::Checkpoint;
 use anyhow::Context;
 use candle_core::{DType, Tensor, Var};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::io::Write;
 use std::path::Path;
@@ -92,8 +92,13 @@ fn set_positions(params: &Params, table: &str, before: usize) -> anyhow::Result<
     Ok(())
 }
 
-/// The settings of a run, with where it began if not from nothing.
+/// The settings of a run, with where it began if not from nothing, and how products are computed if not
+/// in f32.
 fn settings(mut of_run: Value, from: Option<&Path>) -> Value {
+    let precision = Precision::chosen();
+    if precision != Precision::F32 {
+        of_run["precision"] = json!(precision);
+    }
     if let Some(dir) = from {
         of_run["from"] = dir.display().to_string().into();
     }
