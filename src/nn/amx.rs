@@ -12,6 +12,7 @@
 //! summed over `k` in one order, whatever else is in the matrices and however many threads there are.
 
 use super::cpu::{Mat, Out};
+use super::simd::transpose;
 use rayon::prelude::*;
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -226,36 +227,6 @@ fn first_part(x: &mut __m512) -> __m512i {
     let finite = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(_mm512_abs_ps(value), infinity);
     *x = _mm512_maskz_sub_ps(finite, *x, value);
     word
-}
-
-/// Words `(i, j)` to `(j, i)`.
-#[target_feature(enable = "avx512f")]
-fn transpose(w: [__m512i; LINES]) -> [__m512i; LINES] {
-    let mut a = w;
-    for i in (0..16).step_by(2) {
-        a[i] = _mm512_unpacklo_epi32(w[i], w[i + 1]);
-        a[i + 1] = _mm512_unpackhi_epi32(w[i], w[i + 1]);
-    }
-    let mut b = a;
-    for i in (0..16).step_by(4) {
-        b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
-        b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-        b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
-        b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-    }
-    // Now quarter q of b[4 g + c] holds column 4 q + c of the rows of group g.
-    let mut out = b;
-    for c in 0..4 {
-        let even = |x, y| _mm512_shuffle_i32x4::<0x88>(x, y);
-        let odd = |x, y| _mm512_shuffle_i32x4::<0xdd>(x, y);
-        let (e0, e1) = (even(b[c], b[4 + c]), even(b[8 + c], b[12 + c]));
-        let (o0, o1) = (odd(b[c], b[4 + c]), odd(b[8 + c], b[12 + c]));
-        out[c] = even(e0, e1);
-        out[8 + c] = odd(e0, e1);
-        out[4 + c] = even(o0, o1);
-        out[12 + c] = odd(o0, o1);
-    }
-    out
 }
 
 /// Where a block of the result goes.

@@ -1,8 +1,8 @@
 //! Linear and embedding layers, weights in the checkpoint's layout (`[out, in]`).
 
 use super::cpu::{self, Held, Mat, par_rows};
+use super::few_rows::{FEW, few_rows};
 use super::lora::Lora;
-use super::simd::{LANES, lanes_sum, madd, wide};
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, Layout, Result, Shape, Tensor};
 use candle_nn::VarBuilder;
 use rayon::prelude::*;
@@ -82,90 +82,6 @@ impl Linear {
         }
         x.contiguous()?.apply_op3(w, &residual.contiguous()?, ResidualOp)
     }
-}
-
-/// Up to this many rows, as in generation, [`few_rows`] replaces the GEMM. It reads the weight once
-/// and in order, and a row's result is the same to the last bit whoever shares its batch.
-const FEW: usize = 64;
-
-/// `y += x wᵀ` for a few rows of `x`.
-fn few_rows(x: &[f32], w: &[f32], k: usize, y: &mut [f32]) {
-    let (rows, out) = (x.len() / k, w.len() / k);
-    // Weight rows per task: 4 at a time in the kernel, and enough work to be worth a task.
-    let task = cpu::rows_per_task(k).next_multiple_of(4);
-    let place = cpu::Out::new(y);
-    w.par_chunks(task * k).enumerate().for_each_init(Vec::new, |part, (i, w)| {
-        let n = w.len() / k;
-        part.resize(rows * n, 0.);
-        dots(x, w, k, part);
-        for (r, part) in part.chunks_exact(n).enumerate() {
-            // SAFETY: the columns of this task's weight rows are written by it alone.
-            unsafe { place.add_at(r * out + i * task, part) }
-        }
-    });
-}
-
-wide! {
-    /// `part = x wᵀ`, every element summed over `k` in the same order.
-    fn dots(x: &[f32], w: &[f32], k: usize, part: &mut [f32]) {
-        let (rows, out) = (x.len() / k, w.len() / k);
-        for (c, w) in w.chunks(4 * k).enumerate() {
-            for (r, x) in x.chunks(2 * k).enumerate() {
-                let mut put = |i: usize, v: &[f32]| {
-                    let at = (2 * r + i) * out + 4 * c;
-                    part[at..at + v.len()].copy_from_slice(v);
-                };
-                match (x.len() == 2 * k, w.len() == 4 * k) {
-                    (true, true) => {
-                        let d = tile::<FMA, 2, 4>(x, w, k);
-                        (0..2).for_each(|i| put(i, &d[i]));
-                    }
-                    (false, true) => put(0, &tile::<FMA, 1, 4>(x, w, k)[0]),
-                    _ => {
-                        for (i, x) in x.chunks_exact(k).enumerate() {
-                            for (j, w) in w.chunks_exact(k).enumerate() {
-                                part[(2 * r + i) * out + 4 * c + j] = tile::<FMA, 1, 1>(x, w, k)[0][0];
-                            }
-                        }
-                    }
-                }
-            }
-        }
-        debug_assert_eq!(part.len(), rows * out);
-    }
-}
-
-/// Inner products of `R` rows of `x` with `C` rows of `w`, each in one set of lanes.
-#[inline(always)]
-fn tile<const FMA: bool, const R: usize, const C: usize>(x: &[f32], w: &[f32], k: usize) -> [[f32; C]; R] {
-    let xs: [&[f32]; R] = std::array::from_fn(|i| &x[i * k..(i + 1) * k]);
-    let ws: [&[f32]; C] = std::array::from_fn(|j| &w[j * k..(j + 1) * k]);
-    let mut acc = [[[0f32; LANES]; C]; R];
-    let whole = k / LANES * LANES;
-    // Lanes are read whole, as arrays: indexed one by one the compiler checked each, and the loop
-    // became scalar.
-    let lanes = |row: &[f32], at: usize| -> [f32; LANES] {
-        row[at..at + LANES].try_into().expect("a slice of that length")
-    };
-    for at in (0..whole).step_by(LANES) {
-        let wv: [[f32; LANES]; C] = std::array::from_fn(|j| lanes(ws[j], at));
-        for i in 0..R {
-            let xv = lanes(xs[i], at);
-            for j in 0..C {
-                for l in 0..LANES {
-                    acc[i][j][l] = madd::<FMA>(xv[l], wv[j][l], acc[i][j][l]);
-                }
-            }
-        }
-    }
-    for at in whole..k {
-        for i in 0..R {
-            for j in 0..C {
-                acc[i][j][at - whole] = madd::<FMA>(xs[i][at], ws[j][at], acc[i][j][at - whole]);
-            }
-        }
-    }
-    std::array::from_fn(|i| std::array::from_fn(|j| lanes_sum(acc[i][j])))
 }
 
 /// The linear map with its own backward: one GEMM per gradient that is wanted, none for frozen

@@ -15,6 +15,7 @@ mod attention_cpu;
 pub mod conv;
 pub mod conv_same;
 mod cpu;
+mod few_rows;
 pub mod frozen;
 pub mod gradcheck;
 pub mod linear;

@@ -31,6 +31,38 @@ macro_rules! wide {
 }
 pub(super) use wide;
 
+/// A square of 16 × 16 words, its rows in registers, transposed.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+pub(super) fn transpose(w: [std::arch::x86_64::__m512i; 16]) -> [std::arch::x86_64::__m512i; 16] {
+    use std::arch::x86_64::*;
+    let mut a = w;
+    for i in (0..16).step_by(2) {
+        a[i] = _mm512_unpacklo_epi32(w[i], w[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32(w[i], w[i + 1]);
+    }
+    let mut b = a;
+    for i in (0..16).step_by(4) {
+        b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+        b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+        b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+        b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+    }
+    // Now quarter q of b[4 g + c] holds column 4 q + c of the rows of group g.
+    let mut out = b;
+    for c in 0..4 {
+        let even = |x, y| _mm512_shuffle_i32x4::<0x88>(x, y);
+        let odd = |x, y| _mm512_shuffle_i32x4::<0xdd>(x, y);
+        let (e0, e1) = (even(b[c], b[4 + c]), even(b[8 + c], b[12 + c]));
+        let (o0, o1) = (odd(b[c], b[4 + c]), odd(b[8 + c], b[12 + c]));
+        out[c] = even(e0, e1);
+        out[8 + c] = odd(e0, e1);
+        out[4 + c] = even(o0, o1);
+        out[12 + c] = odd(o0, o1);
+    }
+    out
+}
+
 /// `a · b + c`, fused where that is one instruction; a library call would be far slower.
 #[inline(always)]
 pub(super) fn madd<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {

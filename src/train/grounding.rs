@@ -7,6 +7,7 @@
 
 use super::augment::Augment;
 use super::grounding_loss::{LayerLoss, LossConfig, Target, layer_loss, total};
+use super::lanes::Lanes;
 use super::run::{Metrics, Trainee};
 use crate::eval::detection::{self, AveragePrecision, Scored, Truth};
 use crate::models::grounding_dino::caption::{Blanks, Caption, TextTokenizer};
@@ -84,6 +85,8 @@ pub struct TrainConfig {
     pub blanks: Blanks,
     /// Parameters whose names begin with one of these are not trained.
     pub freeze: Vec<String>,
+    /// Parts of a batch that are worked on side by side.
+    pub lanes: usize,
 }
 
 impl Default for TrainConfig {
@@ -100,6 +103,7 @@ impl Default for TrainConfig {
             max_nouns: 50,
             blanks: Blanks::Keep,
             freeze: Vec::new(),
+            lanes: 2,
         }
     }
 }
@@ -113,6 +117,7 @@ pub struct GroundingTrainer {
     optimiser: AdamW,
     data: Box<dyn Samples>,
     validation: Option<Validation>,
+    lanes: Lanes,
     /// The order of the epoch it belongs to, for data of known length.
     order: Option<(u64, Vec<u64>)>,
 }
@@ -124,6 +129,9 @@ pub const TEXT_BACKBONE: &str = "model.text_backbone.";
 /// Parameters that Muon leaves to AdamW although they are matrices: they meet words, places or boxes, or
 /// begin at zero so that every query looks around its reference point.
 const OUTER: [&str; 4] = ["embed", "bias_table", "sampling_offsets", "attention_weights"];
+
+/// A sample's pixels, caption and boxes.
+type Prepared = (Tensor, Caption, Target);
 
 /// A batch as the network and the loss want it.
 pub struct Batch {
@@ -157,7 +165,8 @@ impl GroundingTrainer {
                 None => Group::usual(var),
             })
         })?;
-        Ok(Self { params, model, cfg, tokenizer, processor, optimiser, data, validation, order: None })
+        let lanes = Lanes::new(cfg.lanes).map_err(candle_core::Error::msg)?;
+        Ok(Self { params, model, cfg, tokenizer, processor, optimiser, data, validation, lanes, order: None })
     }
 
     /// Which sample stands at a position of the whole run.
@@ -172,11 +181,11 @@ impl GroundingTrainer {
         self.order.as_ref().map_or(position, |(_, order)| order[(position % len) as usize])
     }
 
-    /// The batch of a step: augmented, captioned, padded.
-    pub fn batch(&mut self, step: u64) -> anyhow::Result<Batch> {
+    /// The samples of a step: augmented and captioned.
+    fn prepared(&mut self, step: u64) -> anyhow::Result<Vec<Prepared>> {
         let n = self.cfg.batch as u64;
         let indices: Vec<u64> = (step * n..(step + 1) * n).map(|p| self.index(p)).collect();
-        let parts: Vec<(Tensor, Caption, Target)> = indices
+        indices
             .par_iter()
             .enumerate()
             .map(|(i, &index)| {
@@ -184,12 +193,16 @@ impl GroundingTrainer {
                 let mut rng = rng(self.cfg.seed, step * n + i as u64, SAMPLE);
                 Ok(prepare(&sample, &self.cfg, &self.tokenizer, &self.processor, &mut rng)?)
             })
-            .collect::<anyhow::Result<_>>()?;
+            .collect()
+    }
+
+    /// Samples padded to one size.
+    fn batch(&self, samples: &[Prepared]) -> Result<Batch> {
         let (mut pixels, mut captions, mut targets) = (Vec::new(), Vec::new(), Vec::new());
-        for (p, c, t) in parts {
-            pixels.push(p);
-            captions.push(c);
-            targets.push(t);
+        for (p, c, t) in samples {
+            pixels.push(p.clone());
+            captions.push(c.clone());
+            targets.push(t.clone());
         }
         let inputs = inputs(&pixels, &captions, &self.tokenizer, self.model.config())?;
         Ok(Batch { inputs, text_lens: captions.iter().map(|c| c.ids.len()).collect(), targets })
@@ -250,26 +263,43 @@ impl Trainee for GroundingTrainer {
     }
 
     fn step(&mut self, step: u64) -> anyhow::Result<Metrics> {
-        let batch = self.batch(step)?;
-        // A seed of its own for each step stands in for a stored generator state.
-        let mut ctx = TrainCtx::new(rng(self.cfg.seed, step, NETWORK).random());
-        let out = self.model.forward(&batch.inputs, Some(&mut ctx))?;
-        let layers = self.losses(&out, &batch)?;
-        let loss = total(&self.cfg.loss, &layers)?;
-        let value = loss.to_scalar::<f32>()?;
-        if value.is_finite() {
-            self.optimiser.accumulate(&loss.backward()?, 1.)?;
+        let samples = self.prepared(step)?;
+        let boxes =
+            |samples: &[Prepared]| samples.iter().map(|s| s.2.boxes.len()).sum::<usize>().max(1) as f64;
+        let all = boxes(&samples);
+        let this = &*self;
+        let parts = self.lanes.map(&samples, |lane, part| {
+            let batch = this.batch(part)?;
+            // A seed of its own for each step and part stands in for a stored generator state.
+            let mut seeds = rng(this.cfg.seed, step, NETWORK).random_iter();
+            let mut ctx = TrainCtx::new(seeds.nth(lane).expect("it never ends"));
+            let out = this.model.forward(&batch.inputs, Some(&mut ctx))?;
+            let layers = this.losses(&out, &batch)?;
+            // Losses are means over boxes; a part's counts as much as it has of them.
+            let share = boxes(part) / all;
+            let loss = (total(&this.cfg.loss, &layers)? * share)?;
+            let value = loss.to_scalar::<f32>()?;
+            let mut figures = vec![("loss".to_owned(), f64::from(value))];
+            for (name, layer) in [("", layers.first()), ("_enc", layers.last())] {
+                let Some(l) = layer else { continue };
+                for (key, t) in [("class", &l.class), ("bbox", &l.bbox), ("giou", &l.giou)] {
+                    figures.push((format!("{key}{name}"), share * f64::from(t.to_scalar::<f32>()?)));
+                }
+            }
+            Ok((figures, if value.is_finite() { Some(loss.backward()?) } else { None }))
+        })?;
+        let mut figures: Vec<(String, f64)> = parts[0].0.iter().map(|f| (f.0.clone(), 0.)).collect();
+        for (of_part, _) in &parts {
+            figures.iter_mut().zip(of_part).for_each(|((_, sum), (_, x))| *sum += x);
+        }
+        if figures[0].1.is_finite() {
+            for grads in parts.into_iter().filter_map(|p| p.1) {
+                self.optimiser.accumulate(&grads, 1.)?;
+            }
         }
         let lr = self.cfg.schedule.lr(step);
         let report = self.optimiser.step(lr)?;
-        let mut m = Metrics::new();
-        m.insert("loss".into(), json!(value));
-        for (name, layer) in [("", layers.first()), ("_enc", layers.last())] {
-            let Some(l) = layer else { continue };
-            for (key, t) in [("class", &l.class), ("bbox", &l.bbox), ("giou", &l.giou)] {
-                m.insert(format!("{key}{name}"), json!(t.to_scalar::<f32>()?));
-            }
-        }
+        let mut m: Metrics = figures.into_iter().map(|(name, x)| (name, json!(x))).collect();
         m.insert("lr".into(), json!(lr));
         m.insert("grad_norm".into(), json!(report.grad_norm));
         m.insert("applied".into(), json!(report.applied));
@@ -489,6 +519,31 @@ mod tests {
         trainer
     }
 
+    /// Of one batch, by another way from the samples to the gradients.
+    #[test]
+    fn lanes_change_nothing_but_rounding() -> anyhow::Result<()> {
+        let base = small();
+        let swin = swin::Config { drop_path_rate: 0., ..base.backbone_config.clone() };
+        let still = |rate: &mut f64| *rate = 0.;
+        let mut model = Config { backbone_config: swin, dropout: 0., fusion_droppath: 0., ..base };
+        [&mut model.attention_dropout, &mut model.activation_dropout].map(still);
+        [&mut model.text_enhancer_dropout, &mut model.fusion_dropout].map(still);
+        let learnt = |lanes: usize| -> anyhow::Result<Metrics> {
+            let p = ImageProcessor { shortest: 48, longest: 64, ..detector::processor() };
+            let cfg = TrainConfig { augment: Augment::none(&p), lanes, batch: 3, ..Default::default() };
+            let (params, t) = (Params::new(2), detector::tokenizer()?);
+            let mut of = GroundingTrainer::new(params, &model, cfg, t, p, Box::new(Three), None)?;
+            init_offsets(&of.params, &model)?;
+            of.step(0)
+        };
+        let (whole, parts) = (learnt(1)?, learnt(2)?);
+        for key in ["loss", "class", "bbox", "giou", "class_enc", "grad_norm"] {
+            let (a, b) = (whole[key].as_f64().expect(key), parts[key].as_f64().expect(key));
+            assert!((a - b).abs() <= 1e-4 * a.abs(), "{key}: {a} {b}");
+        }
+        Ok(())
+    }
+
     fn run(dir: &Path, steps: u64) -> (HashMap<String, Tensor>, Metrics) {
         let mut t = trainer();
         let options = RunOptions {
@@ -528,7 +583,8 @@ mod tests {
     #[test]
     fn every_parameter_receives_a_gradient() -> anyhow::Result<()> {
         let mut t = trainer();
-        let batch = t.batch(0)?;
+        let samples = t.prepared(0)?;
+        let batch = t.batch(&samples)?;
         let out = t.model.forward(&batch.inputs, None)?;
         let grads = total(&t.cfg.loss, &t.losses(&out, &batch)?)?.backward()?;
         let without: Vec<String> =

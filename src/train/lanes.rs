@@ -6,8 +6,10 @@
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-/// Who works on the parts of a batch. How many there are decides how gradients are summed, so it belongs
-/// to a run's settings; how many threads each has does not.
+/// Lanes on a processor of many cores; each then has several.
+const MOST: usize = 4;
+
+/// Who works on the parts of a batch.
 pub struct Lanes {
     pools: Vec<ThreadPool>,
 }
@@ -22,25 +24,48 @@ impl Lanes {
         Ok(Self { pools })
     }
 
+    /// As many as the processor has cores, and a few at most: each holds activations and gradients of
+    /// its own.
+    pub fn of_cores() -> anyhow::Result<Self> {
+        Self::new(rayon::current_num_threads().min(MOST))
+    }
+
     pub fn count(&self) -> usize {
         self.pools.len().max(1)
     }
 
-    /// `f` of each lane's share of the items, which differ by one item at most, in order.
+    /// `f` of each item, as many at once as there are lanes; `take` has the results in the items' order,
+    /// so what it makes of them does not depend on how many lanes there are.
+    pub fn each<I: Sync, T: Send>(
+        &self,
+        items: &[I],
+        f: impl Fn(&I) -> anyhow::Result<T> + Sync,
+        mut take: impl FnMut(T) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
+        for wave in items.chunks(self.count()) {
+            let done = self.map(wave, |_, share| share.iter().map(&f).collect::<anyhow::Result<Vec<T>>>())?;
+            done.into_iter().flatten().try_for_each(&mut take)?;
+        }
+        Ok(())
+    }
+
+    /// `f` of each lane's number and share of the items (shares differ by one item at most), in order. What is summed
+    /// over shares depends on how many there are, which then belongs to a run's settings.
     pub fn map<I: Sync, T: Send>(
         &self,
         items: &[I],
-        f: impl Fn(&[I]) -> anyhow::Result<T> + Sync,
+        f: impl Fn(usize, &[I]) -> anyhow::Result<T> + Sync,
     ) -> anyhow::Result<Vec<T>> {
         let shares = shares(items.len(), self.count());
         if self.pools.is_empty() {
-            return shares.map(|s| f(&items[s])).collect();
+            return shares.map(|s| f(0, &items[s])).collect();
         }
         let f = &f;
         std::thread::scope(|scope| {
             let running: Vec<_> = shares
                 .zip(&self.pools)
-                .map(|(share, pool)| scope.spawn(move || pool.install(|| f(&items[share]))))
+                .enumerate()
+                .map(|(lane, (share, pool))| scope.spawn(move || pool.install(|| f(lane, &items[share]))))
                 .collect();
             running
                 .into_iter()
@@ -64,16 +89,30 @@ mod tests {
         for (n, count) in [(0, 2), (1, 2), (5, 2), (7, 3), (8, 1)] {
             let items: Vec<usize> = (0..n).collect();
             let lanes = Lanes::new(count).unwrap();
-            let got = lanes.map(&items, |share| Ok(share.to_vec())).unwrap();
+            let got = lanes.map(&items, |_, share| Ok(share.to_vec())).unwrap();
             assert!(got.iter().all(|share| !share.is_empty()) && got.len() == count.min(n));
             assert_eq!(got.concat(), items);
         }
     }
 
     #[test]
+    fn results_come_in_the_items_order() {
+        for count in 1..4 {
+            let (lanes, mut got) = (Lanes::new(count).unwrap(), Vec::new());
+            let items: Vec<usize> = (0..7).collect();
+            let take = |x| {
+                got.push(x);
+                Ok(())
+            };
+            lanes.each(&items, |i| Ok(i * i), take).unwrap();
+            assert_eq!(got, [0, 1, 4, 9, 16, 25, 36]);
+        }
+    }
+
+    #[test]
     fn a_lane_that_fails_is_heard() {
         let lanes = Lanes::new(2).unwrap();
-        let e = lanes.map(&[1, 2], |share| match share {
+        let e = lanes.map(&[1, 2], |_, share| match share {
             [2] => anyhow::bail!("the second"),
             _ => Ok(()),
         });

@@ -13,6 +13,7 @@ use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use super::lanes::Lanes;
 use super::run::{Metrics, Trainee};
 use crate::llm::engine::Network;
 use crate::llm::format::ChatFormat;
@@ -141,6 +142,7 @@ pub struct LmTrainee<'a> {
     optimiser: AdamW,
     options: LmOptions,
     source: Source<'a>,
+    lanes: Lanes,
     /// By name, which begins the names of their figures.
     held_out: Vec<(String, Vec<Sample>)>,
 }
@@ -154,10 +156,10 @@ impl<'a> LmTrainee<'a> {
         group: impl Fn(&str, &candle_core::Var) -> Option<Group>,
         source: Source<'a>,
         held_out: Vec<Sample>,
-    ) -> candle_core::Result<Self> {
+    ) -> anyhow::Result<Self> {
         let optimiser = AdamW::new(params.named(), options.adamw.clone(), group)?;
-        let held_out = vec![("held_out".into(), held_out)];
-        Ok(Self { network, params, optimiser, options, source, held_out })
+        let (lanes, held_out) = (Lanes::of_cores()?, vec![("held_out".into(), held_out)]);
+        Ok(Self { network, params, optimiser, options, source, lanes, held_out })
     }
 
     /// Another set of samples that [`Trainee::evaluate`] reports on, by this name.
@@ -191,11 +193,15 @@ impl Trainee for LmTrainee<'_> {
         let total: usize = samples.iter().map(Sample::reply_len).sum();
         anyhow::ensure!(total > 0, "step {step}: the source gave no reply tokens");
         let mut loss = 0.;
-        for group in self.groups(&samples) {
-            let nll = (reply_log_probs(&self.network, &group)?.sum_all()? * (-1. / total as f64))?;
-            loss += nll.to_scalar::<f32>()? as f64;
-            self.optimiser.accumulate(&nll.backward()?, 1.)?;
-        }
+        let (groups, network, optimiser) = (self.groups(&samples), &self.network, &mut self.optimiser);
+        let learn = |group: &Vec<&Sample>| {
+            let nll = (reply_log_probs(network, group)?.sum_all()? * (-1. / total as f64))?;
+            Ok((f64::from(nll.to_scalar::<f32>()?), nll.backward()?))
+        };
+        self.lanes.each(&groups, learn, |(nll, grads)| {
+            loss += nll;
+            Ok(optimiser.accumulate(&grads, 1.)?)
+        })?;
         let lr = self.options.schedule.lr(step);
         let report = self.optimiser.step(lr)?;
         let mut m = Metrics::new();

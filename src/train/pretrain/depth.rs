@@ -473,7 +473,7 @@ impl Trainee for DepthTrainer {
     fn step(&mut self, step: u64) -> anyhow::Result<Metrics> {
         let (stage, own, _) = self.cfg.stage(step);
         let views = self.views(step);
-        let parts = self.lanes.map(&views, |views| {
+        let parts = self.lanes.map(&views, |_, views| {
             let l = self.losses(views, stage)?;
             let mut total = ((&l.camera * self.cfg.camera)? + (&l.patches * self.cfg.patches)?)?;
             total = (total + ((&l.normals * self.cfg.normals)? + (&l.kinds * self.cfg.kinds)?)?)?;

@@ -5,6 +5,7 @@ use crate::config::{Algorithm, Objective, RateDecay, Reasoner};
 use crate::llm::engine::Network;
 use crate::nn::optim::{AdamW, AdamWConfig, Decay, Group, Schedule};
 use crate::train::grpo::{Tokens, loss};
+use crate::train::lanes::Lanes;
 use crate::train::lm::{Sample, micro_batches, reply_log_probs};
 use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Tensor};
@@ -83,7 +84,7 @@ pub fn update(
     step: u64,
     rollouts: &[Scored],
 ) -> Result<Update> {
-    let mut out = Update::default();
+    let (mut out, lanes) = (Update::default(), Lanes::of_cores()?);
     let objective = match cfg.algorithm {
         Algorithm::Grpo => cfg.objective,
         // −log p of every reply: a surrogate of advantage 1 at ratio 1, with nothing to hold it back.
@@ -98,12 +99,15 @@ pub fn update(
     // With several updates the policy moves away from the one that sampled; before the first it is that one.
     let mut old: Vec<Vec<f64>> = vec![Vec::new(); rollouts.len()];
     if cfg.updates > 1 && cfg.algorithm == Algorithm::Grpo {
-        for group in groups(&all) {
+        let own = |group: &Vec<usize>| {
             let samples: Vec<&Sample> = group.iter().map(|&i| &rollouts[i].sample).collect();
-            for (&i, own) in group.iter().zip(log_probs(policy.sampler.engine().network(), &samples)?) {
-                old[i] = own;
-            }
-        }
+            let own = log_probs(policy.sampler.engine().network(), &samples)?;
+            Ok(group.iter().copied().zip(own).collect::<Vec<_>>())
+        };
+        lanes.each(&groups(&all), own, |group| {
+            group.into_iter().for_each(|(i, own)| old[i] = own);
+            Ok(())
+        })?;
     }
     let share = rollouts.len().div_ceil(cfg.updates).max(1);
     let (mut differences, mut compared) = (0., 0);
@@ -111,7 +115,7 @@ pub fn update(
         let tokens: usize = part.iter().map(|&i| rollouts[i].sample.reply_len()).sum();
         let heard: Vec<usize> =
             part.iter().copied().filter(|&i| objective.kl > 0. || rollouts[i].advantage != 0.).collect();
-        for group in groups(&heard) {
+        let learn = |group: &Vec<usize>| {
             let samples: Vec<&Sample> = group.iter().map(|&i| &rollouts[i].sample).collect();
             let new = reply_log_probs(&policy.network, &samples)?;
             let values = split(&new.detach().to_dtype(DType::F64)?.to_vec1::<f64>()?, &samples);
@@ -119,6 +123,7 @@ pub fn update(
                 true => log_probs(&policy.reference, &samples)?,
                 false => values.clone(),
             };
+            let mut part = Update::default();
             let mut gradient = Vec::with_capacity(new.elem_count());
             for ((&i, new), reference) in group.iter().zip(&values).zip(&reference) {
                 let r = &rollouts[i];
@@ -131,22 +136,32 @@ pub fn update(
                     );
                     for (a, b) in r.sampled.iter().zip(new) {
                         let off = (f64::from(*a) - b).abs();
-                        differences += off;
-                        out.mismatch_most = out.mismatch_most.max(off);
+                        part.mismatch += off;
+                        part.mismatch_most = part.mismatch_most.max(off);
                     }
-                    compared += new.len();
+                    part.tokens += new.len();
                 }
                 let old = if old[i].is_empty() { new } else { &old[i] };
                 let l = loss(Tokens { new, old, reference, advantage: r.advantage }, &objective);
-                out.policy += l.policy;
-                out.kl += l.kl;
-                out.clipped += l.clipped;
-                out.drift += l.drift;
+                part.policy += l.policy;
+                part.kl += l.kl;
+                part.clipped += l.clipped;
+                part.drift += l.drift;
                 gradient.extend(l.gradient.iter().map(|g| (g / tokens as f64) as f32));
             }
             let gradient = Tensor::from_vec(gradient, new.shape(), &Device::Cpu)?;
-            optimiser.accumulate(&(new * gradient)?.sum_all()?.backward()?, 1.)?;
-        }
+            Ok((part, (new * gradient)?.sum_all()?.backward()?))
+        };
+        lanes.each(&groups(&heard), learn, |(part, grads)| {
+            out.policy += part.policy;
+            out.kl += part.kl;
+            out.clipped += part.clipped;
+            out.drift += part.drift;
+            out.mismatch_most = out.mismatch_most.max(part.mismatch_most);
+            differences += part.mismatch;
+            compared += part.tokens;
+            Ok(optimiser.accumulate(&grads, 1.)?)
+        })?;
         out.tokens += tokens;
         if heard.is_empty() {
             continue;

@@ -66,7 +66,7 @@ impl Options {
             },
             // Short runs: averages over a thousand steps would still hold the first ones' gradients.
             adamw: AdamWConfig { beta2: 0.98, weight_decay: 0.02, ..AdamWConfig::default() },
-            micro_tokens: 6_144,
+            micro_tokens: 3_072,
         }
     }
 

@@ -1,0 +1,211 @@
+//! Products of few rows with a weight, as in generation: they read the weight once and in order, and a
+//! row's result is the same to the last bit whoever shares its batch.
+
+use super::cpu;
+use super::simd::{LANES, lanes_sum, madd, wide};
+use rayon::prelude::*;
+
+/// Up to this many rows; from more on, a GEMM is as good.
+pub(super) const FEW: usize = 64;
+
+/// `y += x wᵀ` for a few rows of `x`; `w` is `[out, k]`.
+pub(super) fn few_rows(x: &[f32], w: &[f32], k: usize, y: &mut [f32]) {
+    let (rows, out) = (x.len() / k, w.len() / k);
+    // Enough work to be worth a task, in whole blocks of the kernels.
+    let task = cpu::rows_per_task(k).next_multiple_of(16);
+    let place = cpu::Out::new(y);
+    w.par_chunks(task * k).enumerate().for_each_init(Vec::new, |part, (i, w)| {
+        let n = w.len() / k;
+        part.clear();
+        part.resize(rows * n, 0.);
+        product(x, w, k, part);
+        for (r, part) in part.chunks_exact(n).enumerate() {
+            // SAFETY: the columns of this task's weight rows are written by it alone.
+            unsafe { place.add_at(r * out + i * task, part) }
+        }
+    });
+}
+
+/// `part += x wᵀ`, where it is zeros.
+fn product(x: &[f32], w: &[f32], k: usize, part: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx512f") {
+        // SAFETY: the processor has it.
+        return unsafe { avx512::blocks(x, w, k, part) };
+    }
+    dots(x, w, k, part)
+}
+
+wide! {
+    /// Every element summed over `k` in the same order, in lanes.
+    fn dots(x: &[f32], w: &[f32], k: usize, part: &mut [f32]) {
+        let (rows, out) = (x.len() / k, w.len() / k);
+        for (c, w) in w.chunks(4 * k).enumerate() {
+            for (r, x) in x.chunks(2 * k).enumerate() {
+                let mut put = |i: usize, v: &[f32]| {
+                    let at = (2 * r + i) * out + 4 * c;
+                    part[at..at + v.len()].copy_from_slice(v);
+                };
+                match (x.len() == 2 * k, w.len() == 4 * k) {
+                    (true, true) => {
+                        let d = tile::<FMA, 2, 4>(x, w, k);
+                        (0..2).for_each(|i| put(i, &d[i]));
+                    }
+                    (false, true) => put(0, &tile::<FMA, 1, 4>(x, w, k)[0]),
+                    _ => {
+                        for (i, x) in x.chunks_exact(k).enumerate() {
+                            for (j, w) in w.chunks_exact(k).enumerate() {
+                                part[(2 * r + i) * out + 4 * c + j] = tile::<FMA, 1, 1>(x, w, k)[0][0];
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        debug_assert_eq!(part.len(), rows * out);
+    }
+}
+
+/// Inner products of `R` rows of `x` with `C` rows of `w`, each in one set of lanes.
+#[inline(always)]
+fn tile<const FMA: bool, const R: usize, const C: usize>(x: &[f32], w: &[f32], k: usize) -> [[f32; C]; R] {
+    let xs: [&[f32]; R] = std::array::from_fn(|i| &x[i * k..(i + 1) * k]);
+    let ws: [&[f32]; C] = std::array::from_fn(|j| &w[j * k..(j + 1) * k]);
+    let mut acc = [[[0f32; LANES]; C]; R];
+    let whole = k / LANES * LANES;
+    // Lanes are read whole, as arrays: indexed one by one the compiler checked each, and the loop
+    // became scalar.
+    let lanes = |row: &[f32], at: usize| -> [f32; LANES] {
+        row[at..at + LANES].try_into().expect("a slice of that length")
+    };
+    for at in (0..whole).step_by(LANES) {
+        let wv: [[f32; LANES]; C] = std::array::from_fn(|j| lanes(ws[j], at));
+        for i in 0..R {
+            let xv = lanes(xs[i], at);
+            for j in 0..C {
+                for l in 0..LANES {
+                    acc[i][j][l] = madd::<FMA>(xv[l], wv[j][l], acc[i][j][l]);
+                }
+            }
+        }
+    }
+    for at in whole..k {
+        for i in 0..R {
+            for j in 0..C {
+                acc[i][j][at - whole] = madd::<FMA>(xs[i][at], ws[j][at], acc[i][j][at - whole]);
+            }
+        }
+    }
+    std::array::from_fn(|i| std::array::from_fn(|j| lanes_sum(acc[i][j])))
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use crate::nn::simd::transpose;
+    use std::arch::x86_64::*;
+
+    /// Side of a block of the weight: what 16 registers hold.
+    const SIDE: usize = 16;
+
+    /// Takes the weight in blocks of 16 × 16, transposed in registers, so that 16 outputs of a row grow
+    /// together and none has to be summed over lanes. An element is summed over `k` from its beginning.
+    #[target_feature(enable = "avx512f")]
+    pub fn blocks(x: &[f32], w: &[f32], k: usize, part: &mut [f32]) {
+        let (rows, out) = (x.len() / k, w.len() / k);
+        assert!(x.len() == rows * k && w.len() == out * k && part.len() == rows * out);
+        for col in (0..out).step_by(SIDE) {
+            let cols = SIDE.min(out - col);
+            for at in (0..k).step_by(SIDE) {
+                let depth = SIDE.min(k - at);
+                let block = load(&w[col * k + at..], k, cols, depth);
+                let mut row = 0;
+                while row < rows {
+                    let step = if rows - row >= 4 { 4 } else { 1 };
+                    let (x, to) = (&x[row * k + at..], &mut part[row * out + col..]);
+                    match (step, depth) {
+                        (4, SIDE) => grow::<4, SIDE>(&block, x, k, to, out, cols, SIDE),
+                        (4, _) => grow::<4, 0>(&block, x, k, to, out, cols, depth),
+                        (_, SIDE) => grow::<1, SIDE>(&block, x, k, to, out, cols, SIDE),
+                        _ => grow::<1, 0>(&block, x, k, to, out, cols, depth),
+                    }
+                    row += step;
+                }
+            }
+        }
+    }
+
+    fn mask(n: usize) -> __mmask16 {
+        (0xffff_u32 >> (SIDE - n)) as __mmask16
+    }
+
+    /// `cols` rows of the weight, `depth` of `k`, as `depth` registers of `cols` numbers; zeros beyond.
+    #[target_feature(enable = "avx512f")]
+    fn load(w: &[f32], k: usize, cols: usize, depth: usize) -> [__m512; SIDE] {
+        let mut rows = [_mm512_setzero_si512(); SIDE];
+        for (i, row) in rows.iter_mut().enumerate().take(cols) {
+            let from = &w[i * k..i * k + depth];
+            // SAFETY: only the first `depth` are read.
+            *row = unsafe { _mm512_maskz_loadu_epi32(mask(depth), from.as_ptr().cast()) };
+        }
+        transpose(rows).map(|v| _mm512_castsi512_ps(v))
+    }
+
+    /// Adds a block's part to `R` rows of 16 outputs. `D` is `depth` where that is 16, which unrolls the
+    /// loop, else 0.
+    #[target_feature(enable = "avx512f")]
+    fn grow<const R: usize, const D: usize>(
+        block: &[__m512; SIDE],
+        x: &[f32],
+        k: usize,
+        to: &mut [f32],
+        out: usize,
+        cols: usize,
+        depth: usize,
+    ) {
+        let depth = if D > 0 { D } else { depth };
+        assert!((R - 1) * k + depth <= x.len() && (R - 1) * out + cols <= to.len());
+        let mut sums = [_mm512_setzero_ps(); R];
+        for (r, sum) in sums.iter_mut().enumerate() {
+            // SAFETY: in bounds as asserted; only `cols` are read.
+            *sum = unsafe { _mm512_maskz_loadu_ps(mask(cols), to.as_ptr().add(r * out)) };
+        }
+        for (i, block) in block.iter().enumerate().take(depth) {
+            for (r, sum) in sums.iter_mut().enumerate() {
+                // SAFETY: in bounds as asserted.
+                let x = _mm512_set1_ps(unsafe { *x.get_unchecked(r * k + i) });
+                *sum = _mm512_fmadd_ps(x, *block, *sum);
+            }
+        }
+        for (r, sum) in sums.iter().enumerate() {
+            // SAFETY: in bounds as asserted; only `cols` are written.
+            unsafe { _mm512_mask_storeu_ps(to.as_mut_ptr().add(r * out), mask(cols), *sum) }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nn::gradcheck::random;
+
+    #[test]
+    fn both_kernels_give_the_product() -> candle_core::Result<()> {
+        for (rows, out, k) in [(1, 1, 1), (3, 5, 7), (5, 16, 16), (6, 33, 45), (64, 70, 96), (9, 260, 37)] {
+            let (x, w) = (random((rows, k), 1)?, random((out, k), 2)?);
+            let (x, w): (Vec<f32>, Vec<f32>) = (x.flatten_all()?.to_vec1()?, w.flatten_all()?.to_vec1()?);
+            let of = |kernel: fn(&[f32], &[f32], usize, &mut [f32])| {
+                let mut y = vec![0f32; rows * out];
+                kernel(&x, &w, k, &mut y);
+                y
+            };
+            for y in [of(product), of(dots)] {
+                for (at, y) in y.iter().enumerate() {
+                    let (x, w) = (&x[at / out * k..][..k], &w[at % out * k..][..k]);
+                    let exact: f64 = x.iter().zip(w).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+                    assert!((f64::from(*y) - exact).abs() < 1e-6 * k as f64, "{rows} {out} {k}: {y} {exact}");
+                }
+            }
+        }
+        Ok(())
+    }
+}
