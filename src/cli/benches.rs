@@ -27,7 +27,7 @@ use crate::eval::benches::run::{Gallery, Method, PROGRAMS, Programs, Runner, Sto
 use crate::eval::benches::summary::{PUBLISHED, summarise, table};
 use crate::files::write_atomic;
 use crate::llm::ChatModels;
-use crate::pipeline::limits;
+use crate::pipeline::{Referee, limits};
 use crate::planner::{Planner, prompt};
 use crate::tools::real::{Perception, Vlm};
 use crate::verify::SynonymJudge;
@@ -227,6 +227,7 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode
     };
     let vlm = if direct { Some(Vlm::new(chats.vlm()?, &config.vlm)) } else { None };
     let judge = chats.judge()?.map(|m| SynonymJudge::new(m, &config.eval.judge)).transpose()?;
+    let referee = if how == How::Planner { Referee::load(config, &chats)? } else { None };
     let links = Links::new(match &args.data {
         Some(data) => data.join("fetched"),
         None => hub.cache_folder().join("valor-pictures"),
@@ -242,6 +243,7 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode
         method,
         perception: perception.as_ref(),
         judge: judge.as_ref(),
+        referee: referee.as_ref(),
         links: &links,
         seed: args.seed,
         how: config.inference,

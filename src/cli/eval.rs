@@ -11,7 +11,7 @@ use crate::eval::benches::feed::{ROOMS_N, Shard};
 use crate::eval::rooms::{Programs, Report, ToolSet, evaluate, questions};
 use crate::files::write_atomic;
 use crate::llm::ChatModels;
-use crate::pipeline::limits;
+use crate::pipeline::{Referee, limits};
 use crate::planner::Planner;
 use crate::program::Sandbox;
 use crate::rooms::export::picture_png;
@@ -214,9 +214,13 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
         ToolChoice::Oracle => None,
         ToolChoice::Real => Some(Perception::load(&config, &device, &chats)?),
     };
+    let referee = if planner.is_some() { Referee::load(&config, &chats)? } else { None };
     let programs = match &planner {
         None => Programs::Stored,
-        Some(planner) => Programs::Planner { planner, seed: args.seed, how: config.inference },
+        Some(planner) => {
+            let referee = referee.as_ref();
+            Programs::Planner { planner, seed: args.seed, how: config.inference, referee }
+        }
     };
     let mut sandbox = Sandbox::start(limits(&config.sandbox)).context("cannot start the sandbox")?;
     let asked: Vec<(Arc<View>, Question)> = questions(args.look, args.seed).take(args.n()).collect();

@@ -172,8 +172,20 @@ pub enum DepthSample {
 pub struct Inference {
     /// Replies a question; the most frequent answer counts.
     pub samples: usize,
+    /// Of equally frequent answers.
+    pub tie_break: TieBreak,
     /// How often a program that failed goes back to the planner with its error.
     pub repairs: usize,
+}
+
+/// Which of several answers counts that equally many replies gave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TieBreak {
+    /// The first.
+    First,
+    /// The one whose reply earns most in the verifier's eyes.
+    Verifier,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -6,9 +6,9 @@
 use super::stats::Share;
 use crate::config::Inference;
 use crate::llm::ChatError;
-use crate::pipeline::{self, Answered, Asked, IMAGE, answer_all, question_seed};
+use crate::pipeline::{Answered, Asked, Referee, answer_all, elect, question_seed};
 use crate::planner::Planner;
-use crate::program::Sandbox;
+use crate::program::{IMAGE, Sandbox};
 use crate::rooms::questions::{Question, Questions, Split, mean_relative_accuracy, score};
 use crate::rooms::{self, Look, OracleTools, View};
 use crate::tools::real::{Perception, RealTools};
@@ -90,9 +90,9 @@ impl Sample {
 pub enum Programs<'a> {
     /// The correct program of each question: measures sandbox and tools.
     Stored,
-    /// Of several replies a question the most frequent answer counts ([`pipeline::vote`]). Question
-    /// `i`'s seeds are [`question_seed`]`(seed, i, 0..samples)`.
-    Planner { planner: &'a Planner, seed: u64, how: Inference },
+    /// Of several replies a question the most frequent answer counts ([`elect`]). Question `i`'s seeds are
+    /// [`question_seed`]`(seed, i, 0..samples)`.
+    Planner { planner: &'a Planner, seed: u64, how: Inference, referee: Option<&'a Referee> },
 }
 
 /// What answers the programs' tool calls.
@@ -164,7 +164,7 @@ pub fn evaluate(
                     progress();
                 }
             }
-            Programs::Planner { planner, seed, how } => {
+            Programs::Planner { planner, seed, how, referee } => {
                 let votes = how.samples;
                 let ask = |(i, tools): (usize, usize)| {
                     let question = &*asked[i].1.text;
@@ -180,7 +180,7 @@ pub fn evaluate(
                 })?;
                 for (i, runs) in batch.zip(runs.chunks(votes)) {
                     let (view, q) = &asked[i];
-                    let chosen = pipeline::vote(runs.iter().map(|r| &r.answered)).unwrap_or(0);
+                    let chosen = elect(referee, &q.text, runs, sandbox)?;
                     let run = &runs[chosen];
                     samples.push(Sample {
                         seed: Some(question_seed(seed, i, chosen)),

@@ -20,6 +20,7 @@ use super::{ChatError, Finish, TokenTrace};
 use crate::models::qwen3::KvCache;
 use crate::models::qwen3_vl::{Embedded, Features, Grid, Position};
 use crate::nn::Mask;
+use crate::nn::lanes::Lanes;
 
 /// Called with the index of a job and the next piece of its text.
 pub type OnToken<'a> = Option<&'a mut dyn FnMut(usize, &str)>;
@@ -90,6 +91,30 @@ struct Prefixes {
     /// The text part of the last call's first prompt: what the next one shares with it is worth keeping.
     last: Vec<u32>,
     stats: Stats,
+    /// Bytes of the waves that are running.
+    running: usize,
+}
+
+/// A running wave's keys and values, counted while it runs.
+struct Counted<'a> {
+    engine: &'a Engine,
+    bytes: usize,
+}
+
+impl<'a> Counted<'a> {
+    fn new(engine: &'a Engine, bytes: usize) -> Self {
+        let mut p = engine.lock();
+        p.running += bytes;
+        let held: usize = p.kept.iter().map(|k| k.cache.bytes()).sum();
+        p.stats.peak_kv_bytes = p.stats.peak_kv_bytes.max(held + p.running);
+        Self { engine, bytes }
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.engine.lock().running -= self.bytes;
+    }
 }
 
 /// A network with its kept prefixes.
@@ -149,7 +174,7 @@ impl Engine {
         jobs: &[Job],
         sampling: &SamplingOptions,
         tokenizer: &Tokenizer,
-        mut on_token: OnToken,
+        on_token: OnToken,
     ) -> Result<Vec<Generated>> {
         sampling.check()?;
         let planned: Vec<Planned> = jobs.iter().map(|j| self.plan(j)).collect::<Result<_>>()?;
@@ -159,9 +184,8 @@ impl Engine {
         let prefix = self.shared_prefix(jobs)?;
         let shared = prefix.as_ref().map_or(0, |p| p.len());
         let mut out: Vec<Option<Generated>> = jobs.iter().map(|_| None).collect();
-        for wave in self.waves(jobs, &planned, shared)? {
-            let rows: Vec<Row> = wave
-                .iter()
+        let rows_of = |wave: &[usize]| -> Vec<Row> {
+            wave.iter()
                 .map(|&i| Row {
                     job: i,
                     sampler: Sampler::new(sampling.clone(), jobs[i].seed),
@@ -171,12 +195,27 @@ impl Engine {
                     room: planned[i].room,
                     finish: None,
                 })
-                .collect();
-            let finished = self.run_wave(jobs, &planned, prefix.as_deref(), rows, &mut on_token)?;
-            for row in finished {
-                let finish = row.finish.unwrap_or(Finish::Length);
-                out[row.job] = Some(Generated { text: row.text.text().into(), finish, trace: row.trace });
+                .collect()
+        };
+        let lanes = if on_token.is_none() { self.lanes(jobs.len()) } else { 1 };
+        let waves = self.waves(jobs, &planned, shared, lanes)?;
+        let prefix = prefix.as_deref();
+        let finished: Vec<Vec<Row>> = match on_token {
+            // Pieces of text come in one order.
+            Some(f) => {
+                let mut f: OnToken = Some(f);
+                let wave = |w: &Vec<usize>| self.run_wave(jobs, &planned, prefix, rows_of(w), &mut f);
+                waves.iter().map(wave).collect::<Result<_>>()?
             }
+            None => {
+                let lanes =
+                    Lanes::new(lanes.min(waves.len())).map_err(|e| ChatError::Request(e.to_string()))?;
+                lanes.all(&waves, |w| self.run_wave(jobs, &planned, prefix, rows_of(w), &mut None))?
+            }
+        };
+        for row in finished.into_iter().flatten() {
+            let finish = row.finish.unwrap_or(Finish::Length);
+            out[row.job] = Some(Generated { text: row.text.text().into(), finish, trace: row.trace });
         }
         Ok(out.into_iter().flatten().collect())
     }
@@ -262,10 +301,28 @@ impl Engine {
         Ok(Some(cache))
     }
 
-    /// Groups of jobs, longest first, each within the bound on memory.
-    fn waves(&self, jobs: &[Job], planned: &[Planned], shared: usize) -> Result<Vec<Vec<usize>>> {
+    /// Waves that run at once. On the processor the weights of a small network stay in its caches, and
+    /// waves side by side do not wait for one another; a large one's are read from memory, once a step
+    /// however many rows there are.
+    fn lanes(&self, jobs: usize) -> usize {
+        /// A wave of fewer rows is not worth its own.
+        const ROWS: usize = 8;
+        const SMALL: usize = 16 << 20;
+        let small = self.device.is_cpu() && self.network.config().parameters() <= SMALL;
+        if small { rayon::current_num_threads().min(4).min(jobs / ROWS).max(1) } else { 1 }
+    }
+
+    /// Groups of jobs, longest first, so many of which at once are within the bound on memory.
+    fn waves(
+        &self,
+        jobs: &[Job],
+        planned: &[Planned],
+        shared: usize,
+        lanes: usize,
+    ) -> Result<Vec<Vec<usize>>> {
         let held: usize = self.lock().kept.iter().map(|k| k.cache.bytes()).sum();
-        let room = self.options.max_kv_bytes.saturating_sub(held) / self.kv_bytes_per_token();
+        let room = self.options.max_kv_bytes.saturating_sub(held) / self.kv_bytes_per_token() / lanes;
+        let most_rows = self.options.max_batch.min(jobs.len().div_ceil(lanes));
         let mut order: Vec<usize> = (0..jobs.len()).collect();
         order.sort_by_key(|&i| std::cmp::Reverse((jobs[i].ids.len() + planned[i].room, i)));
         let mut waves: Vec<Vec<usize>> = Vec::new();
@@ -285,7 +342,7 @@ impl Engine {
             }
             let (l, m) = (prompt.max(longest), new.max(most));
             match waves.last_mut() {
-                Some(w) if w.len() < self.options.max_batch && (w.len() + 1) * (shared + l + m) <= room => {
+                Some(w) if w.len() < most_rows && (w.len() + 1) * (shared + l + m) <= room => {
                     w.push(i);
                     (longest, most) = (l, m);
                 }
@@ -325,12 +382,11 @@ impl Engine {
         let pictures: Vec<&Features> = rows.iter().filter_map(|r| jobs[r.job].features.as_ref()).collect();
         let features = if pictures.is_empty() { None } else { Some(Features::cat(&pictures)?) };
         let hidden = self.prefill(&ids, features.as_ref(), &positions, shared, &pads, &mut cache)?;
+        let _counted = Counted::new(self, cache.bytes());
         {
             let mut p = self.lock();
-            let held: usize = p.kept.iter().map(|k| k.cache.bytes()).sum();
             p.stats.waves += 1;
             p.stats.prefilled += pads.iter().map(|pad| longest - pad).sum::<usize>();
-            p.stats.peak_kv_bytes = p.stats.peak_kv_bytes.max(held + cache.bytes());
         }
         let mut logits = self.logits(&hidden)?;
         let mut finished = Vec::with_capacity(rows.len());

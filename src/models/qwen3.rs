@@ -28,6 +28,16 @@ pub struct Config {
     pub attention_bias: bool,
 }
 
+impl Config {
+    /// Weights of the matrices, which is all but a few.
+    pub fn parameters(&self) -> usize {
+        let (q, kv) = (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim);
+        let layer = self.hidden_size * (2 * q + 2 * kv + 3 * self.intermediate_size);
+        let tables = if self.tie_word_embeddings { 1 } else { 2 };
+        self.num_hidden_layers * layer + tables * self.vocab_size * self.hidden_size
+    }
+}
+
 #[derive(Deserialize)]
 struct RawConfig {
     vocab_size: usize,

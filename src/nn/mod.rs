@@ -18,6 +18,7 @@ mod cpu;
 mod few_rows;
 pub mod frozen;
 pub mod gradcheck;
+pub mod lanes;
 pub mod linear;
 pub mod lora;
 pub mod loss;

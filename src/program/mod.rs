@@ -22,6 +22,9 @@ mod worker;
 
 use serde::Serialize;
 
+/// What programs see as `img_pth`, whatever the picture's file is called.
+pub const IMAGE: &str = "image.png";
+
 pub use alloc::WorkerAllocator;
 pub use host::ToolCall;
 pub use jail::{Layer, Layers};

@@ -7,13 +7,13 @@
 
 use super::augment::Augment;
 use super::grounding_loss::{LayerLoss, LossConfig, Target, layer_loss, total};
-use super::lanes::Lanes;
 use super::run::{Metrics, Trainee};
 use crate::eval::detection::{self, AveragePrecision, Scored, Truth};
 use crate::models::grounding_dino::caption::{Blanks, Caption, TextTokenizer};
 use crate::models::grounding_dino::postprocess::noun_scores;
 use crate::models::grounding_dino::preprocess::ImageProcessor;
 use crate::models::grounding_dino::{Config, Freeze, GroundingDino, Inputs, Outputs};
+use crate::nn::lanes::Lanes;
 use crate::nn::optim::{AdamW, AdamWConfig, Group, Schedule};
 use crate::nn::{Params, TrainCtx};
 use crate::tools::{BBox, Picture};
@@ -526,8 +526,8 @@ mod tests {
         let swin = swin::Config { drop_path_rate: 0., ..base.backbone_config.clone() };
         let still = |rate: &mut f64| *rate = 0.;
         let mut model = Config { backbone_config: swin, dropout: 0., fusion_droppath: 0., ..base };
-        [&mut model.attention_dropout, &mut model.activation_dropout].map(still);
-        [&mut model.text_enhancer_dropout, &mut model.fusion_dropout].map(still);
+        [&mut model.attention_dropout, &mut model.activation_dropout].into_iter().for_each(still);
+        [&mut model.text_enhancer_dropout, &mut model.fusion_dropout].into_iter().for_each(still);
         let learnt = |lanes: usize| -> anyhow::Result<Metrics> {
             let p = ImageProcessor { shortest: 48, longest: 64, ..detector::processor() };
             let cfg = TrainConfig { augment: Augment::none(&p), lanes, batch: 3, ..Default::default() };

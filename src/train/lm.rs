@@ -13,13 +13,13 @@ use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::lanes::Lanes;
 use super::run::{Metrics, Trainee};
 use crate::llm::engine::Network;
 use crate::llm::format::ChatFormat;
 use crate::llm::{ChatError, Message};
 use crate::models::qwen3_vl::Pictures;
 use crate::nn::Params;
+use crate::nn::lanes::Lanes;
 use crate::nn::optim::{AdamW, AdamWConfig, Group, Schedule};
 
 /// A conversation and its replies, to be learnt.

@@ -8,7 +8,6 @@ pub mod depth;
 pub mod grounding;
 pub mod grounding_loss;
 pub mod grpo;
-pub mod lanes;
 pub mod lm;
 pub mod pretrain;
 pub mod reasoner;

@@ -8,8 +8,7 @@ use serde::Serialize;
 use super::head::Head;
 use super::judge::{Ask, Judge, JudgeError, Verdict};
 use crate::config;
-use crate::pipeline::IMAGE;
-use crate::program::{Reply, Sandbox, check};
+use crate::program::{IMAGE, Reply, Sandbox, check};
 use crate::tools::stub::StubTools;
 
 /// All heads on one reply.

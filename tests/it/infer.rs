@@ -11,9 +11,9 @@ use valor::llm::{ChatError, ChatModel, ChatReply, ChatRequest, Finish, SamplingO
 use valor::models::grounding_dino::{GroundingDino, init_offsets};
 use valor::models::moge::MoGe;
 use valor::nn::Params;
-use valor::pipeline::{IMAGE, answer, limits, question_seed};
+use valor::pipeline::{Asked, Referee, answer, elect, limits, question_seed, run_all};
 use valor::planner::{GENERAL_PROMPT, Planner};
-use valor::program::{Reply, Sandbox};
+use valor::program::{IMAGE, Reply, Sandbox};
 use valor::rooms::export::picture_png;
 use valor::rooms::{Look, Split, generate, scene_seed};
 use valor::tools::real::{Perception, RealTools};
@@ -21,6 +21,7 @@ use valor::tools::stub::StubTools;
 use valor::tools::{Picture, ToolErrorKind, Tools};
 use valor::train::checkpoint::Checkpoints;
 use valor::train::pretrain::{depth, detector};
+use valor::verify::Judge;
 
 /// A chat model that answers by a rule and remembers the pictures' sizes that it was shown.
 struct Scripted<F> {
@@ -239,7 +240,8 @@ fn infer_gives_what_eval_scores() {
     let planner = Planner::new(Arc::new(Scripted::new(rule)), &e.config.planner).unwrap();
     let mut sandbox = sandbox(&e.config);
     let mut run = |shuffle: bool| {
-        let programs = Programs::Planner { planner: &planner, seed: 3, how: e.config.inference };
+        let programs =
+            Programs::Planner { planner: &planner, seed: 3, how: e.config.inference, referee: None };
         evaluate(&asked, programs, ToolSet::Real(&e.models), shuffle, &mut sandbox, || ()).unwrap()
     };
     let samples = run(false);
@@ -263,6 +265,38 @@ fn infer_gives_what_eval_scores() {
         let got = answer(&reply.text, &mut sandbox, &mut RealTools::new(&e.models, &picture));
         assert_eq!(got.value(), sample.answer.as_ref(), "{}", q.text);
         assert_eq!(got.failure(), sample.failure.as_deref(), "{}", q.text);
+    }
+}
+
+/// Two answers with two votes each: the first, or the one whose reply the verifier thinks better of; never
+/// one with fewer votes.
+#[test]
+fn the_verifier_breaks_ties_of_votes_and_nothing_else() {
+    let config = Config::resolve(None, &[]).unwrap();
+    let mut sandbox = sandbox(&config);
+    let reply = |answer: &str, plan: &str| {
+        let text = format!("<plan>\n{plan}\n</plan>\n<answer>\nfinal_answer = {answer}\n</answer>");
+        Ok(ChatReply { text, finish: Finish::Stop, prompt_tokens: 1, new_tokens: 1, trace: None })
+    };
+    let mut runs = |answers: &[(&str, &str)]| {
+        let asked: Vec<Asked> =
+            answers.iter().map(|_| Asked { question: "How many?", seed: 1, tools: 0 }).collect();
+        let replies = answers.iter().map(|(answer, plan)| reply(answer, plan)).collect();
+        run_all(None, &mut sandbox, &asked, replies, &mut [StubTools], 0, || ()).unwrap()
+    };
+    let tie = runs(&[("9", "1. good"), ("2", "1. bad"), ("3", "1. good"), ("2", "1. bad"), ("3", "1. bad")]);
+    let clear = runs(&[("2", "1. bad"), ("3", "1. good"), ("2", "1. bad")]);
+    let none = runs(&[("1 / 0", "1. bad"), ("1 / 0", "1. good")]);
+    let rule = |turn: &str, _: u64| {
+        let good = turn.contains("1. good");
+        format!("<answer>{}</answer>", if good { "yes" } else { "no" })
+    };
+    let judge = Judge::new(Arc::new(Scripted::new(rule)), &config.verifier).unwrap();
+    let referee = Referee::new(judge, config.reward);
+    let sandbox = &mut self::sandbox(&config);
+    for (runs, alone, refereed) in [(&tie, 1, 2), (&clear, 0, 0), (&none, 0, 0)] {
+        assert_eq!(elect(None, "How many?", runs, sandbox).unwrap(), alone);
+        assert_eq!(elect(Some(&referee), "How many?", runs, sandbox).unwrap(), refereed);
     }
 }
 

@@ -6,8 +6,8 @@ use super::ModelArgs;
 use crate::config::{Config, EMBEDDED};
 use crate::files::write_atomic;
 use crate::llm::{ChatError, ChatModels};
-use crate::pipeline::{Answered, Asked, IMAGE, Models, Run, answer_all, limits, question_seed, vote};
-use crate::program::Sandbox;
+use crate::pipeline::{Answered, Asked, Models, Referee, Run, answer_all, elect, limits, question_seed};
+use crate::program::{IMAGE, Sandbox};
 use crate::report;
 use crate::report::pictures::{boxes_of, png};
 use crate::tools::Picture;
@@ -73,6 +73,7 @@ struct Reasoner<'a> {
     config: &'a Config,
     chats: &'a ChatModels<'a>,
     models: Models,
+    referee: Option<Referee>,
     load_seconds: f64,
 }
 
@@ -102,12 +103,13 @@ impl<'a> Reasoner<'a> {
     ) -> anyhow::Result<(Self, Sandbox)> {
         let started = Instant::now();
         let models = Models::load(config, device, chats)?;
+        let referee = Referee::load(config, chats)?;
         let sandbox = Sandbox::start(limits(&config.sandbox)).context("cannot start the sandbox")?;
         let load_seconds = started.elapsed().as_secs_f64();
         let names: Vec<String> =
             models.names().iter().map(|(part, name)| format!("{part}: {name}")).collect();
         eprintln!("valor: models: {}", names.join(", "));
-        Ok((Self { config, chats, models, load_seconds }, sandbox))
+        Ok((Self { config, chats, models, referee, load_seconds }, sandbox))
     }
 
     /// Seeds of a question's samples: its own, and those that follow from it.
@@ -136,12 +138,12 @@ impl<'a> Reasoner<'a> {
         let runs = answer_all(&self.models.planner, sandbox, &all, tools, repairs, || ())?;
         let mut runs = runs.into_iter();
         let seconds = started.elapsed().as_secs_f64() / asked.len().max(1) as f64;
-        let reply = |_: &(&Query, usize)| {
+        let reply = |(q, _): &(&Query, usize)| {
             let runs: Vec<Run> = runs.by_ref().take(samples).collect();
-            let chosen = vote(runs.iter().map(|r| &r.answered)).unwrap_or(0);
-            Reply { runs, chosen, seconds }
+            let chosen = elect(self.referee.as_ref(), q.question, &runs, sandbox)?;
+            Ok(Reply { runs, chosen, seconds })
         };
-        Ok(asked.iter().map(reply).collect())
+        asked.iter().map(reply).collect()
     }
 
     /// All that is known of an answer.

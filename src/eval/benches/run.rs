@@ -26,9 +26,9 @@ use super::record::{REFUSED, Record, each};
 use crate::config::Inference;
 use crate::data::{Kind, Links, PictureRef};
 use crate::llm::{ChatError, ChatReply, Finish};
-use crate::pipeline::{Answered, Asked, IMAGE, Run, answer, question_seed, run_all, vote};
+use crate::pipeline::{Answered, Asked, Referee, Run, answer, elect, question_seed, run_all};
 use crate::planner::Planner;
-use crate::program::{Limits, Sandbox};
+use crate::program::{IMAGE, Limits, Sandbox};
 use crate::rooms::OracleTools;
 use crate::rooms::questions::score as score_room;
 use crate::tools::picture::DecodeOptions;
@@ -53,6 +53,8 @@ pub struct Runner<'a> {
     /// `None`: the exact truth, for rooms only; or nothing, where the VLM answers alone.
     pub perception: Option<&'a Perception>,
     pub judge: Option<&'a SynonymJudge>,
+    /// Of answers that equally many replies gave.
+    pub referee: Option<&'a Referee>,
     pub links: &'a Links,
     pub seed: u64,
     pub how: Inference,
@@ -496,7 +498,7 @@ impl Runner<'_> {
             seeds.iter().map(|&seed| Asked { question: &task.question, seed, tools: 0 }).collect();
         let tools = std::slice::from_mut(tools);
         let mut runs = run_all(planner, sandbox, &asked, replies, tools, self.how.repairs, || ())?;
-        let chosen = vote(runs.iter().map(|r| &r.answered)).unwrap_or(0);
+        let chosen = elect(self.referee, &task.question, &runs, sandbox)?;
         let Run { reply, answered, earlier } = runs.swap_remove(chosen);
         record.set_outcome(&answered);
         record.seed = planner.map(|_| seeds[chosen]);

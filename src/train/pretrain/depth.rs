@@ -12,7 +12,6 @@
 use super::super::depth::{
     DepthBatch, DepthLoss, DepthLossWeights, DepthSample, check_trainable, depth_loss,
 };
-use super::super::lanes::Lanes;
 use super::super::run::{Metrics, RunOptions, Trainee, train};
 use crate::eval::depth::{abs_rel, abs_rel_aligned};
 use crate::files::write_atomic;
@@ -21,6 +20,7 @@ use crate::models::moge::{
     Activation, Config, EncoderConfig, Layers, MoGe, ModelConfig, Norm, PerLevel, Remap, Resampler,
     ScaleConfig, StackConfig, Tokens,
 };
+use crate::nn::lanes::Lanes;
 use crate::nn::optim::{AdamW, AdamWConfig, Decay, Schedule};
 use crate::nn::{self, Linear, Params};
 use crate::rooms::questions::{Split, scene_seed};

@@ -3,9 +3,9 @@
 use super::policy::Policy;
 use crate::config::{Algorithm, Objective, RateDecay, Reasoner};
 use crate::llm::engine::Network;
+use crate::nn::lanes::Lanes;
 use crate::nn::optim::{AdamW, AdamWConfig, Decay, Group, Schedule};
 use crate::train::grpo::{Tokens, loss};
-use crate::train::lanes::Lanes;
 use crate::train::lm::{Sample, micro_batches, reply_log_probs};
 use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Tensor};

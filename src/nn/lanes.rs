@@ -1,10 +1,12 @@
-//! The parts of a batch side by side, each with threads of its own.
+//! Parts of a batch side by side, each with threads of its own.
 //!
 //! A small network's step is thousands of short operations, and threads that share each of them spend
-//! as long waiting for one another as working: on two cores a step of the depth model took as long as
-//! on one. Parts that never meet before the optimiser use both.
+//! as long waiting for one another as working: on two cores a training step of the depth model took as
+//! long as on one. Parts that do not meet before the step's end use both.
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::ScopedJoinHandle;
 
 /// Lanes on a processor of many cores; each then has several.
 const MOST: usize = 4;
@@ -32,6 +34,31 @@ impl Lanes {
 
     pub fn count(&self) -> usize {
         self.pools.len().max(1)
+    }
+
+    /// `f` of all items, each lane taking the next one that nobody has; results in the items' order.
+    pub fn all<I: Sync, T: Send, E: Send>(
+        &self,
+        items: &[I],
+        f: impl Fn(&I) -> Result<T, E> + Sync,
+    ) -> Result<Vec<T>, E> {
+        if self.pools.is_empty() {
+            return items.iter().map(f).collect();
+        }
+        let next = AtomicUsize::new(0);
+        let (next, f) = (&next, &f);
+        let work = move || -> Vec<(usize, Result<T, E>)> {
+            let mine =
+                || items.get(next.load(Ordering::Relaxed)).map(|_| next.fetch_add(1, Ordering::Relaxed));
+            std::iter::from_fn(mine).filter_map(|i| Some((i, f(items.get(i)?)))).collect()
+        };
+        let mut done: Vec<(usize, Result<T, E>)> = std::thread::scope(|scope| {
+            let running: Vec<_> =
+                self.pools.iter().map(|pool| scope.spawn(move || pool.install(work))).collect();
+            running.into_iter().flat_map(joined).collect()
+        });
+        done.sort_by_key(|(i, _)| *i);
+        done.into_iter().map(|(_, result)| result).collect()
     }
 
     /// `f` of each item, as many at once as there are lanes; `take` has the results in the items' order,
@@ -67,12 +94,14 @@ impl Lanes {
                 .enumerate()
                 .map(|(lane, (share, pool))| scope.spawn(move || pool.install(|| f(lane, &items[share]))))
                 .collect();
-            running
-                .into_iter()
-                .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-                .collect()
+            running.into_iter().map(joined).collect()
         })
     }
+}
+
+/// What a thread returned; its panic is the caller's.
+fn joined<T>(thread: ScopedJoinHandle<T>) -> T {
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 /// Up to `count` ranges of `0..n`, none of them empty.
@@ -106,6 +135,8 @@ mod tests {
             };
             lanes.each(&items, |i| Ok(i * i), take).unwrap();
             assert_eq!(got, [0, 1, 4, 9, 16, 25, 36]);
+            assert_eq!(lanes.all(&items, |i| Ok::<_, ()>(i * i)), Ok(got));
+            assert_eq!(lanes.all(&items, |&i| if i % 3 == 1 { Err(i) } else { Ok(()) }), Err(1));
         }
     }
 

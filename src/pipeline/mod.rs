@@ -5,18 +5,19 @@
 //! each question's seed by [`question_seed`] and report it, so that any of their rows can be
 //! repeated alone.
 
+mod vote;
+
+pub use vote::{Referee, elect};
+
 use crate::config::{self, Config};
 use crate::llm::{ChatError, ChatModels, ChatReply};
 use crate::planner::{Failed, Planner};
 use crate::program::reply::ReplyError;
-use crate::program::{Limits, Outcome, Reply, Sandbox};
+use crate::program::{IMAGE, Limits, Outcome, Reply, Sandbox};
 use crate::tools::Tools;
 use crate::tools::real::{LoadError, Perception};
 use candle_core::Device;
 use serde_json::Value;
-
-/// What programs see as `img_pth`, whatever the picture's file is called.
-pub const IMAGE: &str = "image.png";
 
 /// Every model that answering takes.
 pub struct Models {
@@ -232,51 +233,9 @@ pub fn question_seed(seed: u64, question: usize, sample: usize) -> u64 {
     step(step(mix(seed), question as u64), sample as u64) >> 11
 }
 
-/// The answer that most runs gave, by its first run: `None` if none gave any. Of equally frequent
-/// answers the first counts.
-pub fn vote<'a>(runs: impl IntoIterator<Item = &'a Answered>) -> Option<usize> {
-    // As benches compare: a truth value is a word, words have no case, 3 is 3.0.
-    let key = |v: &Value| match v {
-        Value::Bool(yes) => if *yes { "yes" } else { "no" }.to_owned(),
-        Value::String(s) => s.trim().to_lowercase(),
-        Value::Number(n) => n.as_f64().map_or_else(|| n.to_string(), |x| x.to_string()),
-        other => other.to_string(),
-    };
-    let mut counts: Vec<(String, usize, usize)> = Vec::new();
-    for (i, answer) in runs.into_iter().enumerate().filter_map(|(i, r)| Some((i, key(r.value()?)))) {
-        match counts.iter_mut().find(|c| c.0 == answer) {
-            Some(c) => c.2 += 1,
-            None => counts.push((answer, i, 1)),
-        }
-    }
-    // `max_by_key` gives the last of equals.
-    counts.iter().rev().max_by_key(|c| c.2).map(|c| c.1)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
-
-    fn run(answer: Option<Value>) -> Answered {
-        let outcome = answer.ok_or(ReplyError::NoProgram.into()).map(|a| Outcome {
-            result: Ok(a),
-            calls: Vec::new(),
-            stdout: String::new(),
-            seconds: 0.,
-        });
-        Answered { reply: None, outcome }
-    }
-
-    #[test]
-    fn the_most_frequent_answer_wins_and_failures_do_not_vote() {
-        let of =
-            |answers: &[Option<Value>]| vote(&answers.iter().cloned().map(run).collect::<Vec<Answered>>());
-        let yes = || Some(json!("Yes"));
-        assert_eq!(of(&[None, Some(json!(3)), yes(), Some(json!(true)), None, None]), Some(2));
-        assert_eq!(of(&[Some(json!(2)), Some(json!(3)), Some(json!(3.0)), Some(json!(2))]), Some(0), "a tie");
-        assert_eq!(of(&[None, None]), None);
-    }
 
     #[test]
     fn seeds_differ_by_run_question_and_sample() {
