@@ -25,6 +25,7 @@ use candle_core::Device;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::config::{Config, Origins};
+use crate::nn::Precision;
 
 #[derive(Debug, Parser)]
 #[command(name = "valor", version, about, max_term_width = 100)]
@@ -194,6 +195,16 @@ fn json_lines<T: serde::de::DeserializeOwned>(
         Ok((number, value.with_context(|| format!("{name}, line {number}: expected {expected}"))?))
     });
     read.collect()
+}
+
+/// Chooses the precision of matrix products, and says so where this processor makes nothing of it.
+fn compute_in(precision: Precision) {
+    precision.choose();
+    if precision != Precision::F32 && !crate::nn::precision::fast() {
+        eprintln!(
+            "valor: this processor has no AMX: matrix products stay f32 whatever the precision asked for"
+        );
+    }
 }
 
 /// Bytes for people.

@@ -130,10 +130,7 @@ fn name_of(part: Part) -> String {
 fn pretrain(args: &PretrainArgs) -> Result<()> {
     use crate::train::pretrain::language::{self, planner, verifier, vision, vlm};
     use crate::train::pretrain::{depth, detector, familiar};
-    args.precision.choose();
-    if args.precision != Precision::F32 && !crate::nn::precision::fast() {
-        eprintln!("valor: this CPU has no AMX: matrix products are f32, whatever --precision says");
-    }
+    super::compute_in(args.precision);
     for &part in Part::value_variants() {
         if args.only.is_some_and(|only| only != part) {
             continue;

@@ -48,6 +48,7 @@ pub fn run(args: &TrainReasonerArgs) -> Result<ExitCode> {
         println!("time, memory     not known: {why} in a dry run");
         return Ok(ExitCode::SUCCESS);
     }
+    super::compute_in(config.reasoner.precision);
     let chats = ChatModels::new(&config, &device);
     let judge = Judge::new(chats.verifier()?, &config.verifier)?;
     let policy = Policy::load(&config.planner.model, &config.reasoner)?;

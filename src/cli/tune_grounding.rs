@@ -100,6 +100,7 @@ pub fn run(args: &TuneGroundingArgs) -> Result<ExitCode> {
                 resume: args.resume,
                 stop: stop.clone(),
             };
+            super::compute_in(config.grounding.training.precision);
             let (metrics, model) = fit.run()?;
             eprintln!("valor: {}", serde_json::Value::Object(metrics));
             println!("{}", model.display());

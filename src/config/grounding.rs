@@ -1,5 +1,6 @@
 //! Settings of the detector's tuning (method.md 5 and 6).
 
+use crate::nn::Precision;
 use serde::{Deserialize, Serialize};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -68,6 +69,8 @@ pub struct DetectorTraining {
     pub lr_floor: f64,
     pub weight_decay: f64,
     pub max_grad_norm: f64,
+    /// Of matrix products on the processor.
+    pub precision: Precision,
     /// Nouns in a caption at most, negatives included.
     pub max_nouns: usize,
     /// Are blanks within nouns written as hyphens, as prompts are?

@@ -1,5 +1,6 @@
 //! Settings of the reasoner's training (method.md 4).
 
+use crate::nn::Precision;
 use crate::nn::lora::LoraConfig;
 use serde::{Deserialize, Serialize};
 
@@ -33,6 +34,8 @@ pub struct Reasoner {
     pub max_grad_norm: f64,
     /// Tokens of a micro-batch at most, padding included.
     pub micro_tokens: usize,
+    /// Of matrix products on the processor.
+    pub precision: Precision,
     /// A run stops where a larger share of a step's rewards is missing.
     pub missing_limit: f64,
     /// Of `sft`: rollouts that earn less are not learnt from.
