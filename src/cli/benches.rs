@@ -218,7 +218,7 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode
     }
     let chats = ChatModels::new(config, device);
     let planner = match how {
-        How::Planner => Some(Planner::new(chats.planner()?, &config.planner)?),
+        How::Planner => Some(Planner::new(chats.planner()?, config)?),
         _ => None,
     };
     let perception = match tools {
@@ -415,7 +415,7 @@ fn settings(
         "seed": args.seed,
         "shard": args.shard.map(|s| format!("{}/{}", s.number, s.of)),
         "models": models,
-        "prompt": if how == How::Planner { json!(short(prompt(&config.planner)?.as_bytes())) } else { Value::Null },
+        "prompt": if how == How::Planner { json!(short(prompt(config)?.as_bytes())) } else { Value::Null },
         "programs": programs,
         "config": shown,
     }))

@@ -176,7 +176,7 @@ fn verdict(name: &str, config: &Config, memory: Option<u64>) -> Verdict {
             Err(e) => missing.push(format!("{part}: {e}")),
         }
     }
-    if let Err(e) = planner::prompt(&config.planner) {
+    if let Err(e) = planner::prompt(config) {
         missing.push(e.to_string());
     }
     if let Some(memory) = memory.filter(|m| *m < weights_bytes) {

@@ -208,7 +208,7 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
     let chats = ChatModels::new(&config, &device);
     let planner = match args.planner.as_deref().unwrap_or("stored") {
         "stored" => None,
-        _ => Some(Planner::new(chats.planner()?, &config.planner)?),
+        _ => Some(Planner::new(chats.planner()?, &config)?),
     };
     let perception = match args.tools.unwrap_or(ToolChoice::Oracle) {
         ToolChoice::Oracle => None,

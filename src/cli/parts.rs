@@ -108,7 +108,7 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
         }
         Bench::RoomsVerifier => {
             let judge = Judge::new(chats.verifier()?, &config.verifier)?;
-            let planner = Planner::new(chats.planner()?, &config.planner)?;
+            let planner = Planner::new(chats.planner()?, config)?;
             let asked: Vec<Question> =
                 crate::eval::rooms::questions(args.look, args.seed).take(args.n()).map(|(_, q)| q).collect();
             let tick = |done: usize, all: usize| {

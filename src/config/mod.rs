@@ -229,6 +229,9 @@ pub struct Sandbox {
     pub seconds: f64,
     pub memory_mb: usize,
     pub tool_calls: usize,
+    /// May programs call `point3d` and `size3d`? Of the planner's instructions those that valor brings
+    /// then tell of them.
+    pub extended_tools: bool,
 }
 
 #[derive(Debug, thiserror::Error)]

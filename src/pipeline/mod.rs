@@ -32,7 +32,7 @@ impl Models {
             let planner = s.spawn(|| chats.planner());
             let perception = Perception::load(config, device, chats);
             let model = planner.join().expect("loading a model does not panic")?;
-            Ok(Self { planner: Planner::new(model, &config.planner)?, perception: perception? })
+            Ok(Self { planner: Planner::new(model, config)?, perception: perception? })
         })
     }
 
@@ -58,6 +58,7 @@ pub fn limits(cfg: &config::Sandbox) -> Limits {
         // As much beside the program's memory as by default.
         address_space: default.address_space - default.memory_bytes as u64 + memory_bytes as u64,
         host_calls: cfg.tool_calls,
+        extended_tools: cfg.extended_tools,
         ..default
     }
 }

@@ -4,7 +4,7 @@
 //! every question, so the chat model computes their key-value cache once. What the reply holds
 //! is read by [`crate::program`]; nothing here trusts it.
 
-use crate::config::{self, ConfigError};
+use crate::config::{self, Config, ConfigError};
 use crate::llm::{ChatError, ChatModel, ChatReply, ChatRequest, Message, SamplingOptions};
 use std::sync::Arc;
 
@@ -15,17 +15,28 @@ pub const ROOMS_PROMPT: &str = include_str!("../../data/prompts/planner-rooms.tx
 /// method.md 2 and examples.
 pub const GENERAL_PROMPT: &str = include_str!("../../data/prompts/planner-general.txt");
 
+/// What tells of the extended tools, where programs may call them.
+pub const EXTENDED_TOOLS: &str = include_str!("../../data/prompts/planner-extended-tools.txt");
+
 /// The instructions that a configuration names.
-pub fn prompt(cfg: &config::Planner) -> Result<String, ConfigError> {
-    match cfg.prompt.as_str() {
-        "rooms" => Ok(ROOMS_PROMPT.into()),
-        "general" => Ok(GENERAL_PROMPT.into()),
+pub fn prompt(cfg: &Config) -> Result<String, ConfigError> {
+    let own = |text: &str| match (cfg.sandbox.extended_tools, text.find(AFTER_TOOLS)) {
+        (false, _) => text.to_owned(),
+        (true, Some(at)) => format!("{}{EXTENDED_TOOLS}{}", &text[..at], &text[at..]),
+        (true, None) => format!("{}\n{EXTENDED_TOOLS}", text.trim_end()),
+    };
+    match cfg.planner.prompt.as_str() {
+        "rooms" => Ok(own(ROOMS_PROMPT)),
+        "general" => Ok(own(GENERAL_PROMPT)),
         file => std::fs::read_to_string(file).map_err(|e| ConfigError::Invalid {
             origin: "planner.prompt".into(),
             message: format!("{file}: {e}; give a file, or one of rooms and general"),
         }),
     }
 }
+
+/// Where the general instructions have named all tools.
+const AFTER_TOOLS: &str = "- `math`";
 
 pub struct Planner {
     pub model: Arc<dyn ChatModel>,
@@ -62,8 +73,9 @@ pub struct Failed<'a> {
 
 impl Planner {
     /// Any chat model as the planner.
-    pub fn new(model: Arc<dyn ChatModel>, cfg: &config::Planner) -> Result<Self, ConfigError> {
-        Ok(Self { model, prompt: prompt(cfg)?, sampling: sampling(cfg), max_new_tokens: cfg.max_new_tokens })
+    pub fn new(model: Arc<dyn ChatModel>, cfg: &Config) -> Result<Self, ConfigError> {
+        let (prompt, cfg) = (prompt(cfg)?, &cfg.planner);
+        Ok(Self { model, prompt, sampling: sampling(cfg), max_new_tokens: cfg.max_new_tokens })
     }
 
     /// One reply a question; each has a seed of its own, so a reply does not depend on what else is

@@ -49,11 +49,16 @@ pub(super) struct Request {
 }
 
 /// The tools' names and parameters, the same for stub, mock, oracle and real (method.md 10.12).
-pub(super) const SIGNATURES: [(&str, &[&str]); 3] = [
+pub(super) const SIGNATURES: [(&str, &[&str]); 5] = [
     ("gd_detect", &["img_pth", "prompt"]),
     ("depth", &["img_pth", "bbox"]),
     ("vqa", &["img_pth", "bbox", "prompt"]),
+    ("point3d", &["img_pth", "bbox"]),
+    ("size3d", &["img_pth", "bbox"]),
 ];
+
+/// Of [`SIGNATURES`] those that a program has on request only.
+const EXTENDED: [&str; 2] = ["point3d", "size3d"];
 
 /// Answers one call. The second part is the entry for the trace.
 pub(super) fn call(
@@ -83,7 +88,8 @@ fn answer(
     tools: &mut dyn Tools,
     shown: &mut Map<String, Value>,
 ) -> Result<Plain, Raised> {
-    let Some((tool, params)) = SIGNATURES.into_iter().find(|(name, _)| *name == request.tool) else {
+    let offered = |name: &str| name == request.tool && (limits.extended_tools || !EXTENDED.contains(&name));
+    let Some((tool, params)) = SIGNATURES.into_iter().find(|(name, _)| offered(name)) else {
         return Err(raised("NameError", format!("name '{}' is not defined", request.tool)));
     };
     let bound = bind(tool, params, request)?;
@@ -129,6 +135,12 @@ fn answer(
             } else {
                 Err(raised("RuntimeError", "no depth is known there"))
             }
+        }
+        "point3d" | "size3d" => {
+            let bbox = bbox(tool, arg("bbox"))?;
+            shown.insert("bbox".into(), json!(bbox));
+            let metres = if tool == "point3d" { tools.point3d(bbox) } else { tools.size3d(bbox) };
+            Ok(Plain::List(metres.map_err(of_tool)?.map(Plain::Float).to_vec()))
         }
         _ => {
             // "The whole image if the box is None or empty" (method.md 7).
@@ -244,6 +256,18 @@ mod tests {
         assert_eq!(ask("gd_detect", vec![img(), Plain::str("x".repeat(5000))], vec![]), Err("ValueError"));
         assert_eq!(ask("gd_detect", vec![img(), Plain::Int(3)], vec![]), Err("TypeError"));
         assert_eq!(ask("system", vec![], vec![]), Err("NameError"));
+    }
+
+    #[test]
+    fn the_extended_tools_are_there_on_request_only() {
+        let args = vec![Plain::str("a.png"), sides([0., 0., 1., 1.])];
+        for (tool, want) in [("point3d", [0.1, 0.2, 0.5]), ("size3d", [0.3, 0.4, 0.2])] {
+            assert_eq!(ask(tool, args.clone(), vec![]), Err("NameError"));
+            let request = Request { tool: tool.into(), args: args.clone(), kwargs: vec![], line: None };
+            let limits = Limits { extended_tools: true, ..Limits::default() };
+            let want = Plain::List(want.map(Plain::Float).to_vec());
+            assert_eq!(call(&request, "a.png", &limits, &mut StubTools).0, Ok(want));
+        }
     }
 
     /// Both names of the box work with every implementation.

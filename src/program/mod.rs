@@ -48,6 +48,8 @@ pub struct Limits {
     /// Depth of calls.
     pub recursion: usize,
     pub host_calls: usize,
+    /// Has it `point3d` and `size3d`, too?
+    pub extended_tools: bool,
     /// What it may print, bytes.
     pub output_bytes: usize,
     /// Longest prompt for a tool, bytes.
@@ -67,6 +69,7 @@ impl Default for Limits {
             address_space: 768 << 20,
             recursion: 200,
             host_calls: 200,
+            extended_tools: false,
             output_bytes: 64 << 10,
             prompt_bytes: 4 << 10,
             answer_depth: 32,

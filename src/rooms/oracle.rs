@@ -6,7 +6,8 @@
 use super::spec::{Noun, colour_of, kind_of};
 use super::vqa::{UNKNOWN, answer_crop, answer_whole, parse_crop};
 use super::{Colour, Thing, View};
-use crate::tools::{BBox, Detection, ToolError, Tools, bbox};
+use crate::models::moge::{Depth, DepthError};
+use crate::tools::{BBox, Detection, ToolError, ToolErrorKind, Tools, bbox};
 
 /// [`Tools`] that know the truth of one picture.
 #[derive(Clone, Copy, Debug)]
@@ -43,6 +44,17 @@ fn named(phrase: &str) -> Option<Noun> {
     None
 }
 
+/// The true depth through the true camera, read as the network's is.
+fn geometry(view: &View) -> Depth {
+    let (w, h) = (view.width as usize, view.height as usize);
+    let fx = 0.5 / (view.camera.fov_x.to_radians() / 2.).tan();
+    Depth::new(w, h, view.depth.clone(), None).through([fx, fx * w as f64 / h as f64])
+}
+
+fn value(e: DepthError) -> ToolError {
+    ToolError { kind: ToolErrorKind::Value, message: e.to_string() }
+}
+
 impl Tools for OracleTools<'_> {
     fn gd_detect(&mut self, prompt: &str) -> Result<Vec<Detection>, ToolError> {
         let mut detections: Vec<Detection> = Vec::new();
@@ -64,6 +76,14 @@ impl Tools for OracleTools<'_> {
 
     fn depth(&mut self, bbox: BBox) -> Result<f64, ToolError> {
         Ok(self.view.depth_at(bbox))
+    }
+
+    fn point3d(&mut self, bbox: BBox) -> Result<[f64; 3], ToolError> {
+        geometry(self.view).point_at(bbox).map_err(value)
+    }
+
+    fn size3d(&mut self, bbox: BBox) -> Result<[f64; 3], ToolError> {
+        geometry(self.view).size_in(bbox).map_err(value)
     }
 
     fn vqa(&mut self, bbox: Option<BBox>, prompt: &str) -> Result<String, ToolError> {

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use serde::Deserialize;
 
-use super::{BBox, Detection, ToolError, Tools};
+use super::{BBox, Detection, ToolError, ToolErrorKind, Tools};
 
 /// A scene file (JSON).
 #[derive(Clone, Debug, Deserialize)]
@@ -107,6 +107,11 @@ fn iou(a: BBox, b: BBox) -> f64 {
     if union > 0. { area(both) / union } else { 0. }
 }
 
+fn flat(tool: &str) -> ToolError {
+    let message = format!("{tool}: a written scene has boxes and depths, but no camera");
+    ToolError { kind: ToolErrorKind::Runtime, message }
+}
+
 impl Tools for MockTools {
     fn gd_detect(&mut self, prompt: &str) -> Result<Vec<Detection>, ToolError> {
         let lower = prompt.to_lowercase();
@@ -145,6 +150,14 @@ impl Tools for MockTools {
             }
         };
         Ok(answer.unwrap_or_else(|| "unknown".to_owned()))
+    }
+
+    fn point3d(&mut self, _bbox: BBox) -> Result<[f64; 3], ToolError> {
+        Err(flat("point3d"))
+    }
+
+    fn size3d(&mut self, _bbox: BBox) -> Result<[f64; 3], ToolError> {
+        Err(flat("size3d"))
     }
 }
 

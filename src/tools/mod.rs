@@ -1,4 +1,4 @@
-//! The three tools that a program may call, behind one trait and one signature for every
+//! The tools that a program may call (three, and two of an extended set), behind one trait and one signature for every
 //! implementation: stub, oracle and real (method.md 7, 10.12).
 
 pub mod bbox;
@@ -60,6 +60,12 @@ pub trait Tools {
     fn depth(&mut self, bbox: BBox) -> Result<f64, ToolError>;
     /// One word or phrase, lower case; the whole picture where there is no box.
     fn vqa(&mut self, bbox: Option<BBox>, prompt: &str) -> Result<String, ToolError>;
+    /// Of the extended set: where what is in the box is, in metres from the camera, x to the right, y
+    /// downwards, z forward.
+    fn point3d(&mut self, bbox: BBox) -> Result<[f64; 3], ToolError>;
+    /// Of the extended set: how wide, high and deep what is seen in the box is, in metres along the
+    /// camera's axes.
+    fn size3d(&mut self, bbox: BBox) -> Result<[f64; 3], ToolError>;
 }
 
 impl<T: Tools + ?Sized> Tools for Box<T> {
@@ -73,5 +79,13 @@ impl<T: Tools + ?Sized> Tools for Box<T> {
 
     fn vqa(&mut self, bbox: Option<BBox>, prompt: &str) -> Result<String, ToolError> {
         (**self).vqa(bbox, prompt)
+    }
+
+    fn point3d(&mut self, bbox: BBox) -> Result<[f64; 3], ToolError> {
+        (**self).point3d(bbox)
+    }
+
+    fn size3d(&mut self, bbox: BBox) -> Result<[f64; 3], ToolError> {
+        (**self).size3d(bbox)
     }
 }

@@ -23,4 +23,12 @@ impl Tools for StubTools {
     fn vqa(&mut self, _bbox: Option<BBox>, _prompt: &str) -> Result<String, ToolError> {
         Ok("1".to_owned())
     }
+
+    fn point3d(&mut self, _bbox: BBox) -> Result<[f64; 3], ToolError> {
+        Ok([0.1, 0.2, 0.5])
+    }
+
+    fn size3d(&mut self, _bbox: BBox) -> Result<[f64; 3], ToolError> {
+        Ok([0.3, 0.4, 0.2])
+    }
 }

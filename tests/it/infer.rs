@@ -237,7 +237,7 @@ fn infer_gives_what_eval_scores() {
             _ => format!("<plan>p</plan><answer>\n{}\n</answer>", programs[question]),
         }
     };
-    let planner = Planner::new(Arc::new(Scripted::new(rule)), &e.config.planner).unwrap();
+    let planner = Planner::new(Arc::new(Scripted::new(rule)), &e.config).unwrap();
     let mut sandbox = sandbox(&e.config);
     let mut run = |shuffle: bool| {
         let programs =
@@ -315,6 +315,28 @@ fn the_examples_in_the_planners_instructions_are_in_form_and_run() {
     }
 }
 
+/// The planner hears of the extended tools where programs have them, and only there.
+#[test]
+fn the_extended_tools_are_told_of_where_they_are_on() {
+    let told = |sets: &[&str]| {
+        let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
+        valor::planner::prompt(&Config::resolve(None, &sets).unwrap()).unwrap()
+    };
+    for prompt in ["planner.prompt=rooms", "planner.prompt=general"] {
+        assert!(!told(&[prompt]).contains("size3d"));
+        let with = told(&[prompt, "sandbox.extended_tools=true"]);
+        assert_eq!(with.matches("- `size3d(img_pth, bbox)`").count(), 1);
+        assert!(with.find("size3d").unwrap() < with.find("Rules:").unwrap_or(usize::MAX));
+    }
+    let program = "final_answer = size3d(img_pth, [0, 0, 9, 9])[1]";
+    let run = |on: bool| {
+        let config = Config::resolve(None, &[format!("sandbox.extended_tools={on}")]).unwrap();
+        sandbox(&config).run(program, IMAGE, &mut StubTools).result
+    };
+    assert_eq!(run(true), Ok(serde_json::json!(0.4)));
+    assert!(run(false).unwrap_err().to_string().contains("size3d"));
+}
+
 /// The instructions may be a file, and then not a byte is changed.
 #[test]
 fn a_file_of_instructions_is_used_byte_for_byte() {
@@ -323,9 +345,9 @@ fn a_file_of_instructions_is_used_byte_for_byte() {
     std::fs::write(&file, "  Plan!\r\n\n ").unwrap();
     let set = |path: &Path| Config::resolve(None, &[format!("planner.prompt={}", path.display())]).unwrap();
     let echo = || Arc::new(Scripted::new(|turn: &str, _| turn.to_owned()));
-    let planner = Planner::new(echo(), &set(&file).planner).unwrap();
+    let planner = Planner::new(echo(), &set(&file)).unwrap();
     let reply = planner.ask(&[("Why?", 1)], None).remove(0).unwrap();
     assert_eq!(reply.text, "  Plan!\r\n\n \nQuestion: Why?");
-    let gone = Planner::new(echo(), &set(&dir.path().join("none.txt")).planner).err().unwrap().to_string();
+    let gone = Planner::new(echo(), &set(&dir.path().join("none.txt"))).err().unwrap().to_string();
     assert!(gone.starts_with("planner.prompt: ") && gone.contains("none.txt"), "{gone}");
 }

@@ -222,6 +222,12 @@ fn a_killed_worker_is_replaced() {
         fn vqa(&mut self, _: Option<valor::tools::BBox>, _: &str) -> Result<String, valor::tools::ToolError> {
             Ok(String::new())
         }
+        fn point3d(&mut self, _: valor::tools::BBox) -> Result<[f64; 3], valor::tools::ToolError> {
+            Ok([0.; 3])
+        }
+        fn size3d(&mut self, _: valor::tools::BBox) -> Result<[f64; 3], valor::tools::ToolError> {
+            Ok([0.; 3])
+        }
     }
     let mut sandbox = sandbox();
     let first = sandbox.worker_id().unwrap();

@@ -7,6 +7,8 @@ pub enum DepthError {
     NothingValid(f64, f64, f64, f64),
     #[error("the box [{0}, {1}, {2}, {3}] is not four finite numbers")]
     NotFinite(f64, f64, f64, f64),
+    #[error("the camera of this depth is not known")]
+    NoCamera,
 }
 
 /// Depth along the optical axis, one value a pixel, row-major.
@@ -18,14 +20,27 @@ pub struct Depth {
     pub metres: Vec<f32>,
     /// Inside the predicted mask, finite and in front of the camera.
     pub valid: Vec<bool>,
+    /// Focal lengths in units of the map's width and height, where the camera is known.
+    pub focal: Option<[f64; 2]>,
 }
+
+/// Pixels whose depth is off the box's own by more than this share of it show something else.
+const SAME_THING: f64 = 0.2;
+
+/// Share of the points at each end of an extent that are taken for strays.
+const STRAYS: f64 = 0.02;
 
 impl Depth {
     /// `mask`, where there is one, says which pixels the network vouches for.
     pub fn new(width: usize, height: usize, metres: Vec<f32>, mask: Option<&[bool]>) -> Self {
         let ok = |(i, z): (usize, &f32)| z.is_finite() && *z > 0. && mask.is_none_or(|m| m[i]);
         let valid = metres.iter().enumerate().map(ok).collect();
-        Self { width, height, metres, valid }
+        Self { width, height, metres, valid, focal: None }
+    }
+
+    /// As seen through a camera with these focal lengths, in units of the map's width and height.
+    pub fn through(self, focal: [f64; 2]) -> Self {
+        Self { focal: Some(focal), ..self }
     }
 
     /// Metres at the centre of a box in pixels, as the paper samples it; where that pixel is not
@@ -44,8 +59,37 @@ impl Depth {
         self.median_in(bbox)
     }
 
-    /// The median over a box's valid pixels.
-    pub fn median_in(&self, bbox: [f64; 4]) -> Result<f64, DepthError> {
+    /// The middle of a box in space: metres to the right of the camera, below it, and before it.
+    pub fn point_at(&self, bbox: [f64; 4]) -> Result<[f64; 3], DepthError> {
+        let z = self.at(bbox)?;
+        let middle = |a: f64, b: f64, n: usize| ((a + b) / 2.).clamp(0., n as f64);
+        self.point(middle(bbox[0], bbox[2], self.width), middle(bbox[1], bbox[3], self.height), z)
+    }
+
+    /// How wide, high and deep what a box shows is, in metres along the camera's axes: the extent of the
+    /// points whose depth is about the median's, without strays. Of its depth only the side that is seen.
+    pub fn size_in(&self, bbox: [f64; 4]) -> Result<[f64; 3], DepthError> {
+        let z = self.median_in(bbox)?;
+        let mut along: [Vec<f64>; 3] = Default::default();
+        for i in self.inside(bbox)?.filter(|&i| (f64::from(self.metres[i]) / z - 1.).abs() < SAME_THING) {
+            let (x, y) = ((i % self.width) as f64 + 0.5, (i / self.width) as f64 + 0.5);
+            let point = self.point(x, y, self.metres[i].into())?;
+            along.iter_mut().zip(point).for_each(|(all, p)| all.push(p));
+        }
+        Ok(along.map(|mut all| {
+            all.sort_unstable_by(f64::total_cmp);
+            let strays = (STRAYS * all.len() as f64) as usize;
+            all[all.len() - 1 - strays] - all[strays]
+        }))
+    }
+
+    fn point(&self, x: f64, y: f64, z: f64) -> Result<[f64; 3], DepthError> {
+        let [fx, fy] = self.focal.ok_or(DepthError::NoCamera)?;
+        Ok([z * (x / self.width as f64 - 0.5) / fx, z * (y / self.height as f64 - 0.5) / fy, z])
+    }
+
+    /// The valid pixels in a box.
+    fn inside(&self, bbox: [f64; 4]) -> Result<impl Iterator<Item = usize>, DepthError> {
         let [x1, y1, x2, y2] = bbox;
         if bbox.iter().any(|v| !v.is_finite()) {
             return Err(DepthError::NotFinite(x1, y1, x2, y2));
@@ -56,16 +100,15 @@ impl Depth {
             let (a, b) = (a.min(b), a.max(b));
             pixel(a, n)..(b.ceil().clamp(0., n as f64) as usize)
         };
-        let mut inside = Vec::new();
-        for y in range(y1, y2, self.height) {
-            for x in range(x1, x2, self.width) {
-                let i = y * self.width + x;
-                if self.valid[i] {
-                    inside.push(self.metres[i]);
-                }
-            }
-        }
+        let (rows, cols) = (range(y1, y2, self.height), range(x1, x2, self.width));
+        Ok(rows.flat_map(move |y| cols.clone().map(move |x| y * self.width + x)).filter(|&i| self.valid[i]))
+    }
+
+    /// The median over a box's valid pixels.
+    pub fn median_in(&self, bbox: [f64; 4]) -> Result<f64, DepthError> {
+        let mut inside: Vec<f32> = self.inside(bbox)?.map(|i| self.metres[i]).collect();
         if inside.is_empty() {
+            let [x1, y1, x2, y2] = bbox;
             return Err(DepthError::NothingValid(x1, y1, x2, y2));
         }
         let middle = inside.len() / 2;
@@ -101,6 +144,27 @@ mod tests {
         assert_eq!(ramp(None).median_in([0., 0., 3., 2.]), Ok(5.), "of 1, 2, 3, 5, 6 and 7");
         let none = ramp(Some(&[false; 12]));
         assert!(matches!(none.at([0., 0., 2., 2.]), Err(DepthError::NothingValid(..))));
+    }
+
+    /// A board of 1 m × 0.5 m at 2 m, before a wall at 5 m, through a lens of 90°.
+    #[test]
+    fn sizes_are_of_the_thing_and_not_of_the_wall_behind_it() {
+        let (w, h) = (80, 60);
+        let f = w as f64 / 2.;
+        let is_board = |i: usize| {
+            let (x, y) = ((i % w) as f64 + 0.5 - 40., (i / w) as f64 + 0.5 - 30.);
+            (x * 2. / f).abs() <= 0.5 && (y * 2. / f).abs() <= 0.25
+        };
+        let metres = (0..w * h).map(|i| if is_board(i) { 2. } else { 5. }).collect();
+        let depth = Depth::new(w, h, metres, None);
+        let bbox = [28., 23., 52., 37.];
+        assert_eq!(depth.size_in(bbox), Err(DepthError::NoCamera));
+        let depth = depth.through([f / w as f64, f / h as f64]);
+        let [wide, high, deep] = depth.size_in(bbox).unwrap();
+        assert!((wide - 1.).abs() < 0.06 && (high - 0.5).abs() < 0.06 && deep == 0., "{wide} {high} {deep}");
+        assert_eq!(depth.point_at([38., 28., 42., 32.]), Ok([0., 0., 2.]));
+        let [x, y, z] = depth.point_at([60., 50., 80., 60.]).unwrap();
+        assert!((x - 5. * 30. / f).abs() < 1e-9 && (y - 5. * 25. / f).abs() < 1e-9 && z == 5.);
     }
 
     #[test]

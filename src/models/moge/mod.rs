@@ -410,7 +410,7 @@ impl MoGe {
             normal.iter_mut().zip(mask).filter(|(_, m)| !**m).for_each(|(n, _)| *n = [0.; 3]);
         }
         Ok(Inferred {
-            depth: Depth::new(width, height, metres, mask.as_deref()),
+            depth: Depth::new(width, height, metres, mask.as_deref()).through([fx, fy]),
             points,
             normal,
             intrinsics: [[fx, 0., 0.5], [0., fy, 0.5], [0., 0., 1.]],

@@ -68,13 +68,17 @@ impl DepthEstimator {
         picture: &Picture,
         bbox: BBox,
     ) -> std::result::Result<f64, ToolError> {
-        let (x, y) =
-            (depth.width as f64 / picture.width() as f64, depth.height as f64 / picture.height() as f64);
-        let scaled = [bbox[0] * x, bbox[1] * y, bbox[2] * x, bbox[3] * y];
+        let scaled = scaled(depth, picture, bbox);
         let read = match self.sample {
             DepthSample::Center => depth.at(scaled),
             DepthSample::Median => depth.median_in(scaled),
         };
         read.map_err(|e| value(e.to_string()))
     }
+}
+
+/// A box in pixels of a picture, in those of its depth.
+pub(super) fn scaled(depth: &Depth, picture: &Picture, bbox: BBox) -> BBox {
+    let (x, y) = (depth.width as f64 / picture.width() as f64, depth.height as f64 / picture.height() as f64);
+    [bbox[0] * x, bbox[1] * y, bbox[2] * x, bbox[3] * y]
 }

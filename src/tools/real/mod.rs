@@ -120,6 +120,18 @@ impl Tools for RealTools<'_> {
         models.depth.read(self.depth_map()?, picture, bbox)
     }
 
+    fn point3d(&mut self, bbox: BBox) -> Result<[f64; 3], ToolError> {
+        let picture = self.picture;
+        let depth = self.depth_map()?;
+        depth.point_at(estimator::scaled(depth, picture, bbox)).map_err(|e| value(e.to_string()))
+    }
+
+    fn size3d(&mut self, bbox: BBox) -> Result<[f64; 3], ToolError> {
+        let picture = self.picture;
+        let depth = self.depth_map()?;
+        depth.size_in(estimator::scaled(depth, picture, bbox)).map_err(|e| value(e.to_string()))
+    }
+
     fn vqa(&mut self, bbox: Option<BBox>, prompt: &str) -> Result<String, ToolError> {
         self.models.vlm.ask(self.picture, bbox, prompt)
     }

@@ -216,7 +216,7 @@ impl Training<'_> {
         policy.export_adapter(&self.dir.join(within(step)))?;
         let sent = servers.load(&format!("valor-{session}-{step}"), &servers.path(&within(step)));
         sent.map_err(anyhow::Error::msg).context("reasoner.servers")?;
-        let turn = user_turn(&planner::prompt(&self.config.planner)?, &self.queries.training[0]);
+        let turn = user_turn(&planner::prompt(self.config)?, &self.queries.training[0]);
         let prompt = policy.sampler.format.prompt(&[Message::user(turn)], &Device::Cpu)?.ids;
         for (url, trace) in
             servers.canaries(&prompt).map_err(anyhow::Error::msg).context("reasoner.servers")?
@@ -364,7 +364,7 @@ impl Training<'_> {
         bar: &ProgressBar,
     ) -> Result<Vec<Rollout>> {
         let config = self.config;
-        let (cfg, prompt) = (&config.reasoner, planner::prompt(&config.planner)?);
+        let (cfg, prompt) = (&config.reasoner, planner::prompt(config)?);
         let of_step = question_seed(cfg.seed, step as usize, round as usize);
         let request = |(k, &q): (usize, &usize)| {
             let turn = user_turn(&prompt, &self.queries.training[q]);
@@ -533,7 +533,7 @@ impl Training<'_> {
             return Ok(m);
         }
         bar.set_message("evaluation");
-        let prompt = planner::prompt(&self.config.planner)?;
+        let prompt = planner::prompt(self.config)?;
         let max = self.cfg().max_new_tokens;
         let requests: Vec<ChatRequest> =
             texts.iter().map(|q| ChatRequest::user(user_turn(&prompt, q), 0, max)).collect();
