@@ -29,6 +29,12 @@ pub fn write_atomic(
     Ok(())
 }
 
+/// The first `keep` bytes of the SHA-256 of these, in hexadecimal: 32 are all.
+pub fn sha256_hex(bytes: &[u8], keep: usize) -> String {
+    use sha2::{Digest, Sha256};
+    Sha256::digest(bytes).iter().take(keep).map(|b| format!("{b:02x}")).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -13,7 +13,6 @@ use anyhow::{Context, Result, bail, ensure};
 use candle_core::Device;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 
 use super::eval::{Bench as RoomsBench, EvalArgs, MethodChoice, Named, ToolChoice};
 use crate::config::{Config, ENDPOINT};
@@ -25,7 +24,7 @@ use crate::eval::benches::metric::Form;
 use crate::eval::benches::record::{Record, SAMPLES};
 use crate::eval::benches::run::{Gallery, Method, PROGRAMS, Programs, Runner, Stopped, Times, Written};
 use crate::eval::benches::summary::{PUBLISHED, summarise, table};
-use crate::files::write_atomic;
+use crate::files::{sha256_hex, write_atomic};
 use crate::llm::ChatModels;
 use crate::pipeline::{Referee, limits};
 use crate::planner::{Planner, prompt};
@@ -345,9 +344,7 @@ fn settings(
     how: How,
     tools: ToolChoice,
 ) -> Result<Value> {
-    let short = |bytes: &[u8]| -> String {
-        Sha256::digest(bytes).iter().take(8).map(|b| format!("{b:02x}")).collect()
-    };
+    let short = |bytes: &[u8]| sha256_hex(bytes, 8);
     // A model's name says little of a folder that training overwrites.
     let identity = |model: &str, part: &'static str| -> Result<Value> {
         if let Some(name) = model.strip_prefix(ENDPOINT) {

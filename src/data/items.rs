@@ -3,8 +3,8 @@
 use std::collections::VecDeque;
 use std::path::PathBuf;
 
+use crate::files::sha256_hex;
 use serde_json::{Map, Value};
-use sha2::{Digest, Sha256};
 
 use super::lines::Lines;
 use super::table::{Cell, Column, Row, Table};
@@ -106,7 +106,7 @@ impl Items {
             kind: Kind::Word,
             truth: Value::Null,
             options: Vec::new(),
-            picture_id: Sha256::digest(&bytes).iter().take(8).map(|b| format!("{b:02x}")).collect(),
+            picture_id: sha256_hex(&bytes, 8),
             picture: PictureRef::Bytes(bytes),
         };
         match bench {

@@ -9,9 +9,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use sha2::{Digest, Sha256};
-
-use crate::files::write_atomic;
+use crate::files::{sha256_hex, write_atomic};
 use crate::weights::hub::is_offline;
 
 /// Largest picture that is fetched.
@@ -52,7 +50,7 @@ impl Links {
         if !link.starts_with("http://") && !link.starts_with("https://") {
             return Err(fail("is no http or https address".into()));
         }
-        let name: String = Sha256::digest(link).iter().take(16).map(|b| format!("{b:02x}")).collect();
+        let name: String = sha256_hex(link.as_bytes(), 16);
         let place = self.folder.join(name);
         match std::fs::read(&place) {
             Ok(bytes) => return Ok(bytes),

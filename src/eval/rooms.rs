@@ -54,6 +54,9 @@ pub struct Sample {
     /// How often its program failed and was written anew.
     #[serde(skip_serializing_if = "is_zero")]
     pub repairs: usize,
+    /// Of several replies: whether any of them was right.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub any_correct: Option<bool>,
 }
 
 fn is_zero(n: &usize) -> bool {
@@ -81,6 +84,7 @@ impl Sample {
             seed: None,
             reply: None,
             repairs: 0,
+            any_correct: None,
         }
     }
 }
@@ -186,6 +190,8 @@ pub fn evaluate(
                         seed: Some(question_seed(seed, i, chosen)),
                         reply: run.reply.as_ref().map(|r| r.text.clone()),
                         repairs: run.earlier.len(),
+                        any_correct: (votes > 1)
+                            .then(|| runs.iter().any(|r| r.answered.value().is_some_and(|a| score(q, a)))),
                         ..Sample::new(i, view, q, &run.answered)
                     });
                 }
@@ -203,6 +209,9 @@ pub struct Row {
     pub all: Share,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mra: Option<f64>,
+    /// Of several replies a question: the share of questions with a right one among them (pass@k).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pass: Option<Share>,
 }
 
 /// Accuracy per family and in all, with the failures counted.
@@ -254,6 +263,9 @@ impl Report {
                 cell(&r.unseen)
             );
         }
+        if let Some(pass) = self.rows.last().and_then(|r| r.pass.as_ref()) {
+            let _ = writeln!(out, "a right one among the replies (pass@k): {pass}");
+        }
         if !self.failures.is_empty() {
             let list: Vec<_> = self.failures.iter().map(|(k, n)| format!("{k} {n}")).collect();
             let _ = writeln!(out, "no answer: {}", list.join(", "));
@@ -268,11 +280,13 @@ fn row(family: &str, samples: &[Sample], keep: impl Fn(&Sample) -> bool) -> Row 
         Share::clustered(these.map(|s| (s.scene, s.correct)))
     };
     let mra: Vec<f64> = samples.iter().filter(|s| keep(s)).filter_map(|s| s.mra).collect();
+    let pass = samples.iter().filter(|s| keep(s)).filter_map(|s| Some((s.scene, s.any_correct?)));
     Row {
         family: family.to_string(),
         seen: share(Some(false)),
         unseen: share(Some(true)),
         all: share(None),
         mra: (!mra.is_empty()).then(|| mra.iter().sum::<f64>() / mra.len() as f64),
+        pass: Some(Share::clustered(pass)).filter(|p| p.n > 0),
     }
 }

@@ -65,6 +65,12 @@ impl Judge {
         self.model.name()
     }
 
+    /// A hash of its instructions, for records.
+    pub fn prompts_sha256(&self) -> String {
+        let texts: Vec<&str> = Head::ALL.iter().map(|head| self.prompts[head].as_str()).collect();
+        VerdictCache::key(&texts)
+    }
+
     /// What its calls have cost so far, where calls cost anything.
     pub fn usage(&self) -> Option<Usage> {
         self.model.usage()

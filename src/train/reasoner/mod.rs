@@ -21,7 +21,7 @@ use super::rollout::{RolloutEngine, Servers};
 use super::run::{Metrics, MetricsLog};
 use super::{Broken, differences};
 use crate::config::{self, Algorithm, Config};
-use crate::files::write_atomic;
+use crate::files::{sha256_hex, write_atomic};
 use crate::llm::endpoint::Usage;
 use crate::llm::{ChatModel, ChatReply, ChatRequest, Finish, Message, SamplingOptions};
 use crate::nn::AdamW;
@@ -105,16 +105,20 @@ impl Training<'_> {
     }
 
     /// What a resumed run may not change. Limits on memory and what is written when are one's own.
-    fn settings(&self, policy: &Policy) -> Value {
+    fn settings(&self, policy: &Policy) -> Result<Value> {
         let mut of_run = json!(self.cfg());
         for free in ["micro_tokens", "save_every", "keep", "missing_limit", "servers"] {
             of_run.as_object_mut().expect("a table").remove(free);
         }
-        json!({
-            "reasoner": of_run, "planner": policy.name(), "prompt": self.config.planner.prompt,
+        // Of the instructions what they say, too: files under one name can change.
+        let prompt = planner::prompt(self.config)?;
+        Ok(json!({
+            "reasoner": of_run, "planner": policy.name(),
+            "prompt": self.config.planner.prompt, "prompt_sha256": sha256_hex(prompt.as_bytes(), 32),
             "verifier": self.verification.judge.name(), "prompts": self.config.verifier.prompts,
+            "prompts_sha256": self.verification.judge.prompts_sha256(),
             "reward": self.config.reward,
-        })
+        }))
     }
 
     /// Trains `policy` to the end, or to a stop. With `resume` it goes on from the folder's newest whole
@@ -125,7 +129,7 @@ impl Training<'_> {
         let checkpoints = Checkpoints::open(&self.dir.join("checkpoints"), self.cfg().keep)?;
         let mut optimiser = optimiser(policy, self.cfg())?;
         let schedule = schedule(self.cfg(), steps);
-        let mut state = State { settings: self.settings(policy), ..State::default() };
+        let mut state = State { settings: self.settings(policy)?, ..State::default() };
         if let Some(saved) = checkpoints.newest(|why| eprintln!("valor: passing over {why}"))? {
             if !resume {
                 bail!(

@@ -3,7 +3,7 @@
 
 use crate::config::{Config, DetectorTraining};
 use crate::data::odvg::{Boxes, Fault, FaultKind, Record};
-use crate::files::write_atomic;
+use crate::files::{sha256_hex, write_atomic};
 use crate::models::grounding_dino::caption::Blanks;
 use crate::nn::Params;
 use crate::nn::optim::{AdamWConfig, Decay, Schedule};
@@ -369,10 +369,7 @@ impl Fit<'_> {
             .map(serde_json::to_string)
             .collect::<serde_json::Result<Vec<_>>>()?
             .join("\n");
-        let hash = {
-            use sha2::{Digest, Sha256};
-            Sha256::digest(records).iter().take(8).map(|b| format!("{b:02x}")).collect::<String>()
-        };
+        let hash = sha256_hex(records.as_bytes(), 8);
         Ok(json!({
             "training": of_run, "seed": self.config.grounding.seed, "detector": parts.name,
             "fingerprint": parts.files.fingerprint(), "boxes": hash, "rooms": rooms::VERSION,
