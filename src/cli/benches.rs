@@ -26,6 +26,7 @@ use crate::eval::benches::run::{Gallery, Method, PROGRAMS, Programs, Runner, Sto
 use crate::eval::benches::summary::{PUBLISHED, summarise, table};
 use crate::files::{sha256_hex, write_atomic};
 use crate::llm::ChatModels;
+use crate::llm::engine::EngineOptions;
 use crate::pipeline::{Referee, limits};
 use crate::planner::{Planner, prompt};
 use crate::tools::real::{Perception, Vlm};
@@ -215,7 +216,10 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode
     if !done.is_empty() {
         eprintln!("valor: {} questions are done in {} already", done.len(), out.display());
     }
-    let chats = ChatModels::new(config, device);
+    // With one question after another no prefix is kept, which is for those that share one.
+    let min_prefix = if args.one_by_one { usize::MAX / 2 } else { EngineOptions::default().min_prefix };
+    let engines = EngineOptions { min_prefix, ..EngineOptions::default() };
+    let chats = ChatModels::new(config, device).with_engines(engines);
     let planner = match how {
         How::Planner => Some(Planner::new(chats.planner()?, config)?),
         _ => None,
@@ -237,6 +241,7 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode
         (How::Programs, ..) => Method::Programs(Programs::open(args.programs.as_deref().unwrap_or(out))?),
         _ => Method::Stored,
     };
+    let many = !args.one_by_one;
     let workers = at_once(config, &config.vlm.model).max(std::thread::available_parallelism()?.get().min(4));
     let runner = Runner {
         method,
@@ -247,9 +252,14 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode
         seed: args.seed,
         how: config.inference,
         limits: limits(&config.sandbox),
-        workers,
+        workers: if many { workers } else { 1 },
+        overlap: many,
         // Several questions are about one picture, which one worker has.
-        together: (2 * at_once(config, &config.planner.model)).max(6 * workers).max(32),
+        together: if many {
+            (2 * at_once(config, &config.planner.model)).max(6 * workers).max(32)
+        } else {
+            1
+        },
     };
     let already = done.len();
     let bar = ProgressBar::new(total as u64);

@@ -109,6 +109,9 @@ pub struct EvalArgs {
     /// omni3d-bench, robospatial, blink, vsr, realworldqa, gqa, tallyqa, countbench
     #[arg(long, value_name = "NAME,…", value_delimiter = ',', default_value = "rooms")]
     pub(super) bench: Vec<Named>,
+    /// Nothing batched, overlapped or kept from one question to the next: to measure what that brings
+    #[arg(long, hide_short_help = true)]
+    pub(super) one_by_one: bool,
     /// Questions, or what the bench counts: 1000 of rooms and all of a published bench unless it is given
     #[arg(long)]
     pub(super) n: Option<usize>,
@@ -177,6 +180,7 @@ impl EvalArgs {
             || self.shard.is_some()
             || self.method.is_some()
             || self.planner_only
+            || self.one_by_one
             || self.programs.is_some();
         let folder = |out: &PathBuf| out.is_dir() || (!out.is_file() && out.extension().is_none());
         !new && !self.out.as_ref().is_some_and(folder)

@@ -16,12 +16,18 @@ use crate::weights::ModelFiles;
 pub struct ChatModels<'a> {
     config: &'a Config,
     device: &'a Device,
+    options: EngineOptions,
     endpoints: Mutex<BTreeMap<String, Arc<Endpoint>>>,
 }
 
 impl<'a> ChatModels<'a> {
     pub fn new(config: &'a Config, device: &'a Device) -> Self {
-        Self { config, device, endpoints: Mutex::default() }
+        Self { config, device, options: EngineOptions::default(), endpoints: Mutex::default() }
+    }
+
+    /// With engines that are not as they are by default.
+    pub fn with_engines(self, options: EngineOptions) -> Self {
+        Self { options, ..self }
     }
 
     pub fn planner(&self) -> Result<Arc<dyn ChatModel>, LoadError> {
@@ -55,7 +61,7 @@ impl<'a> ChatModels<'a> {
     fn open(&self, model: &str, part: &'static str) -> Result<Arc<dyn ChatModel>, LoadError> {
         let Some(name) = model.strip_prefix(ENDPOINT) else {
             let files = ModelFiles::open(model, part)?;
-            return Ok(Arc::new(LocalChat::from_files(&files, self.device, EngineOptions::default())?));
+            return Ok(Arc::new(LocalChat::from_files(&files, self.device, self.options.clone())?));
         };
         let mut endpoints = self.endpoints.lock().expect("no holder panics");
         if let Some(known) = endpoints.get(name) {

@@ -63,6 +63,8 @@ pub struct Runner<'a> {
     pub workers: usize,
     /// Questions planned in one call.
     pub together: usize,
+    /// May the next questions be planned while these are worked on?
+    pub overlap: bool,
 }
 
 /// What ends a run.
@@ -202,11 +204,14 @@ impl Runner<'_> {
     ) -> Result<(BTreeMap<&'static str, Note>, Times), Stopped> {
         let times = Mutex::new(Times::new());
         let stop = AtomicBool::new(false);
+        let turn = (!self.overlap).then(|| Mutex::new(()));
         std::thread::scope(|s| {
             let (send, batches) = mpsc::sync_channel::<Vec<Planned>>(1);
             let (give, jobs) = mpsc::channel::<Vec<Job>>();
             let (done, results) = mpsc::channel();
             let (times, stop, jobs) = (&times, &stop, Arc::new(Mutex::new(jobs)));
+            // Held by who plans and by who works, where they may not do so at once.
+            let turn = &turn;
             for _ in 0..self.workers {
                 let (jobs, done) = (jobs.clone(), done.clone());
                 s.spawn(move || self.serve(&jobs, &done, stop, times));
@@ -218,6 +223,7 @@ impl Runner<'_> {
                     if tasks.is_empty() {
                         return Ok(feed.into_notes());
                     }
+                    let _turn = turn.as_ref().map(|t| t.lock().expect("no holder panics"));
                     let started = Instant::now();
                     self.fetch(&mut tasks);
                     spend(times, "links", started);
@@ -231,6 +237,7 @@ impl Runner<'_> {
                 }
             });
             for batch in batches {
+                let _turn = turn.as_ref().map(|t| t.lock().expect("no holder panics"));
                 let done = self.work(batch, gallery, &give, &results).inspect_err(|_| {
                     stop.store(true, Ordering::Relaxed);
                 })?;
@@ -253,6 +260,22 @@ impl Runner<'_> {
     /// A worker's life. It starts its sandbox itself: the jailed process dies with the thread that
     /// started it, and is replaced where a program has ended it.
     fn serve(
+        &self,
+        jobs: &Mutex<mpsc::Receiver<Vec<Job>>>,
+        done: &mpsc::Sender<Result<Vec<(usize, Done)>, Stopped>>,
+        stop: &AtomicBool,
+        times: &Mutex<Times>,
+    ) {
+        // Threads of its own: those of others would share each of thousands of short operations, and wait
+        // for one another as long as they work.
+        let threads = (rayon::current_num_threads() / self.workers).max(1);
+        match rayon::ThreadPoolBuilder::new().num_threads(threads).build() {
+            Ok(pool) if self.workers > 1 => pool.install(|| self.work_off(jobs, done, stop, times)),
+            _ => self.work_off(jobs, done, stop, times),
+        }
+    }
+
+    fn work_off(
         &self,
         jobs: &Mutex<mpsc::Receiver<Vec<Job>>>,
         done: &mpsc::Sender<Result<Vec<(usize, Done)>, Stopped>>,
