@@ -24,6 +24,7 @@ pub mod mlp;
 pub mod msda;
 pub mod norm;
 pub mod optim;
+pub mod packed;
 pub mod params;
 pub mod precision;
 pub mod resample;
