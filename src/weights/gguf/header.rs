@@ -350,3 +350,88 @@ fn tensor(r: &mut Reader) -> Result<(&'static Kind, Vec<usize>, usize, u64), Str
     let shape = shape.into_iter().map(|d| d as usize).collect();
     Ok((kind, shape, bytes, offset))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn number(n: u64) -> Vec<u8> {
+        n.to_le_bytes().into()
+    }
+
+    fn string(text: &str) -> Vec<u8> {
+        [number(text.len() as u64), text.as_bytes().into()].concat()
+    }
+
+    fn id(n: u32) -> Vec<u8> {
+        n.to_le_bytes().into()
+    }
+
+    /// A file of version 3 with this many tensors and keys, and what follows.
+    fn file(tensors: u64, keys: u64, rest: &[Vec<u8>]) -> Vec<u8> {
+        [b"GGUF".to_vec(), id(3), number(tensors), number(keys), rest.concat()].concat()
+    }
+
+    /// A tensor's entry.
+    fn entry(name: &str, shape: &[u64], kind: u32, offset: u64) -> Vec<u8> {
+        let shape_bytes = shape.iter().flat_map(|d| number(*d)).collect();
+        [string(name), id(shape.len() as u32), shape_bytes, id(kind), number(offset)].concat()
+    }
+
+    #[test]
+    fn gguf_values_and_tensors_are_read() {
+        let list = [id(ARRAY), id(STRING), number(2), string("a"), string("bc")].concat();
+        let keys = [string("n"), id(5), id(7), string("eps"), id(6), 1e-6f32.to_le_bytes().into()].concat();
+        let bytes = file(1, 3, &[keys, string("l"), list, entry("t", &[4, 2], 0, 0), vec![0; 100]]);
+        let (metadata, tensors) = read(&bytes).unwrap();
+        assert_eq!(metadata["n"].whole(), Some(7));
+        assert_eq!(metadata["eps"].number(), Some(1e-6));
+        assert_eq!(metadata["l"].strings(&bytes), Some(vec!["a", "bc"]));
+        assert_eq!((&tensors["t"].shape[..], tensors["t"].kind.name), (&[2, 4][..], "F32"));
+        assert!(tensors["t"].place.start.is_multiple_of(32) && tensors["t"].place.len() == 32);
+    }
+
+    #[test]
+    fn gguf_headers_that_lie_are_refused_before_anything_is_made_of_them() {
+        let huge = u64::MAX;
+        let key = |of: u32, rest: Vec<u8>| file(0, 1, &[string("k"), id(of), rest]);
+        let nested = vec![[id(ARRAY), number(1)].concat(); 9].concat();
+        let with = |entries: &[Vec<u8>]| file(entries.len() as u64, 0, &[entries.concat(), vec![0; 128]]);
+        let alignment = |n: u32| file(0, 1, &[string(ALIGNMENT), id(4), id(n)]);
+        for (bytes, want) in [
+            (b"PK\x03\x04".to_vec(), "is no GGUF file"),
+            (Vec::new(), "is no GGUF file"),
+            ([b"GGUF".to_vec(), id(1)].concat(), "version 1"),
+            ([b"GGUF".to_vec(), id(3 << 24)].concat(), "big-endian"),
+            ([b"GGUF".to_vec(), id(9)].concat(), "version 9"),
+            (file(huge, 0, &[]), "18446744073709551615 tensors"),
+            (file(0, huge, &[]), "18446744073709551615 keys"),
+            (file(0, 1, &[number(huge)]), "key 0: it ends too early"),
+            (key(STRING, number(1 << 40)), "\"k\": it ends too early"),
+            (key(99, vec![]), "its type 99 is unknown"),
+            (key(BOOL, vec![3]), "a truth value is 3"),
+            (key(ARRAY, [id(0), number(huge)].concat()), "it ends too early"),
+            (key(ARRAY, [id(12), number(huge / 2)].concat()), "it ends too early"),
+            (key(ARRAY, [id(STRING), number(1 << 50)].concat()), "does not fit"),
+            (key(ARRAY, nested), "nested too deeply"),
+            (file(0, 2, &[string("k"), id(0), vec![1], string("k"), id(0), vec![1]]), "stands there twice"),
+            (file(0, 1, &[[number(1), vec![0xff]].concat()]), "not UTF-8"),
+            (alignment(0), "no power of two"),
+            (alignment(3), "no power of two"),
+            (with(&[entry("t", &[], 0, 0)]), "0 dimensions"),
+            (with(&[entry("t", &[1; 5], 0, 0)]), "5 dimensions"),
+            (with(&[entry("t", &[4, 0], 0, 0)]), "impossible"),
+            (with(&[entry("t", &[1 << 40, 1 << 40], 0, 0)]), "impossible"),
+            (with(&[entry("t", &[huge], 0, 0)]), "impossible"),
+            (with(&[entry("t", &[4], 200, 0)]), "type 200 is unknown"),
+            (with(&[entry("t", &[33], 8, 0)]), "no whole blocks of Q8_0"),
+            (with(&[entry("t", &[1 << 30], 0, 0)]), "beyond its end"),
+            (with(&[entry("t", &[4], 0, huge)]), "beyond its end"),
+            (with(&[entry("t", &[4], 0, 0), entry("t", &[4], 0, 32)]), "two have this name"),
+            (with(&[entry("a", &[20], 0, 0), entry("b", &[20], 0, 0)]), "overlap"),
+        ] {
+            let e = read(&bytes).unwrap_err();
+            assert!(e.contains(want), "expected {want:?}: {e}");
+        }
+    }
+}
