@@ -167,11 +167,8 @@ fn verdict(name: &str, config: &Config, memory: Option<u64>) -> Verdict {
             continue;
         }
         match ModelFiles::open(model, part).and_then(|files| files.checkpoint()) {
-            // Networks compute in f32; verifiers are not loaded beside the others.
-            Ok(checkpoint) if !judges => {
-                let numbers: usize = checkpoint.shapes().values().map(|s| s.iter().product::<usize>()).sum();
-                weights_bytes += 4 * numbers as u64;
-            }
+            // Verifiers are not loaded beside the others.
+            Ok(checkpoint) if !judges => weights_bytes += checkpoint.loaded_bytes(),
             Ok(_) => {}
             Err(e) => missing.push(format!("{part}: {e}")),
         }

@@ -12,7 +12,7 @@ use super::gb;
 use crate::files::write_atomic;
 use crate::weights::hub::Hub;
 use crate::weights::source::{HUB, HubSource};
-use crate::weights::{Checkpoint, presets};
+use crate::weights::{Checkpoint, Gguf, gguf, presets};
 
 /// Fetch, check, look into and convert checkpoints
 #[derive(clap::Args, Debug)]
@@ -34,12 +34,13 @@ enum ModelsCommand {
     Verify(VerifyArgs),
     /// Delete models from the cache
     Rm(RmArgs),
-    /// List a checkpoint's tensors
+    /// List a checkpoint's tensors; of a GGUF file with types and bytes
     Show(ShowArgs),
     /// Write a checkpoint as one safetensors file, names as they are
     ///
     /// PyTorch's own files (.pth, .pt, .bin) are pickles, which can carry programs. They are read here
-    /// without running anything; a file that names code is refused.
+    /// without running anything; a file that names code is refused. What a GGUF file has quantised is
+    /// written in f32, under the names that the hub's checkpoints have.
     Convert(ConvertArgs),
 }
 
@@ -77,16 +78,16 @@ struct RmArgs {
 
 #[derive(clap::Args, Debug)]
 struct ShowArgs {
-    /// A .safetensors, .pth, .pt or .bin file, or a folder with one
+    /// A .safetensors, .gguf, .pth, .pt or .bin file, or a folder with one
     checkpoint: PathBuf,
-    /// As JSON: name to shape
+    /// As JSON: name to shape; of a GGUF file name to shape, type and bytes
     #[arg(long)]
     json: bool,
 }
 
 #[derive(clap::Args, Debug)]
 struct ConvertArgs {
-    /// A .pth, .pt, .bin or .safetensors file, or a folder with one or with shards
+    /// A .pth, .pt, .bin, .gguf or .safetensors file, or a folder with one or with shards
     from: PathBuf,
     /// The safetensors file to write
     to: PathBuf,
@@ -248,6 +249,9 @@ fn rm(args: &RmArgs) -> Result<()> {
 }
 
 fn show(args: &ShowArgs) -> Result<()> {
+    if args.checkpoint.to_str().is_some_and(gguf::is_gguf) {
+        return show_gguf(args);
+    }
     let shapes = Checkpoint::open(&args.checkpoint)?.shapes();
     let mut out = std::io::stdout().lock();
     if args.json {
@@ -259,6 +263,28 @@ fn show(args: &ShowArgs) -> Result<()> {
     }
     let parameters: usize = shapes.values().map(|shape| shape.iter().product::<usize>()).sum();
     eprintln!("{} tensors, {parameters} numbers", shapes.len());
+    Ok(())
+}
+
+/// As the file has them: of any network, under its own names.
+fn show_gguf(args: &ShowArgs) -> Result<()> {
+    let file = Gguf::open(&args.checkpoint)?;
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        let one = |t: &gguf::Stored| json!({ "shape": t.shape, "type": t.kind.name, "bytes": t.place.len() });
+        let all: serde_json::Map<_, _> =
+            file.tensors().iter().map(|(name, t)| (name.clone(), one(t))).collect();
+        writeln!(out, "{:#}", json!(all))?;
+        return Ok(());
+    }
+    let (mut numbers, mut bytes) = (0, 0);
+    for (name, t) in file.tensors() {
+        writeln!(out, "{name} {:?} {} {}", t.shape, t.kind.name, size(t.place.len() as u64))?;
+        numbers += t.shape.iter().product::<usize>();
+        bytes += t.place.len();
+    }
+    let architecture = file.architecture()?;
+    eprintln!("{architecture}: {} tensors, {numbers} numbers, {}", file.tensors().len(), size(bytes as u64));
     Ok(())
 }
 

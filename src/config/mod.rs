@@ -11,6 +11,7 @@ pub use eval::{AnswerJudge, Eval};
 pub use grounding::{DetectorTraining, Granularity, Grounding, Mining};
 pub use reasoner::{Algorithm, Objective, RateDecay, Reasoner, Servers};
 
+use crate::weights::gguf::is_gguf;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -20,8 +21,9 @@ use toml::{Table, Value};
 pub const ROOMS: &str = include_str!("../../configs/rooms.toml");
 
 /// The other configurations as shipped, with their files' names.
-pub const SHIPPED: [(&str, &str); 6] = [
+pub const SHIPPED: [(&str, &str); 7] = [
     ("configs/paper.toml", include_str!("../../configs/paper.toml")),
+    ("configs/laptop.toml", include_str!("../../configs/laptop.toml")),
     ("configs/api.toml", include_str!("../../configs/api.toml")),
     ("configs/rooms-reasoner.toml", include_str!("../../configs/rooms-reasoner.toml")),
     ("configs/paper-reasoner.toml", include_str!("../../configs/paper-reasoner.toml")),
@@ -370,6 +372,17 @@ impl Config {
                 return Err(invalid(&format!("{part}.model"), &"an endpoint serves chat models only"));
             }
         }
+        for (part, model) in [
+            ("detector", &self.detector.model),
+            ("depth", &self.depth.model),
+            ("vlm", &self.vlm.model),
+            ("grounding.mining", &self.grounding.mining.model),
+        ] {
+            if is_gguf(model) {
+                let message = "a GGUF file is read for the planner, the verifier and the judge only, who see no pictures";
+                return Err(invalid(&format!("{part}.model"), &message));
+            }
+        }
         match self.planner.temperature >= 0. {
             true => Ok(()),
             false => Err(invalid("planner.temperature", &"must be 0 (greedy) or more")),
@@ -525,7 +538,8 @@ mod tests {
             for model in
                 [&c.planner.model, &c.detector.model, &c.depth.model, &c.vlm.model, &c.verifier.model]
             {
-                let known = matches!(Source::parse(model), Ok(Source::Preset(_) | Source::Embedded));
+                let known =
+                    matches!(Source::parse(model), Ok(Source::Preset(_) | Source::Embedded | Source::Hub(_)));
                 assert!(known || model.starts_with(ENDPOINT), "{name}: {model}");
             }
         }
@@ -573,6 +587,7 @@ mod tests {
             (&["planner.model=endpoint:gpt"], "there are none"),
             (&[url, "vlm.model=endpoint:gtp"], "no endpoint gtp, only gpt"),
             (&[url, "depth.model=endpoint:gpt"], "chat models only"),
+            (&["vlm.model=hub:a/b#c.gguf"], "vlm.model: a GGUF file is read for the planner"),
             (&[url, "endpoints.gpt.budget_usd=3"], "needs prices"),
         ] {
             let e = all(sets).unwrap_err().to_string();

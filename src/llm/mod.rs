@@ -9,6 +9,8 @@ pub mod bpe;
 pub mod endpoint;
 pub mod engine;
 pub mod format;
+#[cfg(test)]
+mod gguf_tests;
 pub mod local;
 mod network;
 mod open;

@@ -262,7 +262,7 @@ impl Block {
                 // Cut the weight, not its product, which is larger.
                 let part = |i: usize| -> Result<Tensor> {
                     let bias = w.bias().map(|b| b.narrow(0, i * d, d)).transpose()?;
-                    Linear::new(w.weight().narrow(0, i * d, d)?, bias).forward(x)
+                    Linear::new(w.weight()?.narrow(0, i * d, d)?, bias).forward(x)
                 };
                 [part(0)?, part(1)?, part(2)?]
             }
@@ -289,7 +289,7 @@ impl Block {
 /// than scaling every token.
 fn scaled(layer: &Linear, scale: &Tensor) -> Result<Linear> {
     let bias = layer.bias().map(|b| b * scale).transpose()?;
-    Ok(Linear::new(layer.weight().broadcast_mul(&scale.unsqueeze(1)?)?, bias))
+    Ok(Linear::new(layer.weight()?.broadcast_mul(&scale.unsqueeze(1)?)?, bias))
 }
 
 /// A DINOv2 backbone.

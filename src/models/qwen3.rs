@@ -2,8 +2,8 @@
 //!
 //! Grouped-query attention with RMSNorm on queries and keys, rotary positions given explicitly
 //! (so left-padded batches and M-RoPE are the caller's positions, nothing else), SwiGLU MLP, tied or
-//! untied head. Not here: sliding windows, YaRN and other rescaled positions, quantised weights;
-//! a config that asks for them is an error.
+//! untied head. Weights may be packed, as in GGUF files. Not here: sliding windows, YaRN and other
+//! rescaled positions; a config that asks for them is an error.
 
 use crate::nn::{self, Embedding, GatedMlp, Linear, Mask, RmsNorm};
 use candle_core::{DType, Device, Result, Tensor};
@@ -367,7 +367,7 @@ impl Qwen3 {
         let norm = nn::rms_norm(cfg.hidden_size, cfg.rms_norm_eps, body.pp("norm"))?;
         let lm_head = match head {
             Some(vb) => nn::linear_no_bias(cfg.hidden_size, cfg.vocab_size, vb)?,
-            None => Linear::new(embed_tokens.weight().clone(), None),
+            None => embed_tokens.head(),
         };
         Ok(Self { embed_tokens, layers, norm, lm_head })
     }
@@ -420,9 +420,9 @@ impl Qwen3 {
 
     /// Log-probability of each target: hidden `[n, hidden]`, targets u32 `[n]` → `[n]`.
     pub fn token_log_probs(&self, hidden: &Tensor, targets: &Tensor) -> Result<Tensor> {
-        if self.lm_head.is_adapted() {
+        if !self.lm_head.is_plain() {
             return nn::log_probs(&self.logits(hidden)?, targets);
         }
-        nn::linear_log_probs(hidden, self.lm_head.weight(), targets)
+        nn::linear_log_probs(hidden, self.lm_head.weight()?, targets)
     }
 }

@@ -177,7 +177,7 @@ impl Attention {
         let (b, _, c) = x.dims3()?;
         let n = windows.tokens;
         let parts = [&self.query, &self.key, &self.value];
-        let weight = Tensor::cat(&parts.map(|l| l.weight().clone()), 0)?;
+        let weight = Tensor::cat(&[parts[0].weight()?, parts[1].weight()?, parts[2].weight()?], 0)?;
         let bias = match parts.map(Linear::bias) {
             [Some(q), Some(k), Some(v)] => Some(Tensor::cat(&[q, k, v], 0)?),
             _ => None,

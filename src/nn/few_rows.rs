@@ -26,8 +26,8 @@ pub(super) fn few_rows(x: &[f32], w: &[f32], k: usize, y: &mut [f32]) {
     });
 }
 
-/// `part += x wᵀ`, where it is zeros.
-fn product(x: &[f32], w: &[f32], k: usize, part: &mut [f32]) {
+/// `part = x wᵀ`, where it is zeros before.
+pub(super) fn product(x: &[f32], w: &[f32], k: usize, part: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx512f") {
         // SAFETY: the processor has it.

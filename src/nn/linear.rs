@@ -3,34 +3,64 @@
 use super::cpu::{self, Held, Mat, par_rows};
 use super::few_rows::{FEW, few_rows};
 use super::lora::Lora;
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, Layout, Result, Shape, Tensor};
+use super::packed::{Packed, packed_name};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
 use candle_nn::VarBuilder;
 use rayon::prelude::*;
+
+/// A matrix `[out, in]`, as numbers or as a checkpoint packs them.
+#[derive(Clone, Debug)]
+enum Weight {
+    Plain(Tensor),
+    Packed(Packed),
+}
+
+impl Weight {
+    fn of_layer(shape: (usize, usize), init: candle_nn::Init, vb: &VarBuilder) -> Result<Self> {
+        let Some((name, dtype)) = packed_name("weight", |name| vb.contains_tensor(name)) else {
+            return vb.get_with_hints(shape, "weight", init).map(Self::Plain);
+        };
+        let bytes = vb.get_with_hints(shape, &name, init)?;
+        if bytes.dtype() != DType::U8 {
+            // What a builder gives for a matrix that does not fit; its error is told later, with others.
+            return Ok(Self::Plain(bytes));
+        }
+        Packed::from_tensor(dtype, shape, &bytes).map(Self::Packed)
+    }
+
+    fn plain(&self) -> Result<&Tensor> {
+        match self {
+            Self::Plain(w) => Ok(w),
+            Self::Packed(p) => candle_core::bail!("{p:?}: packed weights are for inference"),
+        }
+    }
+}
 
 /// `y = x Wᵀ + b`, for `x` of any rank with last dimension `in`.
 #[derive(Clone, Debug)]
 pub struct Linear {
-    weight: Tensor,
+    weight: Weight,
     bias: Option<Tensor>,
     lora: Option<Lora>,
 }
 
 impl Linear {
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Self {
-        Self { weight, bias, lora: None }
+        Self { weight: Weight::Plain(weight), bias, lora: None }
     }
 
-    pub fn weight(&self) -> &Tensor {
-        &self.weight
+    /// An error if it is packed.
+    pub fn weight(&self) -> Result<&Tensor> {
+        self.weight.plain()
     }
 
     pub fn bias(&self) -> Option<&Tensor> {
         self.bias.as_ref()
     }
 
-    /// Is its output more than its weight's? Then ops that take the weight alone must not be used.
-    pub fn is_adapted(&self) -> bool {
-        self.lora.is_some()
+    /// Is it a matrix of numbers and nothing more? Else ops that take the weight alone must not be used.
+    pub fn is_plain(&self) -> bool {
+        self.lora.is_none() && matches!(self.weight, Weight::Plain(_))
     }
 
     /// `[.., in]` → `[.., out]`.
@@ -42,7 +72,17 @@ impl Linear {
     }
 
     fn base(&self, x: &Tensor) -> Result<Tensor> {
-        let (w, k) = (&self.weight, x.dim(D::Minus1)?);
+        let w = match &self.weight {
+            Weight::Plain(w) => w,
+            Weight::Packed(p) => {
+                let y = p.forward(x)?;
+                return match &self.bias {
+                    Some(b) => y.broadcast_add(b),
+                    None => Ok(y),
+                };
+            }
+        };
+        let k = x.dim(D::Minus1)?;
         if k != w.dim(1)? {
             candle_core::bail!("linear: x {:?}, weight {:?}", x.shape(), w.shape())
         }
@@ -70,7 +110,7 @@ impl Linear {
 impl Linear {
     /// `residual + self(x)` in one op where there is no bias; shapes `[.., out]` and `[.., in]`.
     pub fn forward_residual(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
-        let w = &self.weight;
+        let Weight::Plain(w) = &self.weight else { return residual + self.forward(x)? };
         let fits = x.dim(D::Minus1)? == w.dim(1)? && x.elem_count() > 0;
         if self.bias.is_some()
             || self.lora.is_some()
@@ -260,7 +300,7 @@ pub fn linear_no_bias(inp: usize, out: usize, vb: VarBuilder) -> Result<Linear> 
 pub fn linear_b(inp: usize, out: usize, bias: bool, vb: VarBuilder) -> Result<Linear> {
     let bound = 1. / (inp as f64).sqrt();
     let uniform = candle_nn::Init::Uniform { lo: -bound, up: bound };
-    let weight = vb.get_with_hints((out, inp), "weight", uniform)?;
+    let weight = Weight::of_layer((out, inp), uniform, &vb)?;
     let bias = if bias { Some(vb.get_with_hints(out, "bias", uniform)?) } else { None };
     Ok(Linear { weight, bias, lora: Lora::of_layer(inp, out, &vb)? })
 }
@@ -268,23 +308,28 @@ pub fn linear_b(inp: usize, out: usize, bias: bool, vb: VarBuilder) -> Result<Li
 /// A table of `[vocab, dim]` rows looked up by id.
 #[derive(Clone, Debug)]
 pub struct Embedding {
-    weight: Tensor,
+    weight: Weight,
 }
 
 impl Embedding {
     pub fn new(weight: Tensor) -> Self {
-        Self { weight }
+        Self { weight: Weight::Plain(weight) }
     }
 
-    pub fn weight(&self) -> &Tensor {
-        &self.weight
+    /// A tied head: the same table, `[.., dim]` → `[.., vocab]`.
+    pub fn head(&self) -> Linear {
+        Linear { weight: self.weight.clone(), bias: None, lora: None }
     }
 
     /// Ids of any shape (u32) → `[.., dim]`.
     pub fn forward(&self, ids: &Tensor) -> Result<Tensor> {
+        let w = match &self.weight {
+            Weight::Plain(w) => w,
+            Weight::Packed(p) => return p.rows(ids),
+        };
         let mut shape = ids.dims().to_vec();
-        shape.push(self.weight.dim(1)?);
-        self.weight.index_select(&ids.flatten_all()?, 0)?.reshape(shape)
+        shape.push(w.dim(1)?);
+        w.index_select(&ids.flatten_all()?, 0)?.reshape(shape)
     }
 }
 
@@ -293,7 +338,7 @@ pub const EMBEDDING_STDEV: f64 = 0.02;
 
 pub fn embedding(vocab: usize, dim: usize, vb: VarBuilder) -> Result<Embedding> {
     let init = candle_nn::Init::Randn { mean: 0., stdev: EMBEDDING_STDEV };
-    Ok(Embedding { weight: vb.get_with_hints((vocab, dim), "weight", init)? })
+    Ok(Embedding { weight: Weight::of_layer((vocab, dim), init, &vb)? })
 }
 
 #[cfg(test)]

@@ -31,10 +31,10 @@ impl GatedMlp {
     /// `residual + mlp(x)`; both `[.., hidden]`.
     pub fn forward_residual(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
         let layers = [&self.gate_proj, &self.up_proj, &self.down_proj];
-        if layers.iter().any(|l| l.is_adapted()) {
+        if !layers.iter().all(|l| l.is_plain()) {
             return self.composed(x, residual);
         }
-        let [gate, up, down] = layers.map(Linear::weight);
+        let [gate, up, down] = [layers[0].weight()?, layers[1].weight()?, layers[2].weight()?];
         let trained = gate.track_op() && up.track_op() && down.track_op();
         if !(trained && cpu::fused(&[x, residual, gate, up, down])) {
             return self.composed(x, residual);

@@ -3,7 +3,7 @@
 //! candle's own fused kernels (`ops::rms_norm`, `ops::layer_norm`, `softmax_last_dim`, `rope`)
 //! have no backward: gradients stop there without a word. Everything in this module either is
 //! composed of differentiable candle ops or is a custom op with its own backward, checked by
-//! finite differences (see [`gradcheck`]).
+//! finite differences (see [`gradcheck`]); only [`packed`] weights are for inference alone, and say so.
 //!
 //! Shapes are written `[batch, heads, seq, dim]`. All blocks take f32 on the CPU.
 
@@ -26,6 +26,7 @@ pub mod mlp;
 pub mod msda;
 pub mod norm;
 pub mod optim;
+pub mod packed;
 pub mod params;
 pub mod precision;
 pub mod resample;

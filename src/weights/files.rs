@@ -3,10 +3,11 @@
 
 use super::hub::Hub;
 use super::source::Source;
-use super::{Checkpoint, Pth, WeightsError, presets, pytorch_file};
+use super::{Checkpoint, Gguf, Pth, WeightsError, gguf, presets, pytorch_file};
 use include_dir::{Dir, include_dir};
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 static EMBEDDED: Dir<'static> = include_dir!("$CARGO_MANIFEST_DIR/data/embedded");
 
@@ -20,6 +21,8 @@ pub enum ModelFiles {
     Folder(PathBuf),
     /// Of weights, such as MoGe's `model.pt`, which holds its configuration too.
     File(PathBuf),
+    /// Which holds all: what lies beside it may be another model's.
+    Gguf(Arc<Gguf>),
 }
 
 impl ModelFiles {
@@ -42,10 +45,10 @@ impl ModelFiles {
                     hub.cache_folder().display()
                 ))
             })?;
-            return Ok(match wanted.file {
-                Some(file) => Self::File(folder.join(file)),
-                None => Self::Folder(folder),
-            });
+            return match wanted.file {
+                Some(file) => Self::of_file(folder.join(file)),
+                None => Ok(Self::Folder(folder)),
+            };
         }
         if source == crate::config::EMBEDDED {
             let dir = EMBEDDED.get_dir(part).ok_or_else(|| WeightsError::Unreadable {
@@ -62,12 +65,19 @@ impl ModelFiles {
             return Ok(Self::Folder(path));
         }
         if path.is_file() {
-            return Ok(Self::File(path));
+            return Self::of_file(path);
         }
         Err(fail(format!(
-            "is neither a folder with the {part}'s config.json and weights, nor its weights, nor a preset (the              nearest is {}; valor models list shows all)",
+            "is neither a folder with the {part}'s config.json and weights, nor its weights, nor a preset (the nearest is {}; valor models list shows all)",
             presets::nearest(source).name
         )))
+    }
+
+    fn of_file(path: PathBuf) -> Result<Self, WeightsError> {
+        if path.to_str().is_some_and(gguf::is_gguf) {
+            return Ok(Self::Gguf(Arc::new(Gguf::open(&path)?)));
+        }
+        Ok(Self::File(path))
     }
 
     /// What to call this model in traces and reports.
@@ -75,6 +85,7 @@ impl ModelFiles {
         match self {
             Self::Embedded { part, .. } => format!("embedded {part}"),
             Self::Folder(p) | Self::File(p) => p.display().to_string(),
+            Self::Gguf(g) => g.path().display().to_string(),
         }
     }
 
@@ -93,6 +104,7 @@ impl ModelFiles {
                 hash.update(weights.map_or(&[][..], |f| f.contents()));
             }
             Self::File(path) => file(path),
+            Self::Gguf(g) => file(g.path()),
             Self::Folder(folder) => {
                 let mut all: Vec<PathBuf> =
                     std::fs::read_dir(folder).into_iter().flatten().flatten().map(|e| e.path()).collect();
@@ -116,6 +128,7 @@ impl ModelFiles {
             },
             Self::Folder(p) => on_disk(&p.join(file), p, file).map_err(fail),
             Self::File(p) => on_disk(&p.with_file_name(file), p, file).map_err(fail),
+            Self::Gguf(g) => g.file(file),
         }
     }
 
@@ -144,6 +157,7 @@ impl ModelFiles {
                 Checkpoint::embedded(&self.name(), f.contents())
             }
             Self::Folder(p) | Self::File(p) => Checkpoint::open(p),
+            Self::Gguf(g) => Checkpoint::of_gguf(g.clone()),
         }
     }
 }

@@ -1,11 +1,12 @@
 //! Where weights come from: safetensors as a file, a sharded folder or bytes in the binary; PyTorch's own
-//! files.
+//! files; GGUF.
 //!
 //! Files are memory-mapped. A network built on a [`Checkpoint`] must find every tensor that it
 //! asks for, with its shape, and must ask for every tensor that is there: anything else is one
 //! error that names them all. Nothing here downloads but [`hub`], and that only when it is asked to.
 
 mod files;
+pub mod gguf;
 pub mod hub;
 pub mod pickle;
 pub mod presets;
@@ -13,8 +14,11 @@ mod pth;
 pub mod source;
 
 pub use files::ModelFiles;
+pub use gguf::Gguf;
 pub use pth::Pth;
 
+use crate::nn::packed;
+use candle_core::quantized::GgmlDType;
 use candle_core::safetensors::{Load, MmapedSafetensors, SliceSafetensors};
 use candle_core::{DType, Device, Shape, Tensor};
 use candle_nn::var_builder::SimpleBackend;
@@ -37,6 +41,7 @@ enum Source {
     Mapped(MmapedSafetensors),
     Static(SliceSafetensors<'static>),
     Pth(Pth),
+    Gguf(Arc<Gguf>),
     Tensors(HashMap<String, Tensor>),
 }
 
@@ -49,6 +54,7 @@ impl Source {
             Self::Mapped(s) => views(s.tensors()),
             Self::Static(s) => views(s.tensors()),
             Self::Pth(p) => p.shapes(),
+            Self::Gguf(g) => g.shapes(),
             Self::Tensors(t) => t.iter().map(|(n, t)| (n.clone(), t.dims().to_vec())).collect(),
         }
     }
@@ -58,11 +64,29 @@ impl Source {
             Self::Mapped(s) => s.get(name)?.load(device),
             Self::Static(s) => s.get(name)?.load(device),
             Self::Pth(p) => p.load(name, device),
+            Self::Gguf(g) => g.load(name, device),
             Self::Tensors(t) => match t.get(name) {
                 Some(t) => t.to_device(device),
                 None => candle_core::bail!("tensor {name} is missing"),
             },
         }
+    }
+
+    fn gguf(&self) -> Option<&Gguf> {
+        match self {
+            Self::Gguf(g) => Some(g),
+            _ => None,
+        }
+    }
+
+    /// How a matrix can stay packed in memory, if it can.
+    fn packing(&self, name: &str) -> Option<GgmlDType> {
+        self.gguf().and_then(|g| g.packing(name))
+    }
+
+    /// A tensor's name in the file.
+    fn own_name(&self, name: &str) -> String {
+        self.gguf().map_or_else(|| name.into(), |g| g.own_name(name))
     }
 }
 
@@ -73,13 +97,16 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// A `.safetensors` file or one of PyTorch's ([`PYTORCH`]); or a folder with `model.safetensors`, a
-    /// sharded `model.safetensors.index.json` or, without these, one of PyTorch's files.
+    /// A `.safetensors` file, one of PyTorch's ([`PYTORCH`]) or a `.gguf` file; or a folder with
+    /// `model.safetensors`, a sharded `model.safetensors.index.json` or, without these, one of PyTorch's.
     pub fn open(path: &Path) -> Result<Self, WeightsError> {
         let fail = |path: &Path, message: String| WeightsError::Unreadable {
             path: path.display().to_string(),
             message,
         };
+        if path.is_file() && path.to_str().is_some_and(gguf::is_gguf) {
+            return Self::of_gguf(Arc::new(Gguf::open(path)?));
+        }
         if let Some(file) = pytorch_file(path) {
             let pth = Pth::open(&file).map_err(|m| fail(&file, m))?;
             return Ok(Self { name: path.display().to_string(), source: Arc::new(Source::Pth(pth)) });
@@ -94,7 +121,7 @@ impl Checkpoint {
                 return Err(fail(
                     path,
                     "holds neither model.safetensors nor model.safetensors.index.json nor model.pt, model.pth \
-                     or pytorch_model.bin"
+                     or pytorch_model.bin (a .gguf file is named itself, not its folder)"
                         .into(),
                 ));
             }
@@ -108,6 +135,12 @@ impl Checkpoint {
         let mapped = unsafe { MmapedSafetensors::multi(&files) };
         let mapped = mapped.map_err(|e| fail(path, format!("not a readable safetensors file ({e})")))?;
         Ok(Self { name: path.display().to_string(), source: Arc::new(Source::Mapped(mapped)) })
+    }
+
+    /// A network's, under the names that checkpoints on the hub have.
+    pub fn of_gguf(file: Arc<Gguf>) -> Result<Self, WeightsError> {
+        file.check_network()?;
+        Ok(Self { name: file.path().display().to_string(), source: Arc::new(Source::Gguf(file)) })
     }
 
     /// Weights compiled into the binary.
@@ -132,7 +165,15 @@ impl Checkpoint {
         self.source.shapes()
     }
 
-    /// Every tensor, as stored.
+    /// Memory that a network on the CPU takes: its numbers in f32, or as they are packed.
+    pub fn loaded_bytes(&self) -> u64 {
+        match &*self.source {
+            Source::Gguf(g) => g.loaded_bytes(),
+            other => 4 * other.shapes().values().map(|s| s.iter().product::<usize>() as u64).sum::<u64>(),
+        }
+    }
+
+    /// Every tensor, as stored; quantised ones in f32.
     pub fn tensors(&self) -> Result<HashMap<String, Tensor>, WeightsError> {
         let load = |n: String| Ok((n.clone(), self.source.load(&n, &Device::Cpu)?));
         let all: candle_core::Result<_> = self.source.shapes().into_keys().map(load).collect();
@@ -148,15 +189,20 @@ impl Checkpoint {
         network: impl FnOnce(VarBuilder<'static>) -> candle_core::Result<T>,
     ) -> Result<T, WeightsError> {
         let audit = Arc::new(Mutex::new(Audit::default()));
-        let backend =
-            Audited { source: self.source.clone(), shapes: self.source.shapes(), audit: audit.clone() };
+        let backend = Audited {
+            source: self.source.clone(),
+            shapes: self.source.shapes(),
+            packs: device.is_cpu(),
+            audit: audit.clone(),
+        };
         let names: BTreeSet<String> = backend.shapes.keys().cloned().collect();
         let built = network(VarBuilder::from_backend(Box::new(backend), dtype, device.clone()));
         let audit = std::mem::take(&mut *audit.lock().unwrap_or_else(|e| e.into_inner()));
         let mut problems = audit.problems;
         if built.is_ok() {
             let unknown = names.difference(&audit.asked).filter(|n| !unused.iter().any(|p| n.starts_with(p)));
-            problems.extend(unknown.map(|n| format!("{n} is not part of this network")));
+            let own = unknown.map(|n| format!("{} is not part of this network", self.source.own_name(n)));
+            problems.extend(own);
         }
         if !problems.is_empty() {
             return Err(WeightsError::Mismatch { path: self.name.clone(), problems: summary(&problems) });
@@ -220,23 +266,36 @@ struct Audit {
 }
 
 /// Answers a wrong request with zeros and remembers it, so that all are reported at once.
+///
+/// To a network on the CPU a packed matrix is there under a second name too (see [`packed`]), by which
+/// its bytes are handed out.
 struct Audited {
     source: Arc<Source>,
     shapes: BTreeMap<String, Vec<usize>>,
+    packs: bool,
     audit: Arc<Mutex<Audit>>,
 }
 
 impl SimpleBackend for Audited {
     fn get(&self, s: Shape, name: &str, _: Init, dtype: DType, dev: &Device) -> candle_core::Result<Tensor> {
+        let (name, as_bytes) = packed::split_name(name).map_or((name, false), |(name, _)| (name, true));
         let mut audit = self.audit.lock().unwrap_or_else(|e| e.into_inner());
         audit.asked.insert(name.to_string());
+        let own = self.source.own_name(name);
         let problem = match self.shapes.get(name) {
-            None => format!("{name} is missing"),
-            Some(have) if have != s.dims() => format!("{name} has shape {have:?}, expected {:?}", s.dims()),
-            Some(_) => return self.source.load(name, dev)?.to_dtype(dtype),
+            None => format!("{own} is missing"),
+            Some(have) if have != s.dims() => format!("{own} has shape {have:?}, expected {:?}", s.dims()),
+            Some(_) => match self.source.gguf() {
+                Some(g) if g.unread(name).is_some() => {
+                    format!("{own} is of {}, which is not read", g.unread(name).unwrap_or_default())
+                }
+                Some(g) if as_bytes => return g.packed_bytes(name),
+                _ => return self.source.load(name, dev)?.to_dtype(dtype),
+            },
         };
         audit.problems.push(problem);
-        Tensor::zeros(s, dtype, dev)
+        // One zero seen everywhere: the shape may be a damaged configuration's, of any size.
+        Tensor::zeros((), dtype, dev)?.broadcast_as(s)
     }
 
     fn get_unchecked(&self, name: &str, dtype: DType, dev: &Device) -> candle_core::Result<Tensor> {
@@ -245,7 +304,10 @@ impl SimpleBackend for Audited {
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
-        self.shapes.contains_key(name)
+        match packed::split_name(name) {
+            Some((name, dtype)) => self.packs && self.source.packing(name) == Some(dtype),
+            None => self.shapes.contains_key(name),
+        }
     }
 }
 

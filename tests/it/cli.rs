@@ -349,3 +349,25 @@ fn checkpoints_of_pytorch_are_shown_and_converted_and_code_is_refused() {
         &["evil.pth", "posix.system", "nothing was run"],
     );
 }
+
+#[test]
+fn gguf_files_are_shown_and_damaged_ones_refused() {
+    let sample = "tests/fixtures/gguf-qwen3/model.gguf";
+    let output = run(&["models", "show", sample]);
+    assert!(stdout(&output).contains("blk.0.ffn_down.weight [256, 256] Q6_K 54 kB\n"), "{}", stdout(&output));
+    assert!(stderr(&output).starts_with("qwen3: "), "{}", stderr(&output));
+    let shown_as: Value = serde_json::from_str(stdout(&run(&["models", "show", sample, "--json"]))).unwrap();
+    assert_eq!(
+        shown_as["blk.0.ffn_down.weight"],
+        json!({ "shape": [256, 256], "type": "Q6_K", "bytes": 53760 })
+    );
+    let dir = tempfile::tempdir().unwrap();
+    let cut = shown(&dir, "cut.gguf");
+    let whole = std::fs::read(sample).unwrap();
+    std::fs::write(&cut, &whole[..whole.len() / 2]).unwrap();
+    let planner = format!("planner.model={cut}");
+    refused(&["infer", "data/demo/room.png", "?", "--set", &planner], &["cut.gguf", "download it again"]);
+    refused(&["models", "show", &cut], &["cut.gguf", "download it again"]);
+    let vlm = format!("vlm.model={sample}");
+    refused(&["infer", "data/demo/room.png", "?", "--set", &vlm], &["vlm.model", "no pictures"]);
+}

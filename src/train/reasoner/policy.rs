@@ -37,6 +37,12 @@ pub struct Policy {
 impl Policy {
     pub fn load(model: &str, cfg: &config::Reasoner) -> Result<Self> {
         let files = ModelFiles::open(model, "planner")?;
+        ensure!(
+            !matches!(files, ModelFiles::Gguf(_)),
+            "{}: a GGUF file is for inference; train the checkpoint that it was made from (or write one from \
+             it: valor models convert)",
+            files.name()
+        );
         let kind: Value = files.json("config.json")?;
         ensure!(
             kind["model_type"] == "qwen3",
