@@ -151,16 +151,22 @@ pub fn run(args: DoctorArgs) -> anyhow::Result<ExitCode> {
 /// The system's Python, started in its jail: what it is, or why it cannot run programs.
 fn system_python(config: &Config) -> Result<String, String> {
     let cfg = &config.sandbox;
-    let plain = Python::find(&cfg.python, false).map_err(|e| e.to_string())?;
-    let with = Python::find(&cfg.python, true);
-    let numpy = match with.as_ref().map(|p| p.numpy.as_deref()) {
-        Ok(Some(version)) if cfg.numpy => format!("programs get its numpy {version}"),
-        Ok(Some(version)) => format!("its numpy {version} is there for sandbox.numpy = true"),
-        _ if cfg.numpy => return Err(with.err().map(|e| e.to_string()).unwrap_or_default()),
-        _ => "it has no numpy".into(),
+    let (python, numpy) = match Python::find(&cfg.python, true) {
+        Err(e) if cfg.numpy => return Err(e.to_string()),
+        Err(_) => (None, "it has no numpy".into()),
+        Ok(python) => {
+            let version = python.numpy.clone().unwrap_or_default();
+            match cfg.numpy {
+                true => (Some(python), format!("programs get its numpy {version}")),
+                false => (None, format!("its numpy {version} is there for sandbox.numpy = true")),
+            }
+        }
     };
-    let named = format!("{} at {}; {numpy}", plain.version, plain.executable.display());
-    let python = with.ok().filter(|_| cfg.numpy).unwrap_or(plain);
+    let python = match python {
+        Some(python) => python,
+        None => Python::find(&cfg.python, false).map_err(|e| e.to_string())?,
+    };
+    let named = format!("{} at {}; {numpy}", python.version, python.executable.display());
     match Sandbox::open(limits(cfg), Executor::Cpython(python), None) {
         Ok(_) => Ok(format!("{named}; its jail is whole")),
         Err(e) => Err(format!("{named}; {e}")),

@@ -61,7 +61,8 @@ impl Worker {
         }
         let layers = worker.hear_layers("jail", limits, deadline).ok_or_else(not_a_worker)?;
         let Some(mut door) = door.filter(|_| layers.complete()) else {
-            return Err(SandboxError::Weak { missing: layers.missing() });
+            let missing = if layers.complete() { "seccomp: no listener".into() } else { layers.missing() };
+            return Err(SandboxError::Weak { missing });
         };
         let failed = |what: &str, e: io::Error| SandboxError::Python {
             path: python.executable.clone(),

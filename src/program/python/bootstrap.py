@@ -18,7 +18,7 @@ import struct
 import types
 import warnings
 
-for _module in NAMES["modules"]:
+for _module in NAMES["modules"] + NAMES["beside"]:
     __import__(_module)
 
 

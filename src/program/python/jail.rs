@@ -30,7 +30,7 @@ use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
 };
 
-use super::{Python, modules};
+use super::{BESIDE, Python, modules};
 use crate::program::jail::{self, Layers, Readable};
 use crate::program::wire::{self, Plain};
 use crate::program::{desugar, host, worker};
@@ -112,6 +112,7 @@ impl Command {
 fn bootstrap(python: &Python) -> String {
     let names = serde_json::json!({
         "modules": modules(python.numpy.is_some()),
+        "beside": BESIDE,
         "path": python.path,
         "tools": host::SIGNATURES.map(|(tool, _)| tool),
         "refused_modules": desugar::REFUSED_MODULES,

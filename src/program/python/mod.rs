@@ -51,9 +51,11 @@ pub struct PythonError {
 }
 
 /// Oldest version that bootstrap.py runs on.
+#[cfg(target_os = "linux")]
 const OLDEST: (u32, u32) = (3, 9);
 
 /// What programs may import; numpy beside these where it is asked for.
+#[cfg(target_os = "linux")]
 const MODULES: &[&str] = &[
     "__future__",
     "collections",
@@ -70,9 +72,15 @@ const MODULES: &[&str] = &[
     "string",
     "typing",
 ];
-/// numpy imports these of its parts when they are first used, which in the jail is too late.
+/// What these import when some part of them is first used (`Counter.most_common`, `\N{…}`), which in the
+/// jail is too late.
+#[cfg(target_os = "linux")]
+const BESIDE: &[&str] = &["contextlib", "copyreg", "fractions", "heapq", "keyword", "unicodedata", "weakref"];
+/// numpy imports some of its parts in this way too.
+#[cfg(target_os = "linux")]
 const NUMPY: &[&str] = &["numpy", "numpy.linalg", "numpy.fft"];
 
+#[cfg(target_os = "linux")]
 fn modules(numpy: bool) -> Vec<&'static str> {
     MODULES.iter().chain(if numpy { NUMPY } else { &[] }).copied().collect()
 }
@@ -144,7 +152,7 @@ mod find {
     }
 
     fn probe(name: &str, options: &[&str], numpy: bool) -> Result<Probed, String> {
-        let names = serde_json::json!({ "modules": modules(numpy) });
+        let names = serde_json::json!({ "modules": modules(numpy), "beside": BESIDE });
         let text = format!("NAMES = {names}\n{}", include_str!("probe.py"));
         let mut child = Command::new(name)
             .args(options)

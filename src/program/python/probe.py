@@ -7,7 +7,7 @@ import sys
 
 found = {"version": list(sys.version_info[:3])}
 if sys.version_info >= (3, 9):
-    for module in NAMES["modules"] + ["ast", "builtins", "errno", "posix", "struct", "types", "warnings"]:
+    for module in NAMES["modules"] + NAMES["beside"] + ["ast", "builtins", "errno", "posix", "struct", "types", "warnings"]:
         __import__(module)
     code = set()
     with open("/proc/self/maps") as maps:
