@@ -64,9 +64,15 @@ impl Worker {
             let missing = if layers.complete() { "seccomp: no listener".into() } else { layers.missing() };
             return Err(SandboxError::Weak { missing });
         };
-        let failed = |what: &str, e: io::Error| SandboxError::Python {
-            path: python.executable.clone(),
-            why: format!("{what}: {e}"),
+        let failed = |what: &str, e: io::Error| {
+            let why = match e.kind() {
+                io::ErrorKind::UnexpectedEof => "it ended before it was ready".to_owned(),
+                io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => {
+                    format!("it was not ready within {} s", START_UP.as_secs())
+                }
+                _ => e.to_string(),
+            };
+            SandboxError::Python { path: python.executable.clone(), why: format!("{what}: {why}") }
         };
         door.keep(&worker.link, deadline).map_err(|e| failed("did not start in the jail", e))?;
         drop(door);

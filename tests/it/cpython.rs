@@ -46,6 +46,10 @@ fn patient() -> Limits {
     Limits { seconds: 4., ..Limits::default() }
 }
 
+fn is_python_3_9() -> bool {
+    Python::find(&name(), false).is_ok_and(|python| python.version.starts_with("3.9."))
+}
+
 fn run(sandbox: &mut Sandbox, source: &str) -> Outcome {
     sandbox.run(source, "a.png", &mut StubTools)
 }
@@ -71,6 +75,10 @@ fn good_programs_answer_as_the_embedded_interpreters() {
                     continue;
                 }
             };
+            if name.ends_with("_match") && is_python_3_9() {
+                eprintln!("SKIPPED: {name} needs Python 3.10");
+                continue;
+            }
             let outcome = sandbox.run(&source, &image, &mut tools);
             assert_eq!(outcome.interpreter, Interpreter::Cpython);
             if !expected(&outcome, header(&source, "expect").unwrap()) {
