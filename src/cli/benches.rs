@@ -27,8 +27,9 @@ use crate::eval::benches::summary::{PUBLISHED, summarise, table};
 use crate::files::{sha256_hex, write_atomic};
 use crate::llm::ChatModels;
 use crate::llm::engine::EngineOptions;
-use crate::pipeline::{Referee, limits};
+use crate::pipeline::{Referee, executor, limits};
 use crate::planner::{Planner, prompt};
+use crate::program::{Executor, Sandbox};
 use crate::tools::real::{Perception, Vlm};
 use crate::verify::SynonymJudge;
 use crate::weights::ModelFiles;
@@ -194,6 +195,12 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode
         );
     }
     ensure!(!direct || args.planner.is_none(), "--planner says nothing to --method direct");
+    // Each worker starts a sandbox of its own; whether one can be had is better told before all else.
+    let runs_programs = !direct && !args.planner_only;
+    let executor = if runs_programs { executor(&config.sandbox)? } else { Executor::default() };
+    if runs_programs {
+        Sandbox::open(limits(&config.sandbox), executor.clone(), None).context("cannot start the sandbox")?;
+    }
     let settings = settings(args, config, &benches, how, tools)?;
     let total: usize = benches.iter().map(|b| b.questions(args.n)).sum();
     let order: Vec<&'static str> = benches.iter().map(Opened::name).collect();
@@ -252,6 +259,7 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode
         seed: args.seed,
         how: config.inference,
         limits: limits(&config.sandbox),
+        executor,
         workers: if many { workers } else { 1 },
         overlap: many,
         // Several questions are about one picture, which one worker has.

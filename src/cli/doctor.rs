@@ -5,7 +5,7 @@ use crate::config::{BUILT_IN, Config, ENDPOINT, SHIPPED};
 use crate::llm::endpoint::key_problem;
 use crate::pipeline::limits;
 use crate::planner;
-use crate::program::Sandbox;
+use crate::program::{Executor, Python, Sandbox};
 use crate::weights::ModelFiles;
 use crate::weights::hub::{Hub, free_space};
 use serde::Serialize;
@@ -74,6 +74,9 @@ pub fn run(args: DoctorArgs) -> anyhow::Result<ExitCode> {
         }
         Err(e) => say("sandbox", false, e.to_string()),
     }
+    let python = system_python(&config);
+    let (Ok(detail) | Err(detail)) = &python;
+    say("cpython", python.is_ok(), detail.clone());
     match Hub::from_env() {
         Ok(hub) => {
             let held = hub.held();
@@ -108,6 +111,9 @@ pub fn run(args: DoctorArgs) -> anyhow::Result<ExitCode> {
     }
     let own = args.models.config.as_ref().map_or(BUILT_IN.to_owned(), |p| p.display().to_string());
     let mut configs = vec![verdict(&own, &config, memory)];
+    if config.sandbox.wants_python() {
+        configs[0].missing.extend(python.err());
+    }
     for (name, text) in SHIPPED {
         configs.push(match Config::parse(text, name) {
             Ok(config) => verdict(name, &config, memory),
@@ -140,6 +146,31 @@ pub fn run(args: DoctorArgs) -> anyhow::Result<ExitCode> {
         }
     }
     Ok(if runs { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The system's Python, started in its jail: what it is, or why it cannot run programs.
+fn system_python(config: &Config) -> Result<String, String> {
+    let cfg = &config.sandbox;
+    let (python, numpy) = match Python::find(&cfg.python, true) {
+        Err(e) if cfg.numpy => return Err(e.to_string()),
+        Err(_) => (None, "it has no numpy".into()),
+        Ok(python) => {
+            let version = python.numpy.clone().unwrap_or_default();
+            match cfg.numpy {
+                true => (Some(python), format!("programs get its numpy {version}")),
+                false => (None, format!("its numpy {version} is there for sandbox.numpy = true")),
+            }
+        }
+    };
+    let python = match python {
+        Some(python) => python,
+        None => Python::find(&cfg.python, false).map_err(|e| e.to_string())?,
+    };
+    let named = format!("{} at {}; {numpy}", python.version, python.executable.display());
+    match Sandbox::open(limits(cfg), Executor::Cpython(python), None) {
+        Ok(_) => Ok(format!("{named}; its jail is whole")),
+        Err(e) => Err(format!("{named}; {e}")),
+    }
 }
 
 /// What a configuration lacks, as far as can be told without loading it.

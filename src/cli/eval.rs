@@ -6,18 +6,17 @@
 //! `valor infer DIR/INDEX.png QUESTION --seed SEED` with the row's index, question and seed, and
 //! the same settings (`--greedy` is `--set planner.temperature=0`).
 
-use super::ModelArgs;
+use super::{ExecutorArgs, ModelArgs};
 use crate::eval::benches::feed::{ROOMS_N, Shard};
 use crate::eval::rooms::{Programs, Report, ToolSet, evaluate, questions};
 use crate::files::write_atomic;
 use crate::llm::ChatModels;
-use crate::pipeline::{Referee, limits};
+use crate::pipeline::{Referee, sandbox};
 use crate::planner::Planner;
-use crate::program::Sandbox;
 use crate::rooms::export::picture_png;
 use crate::rooms::{Look, Question, View};
 use crate::tools::real::Perception;
-use anyhow::{Context, bail};
+use anyhow::bail;
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::Write;
@@ -165,6 +164,8 @@ pub struct EvalArgs {
     #[arg(long)]
     pub(super) json: bool,
     #[command(flatten)]
+    executor: ExecutorArgs,
+    #[command(flatten)]
     pub(super) models: ModelArgs,
 }
 
@@ -194,7 +195,7 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
     if args.n == Some(0) || args.vote == Some(0) {
         bail!("--n and --vote must be at least 1")
     }
-    let (mut config, device) = (args.models.config()?, args.models.device()?);
+    let (mut config, device) = (args.models.explain(&args.executor.sets())?.0, args.models.device()?);
     if args.greedy {
         config.planner.temperature = 0.;
     }
@@ -226,7 +227,7 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
             Programs::Planner { planner, seed: args.seed, how: config.inference, referee }
         }
     };
-    let mut sandbox = Sandbox::start(limits(&config.sandbox)).context("cannot start the sandbox")?;
+    let mut sandbox = sandbox(&config.sandbox)?;
     let asked: Vec<(Arc<View>, Question)> = questions(args.look, args.seed).take(args.n()).collect();
     if args.shuffle_pictures && asked.iter().all(|(v, _)| v.seed == asked[0].0.seed) {
         bail!("--shuffle-pictures needs questions about more than one picture; raise --n")

@@ -84,6 +84,26 @@ struct ModelArgs {
     device: String,
 }
 
+/// Who runs planners' programs.
+#[derive(Debug, clap::Args)]
+struct ExecutorArgs {
+    /// Who runs programs: the interpreter in this binary, or the system's Python (sandbox.executor)
+    #[arg(long, value_parser = ["embedded", "cpython"])]
+    executor: Option<String>,
+    /// Who runs programs that the embedded interpreter does not support (sandbox.fallback)
+    #[arg(long, value_parser = ["none", "cpython"])]
+    fallback: Option<String>,
+}
+
+impl ExecutorArgs {
+    /// The settings that these options stand for.
+    fn sets(&self) -> Vec<String> {
+        let executor = self.executor.iter().map(|name| format!("sandbox.executor={name}"));
+        let fallback = self.fallback.iter().map(|name| format!("sandbox.fallback={name}"));
+        executor.chain(fallback).collect()
+    }
+}
+
 impl ModelArgs {
     fn config(&self) -> anyhow::Result<Config> {
         Ok(self.explain(&[])?.0)

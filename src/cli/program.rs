@@ -6,7 +6,10 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 
-use crate::program::{Limits, Sandbox, guard::MAX_SOURCE};
+use super::ExecutorArgs;
+use crate::config::Config;
+use crate::pipeline::sandbox;
+use crate::program::guard::MAX_SOURCE;
 use crate::tools::mock::{MockTools, Scene};
 
 #[derive(Debug, clap::Args)]
@@ -31,11 +34,21 @@ struct RunArgs {
     /// Print {"answer": …} or {"error": {…}} on one line
     #[arg(long)]
     json: bool,
+    /// Settings that replace the built-in ones (TOML); those of sandbox count
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// One setting, such as sandbox.seconds=2; may be repeated
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    #[command(flatten)]
+    executor: ExecutorArgs,
 }
 
 /// Runs the subcommand. Errors are bad usage or input.
 pub fn run(args: ProgramArgs) -> anyhow::Result<ExitCode> {
     let ProgramCommand::Run(args) = args.command;
+    let sets = [args.set, args.executor.sets()].concat();
+    let config = Config::resolve(args.config.as_deref(), &sets)?;
     let source = read(&args.file)?;
     let scene =
         std::fs::read(&args.scene).with_context(|| format!("cannot read {}", args.scene.display()))?;
@@ -43,7 +56,7 @@ pub fn run(args: ProgramArgs) -> anyhow::Result<ExitCode> {
         serde_json::from_slice(&scene).with_context(|| format!("{} is no scene", args.scene.display()))?;
     let mut tools = MockTools::new(scene);
     let image = tools.image().to_owned();
-    let outcome = Sandbox::start(Limits::default())?.run(&source, &image, &mut tools);
+    let outcome = sandbox(&config.sandbox)?.run(&source, &image, &mut tools);
     let mut out = std::io::stdout().lock();
     if args.json {
         writeln!(out, "{}", outcome.to_json())?;

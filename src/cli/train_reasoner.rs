@@ -3,13 +3,12 @@
 use super::ModelArgs;
 use crate::config::{Algorithm, Config, ENDPOINT};
 use crate::llm::ChatModels;
-use crate::pipeline::limits;
-use crate::program::Sandbox;
+use crate::pipeline::sandbox;
 use crate::train::Broken;
 use crate::train::reasoner::{Policy, Queries, Training, steps};
 use crate::verify::{self, Head, Judge, Verification};
 use crate::weights::ModelFiles;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -69,7 +68,7 @@ pub fn run(args: &TrainReasonerArgs) -> Result<ExitCode> {
         config: &config,
         queries,
         verification: Verification { judge: &judge, weights: &config.reward },
-        sandbox: Sandbox::start(limits(&config.sandbox)).context("cannot start the sandbox")?,
+        sandbox: sandbox(&config.sandbox)?,
         dir: args.out.clone(),
         stop: &stop,
     };

@@ -6,8 +6,7 @@ use crate::data::odvg::Boxes;
 use crate::data::queries::{self, Asked};
 use crate::files::write_atomic;
 use crate::llm::ChatModels;
-use crate::pipeline::{Models, limits};
-use crate::program::Sandbox;
+use crate::pipeline::{Models, sandbox};
 use crate::report::mining;
 use crate::rooms::Look;
 use crate::train::Broken;
@@ -170,7 +169,7 @@ fn mine_all(
         planner: &models.planner,
         perception: &models.perception,
         judge: &judge,
-        sandbox: Sandbox::start(limits(&config.sandbox)).context("cannot start the sandbox")?,
+        sandbox: sandbox(&config.sandbox)?,
         dir: &dir,
         stop,
     };

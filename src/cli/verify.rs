@@ -5,8 +5,7 @@ use crate::eval::audit::{Audit, Labelled, rooms};
 use crate::eval::rooms::questions;
 use crate::files::write_atomic;
 use crate::llm::ChatModels;
-use crate::pipeline::limits;
-use crate::program::Sandbox;
+use crate::pipeline::sandbox;
 use crate::rooms::{Look, Question};
 use crate::verify::{Ask, Head, Judge, Scored, Verification};
 use anyhow::{Context, Result, ensure};
@@ -98,7 +97,7 @@ fn score(args: &ScoreArgs) -> Result<ExitCode> {
     let (config, device) = (args.models.config()?, args.models.device()?);
     let chats = ChatModels::new(&config, &device);
     let judge = Judge::new(chats.verifier()?, &config.verifier)?;
-    let mut sandbox = Sandbox::start(limits(&config.sandbox)).context("cannot start the sandbox")?;
+    let mut sandbox = sandbox(&config.sandbox)?;
     let cases: Vec<(&str, &str)> =
         given.iter().map(|l| (l.question.as_str(), l.reply.as_deref().unwrap_or(""))).collect();
     let bar = bar(cases.len() * Head::ALL.len())?;

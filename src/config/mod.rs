@@ -234,6 +234,35 @@ pub struct Sandbox {
     /// May programs call `point3d` and `size3d`? Of the planner's instructions those that valor brings
     /// then tell of them.
     pub extended_tools: bool,
+    pub executor: ProgramExecutor,
+    /// Who runs what the embedded interpreter finds unsupported; where CPython runs all it has no meaning.
+    pub fallback: Fallback,
+    /// The Python of both: a path, or a name on `PATH`.
+    pub python: String,
+    /// Do programs that it runs get numpy?
+    pub numpy: bool,
+}
+
+/// Who runs programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ProgramExecutor {
+    Embedded,
+    Cpython,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Fallback {
+    None,
+    Cpython,
+}
+
+impl Sandbox {
+    /// May a program come to be run by the system's Python?
+    pub fn wants_python(&self) -> bool {
+        self.executor == ProgramExecutor::Cpython || self.fallback == Fallback::Cpython
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -299,6 +328,9 @@ impl Config {
             false => Err(invalid(key, &format!("{v} is not positive"))),
         };
         positive("sandbox.seconds", self.sandbox.seconds)?;
+        if self.sandbox.python.is_empty() {
+            return Err(invalid("sandbox.python", &"is empty; name a Python, such as python3"));
+        }
         let r = &self.reward;
         for (head, weight) in [
             ("syntax", r.syntax),

@@ -9,11 +9,11 @@ mod vote;
 
 pub use vote::{Referee, elect};
 
-use crate::config::{self, Config};
+use crate::config::{self, Config, Fallback, ProgramExecutor};
 use crate::llm::{ChatError, ChatModels, ChatReply};
 use crate::planner::{Failed, Planner};
 use crate::program::reply::ReplyError;
-use crate::program::{IMAGE, Limits, Outcome, Reply, Sandbox};
+use crate::program::{Executor, IMAGE, Limits, Outcome, Python, PythonError, Reply, Sandbox, SandboxError};
 use crate::tools::Tools;
 use crate::tools::real::{LoadError, Perception};
 use candle_core::Device;
@@ -61,6 +61,39 @@ pub fn limits(cfg: &config::Sandbox) -> Limits {
         extended_tools: cfg.extended_tools,
         ..default
     }
+}
+
+/// Why there is no sandbox such as a configuration asks for.
+#[derive(Debug, thiserror::Error)]
+pub enum NoSandbox {
+    #[error(transparent)]
+    Python(#[from] PythonError),
+    #[error("cannot start the sandbox: {0}")]
+    Start(#[from] SandboxError),
+}
+
+/// Who runs programs by a configuration. Looks for a Python only where one is wanted.
+///
+/// # Errors
+/// If there is none that will do.
+pub fn executor(cfg: &config::Sandbox) -> Result<Executor, PythonError> {
+    if !cfg.wants_python() {
+        return Ok(Executor::Embedded);
+    }
+    let python = Python::find(&cfg.python, cfg.numpy)?;
+    Ok(match (cfg.executor, cfg.fallback) {
+        (ProgramExecutor::Cpython, _) => Executor::Cpython(python),
+        (ProgramExecutor::Embedded, Fallback::Cpython) => Executor::Fallback(python),
+        (ProgramExecutor::Embedded, Fallback::None) => Executor::Embedded,
+    })
+}
+
+/// Starts the sandbox that a configuration asks for.
+///
+/// # Errors
+/// If it cannot be had here; nothing weaker is started in its place.
+pub fn sandbox(cfg: &config::Sandbox) -> Result<Sandbox, NoSandbox> {
+    Ok(Sandbox::open(limits(cfg), executor(cfg)?, None)?)
 }
 
 /// Why there is no program to run.

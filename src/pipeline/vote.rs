@@ -103,6 +103,7 @@ mod tests {
             calls: Vec::new(),
             stdout: String::new(),
             seconds: 0.,
+            interpreter: crate::program::Interpreter::Embedded,
         });
         Answered { reply: None, outcome }
     }

@@ -6,6 +6,8 @@
 //! own limits and the parent's deadline hold everywhere.
 
 use std::fmt;
+#[cfg(target_os = "linux")]
+use std::path::Path;
 
 use super::wire::Plain;
 
@@ -28,7 +30,13 @@ impl Layers {
         self.0.iter().all(|layer| layer.active)
     }
 
-    fn add(&mut self, name: &str, result: Result<&str, String>) {
+    /// What is missing, and why, on one line.
+    pub fn missing(&self) -> String {
+        let missing = self.0.iter().filter(|layer| !layer.active);
+        missing.map(|layer| format!("{}: {}", layer.name, layer.detail)).collect::<Vec<_>>().join("; ")
+    }
+
+    pub(super) fn add(&mut self, name: &str, result: Result<&str, String>) {
         let active = result.is_ok();
         let detail = result.map_or_else(|why| why, str::to_owned);
         self.0.push(Layer { name: name.to_owned(), active, detail });
@@ -81,6 +89,37 @@ pub(super) fn enter(address_space: u64, cpu: u64, parent: u32) -> Layers {
     layers
 }
 
+/// What a worker that becomes a Python may still read.
+#[cfg(target_os = "linux")]
+#[derive(Default)]
+pub(super) struct Readable<'a> {
+    /// Files that are read and run.
+    pub run: Vec<&'a Path>,
+    /// Files, and folders with all that is in them, that are read.
+    pub read: Vec<&'a Path>,
+    /// Folders that are listed.
+    pub list: Vec<&'a Path>,
+}
+
+/// As [`enter`], for a worker that goes on to become a Python: it may read so much, and Landlock has to
+/// be there. The filter of system calls is that worker's own.
+#[cfg(target_os = "linux")]
+pub(super) fn enter_python(address_space: u64, cpu: u64, parent: u32, readable: &Readable) -> Layers {
+    let mut layers = Layers::default();
+    let empty = std::env::vars_os().next().is_none();
+    let detail = "Python's fixed settings alone";
+    layers.add("environment", empty.then_some(detail).ok_or("not empty".to_owned()));
+    layers.add("descriptors", unix::close_descriptors().map(|()| unix::CLOSED));
+    layers.add("parent death", linux::die_with(parent).map(|()| linux::DIES));
+    layers.add("landlock", linux::landlock_python(readable));
+    // A few descriptors at once, for imports.
+    let files = 32;
+    let limited = unix::limits(address_space, cpu, files).and_then(|()| linux::no_processes());
+    layers
+        .add("rlimits", limited.map(|()| "address space, processor time, file sizes, no processes, no core"));
+    layers
+}
+
 /// The last layer: from here on only memory, time and the two ends of the pipe are left.
 pub(super) fn seal(layers: &mut Layers) {
     #[cfg(target_os = "linux")]
@@ -93,15 +132,17 @@ pub(super) fn seal(layers: &mut Layers) {
 mod unix {
     use super::Layers;
 
+    pub(super) const CLOSED: &str = "all but the pipe to the parent are closed";
+
     fn last_error(what: &str) -> String {
         format!("{what}: {}", std::io::Error::last_os_error())
     }
 
     pub(super) fn enter(layers: &mut Layers, address_space: u64, cpu: u64, parent: u32) {
-        layers.add("descriptors", close_descriptors().map(|()| "all but the pipe to the parent are closed"));
+        layers.add("descriptors", close_descriptors().map(|()| CLOSED));
         #[cfg(target_os = "linux")]
         {
-            layers.add("parent death", super::linux::die_with(parent).map(|()| "killed with its parent"));
+            layers.add("parent death", super::linux::die_with(parent).map(|()| super::linux::DIES));
             layers.add("landlock", super::linux::landlock());
         }
         #[cfg(not(target_os = "linux"))]
@@ -112,12 +153,12 @@ mod unix {
         }
         layers.add(
             "rlimits",
-            limits(address_space, cpu)
+            limits(address_space, cpu, 3)
                 .map(|()| "address space, processor time, no files, no processes, no core"),
         );
     }
 
-    fn close_descriptors() -> Result<(), String> {
+    pub(super) fn close_descriptors() -> Result<(), String> {
         #[cfg(target_os = "linux")]
         {
             // SAFETY: takes three integers. The worker has opened nothing of its own beyond 0–2.
@@ -133,11 +174,11 @@ mod unix {
         Ok(())
     }
 
-    fn limits(address_space: u64, cpu: u64) -> Result<(), String> {
+    pub(super) fn limits(address_space: u64, cpu: u64, files: u64) -> Result<(), String> {
         let mut wanted = vec![
             (libc::RLIMIT_CORE, 0),
             (libc::RLIMIT_FSIZE, 0),
-            (libc::RLIMIT_NOFILE, 3),
+            (libc::RLIMIT_NOFILE, files),
             (libc::RLIMIT_CPU, cpu),
             (libc::RLIMIT_AS, address_space),
         ];
@@ -169,12 +210,17 @@ mod linux {
     use std::collections::BTreeMap;
 
     use landlock::{
-        ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetStatus, Scope,
+        ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset,
+        RulesetAttr, RulesetCreatedAttr, RulesetStatus, Scope,
     };
     use seccompiler::{
         BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
         SeccompRule,
     };
+
+    use super::Readable;
+
+    pub(super) const DIES: &str = "killed with its parent";
 
     pub(super) fn die_with(parent: u32) -> Result<(), String> {
         // SAFETY: these `prctl` operations take integers only.
@@ -210,8 +256,48 @@ mod linux {
         }
     }
 
+    /// For a Python, whose own calls the rules have to allow at start: all rules about files that this
+    /// version of Landlock has are wanted, of the newer ones what the kernel knows. (What those refuse,
+    /// sockets, signals and ioctl, the filter of system calls refuses too.)
+    pub(super) fn landlock_python(readable: &Readable) -> Result<&'static str, String> {
+        let files = ABI::V3;
+        let newest = ABI::V6;
+        let mut rules = Ruleset::default()
+            .set_compatibility(CompatLevel::HardRequirement)
+            .handle_access(AccessFs::from_all(files))
+            .map_err(|e| format!("this kernel's is too old (Linux 6.2 has what is needed): {e}"))?
+            .set_compatibility(CompatLevel::BestEffort)
+            .handle_access(AccessFs::from_all(newest))
+            .and_then(|rules| rules.handle_access(AccessNet::from_all(newest)))
+            .and_then(|rules| rules.scope(Scope::from_all(newest)))
+            .and_then(|rules| rules.create())
+            .map_err(|e| e.to_string())?;
+        let read: BitFlags<AccessFs> = AccessFs::ReadFile.into();
+        let all = [
+            (&readable.run, read | AccessFs::Execute, read | AccessFs::Execute),
+            (&readable.read, read, read | AccessFs::ReadDir),
+            (&readable.list, BitFlags::empty(), AccessFs::ReadDir.into()),
+        ];
+        for (paths, of_file, of_folder) in all {
+            for path in paths.iter().filter(|path| path.exists()) {
+                let access = if path.is_dir() { of_folder } else { of_file };
+                let opened = PathFd::new(path).map_err(|e| e.to_string())?;
+                rules = rules.add_rule(PathBeneath::new(opened, access)).map_err(|e| e.to_string())?;
+            }
+        }
+        match rules.restrict_self().map_err(|e| e.to_string())?.ruleset {
+            RulesetStatus::NotEnforced => Err("this kernel has none".to_owned()),
+            _ => Ok("at start Python's own files, read only; no TCP, no signal or socket beyond itself"),
+        }
+    }
+
+    /// No more processes or threads from here on.
+    pub(super) fn no_processes() -> Result<(), String> {
+        super::unix::set_limit(libc::RLIMIT_NPROC, 0)
+    }
+
     pub(super) fn seccomp() -> Result<(), String> {
-        super::unix::set_limit(libc::RLIMIT_NPROC, 0)?;
+        no_processes()?;
         let program = filter().map_err(|e| e.to_string())?;
         seccompiler::apply_filter_all_threads(&program).map_err(|e| e.to_string())
     }

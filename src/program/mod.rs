@@ -3,17 +3,24 @@
 //! A reply is untrusted text. The main process only ever parses it, within bounds ([`reply`],
 //! [`check`], [`guard`]); a program runs in another process of the same binary, which has given up
 //! everything but memory, time and a pipe ([`Sandbox`], [`Layers`]). The interpreter is `monty`;
-//! what its Python lacks and programs use is supplied by rewriting the source (`desugar`).
+//! what its Python lacks and programs use is supplied by rewriting the source (`desugar`). Who asks for
+//! it gets the system's Python in a like jail, always or for what `monty` does not run ([`Executor`]).
 //!
 //! Known gaps of the language are listed, and held to be exact, in `tests/it/sandbox.rs`.
 
 mod alloc;
 pub mod check;
+#[cfg(unix)]
+mod child;
+#[cfg(not(unix))]
+#[path = "no_child.rs"]
+mod child;
 mod desugar;
 pub mod guard;
 mod host;
 mod jail;
 mod names;
+mod python;
 pub mod reply;
 mod sandbox;
 mod values;
@@ -28,11 +35,32 @@ pub const IMAGE: &str = "image.png";
 pub use alloc::WorkerAllocator;
 pub use host::ToolCall;
 pub use jail::{Layer, Layers};
+pub use python::{Python, PythonError};
 pub use reply::Reply;
 pub use sandbox::{Sandbox, SandboxError};
 pub use worker::worker_dispatch;
 
 use wire::Plain;
+
+/// Who runs programs.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub enum Executor {
+    /// The interpreter in this binary.
+    #[default]
+    Embedded,
+    /// The system's Python.
+    Cpython(Python),
+    /// The embedded one, and the system's Python for programs that it finds unsupported.
+    Fallback(Python),
+}
+
+/// Who ran a program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Interpreter {
+    Embedded,
+    Cpython,
+}
 
 /// What one program may use.
 #[derive(Clone, Debug, PartialEq)]
@@ -248,6 +276,8 @@ pub struct Outcome {
     pub stdout: String,
     /// Wall time of the program without its tool calls.
     pub seconds: f64,
+    /// The one that the result is of.
+    pub interpreter: Interpreter,
 }
 
 impl Outcome {

@@ -5,9 +5,10 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::child::Worker;
 use super::host::{self, Request, ToolCall};
-use super::wire::{self, Plain};
-use super::{ErrorKind, Layers, Limits, Outcome, ProgramError, guard};
+use super::wire::Plain;
+use super::{ErrorKind, Executor, Interpreter, Layers, Limits, Outcome, ProgramError, Python, guard};
 use crate::tools::Tools;
 
 /// A worker could not be started.
@@ -19,34 +20,40 @@ pub enum SandboxError {
     NotAWorker { path: String },
     #[error("programs can only be run on Unix: this platform has no way to confine them")]
     Platform,
+    #[error(
+        "the executor cpython refuses to start where its jail is not whole: {missing}; set sandbox.executor = \
+         \"embedded\" and sandbox.fallback = \"none\""
+    )]
+    Weak { missing: String },
+    #[error("{path} {why}; name another as sandbox.python, or set sandbox.executor = \"embedded\"")]
+    Python { path: PathBuf, why: String },
 }
 
-/// Runs programs, one at a time, in a worker process that is started once and replaced when it
-/// dies. Keep one per thread.
+/// Runs programs, one at a time, in worker processes. One with the embedded interpreter is started once
+/// and replaced when it dies; one with CPython runs one program. Keep a sandbox per thread.
 pub struct Sandbox {
     limits: Limits,
+    executor: Executor,
     executable: Option<PathBuf>,
-    worker: Option<worker::Worker>,
+    embedded: Option<Worker>,
+    /// Has not run anything yet.
+    python: Option<Worker>,
     layers: Layers,
 }
 
 /// A worker is replaced after this much running: its processor-time limit holds for its whole life.
 const WORKER_LIFE: Duration = Duration::from_secs(60);
-/// Seconds of processor time after which the kernel ends a worker.
-const WORKER_CPU: u64 = 90;
 /// How long a new worker may take to get ready.
-const START_UP: Duration = Duration::from_secs(20);
-/// Deepest message that a worker may send.
-const WIRE_DEPTH: u32 = 48;
+pub(super) const START_UP: Duration = Duration::from_secs(20);
 
 impl Sandbox {
-    /// Starts a worker: this same executable, which must call [`super::worker_dispatch`] first thing
-    /// in its `main`.
+    /// Starts a worker with the embedded interpreter: this same executable, which must call
+    /// [`super::worker_dispatch`] first thing in its `main`.
     ///
     /// # Errors
     /// See [`SandboxError`].
     pub fn start(limits: Limits) -> Result<Self, SandboxError> {
-        Self::launch(limits, None)
+        Self::open(limits, Executor::Embedded, None)
     }
 
     /// As [`Self::start`] with the worker's executable named: for tests and other programs that
@@ -55,16 +62,31 @@ impl Sandbox {
     /// # Errors
     /// See [`SandboxError`].
     pub fn with_executable(limits: Limits, executable: impl Into<PathBuf>) -> Result<Self, SandboxError> {
-        Self::launch(limits, Some(executable.into()))
+        Self::open(limits, Executor::Embedded, Some(executable.into()))
     }
 
-    fn launch(limits: Limits, executable: Option<PathBuf>) -> Result<Self, SandboxError> {
-        let mut sandbox = Self { limits, executable, worker: None, layers: Layers::default() };
-        sandbox.ready_worker()?;
+    /// With the executor named. Every interpreter that it may use is started, to see that it can be.
+    ///
+    /// # Errors
+    /// See [`SandboxError`].
+    pub fn open(
+        limits: Limits,
+        executor: Executor,
+        executable: Option<PathBuf>,
+    ) -> Result<Self, SandboxError> {
+        let (embedded, python) = (None, None);
+        let layers = Layers::default();
+        let mut sandbox = Self { limits, executor, executable, embedded, python, layers };
+        if let Executor::Cpython(python) | Executor::Fallback(python) = sandbox.executor.clone() {
+            sandbox.ready_python(&python)?;
+        }
+        if !matches!(sandbox.executor, Executor::Cpython(_)) {
+            sandbox.ready_embedded()?;
+        }
         Ok(sandbox)
     }
 
-    /// What confines the worker here.
+    /// What confines the worker that programs run in first.
     pub fn layers(&self) -> &Layers {
         &self.layers
     }
@@ -73,47 +95,84 @@ impl Sandbox {
         &self.limits
     }
 
-    /// The worker's process id, if one is waiting.
+    /// The process id of the worker with the embedded interpreter, if one is waiting.
     pub fn worker_id(&self) -> Option<u32> {
-        self.worker.as_ref().map(worker::Worker::id)
+        self.embedded.as_ref().map(Worker::id)
     }
 
     /// Runs a program on a picture. Always comes back, whatever the program does; the time that
     /// `tools` take is not the program's.
+    ///
+    /// A program that goes to the fallback starts anew there: its calls are those of its second run, its
+    /// time is that of both.
     pub fn run(&mut self, source: &str, img_pth: &str, tools: &mut dyn Tools) -> Outcome {
+        match self.executor.clone() {
+            Executor::Embedded => self.attempt(None, source, img_pth, tools),
+            Executor::Cpython(python) => self.attempt(Some(&python), source, img_pth, tools),
+            Executor::Fallback(python) => {
+                let first = self.attempt(None, source, img_pth, tools);
+                if !first.result.as_ref().is_err_and(|e| e.kind == ErrorKind::Unsupported) {
+                    return first;
+                }
+                let second = self.attempt(Some(&python), source, img_pth, tools);
+                Outcome { seconds: first.seconds + second.seconds, ..second }
+            }
+        }
+    }
+
+    fn attempt(
+        &mut self,
+        python: Option<&Python>,
+        source: &str,
+        img_pth: &str,
+        tools: &mut dyn Tools,
+    ) -> Outcome {
         let mut run = Run { calls: Vec::new(), stdout: String::new(), spent: Duration::ZERO };
         let result = match guard::check(source) {
             Err(e) => Err(ProgramError::syntax(None, e.to_string())),
-            Ok(()) => self.run_in_worker(&mut run, source, img_pth, tools),
+            Ok(()) => self.run_in_worker(&mut run, python, source, img_pth, tools),
         };
-        Outcome { result, calls: run.calls, stdout: run.stdout, seconds: run.spent.as_secs_f64() }
+        let interpreter = if python.is_some() { Interpreter::Cpython } else { Interpreter::Embedded };
+        let seconds = run.spent.as_secs_f64();
+        Outcome { result, calls: run.calls, stdout: run.stdout, seconds, interpreter }
     }
 
     fn run_in_worker(
         &mut self,
         run: &mut Run,
+        python: Option<&Python>,
         source: &str,
         img_pth: &str,
         tools: &mut dyn Tools,
     ) -> Result<serde_json::Value, ProgramError> {
-        if let Err(e) = self.ready_worker() {
+        let ready = match python {
+            None => self.ready_embedded(),
+            Some(python) => self.ready_python(python),
+        };
+        if let Err(e) = ready {
             return Err(ProgramError::new(ErrorKind::Crash, e.to_string()));
         }
-        let worker = self.worker.as_mut().expect("just made ready");
-        let end = run.drive(worker, &self.limits, source, img_pth, tools);
-        let healthy = match &end {
-            End::Answered(_) | End::Failed(_) => run.spent + worker.age <= WORKER_LIFE,
-            End::Late | End::Gone | End::Odd(_) => false,
-        };
-        worker.age += run.spent;
-        let code = if healthy { None } else { self.worker.take().and_then(worker::Worker::finish) };
+        let slot = if python.is_some() { &mut self.python } else { &mut self.embedded };
+        let mut worker = slot.take().expect("just made ready");
+        // CPython has no limit of its own on time that a program could not catch: its time ends here.
+        let grace = if python.is_some() { 0. } else { self.limits.grace_seconds };
+        let most = self.limits.seconds + grace;
+        let end = run.drive(&mut worker, &self.limits, most, source, img_pth, tools);
+        let mut code = None;
+        match &end {
+            End::Answered(_) | End::Failed(_)
+                if run.spent + worker.age <= WORKER_LIFE && python.is_none() =>
+            {
+                worker.age += run.spent;
+                *slot = Some(worker);
+            }
+            End::Gone => code = worker.finish(),
+            _ => drop(worker),
+        }
         match end {
             End::Answered(answer) => Ok(answer),
             End::Failed(error) => Err(error),
-            End::Late => Err(ProgramError::new(
-                ErrorKind::Timeout,
-                format!("still running after {} s", self.limits.seconds + self.limits.grace_seconds),
-            )),
+            End::Late => Err(ProgramError::new(ErrorKind::Timeout, format!("still running after {most} s"))),
             End::Gone if code == Some(monty_types::OOM_EXIT_CODE) => {
                 Err(ProgramError::new(ErrorKind::Memory, "used more memory than a program may"))
             }
@@ -123,32 +182,34 @@ impl Sandbox {
     }
 
     /// Makes sure that a living worker waits.
-    fn ready_worker(&mut self) -> Result<(), SandboxError> {
-        if self.worker.as_mut().is_some_and(worker::Worker::is_alive) {
+    fn ready_embedded(&mut self) -> Result<(), SandboxError> {
+        if self.embedded.as_mut().is_some_and(Worker::is_alive) {
             return Ok(());
         }
-        self.worker = None;
-        let mut worker = worker::Worker::spawn(self.executable.as_deref(), &self.limits)?;
-        let hello = worker.receive(&self.limits, &mut Budget { left: START_UP });
-        let layers = match hello.as_ref() {
-            Ok(Plain::List(parts)) => match parts.as_slice() {
-                [Plain::Str(op), layers] if op == "ready" => Layers::from_plain(layers),
-                _ => None,
-            },
-            _ => None,
-        };
-        let Some(layers) = layers else {
-            return Err(SandboxError::NotAWorker { path: worker::shown(self.executable.as_deref()) });
-        };
+        self.embedded = None;
+        let (worker, layers) = Worker::embedded(self.executable.as_deref(), &self.limits)?;
         self.layers = layers;
-        self.worker = Some(worker);
+        self.embedded = Some(worker);
+        Ok(())
+    }
+
+    fn ready_python(&mut self, python: &Python) -> Result<(), SandboxError> {
+        if self.python.as_mut().is_some_and(Worker::is_alive) {
+            return Ok(());
+        }
+        self.python = None;
+        let (worker, layers) = Worker::python(self.executable.as_deref(), &self.limits, python)?;
+        if matches!(self.executor, Executor::Cpython(_)) {
+            self.layers = layers;
+        }
+        self.python = Some(worker);
         Ok(())
     }
 }
 
 /// Time that a worker may still keep its parent waiting.
-struct Budget {
-    left: Duration,
+pub(super) struct Budget {
+    pub left: Duration,
 }
 
 /// How a worker's turn ended.
@@ -169,13 +230,14 @@ struct Run {
 impl Run {
     fn drive(
         &mut self,
-        worker: &mut worker::Worker,
+        worker: &mut Worker,
         limits: &Limits,
+        seconds: f64,
         source: &str,
         img_pth: &str,
         tools: &mut dyn Tools,
     ) -> End {
-        let whole = Duration::from_secs_f64(limits.seconds + limits.grace_seconds);
+        let whole = Duration::from_secs_f64(seconds);
         let mut budget = Budget { left: whole };
         let end = self.converse(worker, limits, &mut budget, source, img_pth, tools).unwrap_or_else(|e| {
             match e.kind() {
@@ -190,7 +252,7 @@ impl Run {
 
     fn converse(
         &mut self,
-        worker: &mut worker::Worker,
+        worker: &mut Worker,
         limits: &Limits,
         budget: &mut Budget,
         source: &str,
@@ -269,186 +331,4 @@ impl Run {
 enum Next {
     Call(Request),
     End(End),
-}
-
-#[cfg(unix)]
-mod worker {
-    use std::io::{self, Read, Write};
-    use std::os::fd::OwnedFd;
-    use std::os::unix::net::UnixStream;
-    use std::path::Path;
-    use std::process::{Child, Command, Stdio};
-    use std::time::{Duration, Instant};
-
-    use super::{Budget, Limits, Plain, SandboxError, WIRE_DEPTH, WORKER_CPU, wire};
-    use crate::program::worker::ARGUMENT;
-
-    pub(super) struct Worker {
-        child: Child,
-        link: UnixStream,
-        /// How long it has run programs.
-        pub age: Duration,
-    }
-
-    /// The running executable, even if its file has been replaced since.
-    const THIS: &str = if cfg!(target_os = "linux") { "/proc/self/exe" } else { "" };
-
-    pub(super) fn shown(executable: Option<&Path>) -> String {
-        executable.map_or_else(|| "this executable".to_owned(), |path| path.display().to_string())
-    }
-
-    impl Worker {
-        pub fn spawn(executable: Option<&Path>, limits: &Limits) -> Result<Self, SandboxError> {
-            let failed = |source| SandboxError::Spawn { path: shown(executable), source };
-            let path = match executable {
-                // The worker starts in another folder.
-                Some(path) => std::path::absolute(path).map_err(failed)?,
-                None if !THIS.is_empty() => THIS.into(),
-                None => std::env::current_exe().map_err(failed)?,
-            };
-            let (link, theirs) = UnixStream::pair().map_err(failed)?;
-            let child = Command::new(path)
-                .arg(ARGUMENT)
-                .args(
-                    [u64::from(std::process::id()), limits.address_space, WORKER_CPU].map(|n| n.to_string()),
-                )
-                .env_clear()
-                .current_dir("/")
-                .stdin(Stdio::from(OwnedFd::from(theirs)))
-                .stdout(Stdio::null())
-                .stderr(Stdio::null())
-                .spawn()
-                .map_err(failed)?;
-            Ok(Self { child, link, age: Duration::ZERO })
-        }
-
-        pub fn id(&self) -> u32 {
-            self.child.id()
-        }
-
-        pub fn is_alive(&mut self) -> bool {
-            matches!(self.child.try_wait(), Ok(None))
-        }
-
-        pub fn send(&mut self, message: &Plain, budget: &mut Budget) -> io::Result<()> {
-            // A tool may say a lot; a program's text is bounded already.
-            wire::send(&mut Timed { link: &mut self.link, budget }, message, 16 << 20)
-        }
-
-        pub fn receive(&mut self, limits: &Limits, budget: &mut Budget) -> io::Result<Plain> {
-            wire::receive(&mut Timed { link: &mut self.link, budget }, limits.message_bytes, WIRE_DEPTH)
-        }
-
-        /// Ends the worker and gives its exit code, if it ended by itself.
-        pub fn finish(mut self) -> Option<i32> {
-            // A worker that is on its way out may still tell why.
-            if self.link.set_read_timeout(Some(Duration::from_millis(1))).is_ok() {
-                for _ in 0..20 {
-                    match self.child.try_wait() {
-                        Ok(Some(status)) => return status.code(),
-                        _ => match self.link.read(&mut [0; 1]) {
-                            Ok(0) => std::thread::sleep(Duration::from_millis(1)),
-                            _ => break,
-                        },
-                    }
-                }
-            }
-            None
-        }
-    }
-
-    impl Drop for Worker {
-        fn drop(&mut self) {
-            // Fails only if it is dead already; waiting leaves no zombie behind.
-            let _ = self.child.kill();
-            let _ = self.child.wait();
-        }
-    }
-
-    /// Waits for the other side no longer than the budget allows, and charges it.
-    struct Timed<'a> {
-        link: &'a mut UnixStream,
-        budget: &'a mut Budget,
-    }
-
-    impl Timed<'_> {
-        fn charge<T>(&mut self, step: impl FnOnce(&mut UnixStream) -> io::Result<T>) -> io::Result<T> {
-            let started = Instant::now();
-            let result = step(self.link);
-            self.budget.left = self.budget.left.saturating_sub(started.elapsed());
-            result
-        }
-
-        fn left(&self) -> io::Result<Duration> {
-            if self.budget.left.is_zero() {
-                Err(io::ErrorKind::TimedOut.into())
-            } else {
-                Ok(self.budget.left)
-            }
-        }
-    }
-
-    impl Read for Timed<'_> {
-        fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-            let left = self.left()?;
-            self.charge(|link| {
-                link.set_read_timeout(Some(left))?;
-                link.read(buf)
-            })
-        }
-    }
-
-    impl Write for Timed<'_> {
-        fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-            let left = self.left()?;
-            self.charge(|link| {
-                link.set_write_timeout(Some(left))?;
-                link.write(buf)
-            })
-        }
-
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-}
-
-#[cfg(not(unix))]
-mod worker {
-    //! There is no worker here: starting one is the error.
-
-    use std::io;
-    use std::path::Path;
-    use std::time::Duration;
-
-    use super::{Budget, Limits, Plain, SandboxError};
-
-    pub(super) struct Worker {
-        pub age: Duration,
-    }
-
-    pub(super) fn shown(_: Option<&Path>) -> String {
-        String::new()
-    }
-
-    impl Worker {
-        pub fn spawn(_: Option<&Path>, _: &Limits) -> Result<Self, SandboxError> {
-            Err(SandboxError::Platform)
-        }
-        pub fn id(&self) -> u32 {
-            0
-        }
-        pub fn is_alive(&mut self) -> bool {
-            false
-        }
-        pub fn send(&mut self, _: &Plain, _: &mut Budget) -> io::Result<()> {
-            Err(io::ErrorKind::Unsupported.into())
-        }
-        pub fn receive(&mut self, _: &Limits, _: &mut Budget) -> io::Result<Plain> {
-            Err(io::ErrorKind::Unsupported.into())
-        }
-        pub fn finish(self) -> Option<i32> {
-            None
-        }
-    }
 }

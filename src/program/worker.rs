@@ -32,13 +32,25 @@ const MAX_FROM_PARENT: usize = 16 << 20;
 /// Runs the worker if this process was started as one. To be called first thing in `main`.
 pub fn worker_dispatch() -> Option<ExitCode> {
     let mut args = std::env::args_os().skip(1);
-    if args.next()? != ARGUMENT {
+    let first = args.next()?;
+    #[cfg(target_os = "linux")]
+    let python = first == super::python::ARGUMENT;
+    #[cfg(not(target_os = "linux"))]
+    let python = false;
+    if first != ARGUMENT && !python {
         return None;
     }
     let mut number = || args.next()?.to_str()?.parse::<u64>().ok();
     let (Some(parent), Some(address_space), Some(cpu)) = (number(), number(), number()) else {
         return Some(ExitCode::from(2));
     };
+    #[cfg(target_os = "linux")]
+    if python {
+        let spec = args.next().and_then(|spec| spec.into_string().ok()).unwrap_or_default();
+        // It comes back only where it failed.
+        let _ = super::python::jail::become_python(parent as u32, address_space, cpu, &spec);
+        return Some(ExitCode::FAILURE);
+    }
     let code = work(parent as u32, address_space, cpu).map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
     Some(code)
 }
@@ -195,7 +207,7 @@ fn failure(error: &ProgramError, stdout: String) -> Plain {
 }
 
 /// Builtins of Python that are not here because a program has no business with them.
-const REFUSED: &[&str] = &[
+pub(super) const REFUSED: &[&str] = &[
     "__build_class__",
     "__import__",
     "__loader__",

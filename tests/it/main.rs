@@ -3,6 +3,7 @@
 mod batch;
 mod benches;
 mod cli;
+mod cpython;
 mod endpoint;
 mod faults;
 mod hub;

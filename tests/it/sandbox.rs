@@ -32,11 +32,11 @@ fn here() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/sandbox")
 }
 
-fn folders() -> Vec<PathBuf> {
+pub(super) fn folders() -> Vec<PathBuf> {
     std::iter::once(here()).chain(std::env::var_os("VALOR_SANDBOX").map(PathBuf::from)).collect()
 }
 
-fn programs(folder: &Path) -> Vec<(String, String)> {
+pub(super) fn programs(folder: &Path) -> Vec<(String, String)> {
     let mut files: Vec<PathBuf> = std::fs::read_dir(folder)
         .unwrap_or_else(|e| panic!("{}: {e}", folder.display()))
         .map(|entry| entry.unwrap().path())
@@ -48,14 +48,14 @@ fn programs(folder: &Path) -> Vec<(String, String)> {
     files.iter().map(|path| (name(path), std::fs::read_to_string(path).unwrap())).collect()
 }
 
-fn header<'a>(source: &'a str, key: &str) -> Option<&'a str> {
+pub(super) fn header<'a>(source: &'a str, key: &str) -> Option<&'a str> {
     source
         .lines()
         .find_map(|line| line.strip_prefix("# ")?.strip_prefix(key)?.strip_prefix(": "))
         .map(str::trim)
 }
 
-fn tools(folder: &Path) -> MockTools {
+pub(super) fn tools(folder: &Path) -> MockTools {
     let scene = std::fs::read_to_string(folder.join("scene.json")).unwrap();
     MockTools::new(serde_json::from_str(&scene).unwrap())
 }
@@ -73,7 +73,7 @@ fn same(a: &Value, b: &Value) -> bool {
 }
 
 /// Is the outcome one that a header's `expect` names?
-fn expected(outcome: &Outcome, expect: &str) -> bool {
+pub(super) fn expected(outcome: &Outcome, expect: &str) -> bool {
     match &outcome.result {
         Ok(answer) => serde_json::from_str(expect).is_ok_and(|value| same(answer, &value)),
         Err(error) => {
@@ -87,7 +87,7 @@ fn expected(outcome: &Outcome, expect: &str) -> bool {
 }
 
 /// `denied` and `unsupported` count alike.
-fn contained(outcome: &Outcome, expect: &str) -> bool {
+pub(super) fn contained(outcome: &Outcome, expect: &str) -> bool {
     expect.split('|').any(|one| match (&outcome.result, one.strip_prefix("value:")) {
         (Ok(answer), Some(value)) => same(answer, &serde_json::from_str(value).unwrap()),
         (Err(error), None) => {

@@ -2,11 +2,11 @@
 
 mod batch;
 
-use super::ModelArgs;
+use super::{ExecutorArgs, ModelArgs};
 use crate::config::{Config, EMBEDDED};
 use crate::files::write_atomic;
 use crate::llm::{ChatError, ChatModels};
-use crate::pipeline::{Answered, Asked, Models, Referee, Run, answer_all, elect, limits, question_seed};
+use crate::pipeline::{Answered, Asked, Models, Referee, Run, answer_all, elect, question_seed, sandbox};
 use crate::program::{IMAGE, Sandbox};
 use crate::report;
 use crate::report::pictures::{boxes_of, png};
@@ -56,12 +56,14 @@ pub struct InferArgs {
     #[arg(long, default_value_t = 0)]
     seed: u64,
     #[command(flatten)]
+    executor: ExecutorArgs,
+    #[command(flatten)]
     models: ModelArgs,
 }
 
 impl InferArgs {
     fn config(&self) -> anyhow::Result<Config> {
-        let mut sets = Vec::new();
+        let mut sets = self.executor.sets();
         sets.extend(self.samples.map(|n| format!("inference.samples={n}")));
         sets.extend(self.repair.map(|n| format!("inference.repairs={n}")));
         Ok(self.models.explain(&sets)?.0)
@@ -102,9 +104,10 @@ impl<'a> Reasoner<'a> {
         chats: &'a ChatModels<'a>,
     ) -> anyhow::Result<(Self, Sandbox)> {
         let started = Instant::now();
+        // First, as it takes the least and may be refused.
+        let sandbox = sandbox(&config.sandbox)?;
         let models = Models::load(config, device, chats)?;
         let referee = Referee::load(config, chats)?;
-        let sandbox = Sandbox::start(limits(&config.sandbox)).context("cannot start the sandbox")?;
         let load_seconds = started.elapsed().as_secs_f64();
         let names: Vec<String> =
             models.names().iter().map(|(part, name)| format!("{part}: {name}")).collect();
@@ -164,6 +167,7 @@ impl<'a> Reasoner<'a> {
             "reply": run.reply.as_ref().map(|r| json!({ "text": &r.text, "finish": r.finish, "tokens": r.new_tokens })),
             "calls": answered.outcome.as_ref().map_or(&[][..], |o| &o.calls),
             "printed": answered.outcome.as_ref().map_or("", |o| &o.stdout),
+            "executor": answered.outcome.as_ref().ok().map(|o| o.interpreter),
             "seconds": seconds(self.load_seconds, reply.seconds, answered),
             "models": models,
             "seed": self.seeds(q.seed)[reply.chosen],

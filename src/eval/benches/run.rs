@@ -28,7 +28,7 @@ use crate::data::{Kind, Links, PictureRef};
 use crate::llm::{ChatError, ChatReply, Finish};
 use crate::pipeline::{Answered, Asked, Referee, Run, answer, elect, question_seed, run_all};
 use crate::planner::Planner;
-use crate::program::{IMAGE, Limits, Sandbox};
+use crate::program::{Executor, IMAGE, Limits, Sandbox};
 use crate::rooms::OracleTools;
 use crate::rooms::questions::score as score_room;
 use crate::tools::picture::DecodeOptions;
@@ -59,6 +59,7 @@ pub struct Runner<'a> {
     pub seed: u64,
     pub how: Inference,
     pub limits: Limits,
+    pub executor: Executor,
     /// Pictures worked on at once.
     pub workers: usize,
     /// Questions planned in one call.
@@ -292,7 +293,8 @@ impl Runner<'_> {
                 let sandbox = match &mut sandbox {
                     Some(sandbox) => sandbox,
                     none => {
-                        none.insert(Sandbox::start(self.limits.clone()).context("cannot start the sandbox")?)
+                        let opened = Sandbox::open(self.limits.clone(), self.executor.clone(), None);
+                        none.insert(opened.context("cannot start the sandbox")?)
                     }
                 };
                 self.about_one_picture(group, sandbox, times)

@@ -43,7 +43,7 @@ pub(super) struct Facts<'a> {
 }
 
 /// Modules that reach for the machine: importing one is harmless, using it ends the program.
-pub(super) const REFUSED_MODULES: &[&str] = &[
+pub(in crate::program) const REFUSED_MODULES: &[&str] = &[
     "asyncio",
     "atexit",
     "builtins",

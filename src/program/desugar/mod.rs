@@ -23,6 +23,8 @@ use ruff_text_size::Ranged;
 use super::ProgramError;
 use edits::Edits;
 use facts::Facts;
+#[cfg(target_os = "linux")]
+pub(super) use {facts::REFUSED_MODULES, rewrite::REFUSED_ATTRIBUTES};
 
 /// The function that a rewritten program calls to ask for what no program gets.
 pub(super) const REFUSE: &str = "_refuse";

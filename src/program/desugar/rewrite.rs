@@ -17,7 +17,7 @@ use crate::program::ProgramError;
 use crate::program::host::SIGNATURES;
 
 /// Attributes that lead out of a value into the interpreter.
-const REFUSED_ATTRIBUTES: &[&str] = &[
+pub(in crate::program) const REFUSED_ATTRIBUTES: &[&str] = &[
     "__subclasses__",
     "__bases__",
     "__base__",
