@@ -5,6 +5,7 @@
 //! - [`train`]: optimiser loops for detector, depth and language models
 //! - [`eval`]: benches, metrics, intervals
 //! - [`pipeline`]: question → answer, the path that inference and benches share
+//! - [`fit`]: does a checkpoint fit its network? From headers alone
 //! - [`report`]: HTML pages and pictures made from traces
 //! - [`planner`]: question → reply (plan and program)
 //! - [`verify`]: the heads that judge plans and programs
@@ -24,6 +25,7 @@ pub mod config;
 pub mod data;
 pub mod eval;
 pub mod files;
+pub mod fit;
 pub mod llm;
 pub mod models;
 pub mod nn;

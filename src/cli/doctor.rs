@@ -1,13 +1,18 @@
 //! `valor doctor`: what this machine has, and which configurations would run on it.
 
+mod machine;
+
 use super::{ModelArgs, gb};
 use crate::config::{BUILT_IN, Config, ENDPOINT, SHIPPED};
+use crate::fit;
 use crate::llm::endpoint::key_problem;
 use crate::pipeline::limits;
 use crate::planner;
 use crate::program::{Executor, Python, Sandbox};
 use crate::weights::ModelFiles;
-use crate::weights::hub::{Hub, free_space};
+use crate::weights::hub::Hub;
+use crate::weights::presets::Part;
+use machine::Room;
 use serde::Serialize;
 use std::io::Write;
 use std::process::ExitCode;
@@ -60,12 +65,10 @@ pub fn run(args: DoctorArgs) -> anyhow::Result<ExitCode> {
     say("processor", true, format!("{cores} cores, {}, {}", std::env::consts::ARCH, vector_units()));
     let (ok, detail) = cuda();
     say("cuda", ok, detail);
-    let memory = available_memory();
-    say(
-        "memory",
-        memory.is_some(),
-        memory.map_or("cannot be known here".into(), |b| format!("{} free", gb(b))),
-    );
+    let memory = machine::memory();
+    let detail = memory.as_ref().map_or("cannot be known here".into(), |m| m.detail());
+    say("memory", memory.is_some(), detail);
+    let memory = memory.map(|m| m.free);
     match Sandbox::start(limits(&config.sandbox)) {
         Ok(sandbox) => {
             for layer in &sandbox.layers().0 {
@@ -82,20 +85,15 @@ pub fn run(args: DoctorArgs) -> anyhow::Result<ExitCode> {
             let held = hub.held();
             let bytes = held.iter().map(|h| h.bytes + h.incomplete_bytes).sum();
             let folder = hub.cache_folder();
-            // What will hold it, if it is not there yet.
-            let there = folder.ancestors().find(|p| p.is_dir());
-            let free = there.and_then(free_space);
-            let detail = format!(
-                "{}: {} models, {}; {} free",
-                folder.display(),
-                held.len(),
-                gb(bytes),
-                free.map_or("unknown".into(), gb)
-            );
-            say("model cache", free.is_none_or(|f| f > 1 << 30), detail);
+            let (ok, room) = Room::at(folder).verdict("set HF_HOME to another disk");
+            let detail = format!("{}: {} models, {}; {room}", folder.display(), held.len(), gb(bytes));
+            say("model cache", ok, detail);
         }
         Err(e) => say("model cache", false, e.to_string()),
     }
+    // Where runs and answers are written, unless --out says otherwise.
+    let (ok, room) = Room::at(std::path::Path::new(".")).verdict("work in a folder on another disk");
+    say("this folder", ok, room);
     for (name, endpoint) in &config.endpoints {
         let problem = key_problem(endpoint);
         let key = problem.as_deref().unwrap_or(if endpoint.key_env.is_empty() {
@@ -197,9 +195,12 @@ fn verdict(name: &str, config: &Config, memory: Option<u64>) -> Verdict {
             missing.extend(problem.map(|p| format!("{part}: {p}")));
             continue;
         }
-        match ModelFiles::open(model, part).and_then(|files| files.checkpoint()) {
+        match ModelFiles::open(model, part).map_err(Into::into).and_then(|files| fit::check(&files)) {
+            Ok(fit) if !serves(fit.part, part) => {
+                missing.push(format!("{part}: {model} is no {part} (but fits as {})", fit.part.word()));
+            }
             // Verifiers are not loaded beside the others.
-            Ok(checkpoint) if !judges => weights_bytes += checkpoint.loaded_bytes(),
+            Ok(fit) if !judges => weights_bytes += fit.loaded_bytes,
             Ok(_) => {}
             Err(e) => missing.push(format!("{part}: {e}")),
         }
@@ -211,6 +212,16 @@ fn verdict(name: &str, config: &Config, memory: Option<u64>) -> Verdict {
         missing.push(format!("memory: {} of weights, {} free", gb(weights_bytes), gb(memory)));
     }
     Verdict { config: name.into(), weights_bytes, missing, missing_for_training: for_training }
+}
+
+/// Can a network do this part's work? One that sees can also read.
+fn serves(network: Part, part: &str) -> bool {
+    match part {
+        "detector" => network == Part::Detector,
+        "depth" => network == Part::Depth,
+        "vlm" | "box-verifier" => network == Part::Vlm,
+        _ => matches!(network, Part::Language | Part::Vlm),
+    }
 }
 
 /// What the processor has of what the kernels are written for.
@@ -249,16 +260,4 @@ fn cuda() -> (bool, String) {
             (false, format!("device 0 does not open: {}", e.to_string().lines().next().unwrap_or_default()))
         }
     }
-}
-
-/// Bytes that this process may still take: of the machine, and of its control group if that is less.
-fn available_memory() -> Option<u64> {
-    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = info.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
-    let machine = line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10;
-    let number = |file: &str| -> Option<u64> {
-        std::fs::read_to_string(format!("/sys/fs/cgroup/{file}")).ok()?.trim().parse().ok()
-    };
-    let group = number("memory.max").map(|max| max.saturating_sub(number("memory.current").unwrap_or(0)));
-    Some(group.map_or(machine, |g| g.min(machine)))
 }

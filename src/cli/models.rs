@@ -10,9 +10,10 @@ use serde_json::json;
 
 use super::gb;
 use crate::files::write_atomic;
+use crate::fit;
 use crate::weights::hub::Hub;
-use crate::weights::source::{HUB, HubSource};
-use crate::weights::{Checkpoint, Gguf, gguf, presets};
+use crate::weights::source::{HUB, HubSource, Source};
+use crate::weights::{Checkpoint, Gguf, ModelFiles, gguf, presets};
 
 /// Fetch, check, look into and convert checkpoints
 #[derive(clap::Args, Debug)]
@@ -30,7 +31,11 @@ enum ModelsCommand {
     /// A pull that was broken off goes on where it stopped. Environment: HF_ENDPOINT, HF_HOME,
     /// HF_HUB_CACHE, HF_TOKEN, HF_HUB_OFFLINE, and the usual variables of proxies.
     Pull(PullArgs),
-    /// Hash what is in the cache anew and compare
+    /// Hash what is in the cache anew and compare; or see whether checkpoints fit their networks
+    ///
+    /// With --headers, and for folders and files, the names and shapes of the tensors are compared with the
+    /// network that the configuration describes. That reads the files' headers only, so it shows before
+    /// the load what the load would refuse.
     Verify(VerifyArgs),
     /// Delete models from the cache
     Rm(RmArgs),
@@ -62,8 +67,11 @@ struct PullArgs {
 
 #[derive(clap::Args, Debug)]
 struct VerifyArgs {
-    /// Presets or hub:OWNER/NAME; all that is in the cache if none is named
+    /// Presets, hub:OWNER/NAME, folders or files; all that is in the cache if none is named
     models: Vec<String>,
+    /// Compare names and shapes with the network; hash nothing
+    #[arg(long, conflicts_with = "delete")]
+    headers: bool,
     /// Delete files that are wrong, so that the next pull brings them anew
     #[arg(long)]
     delete: bool,
@@ -212,13 +220,15 @@ fn pull(args: &PullArgs) -> Result<()> {
 
 fn verify(args: &VerifyArgs) -> Result<ExitCode> {
     let hub = Hub::from_env()?;
-    let repos = match args.models[..] {
-        [] => hub.held().into_iter().map(|h| h.repo).collect(),
-        _ => args.models.iter().map(|m| Ok(on_hub(m)?.repo)).collect::<Result<Vec<_>>>()?,
+    let models = match args.models[..] {
+        [] => hub.held().into_iter().map(|h| format!("{HUB}{}", h.repo)).collect(),
+        _ => args.models.clone(),
     };
+    let is_path = |model: &String| matches!(Source::parse(model), Ok(Source::Path(p)) if p.exists());
+    let (to_fit, to_hash): (Vec<_>, Vec<_>) = models.into_iter().partition(|m| args.headers || is_path(m));
+    let mut wrong = to_fit.iter().filter(|model| !fits(model)).count();
     let mut bar = FileBar::new()?;
-    let mut wrong = 0;
-    for repo in repos {
+    for repo in to_hash.iter().map(|m| Ok(on_hub(m)?.repo)).collect::<Result<Vec<_>>>()? {
         let files = hub
             .verify(&repo, &mut |file, done, all| bar.show(file, done, all))
             .with_context(|| format!("hub:{repo}"))?;
@@ -236,6 +246,25 @@ fn verify(args: &VerifyArgs) -> Result<ExitCode> {
         eprintln!("hub:{repo}: {count} files hashed");
     }
     Ok(if wrong == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Says whether a checkpoint fits its network.
+fn fits(model: &str) -> bool {
+    match ModelFiles::open(model, "model").map_err(Into::into).and_then(|files| fit::check(&files)) {
+        Ok(fit) => {
+            let (tensors, loaded) = (fit.tensors, gb(fit.loaded_bytes));
+            let parameters = fit.parameters as f64 / 1e6;
+            eprintln!(
+                "{model}: fits as {}: {tensors} tensors, {parameters:.1} M parameters, {loaded} when loaded",
+                fit.part.word()
+            );
+            true
+        }
+        Err(e) => {
+            println!("{e}");
+            false
+        }
+    }
 }
 
 fn rm(args: &RmArgs) -> Result<()> {

@@ -15,7 +15,7 @@ use super::tokenizer::Tokenizer;
 use super::{ChatError, ChatModel, ChatReply, ChatRequest};
 use crate::models::qwen3::{self, Qwen3};
 use crate::models::qwen3_vl::{self, Processor, Qwen3Vl};
-use crate::weights::{ModelFiles, WeightsError};
+use crate::weights::{Checkpoint, ModelFiles, WeightsError};
 
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
@@ -53,27 +53,7 @@ impl LocalChat {
         device: &Device,
         options: EngineOptions,
     ) -> Result<Self, LoadError> {
-        let kind: Kind = files.json("config.json")?;
-        let weights = files.checkpoint()?;
-        // A tied head may be stored all the same.
-        let head = |tied: bool| -> &[&str] { if tied { &["lm_head."] } else { &[] } };
-        let network = match kind.model_type.as_str() {
-            "qwen3" => {
-                let cfg: qwen3::Config = files.json("config.json")?;
-                let unused = head(cfg.tie_word_embeddings);
-                let model = weights.build(DType::F32, device, unused, |vb| Qwen3::new(&cfg, vb))?;
-                Network::Text { model, cfg }
-            }
-            "qwen3_vl" => {
-                let cfg: qwen3_vl::Config = files.json("config.json")?;
-                let unused = head(cfg.tie_word_embeddings);
-                Network::Vision(weights.build(DType::F32, device, unused, |vb| Qwen3Vl::new(&cfg, vb))?)
-            }
-            other => {
-                let message = format!("model_type {other:?} is not supported; qwen3 and qwen3_vl are");
-                return Err(file_error(files, "config.json", message));
-            }
-        };
+        let network = network_of(files, &files.checkpoint()?, device)?;
         Self::with_network(files, network, device, options)
     }
 
@@ -182,6 +162,30 @@ impl ChatModel for LocalChat {
         };
         requests.iter().zip(refused).map(served).collect()
     }
+}
+
+/// The network that files' `config.json` describes, on weights (theirs, or an outline of them).
+pub fn network_of(files: &ModelFiles, weights: &Checkpoint, device: &Device) -> Result<Network, LoadError> {
+    let kind: Kind = files.json("config.json")?;
+    // A tied head may be stored all the same.
+    let head = |tied: bool| -> &[&str] { if tied { &["lm_head."] } else { &[] } };
+    Ok(match kind.model_type.as_str() {
+        "qwen3" => {
+            let cfg: qwen3::Config = files.json("config.json")?;
+            let unused = head(cfg.tie_word_embeddings);
+            let model = weights.build(DType::F32, device, unused, |vb| Qwen3::new(&cfg, vb))?;
+            Network::Text { model, cfg }
+        }
+        "qwen3_vl" => {
+            let cfg: qwen3_vl::Config = files.json("config.json")?;
+            let unused = head(cfg.tie_word_embeddings);
+            Network::Vision(weights.build(DType::F32, device, unused, |vb| Qwen3Vl::new(&cfg, vb))?)
+        }
+        other => {
+            let message = format!("model_type {other:?} is not supported; qwen3 and qwen3_vl are");
+            return Err(file_error(files, "config.json", message));
+        }
+    })
 }
 
 fn picture_processor(files: &ModelFiles, cfg: &qwen3_vl::Config) -> Result<Processor, LoadError> {

@@ -252,7 +252,30 @@ mod linux {
         match status.ruleset {
             RulesetStatus::FullyEnforced => Ok("no file, no TCP, no signal or socket beyond itself"),
             RulesetStatus::PartiallyEnforced => Ok("no file; this kernel does not know the newer rules"),
-            RulesetStatus::NotEnforced => Err("this kernel has none".to_owned()),
+            RulesetStatus::NotEnforced => Err(why_no_landlock(landlock_error())),
+        }
+    }
+
+    /// What the kernel answers when it is asked which Landlock it has; 0 if it has one.
+    fn landlock_error() -> i32 {
+        const VERSION: u32 = 1;
+        // SAFETY: with this flag the call takes no attributes and makes nothing.
+        let rc = unsafe {
+            libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<u8>(), 0usize, VERSION)
+        };
+        if rc >= 0 { 0 } else { std::io::Error::last_os_error().raw_os_error().unwrap_or(0) }
+    }
+
+    /// From that answer, why it confines nothing, and what would help.
+    pub(super) fn why_no_landlock(error: i32) -> String {
+        match error {
+            libc::ENOSYS => "this kernel has none (Linux 5.13 has), or the container hides it".into(),
+            libc::EOPNOTSUPP => "this kernel has it switched off; boot with landlock in lsm=".into(),
+            libc::EPERM | libc::EACCES => {
+                "the container forbids it; allow landlock's system calls in its seccomp profile".into()
+            }
+            0 => "the kernel has it and enforces nothing".into(),
+            other => format!("the kernel refuses it: {}", std::io::Error::from_raw_os_error(other)),
         }
     }
 
@@ -344,6 +367,21 @@ mod linux {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_missing_landlock_says_whose_doing_it_is() {
+        let cases = [
+            (libc::ENOSYS, "this kernel has none"),
+            (libc::EOPNOTSUPP, "lsm="),
+            (libc::EPERM, "the container forbids it"),
+            (libc::EINVAL, "the kernel refuses it"),
+        ];
+        for (error, want) in cases {
+            let said = linux::why_no_landlock(error);
+            assert!(said.contains(want) && !said.contains('\n'), "{said}");
+        }
+    }
 
     #[test]
     fn layers_cross_the_wire() {

@@ -120,8 +120,9 @@ impl Checkpoint {
             } else {
                 return Err(fail(
                     path,
-                    "holds neither model.safetensors nor model.safetensors.index.json nor model.pt, model.pth \
-                     or pytorch_model.bin (a .gguf file is named itself, not its folder)"
+                    "holds neither model.safetensors nor model.safetensors.index.json nor model.pt, model.pth, \
+                     pytorch_model.bin or a single .pt or .pth of another name (a .gguf file is named itself, \
+                     not its folder)"
                         .into(),
                 ));
             }
@@ -155,6 +156,20 @@ impl Checkpoint {
         Self { name: name.into(), source: Arc::new(Source::Tensors(tensors)) }
     }
 
+    /// Names and shapes without numbers: every tensor is zeros that take no memory, whatever its size.
+    pub fn from_shapes(name: &str, shapes: BTreeMap<String, Vec<usize>>) -> candle_core::Result<Self> {
+        let zero = Tensor::zeros((), DType::F32, &Device::Cpu)?;
+        let tensors = shapes.into_iter().map(|(n, shape)| Ok((n, zero.broadcast_as(shape)?)));
+        Ok(Self::from_tensors(name, tensors.collect::<candle_core::Result<_>>()?))
+    }
+
+    /// This checkpoint without its numbers. A network built on it computes nothing of use, but whether it
+    /// fits is found out as with the numbers, and no more than the files' headers is read.
+    pub fn outline(&self) -> Result<Self, WeightsError> {
+        Self::from_shapes(&self.name, self.shapes())
+            .map_err(|source| WeightsError::Network { path: self.name.clone(), source })
+    }
+
     /// The tensors' names, sorted.
     pub fn names(&self) -> Vec<String> {
         self.source.shapes().into_keys().collect()
@@ -180,7 +195,7 @@ impl Checkpoint {
         all.map_err(|source| WeightsError::Network { path: self.name.clone(), source })
     }
 
-    /// Builds a network. `unused` are name prefixes that may be there without being asked for.
+    /// Builds a network. `unused` says what may be there without being asked for (see [`is_unused`]).
     pub fn build<T>(
         &self,
         dtype: DType,
@@ -200,7 +215,7 @@ impl Checkpoint {
         let audit = std::mem::take(&mut *audit.lock().unwrap_or_else(|e| e.into_inner()));
         let mut problems = audit.problems;
         if built.is_ok() {
-            let unknown = names.difference(&audit.asked).filter(|n| !unused.iter().any(|p| n.starts_with(p)));
+            let unknown = names.difference(&audit.asked).filter(|n| !is_unused(n, unused));
             let own = unknown.map(|n| format!("{} is not part of this network", self.source.own_name(n)));
             problems.extend(own);
         }
@@ -211,6 +226,14 @@ impl Checkpoint {
     }
 }
 
+/// Is a name one of `unused`: the beginnings of names, or their ends after a `*`?
+pub fn is_unused(name: &str, unused: &[impl AsRef<str>]) -> bool {
+    unused.iter().map(AsRef::as_ref).any(|u: &str| match u.strip_prefix('*') {
+        Some(end) => name.ends_with(end),
+        None => name.starts_with(u),
+    })
+}
+
 /// Endings of PyTorch's own files.
 pub const PYTORCH: [&str; 3] = ["pt", "pth", "bin"];
 
@@ -219,10 +242,18 @@ fn pytorch_file(path: &Path) -> Option<PathBuf> {
     let is_safe = |name: &str| path.join(name).is_file();
     if path.is_dir() && !is_safe("model.safetensors") && !is_safe("model.safetensors.index.json") {
         let names = ["model.pt", "model.pth", "pytorch_model.bin"];
-        return names.iter().map(|name| path.join(name)).find(|p| p.is_file());
+        return names.iter().map(|name| path.join(name)).find(|p| p.is_file()).or_else(|| only_pth(path));
     }
     let ending = path.extension()?.to_str()?;
     (path.is_file() && PYTORCH.contains(&ending)).then(|| path.to_path_buf())
+}
+
+/// The one checkpoint in a folder that goes by a name of its own, as VALOR's detector does on the hub.
+fn only_pth(folder: &Path) -> Option<PathBuf> {
+    let files = std::fs::read_dir(folder).ok()?.flatten().map(|e| e.path());
+    let is_pth = |p: &PathBuf| p.extension().is_some_and(|e| e == "pt" || e == "pth") && p.is_file();
+    let mut found = files.filter(is_pth);
+    found.next().filter(|_| found.next().is_none())
 }
 
 /// The shard files of an index, which are siblings of it and nothing else.
@@ -294,7 +325,8 @@ impl SimpleBackend for Audited {
             },
         };
         audit.problems.push(problem);
-        // One zero seen everywhere: the shape may be a damaged configuration's, of any size.
+        // One zero, seen in this shape: a checkpoint of other names, or a damaged configuration, must not
+        // cost a network's memory.
         Tensor::zeros((), dtype, dev)?.broadcast_as(s)
     }
 
@@ -338,11 +370,26 @@ mod tests {
         ] {
             assert!(text.contains(part), "{text}");
         }
-        let ok = checkpoint().build(DType::F32, &Device::Cpu, &["old."], |vb| {
-            get(&vb, &[2, 3], "a.weight")?;
-            get(&vb, &[2], "a.bias")
-        });
-        ok.unwrap();
+        for unused in ["old.", "*d.weight"] {
+            let ok = checkpoint().build(DType::F32, &Device::Cpu, &[unused], |vb| {
+                get(&vb, &[2, 3], "a.weight")?;
+                get(&vb, &[2], "a.bias")
+            });
+            ok.unwrap();
+        }
+    }
+
+    #[test]
+    fn a_single_pth_of_any_name_is_a_folders_checkpoint() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        assert_eq!(pytorch_file(dir.path()), None);
+        std::fs::write(path("VALOR-GroundingDINO.pth"), "").unwrap();
+        assert_eq!(pytorch_file(dir.path()), Some(path("VALOR-GroundingDINO.pth")));
+        std::fs::write(path("optimizer.pt"), "").unwrap();
+        assert_eq!(pytorch_file(dir.path()), None, "which is meant?");
+        std::fs::write(path("model.pt"), "").unwrap();
+        assert_eq!(pytorch_file(dir.path()), Some(path("model.pt")));
     }
 
     #[test]

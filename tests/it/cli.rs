@@ -371,3 +371,36 @@ fn gguf_files_are_shown_and_damaged_ones_refused() {
     let vlm = format!("vlm.model={sample}");
     refused(&["infer", "data/demo/room.png", "?", "--set", &vlm], &["vlm.model", "no pictures"]);
 }
+
+/// What may be missing is said and is no failure; what the configuration needs and is no good is one.
+#[test]
+fn doctor_says_what_is_missing_on_a_bare_machine() {
+    let home = TempDir::new().unwrap();
+    let doctor = |args: &[&str]| {
+        let mut command = valor(&["doctor", "--json"]);
+        command.args(args).env("PATH", "").env("HF_HOME", home.path());
+        let output = command.output().unwrap();
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        (output.status.code(), report)
+    };
+    let (code, report) = doctor(&[]);
+    assert_eq!(code, Some(0), "{report:#}");
+    let finding = |what: &str| {
+        let all = report["findings"].as_array().unwrap();
+        all.iter().find(|f| f["what"] == what).unwrap_or_else(|| panic!("no {what}: {report:#}")).clone()
+    };
+    if !cfg!(feature = "cuda") {
+        let cuda = finding("cuda");
+        assert!(
+            cuda["ok"] == false && cuda["detail"].as_str().unwrap().contains("on the processor"),
+            "{cuda}"
+        );
+    }
+    assert!(finding("model cache")["detail"].as_str().unwrap().ends_with(" free"));
+    assert!(finding("this folder")["detail"].as_str().unwrap().ends_with(" free"));
+    assert!(finding("memory")["detail"].as_str().unwrap().contains(" free"));
+
+    let (code, report) = doctor(&["--set", "depth.model=tests/fixtures/qwen3-tiny"]);
+    let missing = report["configs"][0]["missing"][0].as_str().unwrap();
+    assert!(code == Some(1) && missing.contains("is no depth (but fits as planner, verifier)"), "{missing}");
+}

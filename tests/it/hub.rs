@@ -306,6 +306,27 @@ fn a_wrong_hash_is_refused_and_named() {
 }
 
 #[test]
+fn verify_tells_from_the_headers_whether_a_checkpoint_fits() {
+    let hub = FakeHub::start(FILES);
+    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/qwen3-tiny");
+    let (code, stdout, stderr) = hub.run(&["verify", tiny.to_str().unwrap()]);
+    assert_eq!((code, &*stdout), (Some(0), ""), "{stderr}");
+    assert!(stderr.contains("fits as planner, verifier: "), "{stderr}");
+    // The same weights under another configuration.
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::copy(tiny.join("model.safetensors"), dir.path().join("model.safetensors")).unwrap();
+    let mut config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(tiny.join("config.json")).unwrap()).unwrap();
+    config["num_hidden_layers"] = json!(config["num_hidden_layers"].as_u64().unwrap() + 1);
+    std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    let (code, stdout, _) = hub.run(&["verify", "--headers", dir.path().to_str().unwrap()]);
+    assert_eq!((code, stdout.lines().count()), (Some(1), 1), "{stdout}");
+    assert!(stdout.contains("input_layernorm.weight is missing"), "{stdout}");
+    let (code, stdout, _) = hub.run(&["verify", "--headers", "qwen3-8b"]);
+    assert!(code == Some(1) && stdout.contains("valor models pull qwen3-8b"), "{stdout}");
+}
+
+#[test]
 fn refusals_say_what_to_do() {
     let hub = FakeHub::start(&[("a.gguf", 10), ("b.gguf", 10)]);
     let says = |args: &[&str], want: &str| {

@@ -37,14 +37,16 @@ use layers::{Mlp, xavier};
 use position::{Levels, sine_embedding};
 use std::collections::BTreeMap;
 
-/// Names (by prefix) that checkpoints may hold and no result depends on: the plain Swin's last norm,
-/// BERT's pooler and stored positions, the decoder's second copy of the box heads.
+/// Names that checkpoints may hold and no result depends on ([`crate::weights::is_unused`]): the plain
+/// Swin's last norm, BERT's pooler and stored positions, the decoder's second copy of the box heads, and
+/// the table of places in a window, which transformers 4 stored for each block.
 pub const UNUSED: &[&str] = &[
     "model.backbone.conv_encoder.model.layernorm.",
     "model.backbone.conv_encoder.model.swin.layernorm.",
     "model.text_backbone.pooler.",
     "model.text_backbone.embeddings.position_ids",
     "model.decoder.bbox_embed.",
+    "*.relative_position_index",
 ];
 
 /// One batch.

@@ -40,26 +40,18 @@ impl DetectorParts {
         let files = ModelFiles::open(&cfg.model, "detector")?;
         let name = files.name();
         let at = |source| LoadError::Model { name: name.clone(), source };
-        let mut weights = files.checkpoint()?;
-        let original = names::is_original(weights.names().iter().map(String::as_str));
-        let net_cfg = match files.text("config.json")? {
-            Some(text) => Config::from_json(&text).map_err(at)?,
-            None if original => Config::original_swin_t(),
-            None => {
-                let message = "is missing; download it again".into();
-                return Err(WeightsError::Unreadable { path: format!("{name}/config.json"), message }.into());
-            }
-        };
-        if original {
-            weights = Checkpoint::from_tensors(&name, names::to_hf(weights.tensors()?).map_err(at)?);
-        }
+        let (net_cfg, weights) = network_of(&files, files.checkpoint()?)?;
         let tokenizer = match (files.text("tokenizer.json")?, files.text("vocab.txt")?) {
             (Some(json), _) => TextTokenizer::from_json(&json, &format!("{name}/tokenizer.json")),
             (None, Some(vocab)) => TextTokenizer::from_json(
                 &tokenizer_json(vocab.lines()).to_string(),
                 &format!("{name}/vocab.txt"),
             ),
-            (None, None) => Err(candle_core::Error::Msg("has neither tokenizer.json nor vocab.txt".into())),
+            (None, None) => Err(candle_core::Error::Msg(
+                "has neither tokenizer.json nor vocab.txt; put bert-base-uncased's vocab.txt beside its weights \
+                 (grounding-dino-tiny brings it)"
+                    .into(),
+            )),
         };
         let tokenizer = tokenizer.map_err(at)?;
         if tokenizer.vocab_size() > net_cfg.text_config.vocab_size {
@@ -79,13 +71,41 @@ impl DetectorParts {
         Ok(Self { name, files, config: net_cfg, weights, tokenizer, processor })
     }
 
-    /// Beginnings of the names of tensors that a checkpoint may have beyond the network's own.
+    /// What its checkpoint may have beyond the network's own tensors.
     pub fn unused(&self) -> Vec<String> {
-        let mut unused: Vec<String> = grounding_dino::UNUSED.iter().map(|s| s.to_string()).collect();
-        // The box head that all decoder layers share is stored once for each.
-        unused.extend((1..self.config.decoder_layers).map(|i| format!("bbox_embed.{i}.")));
-        unused
+        unused(&self.config)
     }
+}
+
+/// The configuration of a detector's files, and weights (all of them, or their outline) under HF's names.
+pub fn network_of(
+    files: &ModelFiles,
+    weights: Checkpoint,
+) -> std::result::Result<(Config, Checkpoint), LoadError> {
+    let name = files.name();
+    let at = |source| LoadError::Model { name: name.clone(), source };
+    let original = names::is_original(weights.names().iter().map(String::as_str));
+    let config = match files.text("config.json")? {
+        Some(text) => Config::from_json(&text).map_err(at)?,
+        None if original => Config::original_swin_t(),
+        None => {
+            let message = "is missing; download it again".into();
+            return Err(WeightsError::Unreadable { path: format!("{name}/config.json"), message }.into());
+        }
+    };
+    let weights = match original {
+        true => Checkpoint::from_tensors(&name, names::to_hf(weights.tensors()?).map_err(at)?),
+        false => weights,
+    };
+    Ok((config, weights))
+}
+
+/// What a detector's checkpoint may have beyond the network's own tensors ([`crate::weights::is_unused`]).
+pub fn unused(config: &Config) -> Vec<String> {
+    let mut unused: Vec<String> = grounding_dino::UNUSED.iter().map(|s| s.to_string()).collect();
+    // The box head that all decoder layers share is stored once for each.
+    unused.extend((1..config.decoder_layers).map(|i| format!("bbox_embed.{i}.")));
+    unused
 }
 
 impl Detector {

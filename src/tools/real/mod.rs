@@ -4,7 +4,7 @@
 //! decoded once, its depth computed once and for it alone (method.md 10.1), detections kept per
 //! prompt. Everything here is deterministic: the VLM answers greedily.
 
-mod detector;
+pub(crate) mod detector;
 mod estimator;
 mod questions;
 

@@ -15,6 +15,7 @@ use crate::train::augment::{Augment, Crop};
 use crate::train::grounding::{GroundingTrainer, Region, Sample, Samples, TrainConfig, Validation};
 use crate::train::pretrain::detector::{RoomPictures, validation};
 use crate::train::run::{self, Metrics, RunOptions, Trainee};
+use crate::weights::is_unused;
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Tensor};
 use serde_json::json;
@@ -274,7 +275,7 @@ impl Fit<'_> {
         let parts = DetectorParts::open(&self.config.detector)?;
         let original = parts.weights.tensors().with_context(|| parts.name.clone())?;
         let unused = parts.unused();
-        let of_network = |n: &String| !unused.iter().any(|u| n.starts_with(u.as_str()));
+        let of_network = |n: &String| !is_unused(n, &unused);
         let known: HashMap<String, Tensor> =
             original.iter().filter(|(n, _)| of_network(n)).map(|(n, t)| (n.clone(), t.clone())).collect();
         let had: Vec<String> = known.keys().cloned().collect();
