@@ -33,8 +33,13 @@ pub enum WeightsError {
     Unreadable { path: String, message: String },
     #[error("{path}: weights do not fit the network: {problems}")]
     Mismatch { path: String, problems: String },
-    #[error("{path}: {source}")]
+    #[error("{path}: {}", first_line(.source))]
     Network { path: String, source: candle_core::Error },
+}
+
+/// candle adds the whole stack where `RUST_BACKTRACE` is set.
+fn first_line(e: &candle_core::Error) -> String {
+    e.to_string().lines().next().unwrap_or_default().to_owned()
 }
 
 enum Source {
