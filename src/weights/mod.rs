@@ -38,7 +38,7 @@ pub enum WeightsError {
 }
 
 /// candle adds the whole stack where `RUST_BACKTRACE` is set.
-fn first_line(e: &candle_core::Error) -> String {
+pub(crate) fn first_line(e: &candle_core::Error) -> String {
     e.to_string().lines().next().unwrap_or_default().to_owned()
 }
 

@@ -18,7 +18,7 @@ use crate::llm::local;
 use crate::llm::{ChatModel, ChatModels};
 use crate::models::grounding_dino::caption::nouns_of;
 use crate::models::moge::Depth;
-use crate::weights::WeightsError;
+use crate::weights::{WeightsError, first_line};
 use candle_core::{Device, Tensor};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -31,7 +31,7 @@ pub enum LoadError {
     Weights(#[from] WeightsError),
     #[error(transparent)]
     Chat(#[from] local::LoadError),
-    #[error("{name}: {source}")]
+    #[error("{name}: {}", first_line(.source))]
     Model { name: String, source: candle_core::Error },
 }
 
