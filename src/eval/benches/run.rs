@@ -224,13 +224,15 @@ impl Runner<'_> {
                     if tasks.is_empty() {
                         return Ok(feed.into_notes());
                     }
-                    let _turn = turn.as_ref().map(|t| t.lock().expect("no holder panics"));
+                    let mine = turn.as_ref().map(|t| t.lock().expect("no holder panics"));
                     let started = Instant::now();
                     self.fetch(&mut tasks);
                     spend(times, "links", started);
                     let started = Instant::now();
                     let batch = self.plan(tasks)?;
                     spend(times, "planning", started);
+                    // Not held while this waits for room: who works needs it to make some.
+                    drop(mine);
                     if send.send(batch).is_err() {
                         // The other side has stopped and says why.
                         return Ok(feed.into_notes());
