@@ -68,10 +68,7 @@ pub fn of_weights(files: &ModelFiles, weights: &Checkpoint) -> Result<Fit, LoadE
         (part, if tied { vec!["lm_head.".to_string()] } else { Vec::new() })
     };
     let (tensors, parameters) = (weights.names().len(), count(weights, &unused));
-    let loaded_bytes = match files {
-        ModelFiles::Gguf(_) => weights.loaded_bytes(),
-        _ => 4 * parameters,
-    };
+    let loaded_bytes = weights.packed_bytes().unwrap_or(4 * parameters);
     Ok(Fit { part, tensors, parameters, loaded_bytes })
 }
 

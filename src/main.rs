@@ -12,9 +12,9 @@ fn main() -> ExitCode {
     valor::cli::main()
 }
 
-/// candle's own workers share each element-wise operation and spin before they sleep. On few cores they
-/// cost more than they bring: they spin where the next operation's threads would work, and parts of a
-/// batch that run side by side wait for them in turn.
+/// candle's own workers share each element-wise operation, for one caller at a time, and spin before they
+/// sleep. On few cores they would hold up the parts of a batch that run side by side, and spin where those
+/// work.
 fn few_cores() {
     const THREADS: &str = "CANDLE_NUM_THREADS";
     let few = std::thread::available_parallelism().is_ok_and(|n| n.get() <= 4);

@@ -309,7 +309,7 @@ impl Engine {
         const ROWS: usize = 8;
         const SMALL: usize = 16 << 20;
         let small = self.device.is_cpu() && self.network.config().parameters() <= SMALL;
-        if small { rayon::current_num_threads().min(4).min(jobs / ROWS).max(1) } else { 1 }
+        if small { Lanes::good().min(jobs / ROWS).max(1) } else { 1 }
     }
 
     /// Groups of jobs, longest first, so many of which at once are within the bound on memory.

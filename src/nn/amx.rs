@@ -1,13 +1,12 @@
 //! Matrix products on AMX, the matrix unit of Intel's server CPUs (Sapphire Rapids, 2023, and later).
 //!
 //! A tile instruction multiplies 16 × 32 by 32 × 16 numbers of bf16 and adds them up in f32, at
-//! sixteen times the rate of AVX-512's f32 units. An f32 number is cut into up to three of bf16, each
-//! the nearest to what the ones before leave over (8 bits of significand each, of f32's 24), and a
-//! product into those of the parts, the smallest left out: with three parts (6 products) the error is
-//! that of f32 itself, with two (3 products) some 2⁻¹⁷ of a product, with one 2⁻⁸ (Henry, Tang &
-//! Heinecke 2019, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision
-//! Computations"). Numbers below 2⁻¹²⁶ count as 0, as the unit takes them, and of an infinity cut into
-//! parts comes NaN (∞ · 0).
+//! sixteen times the rate of AVX-512's f32 units. An f32 number becomes one of bf16 (an error of some 2⁻⁸
+//! of a product), or is cut into two, the nearest and the nearest to what that leaves over, and a product
+//! into three, the smallest left out (some 2⁻¹⁷; Henry, Tang & Heinecke 2019, "Leveraging the bfloat16
+//! Artificial Intelligence Datatype For Higher-Precision Computations"). A third part would give f32's own
+//! error, and was no faster than AVX-512. Numbers below 2⁻¹²⁶ count as 0, as the unit takes them, and of an
+//! infinity cut into parts comes NaN (∞ · 0).
 //!
 //! Both matrices are packed into tiles, then each task multiplies blocks of 2 × 2 tiles. An element is
 //! summed over `k` in one order, whatever else is in the matrices and however many threads there are.
@@ -74,7 +73,7 @@ thread_local! {
     static BUFFERS: Cell<[Vec<Tile>; 2]> = const { Cell::new([vec![], vec![]]) };
 }
 
-/// `out = scale · a b (+ out)` with `a` `[m, k]`, `b` `[k, n]`, each cut into `parts` (1 to 3) parts;
+/// `out = scale · a b (+ out)` with `a` `[m, k]`, `b` `[k, n]`, each cut into `parts` (1 or 2) parts;
 /// `out` starts at `at`, its rows are `apart` elements apart.
 ///
 /// # Safety
@@ -92,7 +91,7 @@ pub(super) unsafe fn product(
     b: Mat,
     parallel: bool,
 ) {
-    assert!((1..=3).contains(&parts) && m > 0 && n > 0 && k > 0);
+    assert!((1..=2).contains(&parts) && m > 0 && n > 0 && k > 0);
     let a = Side { data: a.data, lines: m, k, line_apart: a.rows_apart, k_apart: a.cols_apart };
     let b = Side { data: b.data, lines: n, k, line_apart: b.cols_apart, k_apart: b.rows_apart };
     let parallel = parallel && rayon::current_num_threads() > 1 && m * n * k >= WORTH_A_THREAD;
@@ -182,7 +181,7 @@ impl Side<'_> {
                 _mm512_maskz_loadu_ps((0xffff_u32 >> (16 - count)) as u16, data.as_ptr().add(at))
             },
         };
-        let mut words = [[_mm512_setzero_si512(); LINES]; 3];
+        let mut words = [[_mm512_setzero_si512(); LINES]; 2];
         let held = if k_apart == 1 { Layout::Rows } else { Layout::Pairs };
         for i in 0..LINES {
             let (mut x, mut y) = match held {
@@ -376,31 +375,13 @@ unsafe fn square(a: &[Tile], b: &[Tile], line: usize, parts: usize, to: Place, y
     unsafe {
         match parts {
             1 => sum_tiles!(a, b, count, "1024", sums, [load_a!("0"), with_b!("0")]),
-            2 => sum_tiles!(
+            _ => sum_tiles!(
                 a,
                 b,
                 count,
                 "2048",
                 sums,
                 [load_a!("0"), with_b!("0"), with_b!("1"), load_a!("1"), with_b!("0")]
-            ),
-            _ => sum_tiles!(
-                a,
-                b,
-                count,
-                "3072",
-                sums,
-                [
-                    load_a!("0"),
-                    with_b!("0"),
-                    with_b!("1"),
-                    with_b!("2"),
-                    load_a!("1"),
-                    with_b!("0"),
-                    with_b!("1"),
-                    load_a!("2"),
-                    with_b!("0")
-                ]
             ),
         }
     }
@@ -459,7 +440,7 @@ mod tests {
                         terms.fold((0., 0.), |(sum, sizes), t| (sum + t, sizes + t.abs()))
                     })
                     .collect();
-                for (parts, error) in [(1, 2f64.powi(-7)), (2, 2f64.powi(-15)), (3, 2f64.powi(-20))] {
+                for (parts, error) in [(1, 2f64.powi(-7)), (2, 2f64.powi(-15))] {
                     for parallel in [false, true] {
                         // Rows 3 apart from their neighbours; what lies between is not touched.
                         let mut c = vec![1f32; m * (n + 3)];
@@ -490,7 +471,7 @@ mod tests {
             let mut a = vec![1f32; 32 * 32];
             a[5 * 32 + 7] = value;
             let b = vec![1f32; 32 * 32];
-            for parts in 1..=3 {
+            for parts in 1..=2 {
                 let mut c = vec![0f32; 32 * 32];
                 let (out, a, b) = (Out::new(&mut c), Mat::rows(&a, 32), Mat::rows(&b, 32));
                 // SAFETY: the matrices hold these sizes, and `c` the result.

@@ -5,7 +5,7 @@ use super::cpu;
 use super::simd::{LANES, lanes_sum, madd, wide};
 use rayon::prelude::*;
 
-/// Up to this many rows; from more on, a GEMM is as good.
+/// Up to this many rows; more are left to the GEMM.
 pub(super) const FEW: usize = 64;
 
 /// `y += x wᵀ` for a few rows of `x`; `w` is `[out, k]`.

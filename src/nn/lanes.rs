@@ -26,10 +26,14 @@ impl Lanes {
         Ok(Self { pools })
     }
 
-    /// As many as the processor has cores, and a few at most: each holds activations and gradients of
-    /// its own.
+    /// As many as are good for this processor.
     pub fn of_cores() -> anyhow::Result<Self> {
-        Self::new(rayon::current_num_threads().min(MOST))
+        Self::new(Self::good())
+    }
+
+    /// As many as the processor has cores, and a few at most: each holds activations of its own.
+    pub fn good() -> usize {
+        rayon::current_num_threads().min(MOST)
     }
 
     pub fn count(&self) -> usize {

@@ -205,6 +205,28 @@ mod unix {
     pub(super) type Resource = libc::c_int;
 }
 
+/// What any program's interpreter keeps. No call here opens, connects, starts or signals anything but this
+/// process itself.
+#[cfg(target_os = "linux")]
+pub(super) const OWN_CALLS: &[i64] = &[
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_close,
+    libc::SYS_futex,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_madvise,
+    libc::SYS_brk,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_sigaltstack,
+    libc::SYS_clock_gettime,
+    libc::SYS_sched_yield,
+    libc::SYS_restart_syscall,
+];
+
 #[cfg(target_os = "linux")]
 mod linux {
     use std::collections::BTreeMap;
@@ -326,7 +348,8 @@ mod linux {
     }
 
     fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
-        let mut rules: BTreeMap<i64, Vec<SeccompRule>> = ALLOWED.iter().map(|&call| (call, vec![])).collect();
+        let allowed = super::OWN_CALLS.iter().chain(&[libc::SYS_getrandom]);
+        let mut rules: BTreeMap<i64, Vec<SeccompRule>> = allowed.map(|&call| (call, vec![])).collect();
         // Memory may be had, but none that can be executed.
         for call in [libc::SYS_mmap, libc::SYS_mprotect] {
             let exec = libc::PROT_EXEC as u64;
@@ -341,27 +364,6 @@ mod linux {
         )?
         .try_into()
     }
-
-    // No call here opens, connects, starts or signals anything but this process itself.
-    const ALLOWED: &[i64] = &[
-        libc::SYS_read,
-        libc::SYS_write,
-        libc::SYS_close,
-        libc::SYS_futex,
-        libc::SYS_munmap,
-        libc::SYS_mremap,
-        libc::SYS_madvise,
-        libc::SYS_brk,
-        libc::SYS_exit,
-        libc::SYS_exit_group,
-        libc::SYS_rt_sigreturn,
-        libc::SYS_rt_sigprocmask,
-        libc::SYS_sigaltstack,
-        libc::SYS_clock_gettime,
-        libc::SYS_sched_yield,
-        libc::SYS_getrandom,
-        libc::SYS_restart_syscall,
-    ];
 }
 
 #[cfg(test)]

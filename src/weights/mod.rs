@@ -185,12 +185,9 @@ impl Checkpoint {
         self.source.shapes()
     }
 
-    /// Memory that a network on the CPU takes: its numbers in f32, or as they are packed.
-    pub fn loaded_bytes(&self) -> u64 {
-        match &*self.source {
-            Source::Gguf(g) => g.loaded_bytes(),
-            other => 4 * other.shapes().values().map(|s| s.iter().product::<usize>() as u64).sum::<u64>(),
-        }
+    /// Memory that a network on the CPU takes where its matrices stay packed.
+    pub fn packed_bytes(&self) -> Option<u64> {
+        self.source.gguf().map(Gguf::loaded_bytes)
     }
 
     /// Every tensor, as stored; quantised ones in f32.

@@ -547,6 +547,13 @@ fn rooms_through_the_runner_are_the_rooms_of_before() {
         // On exact tools a wrong answer is the program's.
         assert!(b["strict"] == 1.0 || b["fault"] == "program" || b["fault"] == "planner", "{b}");
     }
+    // One after another, more slowly.
+    let alone = dir.path().join("alone");
+    assert!(eval(&[&args[..], &[shown(&alone), "--one-by-one"]].concat()).status.success());
+    for (a, b) in samples(&alone).iter().zip(&now) {
+        assert_eq!(a["answer"], b["answer"], "{}", a["index"]);
+    }
+    assert_eq!(samples(&alone).len(), 24);
 }
 
 #[test]

@@ -7,8 +7,8 @@
 //! 2. A first filter of system calls hands the calls of [`START_UP`] (opening files, running one, mapping
 //!    code, …) to a listener and lets the rest through. The listener's descriptor goes to the parent
 //!    (`start.rs`) and is closed here.
-//! 3. A second filter allows [`KEPT`] and [`START_UP`] and lets all else fail: no network, no processes, no
-//!    signals, from here on, whatever happens. Of two filters the stricter verdict counts.
+//! 3. A second filter allows [`jail::OWN_CALLS`] and [`START_UP`] and lets all else fail: no network, no
+//!    processes, no signals, from here on, whatever happens. Of two filters the stricter verdict counts.
 //! 4. `execve` of Python. The parent lets start-up calls go on, and only this one `execve`, until Python
 //!    says that it has imported all it needs. Then it closes the listener, and the kernel answers every
 //!    call of [`START_UP`] with ENOSYS. Nothing can open the listener again: this is a ratchet, and it
@@ -218,7 +218,7 @@ fn listener() -> Result<OwnedFd, String> {
 /// The filter of step 3.
 fn strict() -> Result<BpfProgram, String> {
     let mapping = [libc::SYS_mmap, libc::SYS_mprotect];
-    let rules = KEPT.iter().chain(START_UP).chain(&mapping).map(|&call| (call, vec![])).collect();
+    let rules = jail::OWN_CALLS.iter().chain(START_UP).chain(&mapping).map(|&call| (call, vec![])).collect();
     filter(rules, SeccompAction::Allow, SeccompAction::Errno(libc::EPERM as u32))
 }
 
@@ -243,27 +243,6 @@ fn makes_code() -> Result<SeccompRule, seccompiler::BackendError> {
         exec,
     )?])
 }
-
-/// What a program's Python keeps: its pipe (no other descriptor is open), memory that is not executable,
-/// and its end. The same as the embedded interpreter's, without random numbers.
-const KEPT: &[i64] = &[
-    libc::SYS_read,
-    libc::SYS_write,
-    libc::SYS_close,
-    libc::SYS_futex,
-    libc::SYS_munmap,
-    libc::SYS_mremap,
-    libc::SYS_madvise,
-    libc::SYS_brk,
-    libc::SYS_exit,
-    libc::SYS_exit_group,
-    libc::SYS_rt_sigreturn,
-    libc::SYS_rt_sigprocmask,
-    libc::SYS_sigaltstack,
-    libc::SYS_clock_gettime,
-    libc::SYS_sched_yield,
-    libc::SYS_restart_syscall,
-];
 
 /// What starting it takes beside these, mapping code included.
 const START_UP: &[i64] = &[
