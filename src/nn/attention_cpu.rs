@@ -8,7 +8,7 @@
 //! Limits: one query-key dimension for keys and values; the mask takes no gradient.
 
 use super::cpu::{Held, Mat, Out, gemm_into};
-use super::simd::{self, madd, wide};
+use super::simd::{self, LANES, madd, wide};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -327,6 +327,11 @@ wide! {
 
 wide! {
     fn decode_scores(q: &[f32], k: &[f32], apart: usize, scale: f32, p: &mut [f32]) {
+        #[cfg(target_arch = "x86_64")]
+        if FMA {
+            // SAFETY: this body is compiled for AVX2 and FMA.
+            return unsafe { simd::avx2::dots(q, k, apart, scale, p) };
+        }
         for (j, p) in p.iter_mut().enumerate() {
             *p = scale * simd::dot::<FMA>(q, &k[j * apart..j * apart + q.len()]);
         }
@@ -334,13 +339,50 @@ wide! {
 }
 
 wide! {
+    /// `o += Σ p[j] v[j]`.
     fn decode_values(p: &[f32], v: &[f32], apart: usize, o: &mut [f32]) {
-        for (j, &p) in p.iter().enumerate() {
-            for (o, &v) in o.iter_mut().zip(&v[j * apart..]) {
-                *o = madd::<FMA>(p, v, *o);
+        let mut at = 0;
+        while at < o.len() {
+            let (v, o) = (&v[at..], &mut o[at..]);
+            at += match o.len() {
+                64.. => columns::<FMA, 8>(p, v, apart, o),
+                48.. => columns::<FMA, 6>(p, v, apart, o),
+                32.. => columns::<FMA, 4>(p, v, apart, o),
+                16.. => columns::<FMA, 2>(p, v, apart, o),
+                LANES.. => columns::<FMA, 1>(p, v, apart, o),
+                rest => {
+                    for (j, &p) in p.iter().enumerate() {
+                        for (o, &v) in o.iter_mut().zip(&v[j * apart..]) {
+                            *o = madd::<FMA>(p, v, *o);
+                        }
+                    }
+                    rest
+                }
+            };
+        }
+    }
+}
+
+/// The first `N` · 8 columns of the sum over values, kept in registers; how many they are.
+#[inline(always)]
+fn columns<const FMA: bool, const N: usize>(p: &[f32], v: &[f32], apart: usize, o: &mut [f32]) -> usize {
+    let lanes = |row: &[f32], i: usize| -> [f32; LANES] {
+        row[i * LANES..(i + 1) * LANES].try_into().expect("a slice of that length")
+    };
+    let mut sums: [[f32; LANES]; N] = std::array::from_fn(|i| lanes(o, i));
+    for (j, &p) in p.iter().enumerate() {
+        let v = &v[j * apart..j * apart + N * LANES];
+        for (i, sum) in sums.iter_mut().enumerate() {
+            let v = lanes(v, i);
+            for l in 0..LANES {
+                sum[l] = madd::<FMA>(p, v[l], sum[l]);
             }
         }
     }
+    for (o, sum) in o.chunks_exact_mut(LANES).zip(sums) {
+        o.copy_from_slice(&sum);
+    }
+    N * LANES
 }
 
 fn from_start<'a>(s: &'a CpuStorage, l: &Layout) -> Result<&'a [f32]> {

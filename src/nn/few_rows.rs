@@ -120,9 +120,15 @@ mod avx512 {
                 let block = load(&w[col * k + at..], k, cols, depth);
                 let mut row = 0;
                 while row < rows {
-                    let step = if rows - row >= 4 { 4 } else { 1 };
+                    let step = match rows - row {
+                        8.. => 8,
+                        4.. => 4,
+                        _ => 1,
+                    };
                     let (x, to) = (&x[row * k + at..], &mut part[row * out + col..]);
                     match (step, depth) {
+                        (8, SIDE) => grow::<8, SIDE>(&block, x, k, to, out, cols, SIDE),
+                        (8, _) => grow::<8, 0>(&block, x, k, to, out, cols, depth),
                         (4, SIDE) => grow::<4, SIDE>(&block, x, k, to, out, cols, SIDE),
                         (4, _) => grow::<4, 0>(&block, x, k, to, out, cols, depth),
                         (_, SIDE) => grow::<1, SIDE>(&block, x, k, to, out, cols, SIDE),
@@ -147,7 +153,12 @@ mod avx512 {
             // SAFETY: only the first `depth` are read.
             *row = unsafe { _mm512_maskz_loadu_epi32(mask(depth), from.as_ptr().cast()) };
         }
-        transpose(rows).map(|v| _mm512_castsi512_ps(v))
+        // Not by `map`, whose closure is called, sixteen times.
+        let mut block = [_mm512_setzero_ps(); SIDE];
+        for (to, row) in block.iter_mut().zip(transpose(rows)) {
+            *to = _mm512_castsi512_ps(row);
+        }
+        block
     }
 
     /// Adds a block's part to `R` rows of 16 outputs. `D` is `depth` where that is 16, which unrolls the

@@ -166,31 +166,104 @@ pub(super) fn max(x: &[f32]) -> f32 {
 pub(super) fn dot<const FMA: bool>(a: &[f32], b: &[f32]) -> f32 {
     let n = a.len().min(b.len());
     let (a, b) = (&a[..n], &b[..n]);
+    #[cfg(target_arch = "x86_64")]
+    if FMA {
+        // SAFETY: on x86 only code for AVX2 and FMA has them.
+        return unsafe { avx2::dot(a, b) };
+    }
     let mut acc = [[0f32; LANES]; 4];
-    let whole = n / (4 * LANES) * (4 * LANES);
-    for (x, y) in a[..whole].chunks_exact(4 * LANES).zip(b[..whole].chunks_exact(4 * LANES)) {
-        for u in 0..4 {
-            for l in 0..LANES {
-                acc[u][l] = madd::<FMA>(x[u * LANES + l], y[u * LANES + l], acc[u][l]);
+    let (x, y) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    let (last_x, last_y) = (x.remainder(), y.remainder());
+    for (i, (x, y)) in x.zip(y).enumerate() {
+        for l in 0..LANES {
+            acc[i % 4][l] = madd::<FMA>(x[l], y[l], acc[i % 4][l]);
+        }
+    }
+    for (l, (x, y)) in last_x.iter().zip(last_y).enumerate() {
+        acc[n / LANES % 4][l] = madd::<FMA>(*x, *y, acc[n / LANES % 4][l]);
+    }
+    lanes_sum(std::array::from_fn(|l| (acc[0][l] + acc[1][l]) + (acc[2][l] + acc[3][l])))
+}
+
+/// What the compiler does not make of loops: it kept sums of several rows in pairs of lanes.
+#[cfg(target_arch = "x86_64")]
+pub(super) mod avx2 {
+    use super::LANES;
+    use std::arch::x86_64::*;
+
+    /// The first `n` lanes.
+    #[target_feature(enable = "avx2")]
+    fn first(n: usize) -> __m256i {
+        let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        _mm256_cmpgt_epi32(_mm256_set1_epi32(n.min(LANES) as i32), lanes)
+    }
+
+    /// The numbers from `at` on, at most eight, with zeros beyond the row.
+    #[target_feature(enable = "avx2")]
+    fn load(row: &[f32], at: usize) -> __m256 {
+        let row = &row[at..];
+        // SAFETY: only what the row has is read.
+        unsafe { _mm256_maskload_ps(row.as_ptr(), first(row.len())) }
+    }
+
+    /// Inner product of two rows of one length.
+    #[target_feature(enable = "avx2,fma")]
+    pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+        let mut acc = [_mm256_setzero_ps(); 4];
+        let (x, y) = (a.chunks_exact(4 * LANES), b.chunks_exact(4 * LANES));
+        let (last_x, last_y) = (x.remainder(), y.remainder());
+        for (x, y) in x.zip(y) {
+            for (u, acc) in acc.iter_mut().enumerate() {
+                // SAFETY: each part has four times eight numbers.
+                let of = |row: &[f32]| unsafe { _mm256_loadu_ps(row.as_ptr().add(u * LANES)) };
+                *acc = _mm256_fmadd_ps(of(x), of(y), *acc);
             }
         }
+        for (u, at) in (0..last_x.len()).step_by(LANES).enumerate() {
+            acc[u] = _mm256_fmadd_ps(load(last_x, at), load(last_y, at), acc[u]);
+        }
+        let sum = _mm256_add_ps(_mm256_add_ps(acc[0], acc[1]), _mm256_add_ps(acc[2], acc[3]));
+        let mut lanes = [0f32; LANES];
+        // SAFETY: there is room for eight.
+        unsafe { _mm256_storeu_ps(lanes.as_mut_ptr(), sum) };
+        super::lanes_sum(lanes)
     }
-    // A head's 48 or 80 leave half of that: in lanes too.
-    let (a, b) = (a[whole..].chunks_exact(LANES), b[whole..].chunks_exact(LANES));
-    let (last_a, last_b) = (a.remainder(), b.remainder());
-    for (u, (x, y)) in a.zip(b).enumerate() {
-        for l in 0..LANES {
-            acc[u][l] = madd::<FMA>(x[l], y[l], acc[u][l]);
+
+    /// `p[j] = scale · (q · k[j])` for rows of `k` that begin `apart` numbers from one another, eight rows
+    /// at a time; each is summed in the same order wherever it stands.
+    #[target_feature(enable = "avx2,fma")]
+    pub fn dots(q: &[f32], k: &[f32], apart: usize, scale: f32, p: &mut [f32]) {
+        let (n, rows) = (q.len(), p.len());
+        assert!(rows == 0 || (rows - 1) * apart + n <= k.len());
+        let whole = n / LANES * LANES;
+        let last = load(q, whole);
+        for (i, p) in p.chunks_mut(LANES).enumerate() {
+            // Beyond the end the last row again.
+            let row = |r: usize| &k[(i * LANES + r).min(rows - 1) * apart..][..n];
+            let of: [&[f32]; LANES] = [row(0), row(1), row(2), row(3), row(4), row(5), row(6), row(7)];
+            let mut acc = [_mm256_setzero_ps(); LANES];
+            for at in (0..whole).step_by(LANES) {
+                // SAFETY: all rows have `n` numbers, and `at + LANES <= n`.
+                let eight = |row: &[f32]| unsafe { _mm256_loadu_ps(row.as_ptr().add(at)) };
+                let q = eight(q);
+                for (acc, row) in acc.iter_mut().zip(of) {
+                    *acc = _mm256_fmadd_ps(q, eight(row), *acc);
+                }
+            }
+            if whole < n {
+                for (acc, row) in acc.iter_mut().zip(of) {
+                    *acc = _mm256_fmadd_ps(last, load(row, whole), *acc);
+                }
+            }
+            let pairs = |i: usize| _mm256_hadd_ps(acc[i], acc[i + 1]);
+            let (a, b) = (_mm256_hadd_ps(pairs(0), pairs(2)), _mm256_hadd_ps(pairs(4), pairs(6)));
+            let low = _mm256_permute2f128_ps::<0x20>(a, b);
+            let sums = _mm256_add_ps(low, _mm256_permute2f128_ps::<0x31>(a, b));
+            let sums = _mm256_mul_ps(sums, _mm256_set1_ps(scale));
+            // SAFETY: only as many as there are rows are written.
+            unsafe { _mm256_maskstore_ps(p.as_mut_ptr(), first(p.len()), sums) }
         }
     }
-    for (l, (x, y)) in last_a.iter().zip(last_b).enumerate() {
-        acc[3][l] = madd::<FMA>(*x, *y, acc[3][l]);
-    }
-    let mut v = [0f32; LANES];
-    for l in 0..LANES {
-        v[l] = (acc[0][l] + acc[1][l]) + (acc[2][l] + acc[3][l]);
-    }
-    lanes_sum(v)
 }
 
 /// Softmax of a row in place. A row of −∞ alone becomes zeros.
@@ -269,8 +342,36 @@ mod tests {
             let x: Vec<f32> = (0..n).map(|i| ((i * 37) % 19) as f32 - 9.).collect();
             let want: f32 = x.iter().map(|v| v * v).sum();
             assert_eq!(super::dot::<false>(&x, &x), want);
+            #[cfg(target_arch = "x86_64")]
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                assert_eq!(super::dot::<true>(&x, &x), want);
+            }
             assert_eq!(super::sum_by(n, |i| x[i] * x[i]), want);
             assert_eq!(super::max(&x), x.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn a_row_has_its_inner_product_wherever_it_stands() {
+        if !is_x86_feature_detected!("avx2") || !is_x86_feature_detected!("fma") {
+            return;
+        }
+        for (n, apart) in [(1, 1), (7, 9), (8, 8), (48, 96), (61, 64), (128, 128)] {
+            for rows in [0usize, 1, 7, 8, 9, 23] {
+                let q: Vec<f32> = (0..n).map(|i| ((i * 37) % 19) as f32 - 9.).collect();
+                // Integers, so that sums are exact; and no number after the last row.
+                let k: Vec<f32> =
+                    (0..(rows.max(1) - 1) * apart + n).map(|i| ((i * 53) % 23) as f32 - 11.).collect();
+                let mut p = vec![0f32; rows];
+                // SAFETY: looked for above.
+                unsafe { super::avx2::dots(&q, &k, apart, 0.5, &mut p) };
+                for (j, p) in p.iter().enumerate() {
+                    let row = &k[j * apart..j * apart + n];
+                    let want: f32 = q.iter().zip(row).map(|(a, b)| a * b).sum();
+                    assert_eq!(*p, 0.5 * want, "{n} {apart} {rows} {j}");
+                }
+            }
         }
     }
 }

@@ -8,7 +8,7 @@ use rand::seq::{IndexedRandom, SliceRandom};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::frames::{seen_frames, sentence};
+use super::frames::{loose_sentence, seen_frames, sentence};
 use super::mistakes::{Mistake, Reply, applies, base_mistakes, demonstration, judge};
 use super::recipe::{Measure, Recipe, Then};
 use super::spec::{AnyNoun, Family, Form, Spec, kind_of, plural};
@@ -17,6 +17,12 @@ use crate::verify::Head;
 
 /// A question that training may use: families alike often, then their forms.
 pub fn training_question(rng: &mut impl Rng) -> (Spec, String) {
+    let (spec, frame) = training_frame(rng);
+    let text = sentence(&spec, frame);
+    (spec, text)
+}
+
+fn training_frame(rng: &mut impl Rng) -> (Spec, usize) {
     // Lengths from the question have to be copied digit by digit, which is learnt late: more of
     // the questions that give one.
     let family = match rng.random_range(0..100) {
@@ -30,15 +36,19 @@ pub fn training_question(rng: &mut impl Rng) -> (Spec, String) {
         let mut supply = ChaCha8Rng::from_rng(rng);
         if let Some(spec) = Spec::draw(form, &mut AnyNoun(&mut supply), rng) {
             let frame = rng.random_range(0..seen_frames(form));
-            let text = sentence(&spec, frame);
-            return (spec, text);
+            return (spec, frame);
         }
     }
 }
 
-/// A question and a reply as the base planner learns them.
+/// A question and a reply as the base planner learns them; more than half of the questions in other words
+/// than their frame's, as people ask.
 pub fn planner_sample(rng: &mut impl Rng) -> (String, Reply) {
-    let (spec, question) = training_question(rng);
+    let (spec, frame) = training_frame(rng);
+    let question = match rng.random_bool(0.6) {
+        true => loose_sentence(&spec, frame, rng),
+        false => sentence(&spec, frame),
+    };
     let reply = demonstration(&spec, &base_mistakes(&spec, rng));
     (question, reply)
 }

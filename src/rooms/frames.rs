@@ -8,6 +8,7 @@
 use super::Kind;
 use super::spec::{Dim, Form, More, Most, Near, Noun, Side, Spec, colour_of, plural};
 use super::template::{fill, read};
+use super::wording::loosely;
 
 /// How many frames of each form, at the end of its list, are held out.
 pub const HELD_OUT_FRAMES: usize = 2;
@@ -236,6 +237,16 @@ pub(super) const SIZE_PROMPT: &str = "How {dim} is the {a} in meters?";
 /// The question in the words of frame number `frame` of its form.
 pub fn sentence(spec: &Spec, frame: usize) -> String {
     fill(frames(spec.form())[frame], |slot| value(spec, slot))
+}
+
+/// The question loosely in the words of a frame, and never in those of a held-out one.
+pub fn loose_sentence(spec: &Spec, frame: usize, rng: &mut impl rand::Rng) -> String {
+    loop {
+        let text = fill(&loosely(frames(spec.form())[frame], rng), |slot| value(spec, slot));
+        if parse(&text).is_none_or(|(spec, frame)| !frame_held_out(spec.form(), frame)) {
+            return text;
+        }
+    }
 }
 
 fn value(spec: &Spec, slot: &str) -> String {

@@ -30,6 +30,7 @@ mod tests;
 pub mod truth;
 pub mod view;
 pub mod vqa;
+mod wording;
 
 pub use oracle::OracleTools;
 pub use questions::{Question, Split, sample_questions, scene_seed, score};

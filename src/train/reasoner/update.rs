@@ -9,6 +9,8 @@ use crate::train::grpo::{Tokens, loss};
 use crate::train::lm::{Sample, micro_batches, reply_log_probs};
 use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Tensor};
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 /// A rollout to learn from.
 pub struct Scored {
@@ -73,6 +75,25 @@ fn split(all: &[f64], samples: &[&Sample]) -> Vec<Vec<f64>> {
     samples.iter().map(own).collect()
 }
 
+/// Rollouts of one text, together: they are run once, and each adds its own gradient of the loss by the
+/// log-probabilities. A planner that is nearly sure of itself says most things several times.
+fn alike(rollouts: &[Scored], part: &[usize]) -> Vec<Vec<usize>> {
+    let mut places: BTreeMap<_, usize> = BTreeMap::new();
+    let mut out: Vec<Vec<usize>> = Vec::new();
+    for &i in part {
+        let sample = &rollouts[i].sample;
+        let replies = sample.replies.iter().map(|r| (r.start, r.end)).collect::<Vec<_>>();
+        match places.entry((&sample.ids, replies)) {
+            Entry::Occupied(place) => out[*place.get()].push(i),
+            Entry::Vacant(place) => {
+                place.insert(out.len());
+                out.push(vec![i]);
+            }
+        }
+    }
+    out
+}
+
 /// Learns from a step's rollouts in `cfg.updates` optimiser steps, each on its share of them. Replies of
 /// no advantage count in the means, and where they have nothing to say for want of a divergence term
 /// they are not run.
@@ -90,22 +111,25 @@ pub fn update(
         // −log p of every reply: a surrogate of advantage 1 at ratio 1, with nothing to hold it back.
         Algorithm::Sft => Objective { kl: 0., ..cfg.objective },
     };
-    let groups = |part: &[usize]| -> Vec<Vec<usize>> {
-        let lengths: Vec<usize> = part.iter().map(|&i| rollouts[i].sample.ids.len()).collect();
-        let own = |g: Vec<usize>| g.into_iter().map(|k| part[k]).collect();
+    let groups = |part: &[usize]| -> Vec<Vec<Vec<usize>>> {
+        let same = alike(rollouts, part);
+        let lengths: Vec<usize> = same.iter().map(|a| rollouts[a[0]].sample.ids.len()).collect();
+        let own = |g: Vec<usize>| g.into_iter().map(|k| same[k].clone()).collect();
         micro_batches(&lengths, cfg.micro_tokens).into_iter().map(own).collect()
     };
+    let firsts = |group: &[Vec<usize>]| group.iter().map(|a| &rollouts[a[0]].sample).collect::<Vec<_>>();
     let all: Vec<usize> = (0..rollouts.len()).collect();
     // With several updates the policy moves away from the one that sampled; before the first it is that one.
     let mut old: Vec<Vec<f64>> = vec![Vec::new(); rollouts.len()];
     if cfg.updates > 1 && cfg.algorithm == Algorithm::Grpo {
-        let own = |group: &Vec<usize>| {
-            let samples: Vec<&Sample> = group.iter().map(|&i| &rollouts[i].sample).collect();
-            let own = log_probs(policy.sampler.engine().network(), &samples)?;
-            Ok(group.iter().copied().zip(own).collect::<Vec<_>>())
+        let own = |group: &Vec<Vec<usize>>| {
+            let own = log_probs(policy.sampler.engine().network(), &firsts(group))?;
+            Ok(group.iter().cloned().zip(own).collect::<Vec<_>>())
         };
         lanes.each(&groups(&all), own, |group| {
-            group.into_iter().for_each(|(i, own)| old[i] = own);
+            for (alike, own) in group {
+                alike.into_iter().for_each(|i| old[i].clone_from(&own));
+            }
             Ok(())
         })?;
     }
@@ -115,8 +139,8 @@ pub fn update(
         let tokens: usize = part.iter().map(|&i| rollouts[i].sample.reply_len()).sum();
         let heard: Vec<usize> =
             part.iter().copied().filter(|&i| objective.kl > 0. || rollouts[i].advantage != 0.).collect();
-        let learn = |group: &Vec<usize>| {
-            let samples: Vec<&Sample> = group.iter().map(|&i| &rollouts[i].sample).collect();
+        let learn = |group: &Vec<Vec<usize>>| {
+            let samples = firsts(group);
             let new = reply_log_probs(&policy.network, &samples)?;
             let values = split(&new.detach().to_dtype(DType::F64)?.to_vec1::<f64>()?, &samples);
             let reference = match objective.kl > 0. {
@@ -125,29 +149,33 @@ pub fn update(
             };
             let mut part = Update::default();
             let mut gradient = Vec::with_capacity(new.elem_count());
-            for ((&i, new), reference) in group.iter().zip(&values).zip(&reference) {
-                let r = &rollouts[i];
-                if k == 0 && cfg.algorithm == Algorithm::Grpo {
-                    ensure!(
-                        r.sampled.len() == new.len(),
-                        "a reply of {} tokens has {} log-probabilities",
-                        new.len(),
-                        r.sampled.len()
-                    );
-                    for (a, b) in r.sampled.iter().zip(new) {
-                        let off = (f64::from(*a) - b).abs();
-                        part.mismatch += off;
-                        part.mismatch_most = part.mismatch_most.max(off);
+            for ((alike, new), reference) in group.iter().zip(&values).zip(&reference) {
+                let mut sum = vec![0f64; new.len()];
+                for &i in alike {
+                    let r = &rollouts[i];
+                    if k == 0 && cfg.algorithm == Algorithm::Grpo {
+                        ensure!(
+                            r.sampled.len() == new.len(),
+                            "a reply of {} tokens has {} log-probabilities",
+                            new.len(),
+                            r.sampled.len()
+                        );
+                        for (a, b) in r.sampled.iter().zip(new) {
+                            let off = (f64::from(*a) - b).abs();
+                            part.mismatch += off;
+                            part.mismatch_most = part.mismatch_most.max(off);
+                        }
+                        part.tokens += new.len();
                     }
-                    part.tokens += new.len();
+                    let old = if old[i].is_empty() { new } else { &old[i] };
+                    let l = loss(Tokens { new, old, reference, advantage: r.advantage }, &objective);
+                    part.policy += l.policy;
+                    part.kl += l.kl;
+                    part.clipped += l.clipped;
+                    part.drift += l.drift;
+                    sum.iter_mut().zip(&l.gradient).for_each(|(s, g)| *s += g);
                 }
-                let old = if old[i].is_empty() { new } else { &old[i] };
-                let l = loss(Tokens { new, old, reference, advantage: r.advantage }, &objective);
-                part.policy += l.policy;
-                part.kl += l.kl;
-                part.clipped += l.clipped;
-                part.drift += l.drift;
-                gradient.extend(l.gradient.iter().map(|g| (g / tokens as f64) as f32));
+                gradient.extend(sum.iter().map(|g| (g / tokens as f64) as f32));
             }
             let gradient = Tensor::from_vec(gradient, new.shape(), &Device::Cpu)?;
             Ok((part, (new * gradient)?.sum_all()?.backward()?))
@@ -236,6 +264,38 @@ mod tests {
             let (good, bad) = (after[0] - before[0], after[1] - before[1]);
             assert!(good > 0. && good > bad + 0.1, "{sets:?}: {before:?} {after:?}");
         }
+        Ok(())
+    }
+
+    #[test]
+    fn a_reply_said_three_times_moves_the_policy_as_three_replies_do() -> Result<()> {
+        let cfg = cfg(&["reasoner.warmup=0"]);
+        let moved = |times: usize, weight: f64| -> Result<(f64, Vec<f64>)> {
+            let policy = Policy::load("embedded", &cfg)?;
+            let mut all = rollouts(&policy);
+            all[0].advantage *= weight;
+            for _ in 1..times {
+                let r = &all[0];
+                let (sampled, advantage) = (r.sampled.clone(), r.advantage);
+                let sample =
+                    Sample { ids: r.sample.ids.clone(), replies: r.sample.replies.clone(), pictures: None };
+                all.push(Scored { sample, sampled, advantage });
+            }
+            let (good, bad) = (all[0].sample.reply_len(), all[1].sample.reply_len());
+            let mut optimiser = optimiser(&policy, &cfg)?;
+            let u = update(&policy, &mut optimiser, &schedule(&cfg, 1), &cfg, 0, &all)?;
+            assert_eq!(u.tokens, times * good + bad);
+            // The mean is over all tokens: as if there were that many fewer.
+            Ok((u.grad_norm * u.tokens as f64, likelihoods(&policy, &all[..2])))
+        };
+        let ((norm, after), (one, of_one)) = (moved(3, 1.)?, moved(1, 3.)?);
+        assert!((norm - one).abs() <= 1e-4 * one, "{norm} {one}");
+        // AdamW's first step is the gradient's sign, whatever its scale.
+        for (a, b) in after.iter().zip(&of_one) {
+            assert!((a - b).abs() < 1e-2, "{after:?} {of_one:?}");
+        }
+        let (less, _) = moved(1, 1.)?;
+        assert!((norm - less).abs() > 0.1 * norm, "the three count: {norm} {less}");
         Ok(())
     }
 
