@@ -7,6 +7,7 @@
 //! the same settings (`--greedy` is `--set planner.temperature=0`).
 
 use super::{ExecutorArgs, ModelArgs};
+use crate::config::{EMBEDDED, EMBEDDED_BASE};
 use crate::eval::benches::feed::{ROOMS_N, Shard};
 use crate::eval::rooms::{Programs, Report, ToolSet, evaluate, questions};
 use crate::files::write_atomic;
@@ -124,8 +125,8 @@ pub struct EvalArgs {
     #[arg(long, value_enum)]
     pub(super) tools: Option<ToolChoice>,
     /// Where the programs come from: stored (each question's correct program; rooms only, and what they
-    /// alone are measured with unless it is given), base (the configuration's planner), or a planner's
-    /// folder
+    /// alone are measured with unless it is given), configured (the configuration's planner), base (the
+    /// same, but of the embedded one what it was before its training), or another source of a planner
     #[arg(long)]
     pub(super) planner: Option<String>,
     /// The planner's most likely reply instead of a sampled one
@@ -157,6 +158,10 @@ pub struct EvalArgs {
     /// Run these programs instead of asking a planner, so that tools are compared on the same ones
     #[arg(long, value_name = "FILE", conflicts_with_all = ["planner", "greedy", "vote", "method"])]
     pub(super) programs: Option<PathBuf>,
+    /// Of rooms-verifier: also run each reply's program in so many other rooms, and tell how many replies
+    /// that are wrong in one of them pass all heads
+    #[arg(long, value_name = "N")]
+    pub(super) scenes: Option<usize>,
     /// Write each question's picture here, as INDEX.png
     #[arg(long, value_name = "DIR")]
     pub(super) pictures: Option<PathBuf>,
@@ -195,13 +200,19 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
     if args.n == Some(0) || args.vote == Some(0) {
         bail!("--n and --vote must be at least 1")
     }
+    if args.scenes.is_some_and(|n| n == 0 || args.bench[..] != [Named::Rooms(Bench::RoomsVerifier)]) {
+        bail!("--scenes is a number of rooms, at least 1, and says something to --bench rooms-verifier alone")
+    }
     let (mut config, device) = (args.models.explain(&args.executor.sets())?.0, args.models.device()?);
     if args.greedy {
         config.planner.temperature = 0.;
     }
     config.inference.samples = args.vote.unwrap_or(config.inference.samples);
-    if let Some(planner) = args.planner.as_ref().filter(|p| !["stored", "base"].contains(&p.as_str())) {
-        config.planner.model.clone_from(planner);
+    match args.planner.as_deref() {
+        None | Some("stored" | "configured") => {}
+        Some("base") if config.planner.model == EMBEDDED => config.planner.model = EMBEDDED_BASE.into(),
+        Some("base") => {}
+        Some(other) => other.clone_into(&mut config.planner.model),
     }
     match args.bench[..] {
         [Named::Rooms(Bench::Rooms)] if args.is_plain_rooms() => {}

@@ -2,13 +2,15 @@
 
 use super::eval::{Bench, EvalArgs};
 use crate::config::Config;
+use crate::eval::honesty::honesty;
 use crate::eval::parts;
 use crate::llm::ChatModels;
+use crate::pipeline::sandbox;
 use crate::planner::Planner;
 use crate::rooms::{Kind, Question};
 use crate::tools::real::{DepthEstimator, Detector, Vlm};
 use crate::train::tuning::fit::checked;
-use crate::verify::Judge;
+use crate::verify::{Judge, Verification};
 use anyhow::{Context, bail};
 use candle_core::Device;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -127,7 +129,26 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
             }
             writeln!(table, "objections to the mistake kept from it: {}  n {}", r.kept_back, r.kept_back.n)?;
             writeln!(table, "replies without plan and program: {}", r.unparsed)?;
-            serde_json::to_value(&r)?
+            let mut figures = serde_json::to_value(&r)?;
+            if let Some(rooms) = args.scenes {
+                bar.set_length(asked.len() as u64);
+                let verification = Verification { judge: &judge, weights: &config.reward };
+                let mut sandbox = sandbox(&config.sandbox)?;
+                let of = (args.look, args.seed, rooms);
+                let r = honesty(&verification, &planner, &asked, of, &mut sandbox, |done| {
+                    bar.set_position(done as u64);
+                })?;
+                writeln!(
+                    table,
+                    "whole replies, run in {} other rooms each ({} left out):",
+                    r.rooms, r.left_out
+                )?;
+                writeln!(table, "  right ones that pass   {}  n {}", r.right_passed, r.right_passed.n)?;
+                writeln!(table, "  wrong ones that pass   {}  n {}", r.wrong_passed, r.wrong_passed.n)?;
+                writeln!(table, "  of those that pass, wrong  {}  n {}", r.passed_wrong, r.passed_wrong.n)?;
+                figures["whole"] = serde_json::to_value(&r)?;
+            }
+            figures
         }
     };
     bar.finish_and_clear();

@@ -39,8 +39,11 @@ pub const BUILT_IN: &str = "built-in configuration";
 /// Full keys, and where their values were set last.
 pub type Origins = BTreeMap<String, String>;
 
-/// Where a network's weights come from: `"embedded"` or a path.
+/// Where a network's weights come from: `"embedded"`, a path, a preset, or the hub.
 pub const EMBEDDED: &str = "embedded";
+
+/// The embedded planner and detector before their trainings.
+pub const EMBEDDED_BASE: &str = "embedded-base";
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -531,8 +534,10 @@ mod tests {
             for model in
                 [&c.planner.model, &c.detector.model, &c.depth.model, &c.vlm.model, &c.verifier.model]
             {
-                let known =
-                    matches!(Source::parse(model), Ok(Source::Preset(_) | Source::Embedded | Source::Hub(_)));
+                let known = matches!(
+                    Source::parse(model),
+                    Ok(Source::Preset(_) | Source::Embedded { .. } | Source::Hub(_))
+                );
                 assert!(known || model.starts_with(ENDPOINT), "{name}: {model}");
             }
         }

@@ -253,25 +253,8 @@ fn value(spec: &Spec, slot: &str) -> String {
     if slot == "options" {
         return spec.options().unwrap_or_default().join(", ");
     }
-    let nouns: [Option<Noun>; 3] = match *spec {
-        Spec::Count { of } | Spec::Exists { of } => [Some(of), None, None],
-        Spec::Depth { a, b, .. }
-        | Spec::Position { a, b, .. }
-        | Spec::CompareCounts { a, b, .. }
-        | Spec::SideOptions { a, b, .. }
-        | Spec::DepthOptions { a, b, .. } => [Some(a), Some(b), None],
-        Spec::Size { reference, target, .. } => [Some(reference), Some(target), None],
-        Spec::Colour { of }
-        | Spec::IsColour { of, .. }
-        | Spec::ColourOptions { of, .. }
-        | Spec::ColourOfMost { of, .. } => [Some(Noun::new(of, None)), None, None],
-        Spec::Superlative { of, .. } => of.map(|k| Some(Noun::new(k, None))),
-        Spec::CountBeside { of, than, .. } | Spec::CountNearer { of, than, .. } => {
-            [Some(of), Some(than), None]
-        }
-        Spec::MostNearer { of, than, .. } => [Some(Noun::new(of, None)), Some(than), None],
-    };
-    let noun = |i: usize| nouns[i].expect("a frame's slots are its form's");
+    let nouns = spec.nouns();
+    let noun = |i: usize| nouns[i];
     match (slot, spec) {
         ("a", _) => noun(0).to_string(),
         ("b", _) => noun(1).to_string(),

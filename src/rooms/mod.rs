@@ -19,6 +19,7 @@ pub mod oracle;
 mod paint;
 pub mod plan;
 pub mod questions;
+pub mod recast;
 pub mod recipe;
 pub mod render;
 pub mod scene;

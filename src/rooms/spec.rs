@@ -291,6 +291,26 @@ impl Spec {
         self.form().family()
     }
 
+    /// The nouns in the order in which programs look for them.
+    pub fn nouns(&self) -> Vec<Noun> {
+        match *self {
+            Self::Count { of } | Self::Exists { of } => vec![of],
+            Self::Depth { a, b, .. }
+            | Self::Position { a, b, .. }
+            | Self::CompareCounts { a, b, .. }
+            | Self::SideOptions { a, b, .. }
+            | Self::DepthOptions { a, b, .. } => vec![a, b],
+            Self::Size { reference, target, .. } => vec![reference, target],
+            Self::Colour { of }
+            | Self::IsColour { of, .. }
+            | Self::ColourOptions { of, .. }
+            | Self::ColourOfMost { of, .. } => vec![Noun::new(of, None)],
+            Self::Superlative { of, .. } => of.map(|k| Noun::new(k, None)).to_vec(),
+            Self::CountBeside { of, than, .. } | Self::CountNearer { of, than, .. } => vec![of, than],
+            Self::MostNearer { of, than, .. } => vec![Noun::new(of, None), than],
+        }
+    }
+
     /// The options in the order in which the question names them.
     pub fn options(&self) -> Option<Vec<String>> {
         match self {

@@ -25,7 +25,8 @@ fn plain(thing: &Thing) -> bool {
     thing.is_clear() && thing.visible_fraction >= 0.3 && thing.visible_pixels >= 60
 }
 
-fn truth_size(thing: &Thing, dim: Dim) -> f64 {
+/// Its true extent, metres.
+pub(super) fn truth_size(thing: &Thing, dim: Dim) -> f64 {
     match dim {
         Dim::Width => thing.size[0],
         Dim::Height => thing.size[1],

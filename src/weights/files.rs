@@ -2,14 +2,17 @@
 //! others beside it.
 
 use super::hub::Hub;
-use super::source::Source;
-use super::{Checkpoint, Gguf, Pth, WeightsError, gguf, presets, pytorch_file};
+use super::source::{HUB, Source};
+use super::{Checkpoint, Gguf, Pth, WeightsError, adapter, gguf, presets, pytorch_file};
 use include_dir::{Dir, include_dir};
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 static EMBEDDED: Dir<'static> = include_dir!("$CARGO_MANIFEST_DIR/data/embedded");
+
+/// Embedded models that one of valor's trainings made, and the ones that they were made from.
+const TUNED: [(&str, &str); 2] = [("planner", "planner-tuned"), ("detector", "detector-tuned")];
 
 /// Configuration, tokenizer, template and weights of one model.
 #[derive(Clone, Debug)]
@@ -23,21 +26,32 @@ pub enum ModelFiles {
     File(PathBuf),
     /// Which holds all: what lies beside it may be another model's.
     Gguf(Arc<Gguf>),
+    /// An adapter in PEFT's format with what it adapts; all but the weights is its base's.
+    Adapted {
+        base: Box<ModelFiles>,
+        adapter: Box<ModelFiles>,
+    },
 }
 
 impl ModelFiles {
     /// `source` is what [`Source::parse`] reads; `part` names the embedded model. What the hub has is
     /// not fetched here.
     pub fn open(source: &str, part: &'static str) -> Result<Self, WeightsError> {
+        Self::locate(source, part)?.with_base(part)
+    }
+
+    /// What `source` names itself, be it an adapter.
+    fn locate(source: &str, part: &'static str) -> Result<Self, WeightsError> {
         let fail = |message: String| WeightsError::Unreadable { path: source.into(), message };
         let parsed = Source::parse(source)
             .map_err(|message| WeightsError::Unreadable { path: format!("{part}.model"), message })?;
-        let on_hub = match parsed {
+        let wanted = match parsed {
             Source::Hub(hub) => Some(hub),
             Source::Preset(preset) => Some(preset.source()),
-            Source::Embedded | Source::Path(_) => None,
+            Source::Embedded { base } => return Self::in_the_binary(part, base),
+            Source::Path(_) => None,
         };
-        if let Some(wanted) = on_hub {
+        if let Some(wanted) = wanted {
             let hub = Hub::from_env().map_err(|e| fail(e.to_string()))?;
             let folder = hub.cached(&wanted).ok_or_else(|| {
                 fail(format!(
@@ -50,16 +64,6 @@ impl ModelFiles {
                 None => Ok(Self::Folder(folder)),
             };
         }
-        if source == crate::config::EMBEDDED {
-            let dir = EMBEDDED.get_dir(part).ok_or_else(|| WeightsError::Unreadable {
-                path: format!("embedded {part}"),
-                message:
-                    "this build holds no such model; make it with `valor rooms pretrain` and build again, or \
-                          set the model's folder in the configuration"
-                        .into(),
-            })?;
-            return Ok(Self::Embedded { part, dir });
-        }
         let path = PathBuf::from(source);
         if path.is_dir() {
             return Ok(Self::Folder(path));
@@ -71,6 +75,47 @@ impl ModelFiles {
             "is neither a folder with the {part}'s config.json and weights, nor its weights, nor a preset (the nearest is {}; valor models list shows all)",
             presets::nearest(source).name
         )))
+    }
+
+    fn in_the_binary(part: &'static str, base: bool) -> Result<Self, WeightsError> {
+        let tuned = TUNED.iter().find(|(of, _)| !base && *of == part).map(|(_, tuned)| *tuned);
+        let of = |part: &'static str| EMBEDDED.get_dir(part).map(|dir| Self::Embedded { part, dir });
+        tuned.and_then(of).or_else(|| of(part)).ok_or_else(|| WeightsError::Unreadable {
+            path: format!("embedded {part}"),
+            message:
+                "this build holds no such model; make it with `valor rooms pretrain` and build again, or \
+                      set the model's folder in the configuration"
+                    .into(),
+        })
+    }
+
+    /// These files, or, where they are an adapter's, with those of its base.
+    fn with_base(self, part: &'static str) -> Result<Self, WeightsError> {
+        if !self.is_adapter()? {
+            return Ok(self);
+        }
+        let source = self.adapter_config()?.base_model_name_or_path;
+        // PEFT names repositories by themselves.
+        let repository = !Path::new(&source).exists() && source.split('/').count() == 2;
+        let known = matches!(Source::parse(&source), Ok(Source::Path(_))) && repository;
+        let base = Self::locate(&if known { format!("{HUB}{source}") } else { source }, part)?;
+        if base.is_adapter()? {
+            return Err(WeightsError::Unreadable {
+                path: self.name(),
+                message: "is an adapter on another adapter; merge that one first".into(),
+            });
+        }
+        Ok(Self::Adapted { base: Box::new(base), adapter: Box::new(self) })
+    }
+
+    fn is_adapter(&self) -> Result<bool, WeightsError> {
+        Ok(self.text("config.json")?.is_none() && self.text(adapter::CONFIG)?.is_some())
+    }
+
+    fn adapter_config(&self) -> Result<adapter::Config, WeightsError> {
+        let path = format!("{}/{}", self.name(), adapter::CONFIG);
+        adapter::Config::parse(&self.required(adapter::CONFIG)?)
+            .map_err(|message| WeightsError::Unreadable { path, message })
     }
 
     fn of_file(path: PathBuf) -> Result<Self, WeightsError> {
@@ -86,6 +131,10 @@ impl ModelFiles {
             Self::Embedded { part, .. } => format!("embedded {part}"),
             Self::Folder(p) | Self::File(p) => p.display().to_string(),
             Self::Gguf(g) => g.path().display().to_string(),
+            Self::Adapted { base, adapter } => match **adapter {
+                Self::Embedded { part, .. } => format!("embedded {part}"),
+                _ => format!("{} on {}", adapter.name(), base.name()),
+            },
         }
     }
 
@@ -100,8 +149,13 @@ impl ModelFiles {
         };
         match self {
             Self::Embedded { part, dir } => {
-                let weights = dir.get_file(format!("{part}/model.safetensors"));
-                hash.update(weights.map_or(&[][..], |f| f.contents()));
+                for name in ["model.safetensors", adapter::WEIGHTS] {
+                    let weights = dir.get_file(format!("{part}/{name}"));
+                    hash.update(weights.map_or(&[][..], |f| f.contents()));
+                }
+            }
+            Self::Adapted { base, adapter } => {
+                hash.update(base.fingerprint() + &adapter.fingerprint());
             }
             Self::File(path) => file(path),
             Self::Gguf(g) => file(g.path()),
@@ -129,6 +183,7 @@ impl ModelFiles {
             Self::Folder(p) => on_disk(&p.join(file), p, file).map_err(fail),
             Self::File(p) => on_disk(&p.with_file_name(file), p, file).map_err(fail),
             Self::Gguf(g) => g.file(file),
+            Self::Adapted { base, .. } => base.text(file),
         }
     }
 
@@ -155,6 +210,17 @@ impl ModelFiles {
                     WeightsError::Unreadable { path: self.name(), message: "has no model.safetensors".into() }
                 })?;
                 Checkpoint::embedded(&self.name(), f.contents())
+            }
+            Self::Adapted { base, adapter } => {
+                let weights = match &**adapter {
+                    Self::Embedded { part, dir } => {
+                        let file = dir.get_file(format!("{part}/{}", adapter::WEIGHTS));
+                        Checkpoint::embedded(&self.name(), file.map_or(&[][..], |f| f.contents()))?
+                    }
+                    Self::Folder(path) => Checkpoint::open(&path.join(adapter::WEIGHTS))?,
+                    other => other.checkpoint()?,
+                };
+                base.checkpoint()?.adapted(&self.name(), weights, &adapter.adapter_config()?)
             }
             Self::Folder(p) | Self::File(p) => Checkpoint::open(p),
             Self::Gguf(g) => Checkpoint::of_gguf(g.clone()),

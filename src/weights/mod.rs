@@ -5,6 +5,7 @@
 //! asks for, with its shape, and must ask for every tensor that is there: anything else is one
 //! error that names them all. Nothing here downloads but [`hub`], and that only when it is asked to.
 
+mod adapter;
 mod files;
 pub mod gguf;
 pub mod hub;
@@ -48,6 +49,7 @@ enum Source {
     Pth(Pth),
     Gguf(Arc<Gguf>),
     Tensors(HashMap<String, Tensor>),
+    Adapted(adapter::Adapted),
 }
 
 impl Source {
@@ -61,6 +63,7 @@ impl Source {
             Self::Pth(p) => p.shapes(),
             Self::Gguf(g) => g.shapes(),
             Self::Tensors(t) => t.iter().map(|(n, t)| (n.clone(), t.dims().to_vec())).collect(),
+            Self::Adapted(a) => a.base.shapes(),
         }
     }
 
@@ -74,6 +77,7 @@ impl Source {
                 Some(t) => t.to_device(device),
                 None => candle_core::bail!("tensor {name} is missing"),
             },
+            Self::Adapted(a) => a.load(name, device),
         }
     }
 
@@ -154,6 +158,17 @@ impl Checkpoint {
         let s = SliceSafetensors::new(bytes)
             .map_err(|e| WeightsError::Unreadable { path: name.into(), message: e.to_string() })?;
         Ok(Self { name: name.into(), source: Arc::new(Source::Static(s)) })
+    }
+
+    /// This checkpoint with an adapter's products in it.
+    fn adapted(self, name: &str, adapter: Self, config: &adapter::Config) -> Result<Self, WeightsError> {
+        let fail = |message: &str| WeightsError::Unreadable { path: name.into(), message: message.into() };
+        if self.source.gguf().is_some() {
+            return Err(fail("adapters go on checkpoints of safetensors, not on GGUF files"));
+        }
+        let adapter = Arc::into_inner(adapter.source).ok_or_else(|| fail("is in use"))?;
+        let adapted = adapter::Adapted::new(name, self.source, adapter, config)?;
+        Ok(Self { name: name.into(), source: Arc::new(Source::Adapted(adapted)) })
     }
 
     /// Tensors already in memory, for name sets that are translated on load.

@@ -1,6 +1,7 @@
 //! What a configuration's `model` can name.
 
 use super::presets::{self, Preset};
+use crate::config::{EMBEDDED, EMBEDDED_BASE};
 use std::path::PathBuf;
 
 /// What a repository on the hub holds; names of one kind are apart from those of the other.
@@ -88,7 +89,10 @@ pub fn is_safe(path: &str) -> bool {
 
 #[derive(Clone, Debug)]
 pub enum Source {
-    Embedded,
+    /// In the binary: as valor's trainings left it or, of the `base`, as they found it.
+    Embedded {
+        base: bool,
+    },
     Hub(HubSource),
     Preset(&'static Preset),
     Path(PathBuf),
@@ -97,8 +101,8 @@ pub enum Source {
 impl Source {
     /// A path that exists is that path, whatever else its name could mean.
     pub fn parse(text: &str) -> Result<Self, String> {
-        if text == crate::config::EMBEDDED {
-            return Ok(Self::Embedded);
+        if text == EMBEDDED || text == EMBEDDED_BASE {
+            return Ok(Self::Embedded { base: text == EMBEDDED_BASE });
         }
         if let Some(hub) = text.strip_prefix(HUB) {
             return Ok(Self::Hub(HubSource::parse(hub)?));

@@ -3,7 +3,7 @@
 mod batch;
 
 use super::{ExecutorArgs, ModelArgs};
-use crate::config::{Config, EMBEDDED};
+use crate::config::{Config, EMBEDDED, EMBEDDED_BASE};
 use crate::files::write_atomic;
 use crate::llm::{ChatError, ChatModels};
 use crate::pipeline::{Answered, Asked, Models, Referee, Run, answer_all, elect, question_seed, sandbox};
@@ -272,7 +272,7 @@ fn tell(run: &Run) {
 /// What to tell someone whose picture is plainly not of the world that the embedded models know.
 fn strange(config: &Config, picture: &Picture) -> anyhow::Result<Option<&'static str>> {
     let seeing = [&config.detector.model, &config.depth.model, &config.vlm.model];
-    if !seeing.iter().any(|m| *m == EMBEDDED) {
+    if !seeing.iter().any(|m| [EMBEDDED, EMBEDDED_BASE].contains(&m.as_str())) {
         return Ok(None);
     }
     let known = ModelFiles::open(EMBEDDED, "familiar")?.required("familiar.json")?;

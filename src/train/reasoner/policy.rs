@@ -20,6 +20,8 @@ use crate::files::write_atomic;
 /// A planner in training. With an adapter all three networks share the base's weights; without, the
 /// base is a copy of what the training began with.
 pub struct Policy {
+    /// As the configuration names it.
+    source: String,
     files: ModelFiles,
     base: Params,
     /// The adapter's matrices, or all weights.
@@ -88,7 +90,8 @@ impl Policy {
         let network = built(false)?;
         ensure!(trained.count() > 0, "reasoner.adapter.targets: the network has none of these layers");
         let (sampler, base_sampler) = (chat(built(true)?)?, chat(text(frozen(base.builder()))?)?);
-        Ok(Self { base, trained, adapter, network, reference, sampler, base_sampler, files })
+        let source = model.to_owned();
+        Ok(Self { source, base, trained, adapter, network, reference, sampler, base_sampler, files })
     }
 
     pub fn name(&self) -> String {
@@ -141,7 +144,7 @@ impl Policy {
     pub fn export_adapter(&self, dir: &Path) -> Result<()> {
         let Some(lora) = &self.adapter else { return Ok(()) };
         write_tensors(&dir.join("adapter_model.safetensors"), &peft_tensors(&self.trained))?;
-        let config = peft_config(&self.files.name(), lora);
+        let config = peft_config(&self.source, lora);
         Ok(write_atomic(&dir.join("adapter_config.json"), |w| writeln!(w, "{config:#}"))?)
     }
 }
