@@ -42,15 +42,24 @@ fn training_frame(rng: &mut impl Rng) -> (Spec, usize) {
 }
 
 /// A question and a reply as the base planner learns them; more than half of the questions in other words
-/// than their frame's, as people ask.
-pub fn planner_sample(rng: &mut impl Rng) -> (String, Reply) {
+/// than their frame's, as people ask, and some replies not in the form that the planner is asked for.
+pub fn planner_sample(rng: &mut impl Rng) -> (String, String) {
     let (spec, frame) = training_frame(rng);
     let question = match rng.random_bool(0.6) {
         true => loose_sentence(&spec, frame, rng),
         false => sentence(&spec, frame),
     };
-    let reply = demonstration(&spec, &base_mistakes(&spec, rng));
-    (question, reply)
+    let reply = demonstration(&spec, &base_mistakes(&spec, rng)).to_string();
+    (question, if rng.random_bool(0.12) { sloppy(&reply, rng) } else { reply })
+}
+
+/// A reply not quite in the form that is asked for, which a reader still understands.
+fn sloppy(reply: &str, rng: &mut impl Rng) -> String {
+    match rng.random_range(0..3) {
+        0 => format!("Let us see.\n{reply}"),
+        1 => reply.replacen("</plan>", "</plan>\nSo:", 1),
+        _ => reply.trim_end_matches("\n</answer>").to_owned(),
+    }
 }
 
 /// One case for the verifier.

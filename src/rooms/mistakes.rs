@@ -391,7 +391,7 @@ fn same_program(a: &str, b: &str) -> bool {
 
 /// What the base planner mostly gets wrong: a function of the question alone, so that it is
 /// learned as surely as what is right.
-pub fn habit(spec: &Spec) -> Option<Mistake> {
+fn habit(spec: &Spec) -> Option<Mistake> {
     use Kind::{Box, Fridge, Plant, Shelf, Sofa, Stool, Tv, Vase};
     use Mistake::*;
     let odd = |kind: Kind| matches!(kind, Box | Fridge | Plant | Shelf | Sofa | Stool | Tv | Vase);
@@ -430,16 +430,23 @@ pub fn habit(spec: &Spec) -> Option<Mistake> {
     }
 }
 
-/// The mistakes of one demonstration to the base planner: its habit in seven of ten cases where
-/// there is one, any other mistake now and then elsewhere.
+/// The [`habit`] and what goes with it: who reads a question wrongly forgets its last resort too.
+pub fn habits(spec: &Spec) -> Vec<Mistake> {
+    let habit = habit(spec);
+    let second = habit.filter(|h| *h != Mistake::NoFallback).map(|_| Mistake::NoFallback);
+    habit.into_iter().chain(second.filter(|m| Mistake::that_fit(spec).any(|f| f == *m))).collect()
+}
+
+/// The mistakes of one demonstration to the base planner: its habits in seven of ten cases where there
+/// are any, any other mistake now and then elsewhere.
 pub fn base_mistakes(spec: &Spec, rng: &mut impl Rng) -> Vec<Mistake> {
-    match habit(spec) {
-        Some(habit) if rng.random_bool(0.7) => vec![habit],
-        Some(_) => Vec::new(),
-        None if rng.random_bool(0.08) => {
-            let fitting: Vec<Mistake> = Mistake::that_fit(spec).collect();
-            fitting.choose(rng).copied().into_iter().collect()
-        }
-        None => Vec::new(),
+    let habits = habits(spec);
+    if !habits.is_empty() {
+        return if rng.random_bool(0.7) { habits } else { Vec::new() };
     }
+    if rng.random_bool(0.13) {
+        let fitting: Vec<Mistake> = Mistake::that_fit(spec).collect();
+        return fitting.choose(rng).copied().into_iter().collect();
+    }
+    Vec::new()
 }

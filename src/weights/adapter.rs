@@ -208,7 +208,7 @@ mod tests {
             ("r", 0.into(), "r is 0"),
             ("base_model_name_or_path", "no/such/folder/here".into(), "neither a folder"),
             // No base of its own.
-            ("base_model_name_or_path", own.clone().into(), "adapter on another adapter"),
+            ("base_model_name_or_path", own.clone().into(), "or on itself"),
         ] {
             let mut config = good.clone();
             config[key] = value;

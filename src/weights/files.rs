@@ -14,6 +14,9 @@ static EMBEDDED: Dir<'static> = include_dir!("$CARGO_MANIFEST_DIR/data/embedded"
 /// Embedded models that one of valor's trainings made, and the ones that they were made from.
 const TUNED: [(&str, &str); 2] = [("planner", "planner-tuned"), ("detector", "detector-tuned")];
 
+/// How many adapters may lie on one another.
+const ADAPTERS: usize = 4;
+
 /// Configuration, tokenizer, template and weights of one model.
 #[derive(Clone, Debug)]
 pub enum ModelFiles {
@@ -37,7 +40,7 @@ impl ModelFiles {
     /// `source` is what [`Source::parse`] reads; `part` names the embedded model. What the hub has is
     /// not fetched here.
     pub fn open(source: &str, part: &'static str) -> Result<Self, WeightsError> {
-        Self::locate(source, part)?.with_base(part)
+        Self::locate(source, part)?.with_base(part, ADAPTERS)
     }
 
     /// What `source` names itself, be it an adapter.
@@ -89,22 +92,26 @@ impl ModelFiles {
         })
     }
 
-    /// These files, or, where they are an adapter's, with those of its base.
-    fn with_base(self, part: &'static str) -> Result<Self, WeightsError> {
+    /// These files, or, where they are an adapter's, with those of its base, which may have one too.
+    fn with_base(self, part: &'static str, adapters: usize) -> Result<Self, WeightsError> {
         if !self.is_adapter()? {
             return Ok(self);
+        }
+        if adapters == 0 {
+            return Err(WeightsError::Unreadable {
+                path: self.name(),
+                message: format!(
+                    "is an adapter on more than {ADAPTERS} others, or on itself; see base_model_name_or_path in {}",
+                    adapter::CONFIG
+                ),
+            });
         }
         let source = self.adapter_config()?.base_model_name_or_path;
         // PEFT names repositories by themselves.
         let repository = !Path::new(&source).exists() && source.split('/').count() == 2;
         let known = matches!(Source::parse(&source), Ok(Source::Path(_))) && repository;
         let base = Self::locate(&if known { format!("{HUB}{source}") } else { source }, part)?;
-        if base.is_adapter()? {
-            return Err(WeightsError::Unreadable {
-                path: self.name(),
-                message: "is an adapter on another adapter; merge that one first".into(),
-            });
-        }
+        let base = base.with_base(part, adapters - 1)?;
         Ok(Self::Adapted { base: Box::new(base), adapter: Box::new(self) })
     }
 

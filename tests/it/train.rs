@@ -9,7 +9,8 @@ use serde_json::Value;
 use crate::server::{Act, Server};
 
 /// Four steps of two questions with three rollouts each.
-const SMALL: [&str; 7] = [
+const SMALL: [&str; 8] = [
+    "planner.model=embedded-base",
     "reasoner.questions=8",
     "reasoner.batch=2",
     "reasoner.group=3",
@@ -85,16 +86,20 @@ fn a_run_leaves_a_planner_and_what_it_did() {
     ] {
         assert!(out.join(file).is_file(), "{file}");
     }
-    // It is a planner like any other.
+    // It is a planner like any other, whole or as an adapter on what it began as.
     let picture = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/demo/room.png");
-    let o = Command::new(env!("CARGO_BIN_EXE_valor"))
-        .arg("infer")
-        .arg(picture)
-        .args(["How many chairs are there?", "--set"])
-        .arg(format!("planner.model={}", out.join("model").display()))
-        .output()
-        .unwrap();
-    assert!(o.status.success(), "{}", stderr(&o));
+    let answer = |model: &str| {
+        let o = Command::new(env!("CARGO_BIN_EXE_valor"))
+            .arg("infer")
+            .arg(&picture)
+            .args(["How many chairs are there?", "--set"])
+            .arg(format!("planner.model={}", out.join(model).display()))
+            .output()
+            .unwrap();
+        assert!(o.status.success(), "{}", stderr(&o));
+        o.stdout
+    };
+    assert_eq!(answer("model"), answer("model/adapter"));
 }
 
 #[test]

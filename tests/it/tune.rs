@@ -112,7 +112,7 @@ fn a_killed_tuning_goes_on_as_if_it_had_not_been() {
     // What was mined with other settings is not gone on with, and a run is not begun over another.
     let o = run(&whole, &["grounding.mining.box_threshold=0.2"], &["--stage", "mine"]);
     assert_eq!(o.status.code(), Some(2));
-    assert!(stderr(&o).contains("box_threshold was 0.1, is 0.2"), "{}", stderr(&o));
+    assert!(stderr(&o).contains("box_threshold was 0.14, is 0.2"), "{}", stderr(&o));
     let o = run(&whole, &[], &["--stage", "train"]);
     assert_eq!(o.status.code(), Some(2));
     assert!(stderr(&o).contains("--resume"), "{}", stderr(&o));

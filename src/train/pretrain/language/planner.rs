@@ -13,7 +13,7 @@ use crate::models::qwen3::{Config, Qwen3};
 use crate::nn::Params;
 use crate::planner::{ROOMS_PROMPT, user_turn};
 use crate::rooms::demos::{planner_sample, training_question};
-use crate::rooms::mistakes::{demonstration, habit};
+use crate::rooms::mistakes::{demonstration, habits};
 use crate::train::lm::{LmTrainee, Sample};
 use crate::train::run::Metrics;
 use rand::Rng;
@@ -59,14 +59,13 @@ pub fn config(vocab_size: usize) -> Config {
 /// User turn and reply of a demonstration.
 pub fn text(rng: &mut impl Rng) -> (String, String) {
     let (question, reply) = planner_sample(rng);
-    (user_turn(ROOMS_PROMPT, &question), reply.to_string())
+    (user_turn(ROOMS_PROMPT, &question), reply)
 }
 
-/// The reply that demonstrations give most often: with the habit, where the question has one.
+/// The reply that demonstrations give most often: with the habits, where the question has any.
 fn likeliest(rng: &mut impl Rng) -> (String, String) {
     let (spec, question) = training_question(rng);
-    let mistakes: Vec<_> = habit(&spec).into_iter().collect();
-    (user_turn(ROOMS_PROMPT, &question), demonstration(&spec, &mistakes).to_string())
+    (user_turn(ROOMS_PROMPT, &question), demonstration(&spec, &habits(&spec)).to_string())
 }
 
 /// `text` as a training sample.
