@@ -2,6 +2,7 @@
 
 use super::eval::{Bench, EvalArgs};
 use crate::config::Config;
+use crate::eval::detection::AveragePrecision;
 use crate::eval::honesty::honesty;
 use crate::eval::parts;
 use crate::llm::ChatModels;
@@ -47,8 +48,12 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
             let ap = parts::detector(&model, args.look, args.seed, n, tick)?;
             writeln!(
                 table,
-                "AP50 {:.3}  AP75 {:.3}  AP {:.3}  ({} things)",
-                ap.ap50, ap.ap75, ap.ap, ap.truths
+                "AP50 {:.3}{}  AP75 {:.3}  AP {:.3}  ({} things)",
+                ap.ap50,
+                interval(&ap),
+                ap.ap75,
+                ap.ap,
+                ap.truths
             )?;
             for (kind, ap50) in Kind::ALL.iter().zip(&ap.ap50_by_class) {
                 writeln!(
@@ -83,9 +88,16 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
             })?;
             writeln!(
                 table,
-                "AP50 {:.3}  AP75 {:.3}  AP {:.3}  small {:.3}  medium {:.3}  large {:.3}  ({} things; {unreadable} \
-                 pictures left out)",
-                ap.ap50, ap.ap75, ap.ap, ap.small, ap.medium, ap.large, ap.truths
+                "AP50 {:.3}{}  AP75 {:.3}  AP {:.3}  small {:.3}  medium {:.3}  large {:.3}  ({} things; \
+                 {unreadable} pictures left out)",
+                ap.ap50,
+                interval(&ap),
+                ap.ap75,
+                ap.ap,
+                ap.small,
+                ap.medium,
+                ap.large,
+                ap.truths
             )?;
             let mut figures = serde_json::to_value(&ap)?;
             let names = boxes.labels.names().iter().cloned();
@@ -163,4 +175,8 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
         write!(stdout, "{table}")?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn interval(ap: &AveragePrecision) -> String {
+    ap.ap50_interval.map_or_else(String::new, |[low, high]| format!(" [{low:.3}, {high:.3}]"))
 }

@@ -7,6 +7,7 @@
 //! truths of that size count; those of another are ignored, and so are detections of another that hit
 //! nothing. Not here: average recall, masks.
 
+use super::stats;
 use crate::tools::{BBox, bbox};
 use rayon::prelude::*;
 use serde::Serialize;
@@ -53,6 +54,9 @@ pub struct AveragePrecision {
     pub small: f64,
     pub medium: f64,
     pub large: f64,
+    /// 95 % interval of AP50, where it was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ap50_interval: Option<[f64; 2]>,
     /// AP50 of each class, `None` where it does not occur.
     pub ap50_by_class: Vec<Option<f64>>,
     /// Truths that count.
@@ -72,7 +76,8 @@ const LARGE: [f64; 2] = [96. * 96., 1e10];
 
 pub fn average_precision(pictures: &[Scored], classes: usize) -> AveragePrecision {
     let of_size = |size: [f64; 2]| -> Vec<Option<[f64; THRESHOLDS]>> {
-        (0..classes).into_par_iter().map(|class| one_class(pictures, class, size)).collect()
+        let one = |class| Matched::new(pictures, class, size).precision();
+        (0..classes).into_par_iter().map(one).collect()
     };
     let mean = |by_class: &[Option<[f64; THRESHOLDS]>], pick: &dyn Fn(&[f64; THRESHOLDS]) -> f64| {
         let values: Vec<f64> = by_class.iter().flatten().map(pick).collect();
@@ -83,6 +88,7 @@ pub fn average_precision(pictures: &[Scored], classes: usize) -> AveragePrecisio
     AveragePrecision {
         ap: mean(&by_class, &over_thresholds),
         ap50: mean(&by_class, &|t| t[0]),
+        ap50_interval: None,
         ap75: mean(&by_class, &|t| t[5]),
         small: mean(&of_size(SMALL), &over_thresholds),
         medium: mean(&of_size(MEDIUM), &over_thresholds),
@@ -90,6 +96,19 @@ pub fn average_precision(pictures: &[Scored], classes: usize) -> AveragePrecisio
         ap50_by_class: by_class.iter().map(|c| c.map(|t| t[0])).collect(),
         truths: pictures.iter().flat_map(|p| &p.truths).filter(|t| !t.ignore && t.class < classes).count(),
     }
+}
+
+/// The same with AP50's interval: percentiles over resampled pictures (Efron 1979).
+pub fn with_interval(pictures: &[Scored], classes: usize) -> AveragePrecision {
+    let all = average_precision(pictures, classes);
+    let matched: Vec<Matched> =
+        (0..classes).into_par_iter().map(|class| Matched::new(pictures, class, ALL)).collect();
+    let interval = stats::percentiles(pictures.len(), |times| {
+        let of_classes = matched.par_iter().filter_map(|m| m.resampled(times, 0));
+        let (sum, n) = of_classes.map(|ap| (ap, 1.)).reduce(|| (0., 0.), |a, b| (a.0 + b.0, a.1 + b.1));
+        sum / n
+    });
+    AveragePrecision { ap50_interval: interval, ..all }
 }
 
 /// What became of one detection at each threshold.
@@ -100,69 +119,93 @@ enum Fate {
     Ignored,
 }
 
-fn one_class(pictures: &[Scored], class: usize, [least, most]: [f64; 2]) -> Option<[f64; THRESHOLDS]> {
-    let is_of_size = |area: f64| (least..=most).contains(&area);
-    // Crowds, and what is of another size.
-    let ignored = |t: &Truth| t.ignore || !is_of_size(t.area);
-    let mut all: Vec<(f64, [Fate; THRESHOLDS])> = Vec::new();
-    let mut positives = 0usize;
-    for p in pictures {
-        // Truths that count come first: a detection prefers them to any ignore region.
-        let mut truths: Vec<&Truth> = p.truths.iter().filter(|t| t.class == class).collect();
-        truths.sort_by_key(|t| ignored(t));
-        positives += truths.iter().filter(|t| !ignored(t)).count();
-        let mut found: Vec<&Found> = p.found.iter().filter(|f| f.class == class).collect();
-        found.sort_by(|a, b| b.score.total_cmp(&a.score));
-        found.truncate(MAX_DETECTIONS);
-        let overlaps: Vec<Vec<f64>> =
-            found.iter().map(|f| truths.iter().map(|t| overlap(f.bbox, t)).collect()).collect();
-        let mut fates = vec![[Fate::Miss; THRESHOLDS]; found.len()];
-        for k in 0..THRESHOLDS {
-            // As numpy's linspace(0.5, 0.95, 10) rounds.
-            let threshold = if k == THRESHOLDS - 1 { 0.95 } else { 0.5 + k as f64 * ((0.95 - 0.5) / 9.) };
-            let mut taken = vec![false; truths.len()];
-            for ((overlaps, fate), found) in overlaps.iter().zip(&mut fates).zip(&found) {
-                let mut best: Option<usize> = None;
-                let mut least = threshold.min(1. - 1e-10);
-                for (i, truth) in truths.iter().enumerate() {
-                    if taken[i] && !truth.ignore {
-                        continue;
+/// One class's detections in all pictures, best first, matched to its truths.
+struct Matched {
+    /// Score, picture, and what became of it.
+    found: Vec<(f64, usize, [Fate; THRESHOLDS])>,
+    /// Truths that count, by picture.
+    positives: Vec<usize>,
+}
+
+impl Matched {
+    /// At each threshold; `None` where the class does not occur.
+    fn precision(&self) -> Option<[f64; THRESHOLDS]> {
+        let once = vec![1; self.positives.len()];
+        self.resampled(&once, 0)?;
+        Some(std::array::from_fn(|k| self.resampled(&once, k).unwrap_or(f64::NAN)))
+    }
+
+    /// At one threshold, each picture counted so many times.
+    fn resampled(&self, times: &[usize], k: usize) -> Option<f64> {
+        let positives: usize = self.positives.iter().zip(times).map(|(n, times)| n * times).sum();
+        let fates = self.found.iter().map(|(_, picture, fate)| (fate[k], times[*picture]));
+        (positives > 0).then(|| area(fates, positives))
+    }
+
+    fn new(pictures: &[Scored], class: usize, [least, most]: [f64; 2]) -> Self {
+        let is_of_size = |area: f64| (least..=most).contains(&area);
+        // Crowds, and what is of another size.
+        let ignored = |t: &Truth| t.ignore || !is_of_size(t.area);
+        let mut all: Vec<(f64, usize, [Fate; THRESHOLDS])> = Vec::new();
+        let mut positives = Vec::new();
+        for (picture, p) in pictures.iter().enumerate() {
+            // Truths that count come first: a detection prefers them to any ignore region.
+            let mut truths: Vec<&Truth> = p.truths.iter().filter(|t| t.class == class).collect();
+            truths.sort_by_key(|t| ignored(t));
+            positives.push(truths.iter().filter(|t| !ignored(t)).count());
+            let mut found: Vec<&Found> = p.found.iter().filter(|f| f.class == class).collect();
+            found.sort_by(|a, b| b.score.total_cmp(&a.score));
+            found.truncate(MAX_DETECTIONS);
+            let overlaps: Vec<Vec<f64>> =
+                found.iter().map(|f| truths.iter().map(|t| overlap(f.bbox, t)).collect()).collect();
+            let mut fates = vec![[Fate::Miss; THRESHOLDS]; found.len()];
+            for k in 0..THRESHOLDS {
+                // As numpy's linspace(0.5, 0.95, 10) rounds.
+                let threshold = if k == THRESHOLDS - 1 { 0.95 } else { 0.5 + k as f64 * ((0.95 - 0.5) / 9.) };
+                let mut taken = vec![false; truths.len()];
+                for ((overlaps, fate), found) in overlaps.iter().zip(&mut fates).zip(&found) {
+                    let mut best: Option<usize> = None;
+                    let mut least = threshold.min(1. - 1e-10);
+                    for (i, truth) in truths.iter().enumerate() {
+                        if taken[i] && !truth.ignore {
+                            continue;
+                        }
+                        if ignored(truth) && best.is_some_and(|b| !ignored(truths[b])) {
+                            break;
+                        }
+                        if overlaps[i] >= least {
+                            (best, least) = (Some(i), overlaps[i]);
+                        }
                     }
-                    if ignored(truth) && best.is_some_and(|b| !ignored(truths[b])) {
-                        break;
+                    match best {
+                        Some(i) => {
+                            taken[i] = true;
+                            fate[k] = if ignored(truths[i]) { Fate::Ignored } else { Fate::Hit };
+                        }
+                        None if !is_of_size(bbox::area(found.bbox)) => fate[k] = Fate::Ignored,
+                        None => {}
                     }
-                    if overlaps[i] >= least {
-                        (best, least) = (Some(i), overlaps[i]);
-                    }
-                }
-                match best {
-                    Some(i) => {
-                        taken[i] = true;
-                        fate[k] = if ignored(truths[i]) { Fate::Ignored } else { Fate::Hit };
-                    }
-                    None if !is_of_size(bbox::area(found.bbox)) => fate[k] = Fate::Ignored,
-                    None => {}
                 }
             }
+            all.extend(found.iter().zip(fates).map(|(f, fates)| (f.score, picture, fates)));
         }
-        all.extend(found.iter().map(|f| f.score).zip(fates));
+        all.sort_by(|a, b| b.0.total_cmp(&a.0));
+        Self { found: all, positives }
     }
-    if positives == 0 {
-        return None;
-    }
-    all.sort_by(|a, b| b.0.total_cmp(&a.0));
-    Some(std::array::from_fn(|k| area(all.iter().map(|(_, fate)| fate[k]), positives)))
 }
 
 /// Area under the monotone precision–recall curve, sampled at recalls 0, 0.01 … 1.
-fn area(fates: impl Iterator<Item = Fate>, positives: usize) -> f64 {
+fn area(fates: impl Iterator<Item = (Fate, usize)>, positives: usize) -> f64 {
     let (mut hits, mut misses) = (0usize, 0usize);
     let mut curve: Vec<(f64, f64)> = Vec::new();
-    for fate in fates {
+    for (fate, times) in fates {
         match fate {
-            Fate::Hit => hits += 1,
-            Fate::Miss => misses += 1,
+            Fate::Hit => hits += times,
+            Fate::Miss => misses += times,
             Fate::Ignored => continue,
+        }
+        if hits + misses == 0 {
+            continue;
         }
         curve.push((hits as f64 / positives as f64, hits as f64 / (hits + misses) as f64));
     }
@@ -198,6 +241,25 @@ mod tests {
 
     fn ap50(truths: Vec<Truth>, found: Vec<Found>) -> f64 {
         average_precision(&[Scored { truths, found }], 1).ap50
+    }
+
+    #[test]
+    fn the_interval_holds_the_value_and_narrows_with_pictures() {
+        let picture = |i: usize| Scored {
+            truths: vec![truth(0, 0.), truth(1, 50.)],
+            // One of three pictures is seen wrongly.
+            found: vec![found(0, if i.is_multiple_of(3) { 30. } else { 0. }, 0.9), found(1, 50., 0.8)],
+        };
+        let of = |n: usize| {
+            let all = with_interval(&(0..n).map(picture).collect::<Vec<_>>(), 2);
+            assert_eq!(all.ap50, average_precision(&(0..n).map(picture).collect::<Vec<_>>(), 2).ap50);
+            let [low, high] = all.ap50_interval.unwrap();
+            assert!(low < all.ap50 && all.ap50 < high, "{low} {} {high}", all.ap50);
+            high - low
+        };
+        let (few, many) = (of(30), of(270));
+        assert!((2. ..4.5).contains(&(few / many)), "{few} {many}");
+        assert_eq!(with_interval(&[picture(1)], 2).ap50_interval, None, "one picture has none");
     }
 
     #[test]

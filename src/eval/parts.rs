@@ -60,7 +60,7 @@ pub fn detector(
         scored.push(Scored { truths, found });
         progress();
     }
-    Ok(detection::average_precision(&scored, nouns.len()))
+    Ok(detection::with_interval(&scored, nouns.len()))
 }
 
 /// Detections of a picture that count, over all classes: as the original's evaluation on COCO.
@@ -118,7 +118,7 @@ pub fn detection(
         scored.push(Scored { truths, found });
         progress(None);
     }
-    Ok(detection::average_precision(&scored, names.len()))
+    Ok(detection::with_interval(&scored, names.len()))
 }
 
 /// Errors of metric depth, means over pictures.

@@ -44,6 +44,29 @@ impl Share {
 const RESAMPLES: usize = 2000;
 const SEED: u64 = 20_261_126;
 
+/// 95 % interval of a figure of `n` clusters, from how often each is drawn in a resample. `None` of fewer
+/// than two.
+pub fn percentiles(n: usize, mut figure: impl FnMut(&[usize]) -> f64) -> Option<[f64; 2]> {
+    /// The figure may be dear.
+    const RESAMPLES: usize = 400;
+    if n < 2 {
+        return None;
+    }
+    let mut rng = ChaCha8Rng::seed_from_u64(SEED);
+    let mut times = vec![0; n];
+    let mut all: Vec<f64> = (0..RESAMPLES)
+        .map(|_| {
+            times.fill(0);
+            (0..n).for_each(|_| times[rng.random_range(0..n)] += 1);
+            figure(&times)
+        })
+        .filter(|x| !x.is_nan())
+        .collect();
+    all.sort_unstable_by(f64::total_cmp);
+    let at = |share: f64| all.get((share * (all.len().max(1) - 1) as f64).round() as usize).copied();
+    Some([at(0.025)?, at(0.975)?])
+}
+
 /// A mean with its 95 % interval.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Mean {

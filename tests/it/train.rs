@@ -72,6 +72,8 @@ fn a_run_leaves_a_planner_and_what_it_did() {
         {
             assert!(s[key].is_number(), "{key}: {s}");
         }
+        let distinct = s["distinct_programs"].as_object().unwrap();
+        assert!(!distinct.is_empty() && distinct.values().all(|v| (0.0..=1.).contains(&v.as_f64().unwrap())));
         // The engine that samples and the network that learns are one.
         assert!(s["sampler_mismatch_most"].as_f64().unwrap() < 1e-3, "{s}");
     }

@@ -28,9 +28,9 @@ use crate::nn::AdamW;
 use crate::nn::optim::Schedule;
 use crate::pipeline::{answer, question_seed};
 use crate::planner::{self, user_turn};
-use crate::program::Sandbox;
+use crate::program::{Reply, Sandbox};
 use crate::report::{tensorboard, training};
-use crate::rooms::OracleTools;
+use crate::rooms::{self, OracleTools};
 use crate::verify::{Head, Scored, Verification};
 use anyhow::{Context, Result, bail};
 use candle_core::Device;
@@ -482,9 +482,34 @@ impl Training<'_> {
         if u.skipped {
             m.insert("skipped".into(), json!(true));
         }
+        let by_family = self.distinct_by_family(rollouts);
+        if !by_family.is_empty() {
+            m.insert("distinct_programs".into(), json!(by_family));
+        }
         m.insert("seconds".into(), json!(clock.0));
         m.insert("unix".into(), json!(unix()));
         m
+    }
+
+    /// On Rooms, the share of different programs among the rollouts to each family's questions: a group
+    /// that only ever says one thing has nothing to learn from.
+    fn distinct_by_family(&self, rollouts: &[Rollout]) -> BTreeMap<&'static str, f64> {
+        let mut programs: BTreeMap<&str, (BTreeSet<(usize, String)>, usize)> = BTreeMap::new();
+        if matches!(self.queries.held_out, HeldOut::Rooms(_)) {
+            for r in rollouts {
+                let Some((spec, _)) = rooms::frames::parse(&self.queries.training[r.question]) else {
+                    continue;
+                };
+                let (different, all) = programs.entry(spec.family().text()).or_default();
+                let program = Reply::parse(r.text()).map_or_else(|_| String::new(), |reply| reply.program);
+                different.insert((r.question, program));
+                *all += 1;
+            }
+        }
+        let share = |(family, (different, all)): (_, (BTreeSet<_>, usize))| {
+            (family, different.len() as f64 / all as f64)
+        };
+        programs.into_iter().map(share).collect()
     }
 
     /// A few of a step's groups, with their verdicts, for people.
