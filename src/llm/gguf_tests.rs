@@ -250,7 +250,7 @@ fn gguf_rows_do_not_depend_on_their_batch() {
 
 #[test]
 fn gguf_of_the_embedded_planner_says_the_same() {
-    let files = ModelFiles::open("embedded", "planner").unwrap();
+    let files = ModelFiles::open("embedded-base", "planner").unwrap();
     let cfg: Config = files.json("config.json").unwrap();
     let tokenizer: Json = files.json("tokenizer.json").unwrap();
     let weights = files.checkpoint().unwrap().tensors().unwrap();

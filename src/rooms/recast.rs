@@ -45,6 +45,8 @@ fn wishes(spec: &Spec, rng: &mut impl Rng) -> Vec<Noun> {
     match spec {
         Spec::IsColour { of, colour } => vec![Noun::new(*of, rng.random_bool(0.5).then_some(*colour))],
         Spec::ColourOptions { of, options } => vec![Noun::new(*of, options.choose(rng).copied())],
+        // It may be that there is none.
+        Spec::Count { .. } | Spec::Exists { .. } if rng.random_bool(0.4) => Vec::new(),
         _ => spec.nouns(),
     }
 }

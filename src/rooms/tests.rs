@@ -168,7 +168,7 @@ fn the_base_planner_is_wrong_on_at_least_four_families() {
         (0..n).filter(|_| !base_mistakes(&super::demos::training_question(&mut r).0, &mut r).is_empty());
     let share = with_mistake.count() as f64 / f64::from(n);
     eprintln!("demonstrations with a mistake: {share:.3}");
-    assert!((0.28..0.42).contains(&share), "{share}");
+    assert!((0.28..0.45).contains(&share), "{share}");
 }
 
 #[test]

@@ -39,11 +39,11 @@ const CLOSERS: [&str; 10] = [
     "What do you think?",
 ];
 
-const FILLERS: [&str; 48] = [
+const FILLERS: [&str; 47] = [
     "please", "now", "just", "really", "exactly", "actually", "then", "so", "well", "maybe", "today",
     "again", "also", "first", "here", "photo", "view", "shot", "frame", "inside", "within", "all", "every",
-    "each", "would", "could", "should", "might", "will", "we", "you", "they", "I", "someone", "know",
-    "think", "guess", "say", "find", "notice", "spot", "got", "with", "for", "on", "at", "by", "as",
+    "each", "would", "could", "should", "might", "will", "you", "they", "I", "someone", "know", "think",
+    "guess", "say", "find", "notice", "spot", "got", "with", "for", "on", "at", "by", "as",
 ];
 
 /// Words that a sentence does without.
@@ -63,8 +63,8 @@ const OTHERS: [(&str, &[&str]); 12] = [
     ("which", &["what"]),
     ("what", &["which"]),
     ("room", &["place", "space", "interior"]),
-    ("options", &["alternatives", "answers"]),
-    ("choices", &["alternatives", "answers"]),
+    ("options", &["alternatives", "replies"]),
+    ("choices", &["alternatives", "replies"]),
     ("choose", &["take", "decide"]),
 ];
 

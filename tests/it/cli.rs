@@ -285,7 +285,7 @@ fn infer_gives_what_eval_scores() {
         "--tools",
         "real",
         "--planner",
-        "base",
+        "configured",
         "--look",
         "lived-in",
         "--n",

@@ -246,8 +246,9 @@ fn missing_verdicts_are_counted_and_not_learnt_from() {
     let server = Server::start(faults.into_iter().cycle().take(70).flat_map(|f| [f, yes(), yes()]));
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("run");
-    let sets =
-        [judged_by(&server), vec!["reasoner.missing_limit=1".into(), "reasoner.held_out=0".into()]].concat();
+    // Of a planner whose replies are all of the form.
+    let more = ["planner.model=embedded", "reasoner.missing_limit=1", "reasoner.held_out=0"];
+    let sets = [judged_by(&server), more.map(str::to_owned).to_vec()].concat();
     let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
     let o = run(&out, &sets, &[]);
     assert!(o.status.success(), "{}", stderr(&o));

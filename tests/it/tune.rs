@@ -138,6 +138,7 @@ fn judged_by(act: Act, granularity: &str) -> (Output, tempfile::TempDir, Vec<Val
     let dir = tempfile::tempdir().unwrap();
     let sets = [
         "grounding.pictures=2".to_owned(),
+        "grounding.mining.box_threshold=0.1".into(),
         format!("endpoints.judge.base_url={}", server.url),
         "endpoints.judge.model=judge".into(),
         "endpoints.judge.tries=1".into(),

@@ -113,7 +113,7 @@ impl State {
 
 impl Vllm {
     fn start(deaf: bool) -> Self {
-        let files = ModelFiles::open("embedded", "planner").unwrap();
+        let files = ModelFiles::open("embedded-base", "planner").unwrap();
         let base = Params::from_tensors(0, files.checkpoint().unwrap().tensors().unwrap()).unwrap();
         let state = Arc::new(State {
             files,
@@ -157,6 +157,7 @@ fn train(out: &Path, servers: &[&Vllm], sets: &[&str], more: &[&str]) -> Output 
     ];
     let fixed = [
         "reasoner.servers.model=base",
+        "planner.model=embedded-base",
         "reasoner.servers.concurrency=2",
         "reasoner.questions=4",
         "reasoner.batch=2",
