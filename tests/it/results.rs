@@ -18,7 +18,7 @@ fn the_table_of_rooms_is_what_its_samples_say() {
     let mut rows = 0;
     for line in table.lines().filter(|l| l.starts_with("| [")) {
         let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
-        let file = cells[0].split(['(', ')']).nth(1).unwrap();
+        let file = cells[0].split("](").nth(1).unwrap().trim_end_matches(')');
         let text = std::fs::read_to_string(dir.join(file)).unwrap();
         let samples: Vec<Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
         for (i, s) in samples.iter().enumerate() {
