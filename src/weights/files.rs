@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 static EMBEDDED: Dir<'static> = include_dir!("$CARGO_MANIFEST_DIR/data/embedded");
 
-/// Embedded models that one of valor's trainings made, and the ones that they were made from.
-const TUNED: [(&str, &str); 2] = [("planner", "planner-tuned"), ("detector", "detector-tuned")];
+/// The embedded planner as its training left it: an adapter on the embedded base.
+const TUNED_PLANNER: &str = "planner-tuned";
 
 /// How many adapters may lie on one another.
 const ADAPTERS: usize = 4;
@@ -81,7 +81,7 @@ impl ModelFiles {
     }
 
     fn in_the_binary(part: &'static str, base: bool) -> Result<Self, WeightsError> {
-        let tuned = TUNED.iter().find(|(of, _)| !base && *of == part).map(|(_, tuned)| *tuned);
+        let tuned = (part == "planner" && !base).then_some(TUNED_PLANNER);
         let of = |part: &'static str| EMBEDDED.get_dir(part).map(|dir| Self::Embedded { part, dir });
         tuned.and_then(of).or_else(|| of(part)).ok_or_else(|| WeightsError::Unreadable {
             path: format!("embedded {part}"),

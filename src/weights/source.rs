@@ -89,7 +89,7 @@ pub fn is_safe(path: &str) -> bool {
 
 #[derive(Clone, Debug)]
 pub enum Source {
-    /// In the binary: as valor's trainings left it or, of the `base`, as they found it.
+    /// In the binary: as valor's training left it or, of the `base`, as it found it.
     Embedded {
         base: bool,
     },
