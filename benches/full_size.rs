@@ -113,7 +113,7 @@ fn qwen(dir: &Path) -> anyhow::Result<()> {
     let prompt = Tensor::from_vec((0..1024u32).map(|i| i * 131 % 150_000).collect(), (1, 1024), &device)?;
     let rope = Rope::from_positions(&cfg, &[(0..1024).collect()], &device)?;
     let prefill = median(3, || {
-        let mut cache = KvCache::new(&cfg, 1, 1024, &device)?;
+        let mut cache = KvCache::new(&cfg, 1, 1024, DType::F32, &device)?;
         let h = net.forward(&prompt, &rope, &Mask::causal(), Some(&mut cache))?;
         net.logits(&h.narrow(1, 1023, 1)?).map(|_| ())
     })?;
@@ -134,7 +134,7 @@ fn qwen(dir: &Path) -> anyhow::Result<()> {
 /// `count` tokens after the prompt `[1, n]`, through the key-value cache.
 fn greedy(net: &Qwen3, cfg: &Config, prompt: &Tensor, count: usize) -> candle_core::Result<Vec<u32>> {
     let device = prompt.device();
-    let mut cache = KvCache::new(cfg, 1, prompt.dim(1)? + count, device)?;
+    let mut cache = KvCache::new(cfg, 1, prompt.dim(1)? + count, DType::F32, device)?;
     let mut ids = prompt.clone();
     let (mut at, mut out) = (0, Vec::new());
     while out.len() < count {

@@ -8,7 +8,7 @@ use crate::train::Broken;
 use crate::train::reasoner::{Policy, Queries, Training, steps};
 use crate::verify::{self, Head, Judge, Verification};
 use crate::weights::ModelFiles;
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -32,7 +32,6 @@ pub struct TrainReasonerArgs {
 
 pub fn run(args: &TrainReasonerArgs) -> Result<ExitCode> {
     let (config, device) = (args.models.config()?, args.models.device()?);
-    ensure!(device.is_cpu(), "--device {}: planners are trained on the CPU only so far", args.models.device);
     let queries = Queries::open(&config.reasoner)?;
     if args.dry_run {
         plan(&config, &queries);
@@ -50,7 +49,7 @@ pub fn run(args: &TrainReasonerArgs) -> Result<ExitCode> {
     super::compute_in(config.reasoner.precision);
     let chats = ChatModels::new(&config, &device);
     let judge = Judge::new(chats.verifier()?, &config.verifier)?;
-    let policy = Policy::load(&config.planner.model, &config.reasoner)?;
+    let policy = Policy::load(&config.planner.model, &config.reasoner, &device)?;
     eprintln!(
         "valor: planner {} ({:.2} M parameters, {:.2} M trained), verifier {}",
         policy.name(),

@@ -58,7 +58,6 @@ pub struct TuneGroundingArgs {
 
 pub fn run(args: &TuneGroundingArgs) -> Result<ExitCode> {
     let (config, device) = (args.models.config()?, args.models.device()?);
-    ensure!(device.is_cpu(), "--device {}: detectors are tuned on the CPU only so far", args.models.device);
     if args.dry_run {
         plan(args, &config)?;
         return Ok(ExitCode::SUCCESS);
@@ -94,6 +93,7 @@ pub fn run(args: &TuneGroundingArgs) -> Result<ExitCode> {
             let fit = Fit {
                 replay,
                 config: &config,
+                device: device.clone(),
                 boxes,
                 dir: args.out.clone(),
                 resume: args.resume,

@@ -253,7 +253,10 @@ impl Engine {
 
     fn kv_bytes_per_token(&self) -> usize {
         let c = self.network.config();
-        2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * DType::F32.size_in_bytes()
+        2 * c.num_hidden_layers
+            * c.num_key_value_heads
+            * c.head_dim
+            * self.network.decoder().dtype().size_in_bytes()
     }
 
     /// The longest kept prefix of all jobs, after keeping a new one where that is worth it.
@@ -290,7 +293,9 @@ impl Engine {
         }
         let mut cache = match &base {
             Some(b) => KvCache::from_prefix(b, 1, wanted)?,
-            None => KvCache::new(self.network.config(), 1, wanted, &self.device)?,
+            None => {
+                KvCache::new(self.network.config(), 1, wanted, self.network.decoder().dtype(), &self.device)?
+            }
         };
         let positions: Vec<Position> = (have as u32..wanted as u32).map(|p| [p; 3]).collect();
         let new = vec![first[have..wanted].to_vec()];
@@ -369,7 +374,10 @@ impl Engine {
         let capacity = shared + longest + most;
         let mut cache = match prefix {
             Some(p) => KvCache::from_prefix(p, rows.len(), capacity)?,
-            None => KvCache::new(self.network.config(), rows.len(), capacity, &self.device)?,
+            None => {
+                let (cfg, dtype) = (self.network.config(), self.network.decoder().dtype());
+                KvCache::new(cfg, rows.len(), capacity, dtype, &self.device)?
+            }
         };
         let (mut ids, mut positions, mut pads) = (Vec::new(), Vec::new(), Vec::new());
         for row in &rows {

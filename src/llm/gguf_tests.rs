@@ -172,7 +172,7 @@ fn open(path: &Path) -> std::result::Result<LocalChat, String> {
 }
 
 fn logits(network: &Network, rows: &[Vec<u32>]) -> Result<Tensor> {
-    network.decoder().logits(&network.hidden(rows, None, &Device::Cpu)?)
+    network.decoder().logits(&network.hidden(rows, None)?)
 }
 
 /// Root mean square of the difference, by that of what is wanted.

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use candle_core::{DType, Device};
+use candle_core::Device;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -15,6 +15,7 @@ use super::tokenizer::Tokenizer;
 use super::{ChatError, ChatModel, ChatReply, ChatRequest};
 use crate::models::qwen3::{self, Qwen3};
 use crate::models::qwen3_vl::{self, Processor, Qwen3Vl};
+use crate::nn::Precision;
 use crate::weights::{Checkpoint, ModelFiles, WeightsError};
 
 #[derive(Debug, thiserror::Error)]
@@ -168,18 +169,19 @@ impl ChatModel for LocalChat {
 pub fn network_of(files: &ModelFiles, weights: &Checkpoint, device: &Device) -> Result<Network, LoadError> {
     let kind: Kind = files.json("config.json")?;
     // A tied head may be stored all the same.
+    let dtype = Precision::of_inference(device);
     let head = |tied: bool| -> &[&str] { if tied { &["lm_head."] } else { &[] } };
     Ok(match kind.model_type.as_str() {
         "qwen3" => {
             let cfg: qwen3::Config = files.json("config.json")?;
             let unused = head(cfg.tie_word_embeddings);
-            let model = weights.build(DType::F32, device, unused, |vb| Qwen3::new(&cfg, vb))?;
+            let model = weights.build(dtype, device, unused, |vb| Qwen3::new(&cfg, vb))?;
             Network::Text { model, cfg }
         }
         "qwen3_vl" => {
             let cfg: qwen3_vl::Config = files.json("config.json")?;
             let unused = head(cfg.tie_word_embeddings);
-            Network::Vision(weights.build(DType::F32, device, unused, |vb| Qwen3Vl::new(&cfg, vb))?)
+            Network::Vision(weights.build(dtype, device, unused, |vb| Qwen3Vl::new(&cfg, vb))?)
         }
         other => {
             let message = format!("model_type {other:?} is not supported; qwen3 and qwen3_vl are");

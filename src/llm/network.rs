@@ -19,12 +19,12 @@ pub enum Network {
 impl Network {
     /// Rows of ids (of one length, filled up on the right) → final hidden states
     /// `[batch, seq, hidden]`, without a cache and differentiable. `pictures` are the rows', in order.
-    pub fn hidden(&self, ids: &[Vec<u32>], pictures: Option<&Pictures>, device: &Device) -> Result<Tensor> {
+    pub fn hidden(&self, ids: &[Vec<u32>], pictures: Option<&Pictures>) -> Result<Tensor> {
         match self {
             Self::Vision(m) => m.forward(ids, pictures),
             Self::Text { .. } if pictures.is_some() => candle_core::bail!("this model takes no pictures"),
             Self::Text { model, cfg } => {
-                let (b, s) = (ids.len(), ids.first().map_or(0, Vec::len));
+                let (b, s, device) = (ids.len(), ids.first().map_or(0, Vec::len), model.device());
                 let flat: Vec<u32> = ids.iter().flatten().copied().collect();
                 let rope = Rope::from_positions(cfg, &[(0..s as u32).collect()], device)?;
                 model.forward(&Tensor::from_vec(flat, (b, s), device)?, &rope, &Mask::causal(), None)

@@ -173,12 +173,11 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    pub fn new(cfg: &Config, batch: usize, capacity: usize, device: &Device) -> Result<Self> {
+    /// Of the type that the network computes in ([`Qwen3::dtype`]).
+    pub fn new(cfg: &Config, batch: usize, capacity: usize, dtype: DType, device: &Device) -> Result<Self> {
         let shape = (batch, capacity, cfg.num_key_value_heads * cfg.head_dim);
         let layers = (0..cfg.num_hidden_layers)
-            .map(|_| {
-                Ok((Tensor::zeros(shape, DType::F32, device)?, Tensor::zeros(shape, DType::F32, device)?))
-            })
+            .map(|_| Ok((Tensor::zeros(shape, dtype, device)?, Tensor::zeros(shape, dtype, device)?)))
             .collect::<Result<_>>()?;
         Ok(Self { layers, len: 0, capacity })
     }
@@ -348,9 +347,21 @@ pub struct Qwen3 {
     layers: Vec<Layer>,
     norm: RmsNorm,
     lm_head: Linear,
+    dtype: DType,
+    device: Device,
 }
 
 impl Qwen3 {
+    /// What it computes in.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Where it computes.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// Names as in a text-only checkpoint: `model.…` and, unless tied, `lm_head.weight`.
     pub fn new(cfg: &Config, vb: VarBuilder) -> Result<Self> {
         let head = (!cfg.tie_word_embeddings).then(|| vb.pp("lm_head"));
@@ -369,7 +380,8 @@ impl Qwen3 {
             Some(vb) => nn::linear_no_bias(cfg.hidden_size, cfg.vocab_size, vb)?,
             None => embed_tokens.head(),
         };
-        Ok(Self { embed_tokens, layers, norm, lm_head })
+        let (dtype, device) = (body.dtype(), body.device().clone());
+        Ok(Self { embed_tokens, layers, norm, lm_head, dtype, device })
     }
 
     /// Ids u32 `[batch, seq]` → `[batch, seq, hidden]`.

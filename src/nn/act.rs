@@ -1,7 +1,11 @@
 //! Activations and softmax.
 
 use super::cpu::{self, Held, par_rows};
+#[cfg(feature = "cuda")]
+use super::kernels::{self, Memory};
 use super::simd::{self, wide};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -38,7 +42,7 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     if gate.shape() != up.shape() {
         candle_core::bail!("swiglu: gate {:?}, up {:?}", gate.shape(), up.shape())
     }
-    if cpu::fused(&[gate, up]) {
+    if super::fused(&[gate, up]) && gate.elem_count() > 0 {
         gate.contiguous()?.apply_op2(&up.contiguous()?, SwigluOp)
     } else {
         gate.silu()? * up
@@ -168,6 +172,18 @@ impl CustomOp2 for SwigluOp {
         Ok((CpuStorage::F32(y), la.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        a: &CudaStorage,
+        la: &Layout,
+        u: &CudaStorage,
+        lu: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (a, u) = (Memory::cuda(a, la)?, Memory::cuda(u, lu)?);
+        kernels::swiglu(a, u, la.shape().elem_count())?.cuda(la.shape())
+    }
+
     fn bwd(
         &self,
         a: &Tensor,
@@ -175,6 +191,11 @@ impl CustomOp2 for SwigluOp {
         _: &Tensor,
         g: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        #[cfg(feature = "cuda")]
+        if a.device().is_cuda() {
+            let (da, du) = kernels::swiglu_back(a, u, g)?;
+            return Ok((Some(da), Some(du)));
+        }
         let g = g.contiguous()?;
         let (ha, hu, hg) = (Held::new(a)?, Held::new(u)?, Held::new(&g)?);
         let (xa, xu, xg) = (ha.get()?, hu.get()?, hg.get()?);

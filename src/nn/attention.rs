@@ -6,7 +6,7 @@
 
 use super::attention_cpu::{AttentionOp, Visible};
 use super::cpu;
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
 /// What a query may see.
 #[derive(Clone, Debug)]
@@ -118,6 +118,10 @@ pub fn attention_packed(
         let op = AttentionOp { heads, kv_heads, scale: scale as f32, visible };
         return unit_stride(q)?.apply_op3(&unit_stride(k)?, &unit_stride(v)?, op);
     }
+    #[cfg(feature = "cuda")]
+    if let Some(o) = decode(q, k, v, (heads, kv_heads), scale, mask)? {
+        return Ok(o);
+    }
     let split = |t: &Tensor, heads: usize| -> Result<Tensor> {
         let (b, s, w) = t.dims3()?;
         t.reshape((b, s, heads, w / heads))?.transpose(1, 2)
@@ -172,12 +176,64 @@ fn composed(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) -> Resu
         t.unsqueeze(2)?.expand((b, hk, h / hk, m, d))?.reshape((b, h, m, d))
     };
     let (k, v) = (repeat(k)?, repeat(v)?);
-    let s = (q.contiguous()? * scale)?.matmul(&k.t()?.contiguous()?)?;
-    let s = match mask.additive(b, n, m, &s)? {
-        Some(a) => s.broadcast_add(&a)?,
-        None => s,
+    let (q, k) = ((q.contiguous()? * scale)?, k.t()?.contiguous()?);
+    let bias = mask.additive(b, n, m, &q)?;
+    let some = |from: usize, len: usize| -> Result<Tensor> {
+        let s = q.narrow(2, from, len)?.matmul(&k)?;
+        // Sums of exponentials are beyond half precision.
+        let s = match s.dtype() {
+            DType::F16 | DType::BF16 => s.to_dtype(DType::F32)?,
+            _ => s,
+        };
+        let s = match &bias {
+            Some(a) if a.dim(2)? == n => s.broadcast_add(&a.narrow(2, from, len)?.to_dtype(s.dtype())?)?,
+            Some(a) => s.broadcast_add(&a.to_dtype(s.dtype())?)?,
+            None => s,
+        };
+        super::softmax(&s)?.to_dtype(v.dtype())?.matmul(&v)
     };
-    super::softmax(&s)?.matmul(&v)
+    let queries = (SCORES / (b * h * m).max(1)).clamp(1, n.max(1));
+    if queries >= n {
+        return some(0, n);
+    }
+    let parts: Vec<Tensor> =
+        (0..n).step_by(queries).map(|from| some(from, queries.min(n - from))).collect::<Result<_>>()?;
+    Tensor::cat(&parts, 2)
+}
+
+/// Scores that exist at one time where attention is composed: 1 GiB of f32.
+const SCORES: usize = 1 << 28;
+
+/// One new token a row on a GPU, if the kernel takes it.
+#[cfg(feature = "cuda")]
+fn decode(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    (heads, kv_heads): (usize, usize),
+    scale: f64,
+    mask: &Mask,
+) -> Result<Option<Tensor>> {
+    use super::kernels;
+    let (b, n, w) = q.dims3()?;
+    let (prefix, start) = match mask {
+        Mask::None => (0, None),
+        Mask::Causal { prefix, start } => (*prefix, start.clone()),
+        _ => return Ok(None),
+    };
+    let group = heads / kv_heads;
+    let takes = n == 1
+        && super::on_gpu(&[q, k, v])
+        && !(q.track_op() || k.track_op() || v.track_op())
+        && group <= kernels::MOST_GROUP
+        && w / heads <= kernels::MOST_DIM
+        && k.stride()[1..] == [w / group, 1]
+        && k.stride() == v.stride();
+    if !takes {
+        return Ok(None);
+    }
+    let own = Tensor::new(start.unwrap_or_else(|| vec![0; b]), q.device())?;
+    kernels::decode(&q.contiguous()?, k, v, (kv_heads, group), prefix, &own, scale as f32).map(Some)
 }
 
 #[cfg(test)]

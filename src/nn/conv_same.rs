@@ -276,6 +276,11 @@ impl CustomOp3 for ConvSame {
 /// `x [batch, in, h, w]`, `weight [out, in, k, k]`, `bias [out]` → `[batch, out, h, w]`: the
 /// convolution of `x`, or of `relu(x)`, with the border repeated.
 pub fn conv_same(x: &Tensor, weight: &Tensor, bias: &Tensor, relu: bool) -> Result<Tensor> {
+    if !super::cpu::fused(&[x, weight, bias]) {
+        let (x, p) = (if relu { x.relu()? } else { x.clone() }, weight.dim(2)? / 2);
+        let x = x.pad_with_same(2, p, p)?.pad_with_same(3, p, p)?;
+        return x.conv2d(weight, 0, 1, 1, 1)?.broadcast_add(&bias.reshape((1, (), 1, 1))?);
+    }
     x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, ConvSame { relu })
 }
 

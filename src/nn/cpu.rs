@@ -3,10 +3,28 @@
 
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, StorageRef, Tensor};
 use rayon::prelude::*;
+use std::cell::Cell;
+
+thread_local! {
+    static COMPOSED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs `f` with this thread's ops composed of candle's, as they are on a device without fused kernels: for
+/// tests of those compositions.
+pub fn composed<T>(f: impl FnOnce() -> T) -> T {
+    struct Restore(bool);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            COMPOSED.set(self.0);
+        }
+    }
+    let _restore = Restore(COMPOSED.replace(true));
+    f()
+}
 
 /// Whether the fused kernels can take these tensors; else the op is composed of candle's.
 pub(super) fn fused(ts: &[&Tensor]) -> bool {
-    ts.iter().all(|t| t.device().is_cpu() && t.dtype() == DType::F32)
+    !COMPOSED.get() && ts.iter().all(|t| t.device().is_cpu() && t.dtype() == DType::F32)
 }
 
 /// The values of an op's argument, which must be contiguous.

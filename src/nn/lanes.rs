@@ -31,6 +31,11 @@ impl Lanes {
         Self::new(Self::good())
     }
 
+    /// As many as are good for this device: a GPU does one part at a time, with all it has.
+    pub fn of_device(device: &candle_core::Device) -> anyhow::Result<Self> {
+        if device.is_cpu() { Self::of_cores() } else { Self::new(1) }
+    }
+
     /// As many as the processor has cores, and a few at most: each holds activations of its own.
     pub fn good() -> usize {
         rayon::current_num_threads().min(MOST)

@@ -4,7 +4,7 @@ use super::cpu::{self, Held, Mat, par_rows};
 use super::few_rows::{FEW, few_rows};
 use super::lora::Lora;
 use super::packed::{Packed, packed_name};
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, DType, Device, Layout, Result, Shape, Tensor};
 use candle_nn::VarBuilder;
 use rayon::prelude::*;
 
@@ -25,7 +25,12 @@ impl Weight {
             // What a builder gives for a matrix that does not fit; its error is told later, with others.
             return Ok(Self::Plain(bytes));
         }
-        Packed::from_tensor(dtype, shape, &bytes).map(Self::Packed)
+        let packed = Packed::from_tensor(dtype, shape, &bytes.to_device(&Device::Cpu)?)?;
+        match vb.device() {
+            Device::Cpu => Ok(Self::Packed(packed)),
+            // Products with packed weights are the processor's.
+            device => packed.unpacked()?.to_dtype(vb.dtype())?.to_device(device).map(Self::Plain),
+        }
     }
 
     fn plain(&self) -> Result<&Tensor> {

@@ -64,8 +64,9 @@ impl Lora {
     }
 
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let down = super::Linear::new(self.a.clone(), None).forward(x)?;
-        super::Linear::new(self.b.clone(), None).forward(&down)? * self.scale
+        // Trained in f32 whatever the base computes in.
+        let matrix = |m: &Tensor| m.to_dtype(x.dtype()).map(|m| super::Linear::new(m, None));
+        matrix(&self.b)?.forward(&matrix(&self.a)?.forward(x)?)? * self.scale
     }
 }
 

@@ -1,16 +1,26 @@
 //! Log-probabilities over large vocabularies.
 
 use super::cpu::{self, Held, Mat, par_rows};
+#[cfg(feature = "cuda")]
+use super::kernels::{self, Memory};
 use super::simd::{self, wide};
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, Layout, Result, Shape, Tensor};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-/// `log softmax(logits)[i, targets[i]]`: `logits` `[n, vocab]`, `targets` u32 `[n]` → `[n]`.
+/// `log softmax(logits)[i, targets[i]]`: `logits` `[n, vocab]`, `targets` u32 `[n]` → `[n]`, f32 (f64 of f64).
 pub fn log_probs(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     let (n, vocab) = logits.dims2()?;
-    if cpu::fused(&[logits]) {
-        return logits.contiguous()?.apply_op1(LogProbs { targets: checked(targets, n, vocab)? });
+    if super::fused(&[logits]) {
+        let op = LogProbs { targets: checked(targets, n, vocab)?, placed: targets.clone() };
+        return logits.contiguous()?.apply_op1(op);
     }
+    // Sums over a vocabulary are beyond half precision.
+    let logits = match logits.dtype() {
+        DType::F64 => logits.clone(),
+        _ => logits.to_dtype(DType::F32)?,
+    };
     let picked = logits.gather(&targets.unsqueeze(1)?, 1)?.squeeze(1)?;
     let max = logits.max_keepdim(D::Minus1)?.detach();
     let lse = logits.broadcast_sub(&max)?.exp()?.sum(D::Minus1)?.log()? + max.squeeze(1)?;
@@ -64,6 +74,9 @@ wide! {
 
 struct LogProbs {
     targets: Vec<u32>,
+    /// The same where the logits are.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    placed: Tensor,
 }
 
 impl CustomOp1 for LogProbs {
@@ -78,7 +91,17 @@ impl CustomOp1 for LogProbs {
         Ok((CpuStorage::F32(y), n.into()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, l: &Layout) -> Result<(CudaStorage, Shape)> {
+        let (n, vocab) = l.shape().dims2()?;
+        kernels::log_prob(Memory::cuda(x, l)?, &self.placed, n, vocab)?.0.cuda(n)
+    }
+
     fn bwd(&self, x: &Tensor, _: &Tensor, g: &Tensor) -> Result<Option<Tensor>> {
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return kernels::log_prob_back(x, &self.placed, g).map(Some);
+        }
         let vocab = x.dim(1)?;
         let (g, hx) = (g.to_vec1::<f32>()?, Held::new(x)?);
         let xs = hx.get()?;

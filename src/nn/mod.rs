@@ -5,7 +5,10 @@
 //! composed of differentiable candle ops or is a custom op with its own backward, checked by
 //! finite differences (see [`gradcheck`]); only [`packed`] weights are for inference alone, and say so.
 //!
-//! Shapes are written `[batch, heads, seq, dim]`. All blocks take f32 on the CPU.
+//! Shapes are written `[batch, heads, seq, dim]`. On the CPU the fused ops take f32; on a GPU those that
+//! have [`kernels`] take f32, f16 and bf16. All else is composed of candle's ops, whatever the type.
+
+use candle_core::{DType, Tensor};
 
 pub mod act;
 #[cfg(target_arch = "x86_64")]
@@ -18,6 +21,8 @@ mod cpu;
 mod few_rows;
 pub mod frozen;
 pub mod gradcheck;
+#[cfg(any(feature = "cuda", test))]
+mod kernels;
 pub mod lanes;
 pub mod linear;
 pub mod lora;
@@ -41,6 +46,7 @@ pub use act::{gelu, gelu_tanh, relu, silu, softmax, swiglu};
 pub use attention::{Mask, attention, attention_packed};
 pub use conv::{Conv2d, Conv2dConfig, conv2d};
 pub use conv_same::conv_same;
+pub use cpu::composed;
 pub use frozen::frozen;
 pub use linear::{EMBEDDING_STDEV, Embedding, Linear, embedding, linear, linear_b, linear_no_bias};
 pub use loss::{linear_log_probs, log_probs};
@@ -52,3 +58,18 @@ pub use precision::Precision;
 pub use resize::{Filter, Taps, resize, resize_taps};
 pub use rope::rope;
 pub use stochastic::TrainCtx;
+
+/// Whether these tensors are on a GPU that the project has kernels for, and of one type that they take.
+fn on_gpu(ts: &[&Tensor]) -> bool {
+    let takes = |t: &&Tensor| {
+        t.device().is_cuda()
+            && t.dtype() == ts[0].dtype()
+            && matches!(t.dtype(), DType::F32 | DType::F16 | DType::BF16)
+    };
+    cfg!(feature = "cuda") && ts.iter().all(takes)
+}
+
+/// Whether an op that is fused on the CPU and on the GPU can take these tensors where they are.
+fn fused(ts: &[&Tensor]) -> bool {
+    cpu::fused(ts) || on_gpu(ts)
+}

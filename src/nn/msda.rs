@@ -4,12 +4,17 @@
 //! On the CPU one fused op, forward and backward, over all levels, heads and points: nothing is
 //! gathered into memory. The forward runs in parallel over queries, the backward over
 //! (batch, head), each of which owns its part of the value's gradient, so neither needs atomics
-//! and results do not depend on the number of threads. Other devices and types use a version
-//! composed of candle ops.
+//! and results do not depend on the number of threads. On a GPU the places and their masses are composed
+//! of candle ops and one kernel each way does the rest; other types use a version composed throughout.
 //!
 //! Positions are relative to a level's full extent (0 and 1 are its outer edges, pixel centres
 //! lie at (i + 0.5) / size); what lies outside reads as zero. f32 only on the fused path.
 
+use super::cpu;
+#[cfg(feature = "cuda")]
+use super::kernels::{self, Memory};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -35,7 +40,7 @@ pub fn msda(value: &Tensor, shapes: &LevelShapes, locations: &Tensor, weights: &
         )
     }
     check_tokens(value, shapes)?;
-    if !fused(value) {
+    if !super::fused(&[value, locations, weights]) || value.elem_count() == 0 {
         return composed(value, shapes, locations, weights);
     }
     let op = Msda { shapes: shapes.to_vec(), points, reference: None };
@@ -79,11 +84,11 @@ pub fn msda_at(
     }
     check_tokens(value, shapes)?;
     let reference = reference.detach();
-    if !fused(value) {
+    if !cpu::fused(&[value, offsets, logits]) {
         let offsets = offsets.reshape((b, q, heads, levels, points, 2))?;
         let weights = super::softmax(&logits.reshape((b, q, heads, levels * points))?)?;
         let locations = locate(&reference, shapes, &offsets, points)?;
-        return composed(value, shapes, &locations, &weights.reshape((b, q, heads, levels, points))?);
+        return msda(value, shapes, &locations, &weights.reshape((b, q, heads, levels, points))?);
     }
     let reference =
         Reference { data: reference.flatten_all()?.to_vec1()?, batch: rb, coords, queries: q, levels };
@@ -97,10 +102,6 @@ fn check_tokens(value: &Tensor, shapes: &LevelShapes) -> Result<()> {
         candle_core::bail!("msda: levels {shapes:?} hold {tokens} tokens, the value {}", value.dim(1)?)
     }
     Ok(())
-}
-
-fn fused(value: &Tensor) -> bool {
-    value.device().is_cpu() && value.dtype() == DType::F32
 }
 
 /// Reference points and offsets → sampling locations `[batch, q, heads, levels, points, 2]`.
@@ -243,6 +244,26 @@ impl Msda {
             queries: second.dims()[1],
             samples: self.shapes.len() * self.points,
         })
+    }
+
+    #[cfg(feature = "cuda")]
+    fn deformable(&self, value: &Shape, place: &Shape) -> Result<kernels::Deformable> {
+        let d = self.dims(value, place)?;
+        let (levels, points) = (self.shapes.len(), self.points);
+        let (batch, tokens, queries) = (d.batch, d.tokens, d.queries);
+        Ok(kernels::Deformable { batch, tokens, queries, heads: d.heads, dim: d.dim, levels, points })
+    }
+
+    /// Height, width and first token of each level, as the kernels want them.
+    #[cfg(feature = "cuda")]
+    fn levels(&self, device: &Device) -> Result<Tensor> {
+        let mut first = 0;
+        let mut rows = Vec::with_capacity(3 * self.shapes.len());
+        for &(h, w) in &self.shapes {
+            rows.extend([h as u32, w as u32, first]);
+            first += (h * w) as u32;
+        }
+        Tensor::new(rows, device)
     }
 
     fn buffers(&self) -> Samples {
@@ -431,6 +452,22 @@ impl CustomOp3 for Msda {
         Ok((CpuStorage::F32(out), (d.batch, d.queries, d.heads * d.dim).into()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &CudaStorage,
+        l1: &Layout,
+        s2: &CudaStorage,
+        l2: &Layout,
+        s3: &CudaStorage,
+        l3: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let d = self.deformable(l1.shape(), l2.shape())?;
+        let levels = self.levels(&Device::Cuda(s1.device.clone()))?;
+        let (value, place, mass) = (Memory::cuda(s1, l1)?, Memory::cuda(s2, l2)?, Memory::cuda(s3, l3)?);
+        kernels::msda(value, place, mass, &levels, d)?.cuda((d.batch, d.queries, d.heads * d.dim))
+    }
+
     fn bwd(
         &self,
         value: &Tensor,
@@ -439,6 +476,13 @@ impl CustomOp3 for Msda {
         _: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        #[cfg(feature = "cuda")]
+        if value.device().is_cuda() {
+            let d = self.deformable(value.shape(), place.shape())?;
+            let levels = self.levels(value.device())?;
+            let (dv, dp, dm) = kernels::msda_back(value, place, mass, &levels, grad, d)?;
+            return Ok((Some(dv), Some(dp), Some(dm)));
+        }
         let d = self.dims(value.shape(), place.shape())?;
         let grad = grad.contiguous()?;
         let (gv, gp, gm) = {

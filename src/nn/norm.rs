@@ -1,7 +1,11 @@
 //! Normalisation layers.
 
 use super::cpu::{self, Held, par_rows, rows_per_task, sum_partials};
+#[cfg(feature = "cuda")]
+use super::kernels::{self, Memory};
 use super::simd::{madd, sum_by, wide};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, Layout, Result, Shape, Tensor};
 use candle_nn::VarBuilder;
 use rayon::prelude::*;
@@ -20,7 +24,7 @@ impl LayerNorm {
         if x.dim(D::Minus1)? != w.elem_count() {
             candle_core::bail!("layer norm of {} values on {:?}", w.elem_count(), x.shape())
         }
-        if cpu::fused(&[x, w, b]) {
+        if super::fused(&[x, w, b]) {
             x.contiguous()?.apply_op3(w, b, LayerNormOp { eps: self.eps as f32 })
         } else {
             candle_nn::ops::layer_norm_slow(x, w, b, self.eps as f32)
@@ -57,7 +61,7 @@ impl RmsNorm {
         if x.dim(D::Minus1)? % d != 0 {
             candle_core::bail!("rms norm of {d} values on {:?}", x.shape())
         }
-        if cpu::fused(&[x, w]) {
+        if super::fused(&[x, w]) {
             return x.contiguous()?.apply_op2(w, RmsNormOp { eps: self.eps as f32 });
         }
         let rows = x.reshape((x.elem_count() / d, d))?;
@@ -127,6 +131,18 @@ impl CustomOp2 for RmsNormOp {
         Ok((CpuStorage::F32(y), lx.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        lx: &Layout,
+        w: &CudaStorage,
+        lw: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (len, d) = (lx.shape().elem_count(), lw.shape().elem_count());
+        kernels::rms_norm(Memory::cuda(x, lx)?, Memory::cuda(w, lw)?, len, d, self.eps)?.cuda(lx.shape())
+    }
+
     fn bwd(
         &self,
         x: &Tensor,
@@ -134,6 +150,11 @@ impl CustomOp2 for RmsNormOp {
         _: &Tensor,
         g: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            let (dx, dw) = kernels::rms_norm_back(x, w, g, self.eps)?;
+            return Ok((Some(dx), dw));
+        }
         let g = g.contiguous()?;
         let (hx, hw, hg) = (Held::new(x)?, Held::new(w)?, Held::new(&g)?);
         let (xs, ws, gs) = (hx.get()?, hw.get()?, hg.get()?);
@@ -222,14 +243,35 @@ impl CustomOp3 for LayerNormOp {
         Ok((CpuStorage::F32(y), lx.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        lx: &Layout,
+        w: &CudaStorage,
+        lw: &Layout,
+        b: &CudaStorage,
+        lb: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (len, d) = (lx.shape().elem_count(), lw.shape().elem_count());
+        let (x, w, b) = (Memory::cuda(x, lx)?, Memory::cuda(w, lw)?, Memory::cuda(b, lb)?);
+        kernels::layer_norm(x, w, b, len, d, self.eps)?.cuda(lx.shape())
+    }
+
+    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
     fn bwd(
         &self,
         x: &Tensor,
         w: &Tensor,
-        _: &Tensor,
+        b: &Tensor,
         _: &Tensor,
         g: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            let (dx, dw, db) = kernels::layer_norm_back(x, w, b, g, self.eps)?;
+            return Ok((Some(dx), dw, db));
+        }
         let g = g.contiguous()?;
         let (hx, hw, hg) = (Held::new(x)?, Held::new(w)?, Held::new(&g)?);
         let (xs, ws, gs) = (hx.get()?, hw.get()?, hg.get()?);

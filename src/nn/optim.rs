@@ -3,7 +3,13 @@
 //!
 //! Why not candle's: its AdamW keeps moments in the parameter's dtype, has no groups, no clipping
 //! and no way to save its state. Gradients of several micro-batches are added up here before a
-//! step. Not here: master weights for half-precision parameters; parameters are f32 on the CPU.
+//! step.
+//!
+//! Moments live in the host's memory and steps are taken there, wherever the parameters are: a parameter on
+//! a GPU is sent its new values, and one in half precision follows an f32 master copy here. So a
+//! full fine-tuning costs a GPU the weights and their gradients only, and the state of a run is the
+//! same on every device. A step moves each trained number twice over the bus, which is short beside the
+//! forward and backward passes of its batch.
 
 use super::cpu::{Held, Mat, gemm, rows_per_task};
 use super::simd::{sum_by, wide};
@@ -80,6 +86,10 @@ struct Slot {
     v: Vec<f32>,
     /// Sum of the gradients since the last step; empty before the first.
     grad: Vec<f32>,
+    /// The same where the parameter is, if that is not here.
+    far: Option<Tensor>,
+    /// The weights in full, of a parameter in half precision; else empty.
+    master: Vec<f32>,
 }
 
 /// The optimiser of a set of named variables.
@@ -99,15 +109,20 @@ impl AdamW {
         let mut slots = vec![];
         for (name, var) in params {
             let Some(group) = group(&name, &var) else { continue };
-            if var.dtype() != DType::F32 || !var.device().is_cpu() || !var.is_contiguous() {
-                candle_core::bail!("AdamW: parameter {name} is not contiguous f32 on the CPU")
+            let float = matches!(var.dtype(), DType::F32 | DType::F16 | DType::BF16);
+            if !float || !var.is_contiguous() {
+                candle_core::bail!("AdamW: parameter {name} is {:?}, or not contiguous", var.dtype())
             }
             if group.muon && var.rank() != 2 {
                 candle_core::bail!("Muon: parameter {name} of shape {:?} is no matrix", var.shape())
             }
             let n = var.elem_count();
             let v = if group.muon { vec![] } else { vec![0.; n] };
-            slots.push(Slot { name, var, group, m: vec![0.; n], v, grad: vec![] });
+            let master = match var.dtype() {
+                DType::F32 => vec![],
+                _ => var.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?,
+            };
+            slots.push(Slot { name, var, group, m: vec![0.; n], v, grad: vec![], far: None, master });
         }
         Ok(Self { cfg, slots, steps: 0 })
     }
@@ -125,9 +140,17 @@ impl AdamW {
     /// Adds `weight` times the gradients of one micro-batch to those waiting for the next step. A
     /// parameter without a gradient here contributes nothing.
     pub fn accumulate(&mut self, grads: &GradStore, weight: f64) -> Result<()> {
-        let weight = weight as f32;
         self.slots.par_iter_mut().try_for_each(|s| {
             let Some(g) = grads.get(&s.var) else { return Ok(()) };
+            if !s.is_here() {
+                let g = (g.detach().to_dtype(DType::F32)? * weight)?;
+                s.far = Some(match s.far.take() {
+                    Some(sum) => (sum + g)?,
+                    None => g,
+                });
+                return Ok(());
+            }
+            let weight = weight as f32;
             let g = g.contiguous()?;
             let held = Held::new(&g)?;
             let g = held.get()?;
@@ -143,6 +166,11 @@ impl AdamW {
     /// Clips what was accumulated to the configured norm, takes one step and forgets it.
     /// A parameter that has received no gradient since the last step is left as it is.
     pub fn step(&mut self, lr: f64) -> Result<StepReport> {
+        for s in &mut self.slots {
+            if let Some(sum) = s.far.take() {
+                s.grad = sum.flatten_all()?.to_vec1()?;
+            }
+        }
         let chunk = rows_per_task(1);
         let square: f64 = self
             .slots
@@ -177,19 +205,20 @@ impl AdamW {
                 root: (1. / c2) as f32,
                 eps: self.cfg.eps as f32,
             };
-            s.var.inplace_op1(&Update { rule, state: Mutex::new((&mut s.m, &mut s.v, &s.grad)) })?;
+            let weights = s.weights()?;
+            weights.inplace_op1(&Update { rule, state: Mutex::new((&mut s.m, &mut s.v, &s.grad)) })?;
             s.grad.clear();
-            Ok::<_, candle_core::Error>(())
+            if s.is_here() { Ok(()) } else { s.send(weights) }
         })?;
         Ok(StepReport { grad_norm, applied: true })
     }
 
-    /// Moments as `NAME.exp_avg` and, of AdamW, `NAME.exp_avg_sq`, and `step`, for exact resumption
-    /// between steps.
+    /// Moments as `NAME.exp_avg` and, of AdamW, `NAME.exp_avg_sq`, the weights in full of parameters in half
+    /// precision as `NAME.master`, and `step`, for exact resumption between steps.
     pub fn state(&self) -> Result<HashMap<String, Tensor>> {
         let mut out = HashMap::new();
         for s in &self.slots {
-            for (kind, values) in [("exp_avg", &s.m), ("exp_avg_sq", &s.v)] {
+            for (kind, values) in [("exp_avg", &s.m), ("exp_avg_sq", &s.v), ("master", &s.master)] {
                 if values.is_empty() {
                     continue;
                 }
@@ -221,11 +250,13 @@ impl AdamW {
                 t.flatten_all()?.to_vec1()
             };
             let v = if s.group.muon { vec![] } else { read("exp_avg_sq")? };
-            moments.push((read("exp_avg")?, v));
+            let master = if s.master.is_empty() { vec![] } else { read("master")? };
+            moments.push((read("exp_avg")?, v, master));
         }
-        for (s, (m, v)) in self.slots.iter_mut().zip(moments) {
-            (s.m, s.v) = (m, v);
+        for (s, (m, v, master)) in self.slots.iter_mut().zip(moments) {
+            (s.m, s.v, s.master) = (m, v, master);
             s.grad.clear();
+            s.far = None;
         }
         self.steps = steps.max(0) as u64;
         Ok(())
@@ -251,6 +282,31 @@ const MOMENTUM: f32 = 0.95;
 const MUON_SIZE: f32 = 0.2;
 
 impl Slot {
+    /// Whether the parameter itself is f32 in the host's memory.
+    fn is_here(&self) -> bool {
+        self.var.device().is_cpu() && self.var.dtype() == DType::F32
+    }
+
+    /// The parameter in f32 on the host: itself if it is that, else a copy.
+    fn weights(&mut self) -> Result<Tensor> {
+        if self.is_here() {
+            return Ok(self.var.as_tensor().clone());
+        }
+        if self.master.is_empty() {
+            return self.var.to_device(&Device::Cpu)?.copy();
+        }
+        Tensor::from_vec(std::mem::take(&mut self.master), self.var.shape(), &Device::Cpu)
+    }
+
+    /// Gives the parameter, wherever it is, the values of a copy.
+    fn send(&mut self, weights: Tensor) -> Result<()> {
+        self.var.set(&weights.to_dtype(self.var.dtype())?.to_device(self.var.device())?)?;
+        if self.var.dtype() != DType::F32 {
+            self.master = weights.flatten_all()?.to_vec1()?;
+        }
+        Ok(())
+    }
+
     /// One step of Muon; weight decay leaves `keep` of the weights. The scale of the gradient plays no
     /// part, so neither does clipping.
     fn muon(&mut self, lr: f64, keep: f32) -> Result<()> {
@@ -263,7 +319,8 @@ impl Slot {
         let update = orthogonal(std::mem::take(&mut self.grad), rows, cols);
         let step = lr as f32 * MUON_SIZE * (rows.max(cols) as f32).sqrt();
         let update = Tensor::from_vec(update, (rows, cols), &Device::Cpu)?;
-        self.var.set(&((self.var.as_tensor() * keep as f64)? - (update * step as f64)?)?)
+        let weights = ((self.weights()? * keep as f64)? - (update * step as f64)?)?;
+        self.send(weights)
     }
 }
 
@@ -416,7 +473,44 @@ mod tests {
     }
 
     fn values(v: &Var) -> Result<Vec<f32>> {
-        v.flatten_all()?.to_vec1()
+        v.flatten_all()?.to_dtype(DType::F32)?.to_vec1()
+    }
+
+    /// A parameter in bf16 goes the way of one on a GPU: steps far below its own precision add up, and a
+    /// state that was saved goes on where it was.
+    #[test]
+    fn half_precision_follows_a_master_copy() -> Result<()> {
+        let full = random((4, 3), 5)?;
+        let full = Var::from_tensor(&full.to_dtype(DType::BF16)?.to_dtype(DType::F32)?)?;
+        let half = Var::from_tensor(&full.to_dtype(DType::BF16)?)?;
+        for muon in [false, true] {
+            let group = |_: &str, v: &Var| Some(Group { muon, ..Group::usual(v) });
+            let new = |v: &Var| AdamW::new(vec![("w".into(), v.clone())], AdamWConfig::default(), group);
+            let (mut a, mut b) = (new(&full)?, new(&half)?);
+            let before = values(&half)?;
+            for i in 0..40 {
+                // The same gradient for both.
+                let c = random((4, 3), 9)?;
+                a.accumulate(&(full.as_tensor() * c.as_tensor())?.sum_all()?.backward()?, 1.)?;
+                let c = c.to_dtype(DType::BF16)?.to_dtype(DType::F32)?;
+                b.accumulate(&(half.to_dtype(DType::F32)? * c)?.sum_all()?.backward()?, 0.5)?;
+                b.accumulate(
+                    &(half.to_dtype(DType::F32)? * random((4, 3), 9)?.as_tensor())?.sum_all()?.backward()?,
+                    0.5,
+                )?;
+                assert!(a.step(2e-4)?.applied && b.step(2e-4)?.applied);
+                if i == 20 {
+                    let state = b.state()?;
+                    b = new(&half)?;
+                    b.restore(&state)?;
+                }
+            }
+            let (a, b) = (values(&full)?, values(&half)?);
+            let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 0.006 * a.abs() + 1e-4;
+            assert!(a.iter().zip(&b).all(near), "{a:?} {b:?}");
+            assert!(b != before);
+        }
+        Ok(())
     }
 
     fn setup(cfg: AdamWConfig) -> Result<(Var, Var, AdamW)> {

@@ -21,26 +21,39 @@ use std::sync::{Arc, Mutex};
 pub struct Params {
     seed: u64,
     vars: Arc<Mutex<BTreeMap<String, Var>>>,
+    /// Of what [`Params::builder`] makes.
+    dtype: DType,
+    device: Device,
 }
 
 impl Params {
     /// Empty: a network built on [`Params::builder`] creates what it asks for.
     pub fn new(seed: u64) -> Self {
-        Self { seed, vars: Arc::default() }
+        Self { seed, vars: Arc::default(), dtype: DType::F32, device: Device::Cpu }
     }
 
-    /// Starts from a checkpoint's tensors, as f32. What is missing there is created on demand.
+    /// Starts from a checkpoint's tensors, as f32 on the CPU. What is missing there is created on demand.
     pub fn from_tensors(seed: u64, tensors: HashMap<String, Tensor>) -> Result<Self> {
+        Self::placed(seed, tensors, DType::F32, &Device::Cpu)
+    }
+
+    /// [`Params::from_tensors`], of another type or elsewhere.
+    pub fn placed(
+        seed: u64,
+        tensors: HashMap<String, Tensor>,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
         let mut vars = BTreeMap::new();
         for (name, t) in tensors {
-            vars.insert(name, Var::from_tensor(&t.to_dtype(DType::F32)?)?);
+            vars.insert(name, Var::from_tensor(&t.to_dtype(dtype)?.to_device(device)?)?);
         }
-        Ok(Self { seed, vars: Arc::new(Mutex::new(vars)) })
+        Ok(Self { seed, vars: Arc::new(Mutex::new(vars)), dtype, device: device.clone() })
     }
 
-    /// A builder that hands out (and creates) these variables, f32 on the CPU.
+    /// A builder that hands out (and creates) these variables.
     pub fn builder(&self) -> VarBuilder<'static> {
-        VarBuilder::from_backend(Box::new(self.clone()), DType::F32, Device::Cpu)
+        VarBuilder::from_backend(Box::new(self.clone()), self.dtype, self.device.clone())
     }
 
     /// All variables in the order of their names.
@@ -50,6 +63,11 @@ impl Params {
 
     pub fn get(&self, name: &str) -> Option<Var> {
         self.lock().get(name).cloned()
+    }
+
+    /// Where [`Params::builder`] makes variables.
+    pub fn device(&self) -> &Device {
+        &self.device
     }
 
     pub fn count(&self) -> usize {
@@ -72,7 +90,7 @@ impl Params {
                 let (got, want) = (t.shape(), var.shape());
                 candle_core::bail!("{}: tensor {name} has shape {got:?}, expected {want:?}", path.display())
             }
-            var.set(&t.to_dtype(var.dtype())?)?;
+            var.set(&t.to_dtype(var.dtype())?.to_device(var.device())?)?;
         }
         Ok(())
     }

@@ -1,10 +1,12 @@
 //! How exactly matrix products are computed.
 
+use candle_core::{DType, Device};
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::{AtomicU8, Ordering};
 
 /// Of the large matrix products of f32 tensors on the CPU; sums are f32 always. Less than `f32` is for
-/// trainings, and faster only where the CPU multiplies bf16 (see [`fast`]); elsewhere it changes nothing.
+/// trainings, and faster only where the CPU multiplies bf16 (see [`fast`]); elsewhere it changes nothing. On
+/// a GPU, `bf16` is what weights and activations are (an adapter's matrices and the optimiser stay f32).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
@@ -20,6 +22,21 @@ pub enum Precision {
 static CHOSEN: AtomicU8 = AtomicU8::new(0);
 
 impl Precision {
+    /// What language models compute in where nothing is trained: on a GPU bf16, as their checkpoints are; on
+    /// the CPU f32, since there bf16 would be widened for each product.
+    pub fn of_inference(device: &Device) -> DType {
+        if device.is_cpu() { DType::F32 } else { DType::BF16 }
+    }
+
+    /// What the weights of a network in training are, on this device. On the CPU they are f32, whatever its
+    /// products are.
+    pub fn of_weights(self, device: &Device) -> DType {
+        match self {
+            Self::Bf16 if !device.is_cpu() => DType::BF16,
+            _ => DType::F32,
+        }
+    }
+
     /// From now on, in the whole process.
     pub fn choose(self) {
         CHOSEN.store(self as u8, Ordering::Relaxed);

@@ -80,6 +80,15 @@ impl Taps {
         self.index[r.clone()].iter().copied().zip(self.weight[r].iter().copied())
     }
 
+    /// As a dense matrix `[out, in]`, of the type and where `like` is.
+    fn matrix(&self, like: &Tensor) -> Result<Tensor> {
+        let (out, mut m) = (self.out(), vec![0f32; self.out() * self.inp]);
+        for (i, row) in m.chunks_mut(self.inp).enumerate() {
+            self.row(i).for_each(|(j, w)| row[j] += w);
+        }
+        Tensor::from_vec(m, (out, self.inp), like.device())?.to_dtype(like.dtype())
+    }
+
     fn transposed(&self) -> Self {
         let mut rows = vec![Vec::new(); self.inp];
         for i in 0..self.out() {
@@ -181,6 +190,18 @@ impl CustomOp1 for Resize {
 
 /// Applies one matrix per axis to `[.., h, w]`.
 pub fn resize_taps(x: &Tensor, rows: Taps, cols: Taps) -> Result<Tensor> {
+    if !super::cpu::fused(&[x]) {
+        // Two products with mostly empty matrices: a GPU's way to a sparse one.
+        let (lead, hw) = x.dims().split_at(x.rank().saturating_sub(2));
+        if hw != [rows.inp, cols.inp] {
+            candle_core::bail!("resize: expected [.., {}, {}], got {:?}", rows.inp, cols.inp, x.shape())
+        }
+        let planes = lead.iter().product::<usize>();
+        let x = x.reshape((planes, hw[0], hw[1]))?;
+        let right = x.reshape((planes * hw[0], hw[1]))?.matmul(&cols.matrix(&x)?.t()?)?;
+        let y = rows.matrix(&x)?.broadcast_matmul(&right.reshape((planes, hw[0], cols.out()))?)?;
+        return y.reshape([lead, &[rows.out(), cols.out()]].concat());
+    }
     x.contiguous()?.apply_op1(Resize { rows: rows.into(), cols: cols.into() })
 }
 

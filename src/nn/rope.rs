@@ -1,8 +1,12 @@
 //! Rotary position embedding (Su et al. 2021) in the half-split form of Llama and Qwen.
 
 use super::cpu::{self, Held, par_rows};
+#[cfg(feature = "cuda")]
+use super::kernels::{self, Memory};
 use super::simd::{madd, wide};
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor};
 
 /// Rotates each head of `x` by its position's angles: with `(a, b)` the two halves of a head,
 /// `(a cos − b sin, b cos + a sin)`.
@@ -15,7 +19,9 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     if sin.dims() != cos.dims() || (rb != b && rb != 1) || rs != s || half == 0 || w % (2 * half) != 0 {
         candle_core::bail!("rope: x {:?}, cos {:?}, sin {:?}", x.shape(), cos.shape(), sin.shape())
     }
-    if cpu::fused(&[x, cos, sin]) {
+    if cpu::fused(&[x, cos, sin])
+        || (super::on_gpu(&[x]) && super::on_gpu(&[cos, sin]) && cos.dtype() == DType::F32)
+    {
         let (cos, sin) = (cos.detach().contiguous()?, sin.detach().contiguous()?);
         return x.contiguous()?.apply_op1(RopeOp { cos, sin, sign: 1. });
     }
@@ -25,13 +31,15 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
 fn composed(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     let (b, s, w) = x.dims3()?;
     let half = cos.dim(2)?;
-    let x = x.reshape((b, s, w / (2 * half), 2, half))?;
+    // Angles are f32: a product in half precision would lose what far positions differ by.
+    let dtype = x.dtype();
+    let x = x.to_dtype(cos.dtype())?.reshape((b, s, w / (2 * half), 2, half))?;
     let (lo, hi) = (x.narrow(3, 0, 1)?, x.narrow(3, 1, 1)?);
     let cos = cos.unsqueeze(2)?.unsqueeze(2)?;
     let sin = sin.unsqueeze(2)?.unsqueeze(2)?;
     let a = (lo.broadcast_mul(&cos)? - hi.broadcast_mul(&sin)?)?;
     let c = (hi.broadcast_mul(&cos)? + lo.broadcast_mul(&sin)?)?;
-    Tensor::cat(&[&a, &c], 3)?.reshape((b, s, w))
+    Tensor::cat(&[&a, &c], 3)?.reshape((b, s, w))?.to_dtype(dtype)
 }
 
 struct RopeOp {
@@ -84,6 +92,14 @@ impl CustomOp1 for RopeOp {
             }
         });
         Ok((CpuStorage::F32(y), l.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, l: &Layout) -> Result<(CudaStorage, Shape)> {
+        let ((rows, s, half), width) = (self.cos.dims3()?, l.dims()[2]);
+        let x = Memory::cuda(x, l)?;
+        let (len, sizes) = (l.shape().elem_count(), (width, half, rows * s));
+        kernels::rope(x, &self.cos, &self.sin, len, sizes, self.sign)?.cuda(l.shape())
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, g: &Tensor) -> Result<Option<Tensor>> {

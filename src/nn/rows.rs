@@ -1,7 +1,7 @@
 //! Moving whole rows: window partition, its inverse, cyclic shifts, padding, cropping and patch
 //! merging are each one parallel copy, forward and backward.
 
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 use std::sync::Arc;
 
@@ -41,7 +41,7 @@ impl RowMap {
         if n != self.back.len() {
             candle_core::bail!("row map: {n} rows, expected {}", self.back.len())
         }
-        if x.device().is_cpu() && x.dtype() == DType::F32 {
+        if super::cpu::fused(&[x]) {
             return x.contiguous()?.apply_op1(self.clone());
         }
         let index: Vec<u32> = self.from.iter().map(|&s| if s == ZERO { n as u32 } else { s }).collect();

@@ -7,7 +7,7 @@
 //! on the number of threads. f32 on the CPU; elsewhere composed of candle ops.
 
 use super::{Mask, attention};
-use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Storage, Tensor};
 use rayon::prelude::*;
 use std::sync::Arc;
 
@@ -32,7 +32,7 @@ pub fn window_attention(qkv: &Tensor, bias: &Tensor, regions: Option<&Regions>) 
             bias.dims()
         )
     }
-    if qkv.device().is_cpu() && qkv.dtype() == DType::F32 {
+    if super::cpu::fused(&[qkv, bias]) {
         let op = WindowAttention { regions: regions.cloned() };
         return qkv.contiguous()?.apply_op2(&bias.contiguous()?, op);
     }
@@ -254,7 +254,7 @@ impl CustomOp2 for WindowAttention {
 mod tests {
     use super::*;
     use crate::nn::gradcheck::max_gradient_error;
-    use candle_core::Var;
+    use candle_core::{DType, Var};
 
     fn wave(shape: (usize, usize, usize), f: f64) -> Var {
         let n = shape.0 * shape.1 * shape.2;

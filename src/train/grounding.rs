@@ -165,7 +165,8 @@ impl GroundingTrainer {
                 None => Group::usual(var),
             })
         })?;
-        let lanes = Lanes::new(cfg.lanes).map_err(candle_core::Error::msg)?;
+        let lanes = if params.device().is_cpu() { cfg.lanes } else { 1 };
+        let lanes = Lanes::new(lanes).map_err(candle_core::Error::msg)?;
         Ok(Self { params, model, cfg, tokenizer, processor, optimiser, data, validation, lanes, order: None })
     }
 
@@ -204,7 +205,7 @@ impl GroundingTrainer {
             captions.push(c.clone());
             targets.push(t.clone());
         }
-        let inputs = inputs(&pixels, &captions, &self.tokenizer, self.model.config())?;
+        let inputs = inputs(&pixels, &captions, &self.tokenizer, self.model.config(), self.params.device())?;
         Ok(Batch { inputs, text_lens: captions.iter().map(|c| c.ids.len()).collect(), targets })
     }
 
@@ -224,7 +225,8 @@ impl GroundingTrainer {
             let pixels: Vec<Tensor> =
                 samples.iter().map(|s| self.processor.apply(&s.picture)).collect::<Result<_>>()?;
             let captions = vec![caption.clone(); samples.len()];
-            let inputs = inputs(&pixels, &captions, &self.tokenizer, self.model.config())?;
+            let inputs =
+                inputs(&pixels, &captions, &self.tokenizer, self.model.config(), self.params.device())?;
             let out = self.model.forward(&inputs, None)?;
             let (Some(logits), Some(boxes)) = (out.logits.last(), out.boxes.last()) else {
                 anyhow::bail!("the detector has no decoder layers")
@@ -376,6 +378,7 @@ fn inputs(
     captions: &[Caption],
     tokenizer: &TextTokenizer,
     cfg: &Config,
+    device: &Device,
 ) -> Result<Inputs> {
     let batch = ImageProcessor::batch(pixels)?;
     let padded = pixels.windows(2).any(|p| p[0].dims() != p[1].dims());
@@ -385,9 +388,10 @@ fn inputs(
         ids[i * t..][..c.ids.len()].copy_from_slice(&c.ids);
         mask[i * t..][..c.ids.len()].fill(1);
     }
-    let ids = Tensor::from_vec(ids, (b, t), &Device::Cpu)?;
-    let mask = Tensor::from_vec(mask, (b, t), &Device::Cpu)?;
-    Inputs::new(batch.pixels, padded.then_some(batch.mask), ids, mask, &cfg.special_tokens)
+    let ids = Tensor::from_vec(ids, (b, t), device)?;
+    let mask = Tensor::from_vec(mask, (b, t), device)?;
+    let hidden = padded.then(|| batch.mask.to_device(device)).transpose()?;
+    Inputs::new(batch.pixels.to_device(device)?, hidden, ids, mask, &cfg.special_tokens)
 }
 
 /// One picture's truths and detections, classes by their place in `nouns`.

@@ -94,9 +94,10 @@ fn reply_hidden(network: &Network, samples: &[&Sample]) -> candle_core::Result<(
     }
     let pictures: Vec<&Pictures> = samples.iter().filter_map(|s| s.pictures.as_ref()).collect();
     let pictures = if pictures.is_empty() { None } else { Some(Pictures::cat(&pictures)?) };
-    let hidden = network.hidden(&rows, pictures.as_ref(), &Device::Cpu)?;
-    let hidden = hidden.flatten(0, 1)?.index_select(&Tensor::new(picks, &Device::Cpu)?, 0)?;
-    Ok((hidden, Tensor::new(targets, &Device::Cpu)?))
+    let hidden = network.hidden(&rows, pictures.as_ref())?;
+    let device = hidden.device().clone();
+    let hidden = hidden.flatten(0, 1)?.index_select(&Tensor::new(picks, &device)?, 0)?;
+    Ok((hidden, Tensor::new(targets, &device)?))
 }
 
 /// Groups of samples of similar length, each of at most `tokens` tokens with its padding (a longer
@@ -158,7 +159,8 @@ impl<'a> LmTrainee<'a> {
         held_out: Vec<Sample>,
     ) -> anyhow::Result<Self> {
         let optimiser = AdamW::new(params.named(), options.adamw.clone(), group)?;
-        let (lanes, held_out) = (Lanes::of_cores()?, vec![("held_out".into(), held_out)]);
+        let (lanes, held_out) =
+            (Lanes::of_device(network.decoder().device())?, vec![("held_out".into(), held_out)]);
         Ok(Self { network, params, optimiser, options, source, lanes, held_out })
     }
 
@@ -337,7 +339,7 @@ mod tests {
         let lp: Vec<f32> = reply_log_probs(&net, &[&s, &sample(2)]).unwrap().to_vec1().unwrap();
         assert_eq!(lp.len(), s.reply_len() + sample(2).reply_len());
         // One row by hand, without padding.
-        let hidden = net.hidden(std::slice::from_ref(&s.ids), None, &Device::Cpu).unwrap();
+        let hidden = net.hidden(std::slice::from_ref(&s.ids), None).unwrap();
         let logits = net.decoder().logits(&hidden).unwrap().squeeze(0).unwrap().to_vec2::<f32>().unwrap();
         for (i, want) in lp[..s.reply_len()].iter().enumerate() {
             let at = s.replies[0].start + i;

@@ -154,7 +154,7 @@ fn load(path: &Path, trainee: &mut dyn Trainee, settings: &Value) -> anyhow::Res
         let Some(t) = tensors.remove(&format!("p/{name}")) else {
             return Err(named(format!("parameter {name} is missing")));
         };
-        var.set(&t)?;
+        var.set(&t.to_device(var.device())?)?;
     }
     let state = tensors.into_iter().filter_map(|(n, t)| Some((n.strip_prefix("o/")?.to_string(), t)));
     trainee.restore(state.collect(), step)?;

@@ -177,7 +177,7 @@ impl VisionTower {
 
     /// Patches to `[patches, hidden]`, before positions.
     pub fn embed_patches(&self, patches: &Tensor) -> Result<Tensor> {
-        self.patch_embed.forward(patches)
+        self.patch_embed.forward(&patches.to_dtype(self.pos_embed.dtype())?)
     }
 
     /// The learned grid, interpolated bilinearly with aligned corners: `[patches, hidden]`.
@@ -209,7 +209,8 @@ impl VisionTower {
         for (ids, weights) in ids.into_iter().zip(weights) {
             let n = ids.len();
             let rows = self.pos_embed.index_select(&Tensor::from_vec(ids, n, device)?, 0)?;
-            let weighted = rows.broadcast_mul(&Tensor::from_vec(weights, (n, 1), device)?)?;
+            let weighted =
+                rows.broadcast_mul(&Tensor::from_vec(weights, (n, 1), device)?.to_dtype(rows.dtype())?)?;
             sum = Some(match sum {
                 Some(s) => (s + weighted)?,
                 None => weighted,

@@ -8,7 +8,7 @@ use crate::nn::lora::{LoraConfig, adapted, merged, peft_config, peft_tensors};
 use crate::nn::{Params, frozen};
 use crate::weights::ModelFiles;
 use anyhow::{Context, Result, ensure};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use serde_json::Value;
 use std::collections::HashMap;
@@ -37,7 +37,17 @@ pub struct Policy {
 }
 
 impl Policy {
-    pub fn load(model: &str, cfg: &config::Reasoner) -> Result<Self> {
+    /// On a GPU the weights are of `cfg.precision`.
+    pub fn load(model: &str, cfg: &config::Reasoner, device: &Device) -> Result<Self> {
+        Self::of_type(model, cfg, cfg.precision.of_weights(device), device)
+    }
+
+    pub(super) fn of_type(
+        model: &str,
+        cfg: &config::Reasoner,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
         let files = ModelFiles::open(model, "planner")?;
         ensure!(
             !matches!(files, ModelFiles::Gguf(_)),
@@ -59,7 +69,7 @@ impl Policy {
             tensors.retain(|name, _| !name.starts_with("lm_head."));
         }
         let held = tensors.len();
-        let base = Params::from_tensors(cfg.seed, tensors.clone())?;
+        let base = Params::placed(cfg.seed, tensors.clone(), dtype, device)?;
         let text = |vb: VarBuilder| -> Result<Network> {
             Ok(Network::Text { model: Qwen3::new(&net, vb)?, cfg: net.clone() })
         };
@@ -77,7 +87,7 @@ impl Policy {
         let adapter = (cfg.adapter.rank > 0).then(|| cfg.adapter.clone());
         let trained = match &adapter {
             Some(_) => Params::new(cfg.seed),
-            None => Params::from_tensors(cfg.seed, tensors)?,
+            None => Params::placed(cfg.seed, tensors, dtype, device)?,
         };
         let built = |fixed: bool| {
             let vb = match &adapter {
@@ -86,7 +96,7 @@ impl Policy {
             };
             text(if fixed { frozen(vb) } else { vb })
         };
-        let chat = |network| LocalChat::with_network(&files, network, &Device::Cpu, EngineOptions::default());
+        let chat = |network| LocalChat::with_network(&files, network, device, EngineOptions::default());
         let network = built(false)?;
         ensure!(trained.count() > 0, "reasoner.adapter.targets: the network has none of these layers");
         let (sampler, base_sampler) = (chat(built(true)?)?, chat(text(frozen(base.builder()))?)?);

@@ -8,7 +8,7 @@ use crate::nn::optim::{AdamW, AdamWConfig, Decay, Group, Schedule};
 use crate::train::grpo::{Tokens, loss};
 use crate::train::lm::{Sample, micro_batches, reply_log_probs};
 use anyhow::{Result, ensure};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 
@@ -105,7 +105,7 @@ pub fn update(
     step: u64,
     rollouts: &[Scored],
 ) -> Result<Update> {
-    let (mut out, lanes) = (Update::default(), Lanes::of_cores()?);
+    let (mut out, lanes) = (Update::default(), Lanes::of_device(policy.network.decoder().device())?);
     let objective = match cfg.algorithm {
         Algorithm::Grpo => cfg.objective,
         // −log p of every reply: a surrogate of advantage 1 at ratio 1, with nothing to hold it back.
@@ -177,7 +177,7 @@ pub fn update(
                 }
                 gradient.extend(sum.iter().map(|g| (g / tokens as f64) as f32));
             }
-            let gradient = Tensor::from_vec(gradient, new.shape(), &Device::Cpu)?;
+            let gradient = Tensor::from_vec(gradient, new.shape(), new.device())?;
             Ok((part, (new * gradient)?.sum_all()?.backward()?))
         };
         lanes.each(&groups(&heard), learn, |(part, grads)| {
@@ -215,6 +215,7 @@ mod tests {
     use crate::config::Config;
     use crate::llm::Message;
     use crate::planner::{ROOMS_PROMPT, user_turn};
+    use candle_core::Device;
 
     fn cfg(sets: &[&str]) -> Reasoner {
         Config::resolve(None, &sets.iter().map(|s| s.to_string()).collect::<Vec<_>>()).unwrap().reasoner
@@ -251,7 +252,7 @@ mod tests {
             &["reasoner.warmup=0", "reasoner.objective.sequence_ratio=true"],
         ] {
             let cfg = cfg(sets);
-            let policy = Policy::load("embedded", &cfg)?;
+            let policy = Policy::load("embedded", &cfg, &Device::Cpu)?;
             let rollouts = rollouts(&policy);
             let before = likelihoods(&policy, &rollouts);
             let mut optimiser = optimiser(&policy, &cfg)?;
@@ -267,11 +268,39 @@ mod tests {
         Ok(())
     }
 
+    /// As on a GPU: the base in bf16 beside an adapter in f32, or all weights in bf16 with a master copy.
+    #[test]
+    fn a_policy_in_half_precision_learns_as_one_in_f32() -> Result<()> {
+        let full = &["reasoner.warmup=0", "reasoner.adapter.rank=0", "reasoner.lr=1e-4"][..];
+        // One step of the full weights is below bf16's precision for most of them: its effect comes with later
+        // ones, for which the master copy remembers it.
+        for (sets, least) in [(&["reasoner.warmup=0"][..], 0.5), (full, 0.05)] {
+            let cfg = cfg(sets);
+            let learnt = |dtype: DType| -> Result<(f64, f64)> {
+                let policy = Policy::of_type("embedded", &cfg, dtype, &Device::Cpu)?;
+                let rollouts = rollouts(&policy);
+                let before = likelihoods(&policy, &rollouts);
+                let mut optimiser = optimiser(&policy, &cfg)?;
+                let u = update(&policy, &mut optimiser, &schedule(&cfg, 1), &cfg, 0, &rollouts)?;
+                assert!(u.mismatch_most < 0.1 && !u.skipped, "{u:?}");
+                let after = likelihoods(&policy, &rollouts);
+                Ok((u.grad_norm, (after[0] - before[0]) - (after[1] - before[1])))
+            };
+            let ((norm, gain), (norm16, gain16)) = (learnt(DType::F32)?, learnt(DType::BF16)?);
+            assert!((norm - norm16).abs() < 0.1 * norm, "norms, {sets:?}: {norm} {norm16}");
+            assert!(
+                gain > 0.1 && gain16 > least * gain && gain16 < 2. * gain,
+                "gains, {sets:?}: {gain} {gain16}"
+            );
+        }
+        Ok(())
+    }
+
     #[test]
     fn a_reply_said_three_times_moves_the_policy_as_three_replies_do() -> Result<()> {
         let cfg = cfg(&["reasoner.warmup=0"]);
         let moved = |times: usize, weight: f64| -> Result<(f64, Vec<f64>)> {
-            let policy = Policy::load("embedded", &cfg)?;
+            let policy = Policy::load("embedded", &cfg, &Device::Cpu)?;
             let mut all = rollouts(&policy);
             all[0].advantage *= weight;
             for _ in 1..times {
@@ -302,7 +331,7 @@ mod tests {
     #[test]
     fn without_advantage_and_divergence_nothing_is_learnt() -> Result<()> {
         let cfg = cfg(&["reasoner.objective.kl=0"]);
-        let policy = Policy::load("embedded", &cfg)?;
+        let policy = Policy::load("embedded", &cfg, &Device::Cpu)?;
         let mut rollouts = rollouts(&policy);
         rollouts.iter_mut().for_each(|r| r.advantage = 0.);
         let mut optimiser = optimiser(&policy, &cfg)?;
@@ -314,7 +343,7 @@ mod tests {
 
     #[test]
     fn every_parameter_of_the_adapter_receives_a_gradient_and_no_other() -> Result<()> {
-        let policy = Policy::load("embedded", &cfg(&[]))?;
+        let policy = Policy::load("embedded", &cfg(&[]), &Device::Cpu)?;
         for (name, var) in policy.trained().named() {
             // As it starts B is zero, and A's gradient with it.
             if name.ends_with("lora_B.weight") {

@@ -17,7 +17,7 @@ use crate::train::pretrain::detector::{RoomPictures, validation};
 use crate::train::run::{self, Metrics, RunOptions, Trainee};
 use crate::weights::is_unused;
 use anyhow::{Context, Result, ensure};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde_json::json;
 use std::collections::{BTreeMap, HashMap};
 use std::io::Write;
@@ -180,7 +180,9 @@ impl Trainee for Tuning {
     fn restore(&mut self, state: HashMap<String, Tensor>, step: u64) -> candle_core::Result<()> {
         let (average, of_optimiser): (HashMap<_, _>, HashMap<_, _>) =
             state.into_iter().partition(|(n, _)| n.starts_with(AVERAGE));
-        self.average = average.into_iter().map(|(n, t)| (n[AVERAGE.len()..].to_owned(), t)).collect();
+        let device = self.trainer.params.device();
+        let placed = |(n, t): (String, Tensor)| Ok((n[AVERAGE.len()..].to_owned(), t.to_device(device)?));
+        self.average = average.into_iter().map(placed).collect::<candle_core::Result<_>>()?;
         self.trainer.restore(of_optimiser, step)
     }
 
@@ -216,6 +218,7 @@ const AVERAGE: &str = "average/";
 /// What a training takes.
 pub struct Fit<'a> {
     pub config: &'a Config,
+    pub device: Device,
     /// Mined, checked boxes.
     pub boxes: Boxes,
     /// Where the configuration names a file of them.
@@ -279,7 +282,7 @@ impl Fit<'_> {
         let known: HashMap<String, Tensor> =
             original.iter().filter(|(n, _)| of_network(n)).map(|(n, t)| (n.clone(), t.clone())).collect();
         let had: Vec<String> = known.keys().cloned().collect();
-        let params = Params::from_tensors(seed, known)?;
+        let params = Params::placed(seed, known, DType::F32, &self.device)?;
         let pictures = per_epoch(&t, self.boxes.records.len());
         let (steps, _) = schedule(&t, pictures);
         let settings = self.settings(&parts)?;
@@ -349,7 +352,7 @@ impl Fit<'_> {
         if t.ema > 0. || t.alpha < 1. {
             // The figures of what is handed on, not of the last step.
             for (name, var) in params.named() {
-                var.set(&weights[&name].to_dtype(DType::F32)?)?;
+                var.set(&weights[&name].to_dtype(DType::F32)?.to_device(var.device())?)?;
             }
             metrics = tuning.evaluate()?;
         }
@@ -395,12 +398,13 @@ fn export(
 ) -> Result<HashMap<String, Tensor>> {
     let mut weights = HashMap::with_capacity(original.len());
     for (name, old) in original {
-        let new = match trained.get(name) {
+        let new = trained.get(name).map(|new| new.to_device(&Device::Cpu)).transpose()?;
+        let new = match new {
             Some(new) if alpha < 1. => {
                 let old = old.to_dtype(DType::F32)?;
                 ((old * (1. - alpha))? + (new * alpha)?)?
             }
-            Some(new) => new.clone(),
+            Some(new) => new,
             None => old.clone(),
         };
         weights.insert(name.clone(), new.to_dtype(old.dtype())?);

@@ -7,7 +7,7 @@ fn ids(f: &Fixture, name: &str) -> candle_core::Tensor {
 }
 
 #[test]
-fn padding_mask() {
+pub fn padding_mask() {
     let f = Fixture::open("bert-tiny");
     let bert = Bert::new(&f.json::<Config>("config.json"), f.weights()).unwrap();
     let states =
@@ -18,7 +18,7 @@ fn padding_mask() {
 }
 
 #[test]
-fn phrase_mask_and_positions() {
+pub fn phrase_mask_and_positions() {
     let f = Fixture::open("bert-tiny");
     let bert = Bert::new(&f.json::<Config>("config.json"), f.weights()).unwrap();
     let positions = ids(&f, "position_ids_4d");

@@ -8,7 +8,7 @@ fn config(f: &Fixture) -> Config {
 }
 
 #[test]
-fn hidden_states_and_outputs() {
+pub fn hidden_states_and_outputs() {
     let f = Fixture::open("dinov2-tiny");
     let cfg = config(&f);
     let net = Dinov2::new(&cfg, f.weights()).unwrap();
@@ -49,7 +49,7 @@ fn official_names() {
     let f = Fixture::open("dinov2-tiny");
     let cfg = config(&f);
     let path = f.dir.join("model.safetensors");
-    let hf = candle_core::safetensors::load(path, &candle_core::Device::Cpu).unwrap();
+    let hf = candle_core::safetensors::load(path, &super::device()).unwrap();
     let mut official = std::collections::HashMap::new();
     for (name, t) in &hf {
         if name.contains(".key.") || name.contains(".value.") {
@@ -71,7 +71,7 @@ fn official_names() {
             .replace("layer_scale2.lambda1", "ls2.gamma");
         official.insert(name.replace("layernorm.", "norm."), t);
     }
-    let vb = candle_nn::VarBuilder::from_tensors(official, f.weights().dtype(), &candle_core::Device::Cpu);
+    let vb = candle_nn::VarBuilder::from_tensors(official, f.weights().dtype(), &super::device());
     let net = Dinov2::new(
         &Config {
             position_offset: 0.,

@@ -1,7 +1,7 @@
 //! The generation engine against transformers' `generate`.
 
 use super::{Fixture, assert_close};
-use candle_core::{DType, Device, IndexOp, Tensor};
+use candle_core::{DType, IndexOp, Tensor};
 use valor::llm::SamplingOptions;
 use valor::llm::bpe::{self, BpeOptions};
 use valor::llm::engine::{Engine, EngineOptions, Job, Network};
@@ -40,12 +40,13 @@ fn a_greedy_batch_of_different_lengths_matches() {
             .zip(&real)
             .map(|(p, m)| job(&p[s - m.iter().sum::<u32>() as usize..], new))
             .collect();
-        let engine = Engine::new(Network::Text { model, cfg }, Device::Cpu, vec![], EngineOptions::default());
+        let engine =
+            Engine::new(Network::Text { model, cfg }, super::device(), vec![], EngineOptions::default());
         let got = engine.generate(&jobs, &SamplingOptions::greedy(), &any_tokenizer(), None).unwrap();
         let log_probs = f.output("generated_logprobs");
         for (b, g) in got.iter().enumerate() {
             assert_eq!(g.trace.ids, want[b][s..], "{name}, row {b}");
-            let lp = Tensor::new(g.trace.log_probs.as_slice(), &Device::Cpu).unwrap();
+            let lp = Tensor::new(g.trace.log_probs.as_slice(), &super::device()).unwrap();
             assert_close("log-probabilities", &lp, &log_probs.i(b).unwrap(), TOL);
         }
         assert_eq!(engine.stats().waves, 1);
@@ -64,7 +65,7 @@ fn tempered_log_probs_match() {
             steps.iter().zip(&row[s..]).map(|(l, id)| log_prob(l, *id as usize) as f32).collect()
         })
         .collect();
-    let got = Tensor::new(got, &Device::Cpu).unwrap();
+    let got = Tensor::new(got, &super::device()).unwrap();
     assert_close("log-probabilities at 0.7", &got, &f.output("generated_logprobs_temp0.7"), TOL);
 }
 
@@ -83,7 +84,7 @@ fn pictures_and_text_in_one_batch_match() {
     let new = want.len() - prompt.len();
     let with = Job { features: Some(features), grids, ..job(&prompt, new) };
     let jobs = [job(&text, 3), with.clone(), with, job(&prompt[..4], 5)];
-    let engine = Engine::new(Network::Vision(model), Device::Cpu, vec![], EngineOptions::default());
+    let engine = Engine::new(Network::Vision(model), super::device(), vec![], EngineOptions::default());
     let greedy = SamplingOptions::greedy();
     let got = engine.generate(&jobs, &greedy, &any_tokenizer(), None).unwrap();
     assert_eq!(got[1].trace.ids, want[prompt.len()..]);

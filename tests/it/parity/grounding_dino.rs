@@ -1,7 +1,7 @@
 //! Forward passes against HF's and the original's, and text masks, names, options.
 
 use super::{Fixture, assert_close, relative_error};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
 use std::collections::HashMap;
 use valor::models::grounding_dino::{Config, GroundingDino, Inputs, Outputs, Trace, names, text_masks};
@@ -12,7 +12,7 @@ pub fn config(f: &Fixture) -> Config {
 }
 
 pub fn load(f: &Fixture) -> HashMap<String, Tensor> {
-    let t = candle_core::safetensors::load(f.dir.join("model.safetensors"), &Device::Cpu).unwrap();
+    let t = candle_core::safetensors::load(f.dir.join("model.safetensors"), &super::device()).unwrap();
     if names::is_original(t.keys().map(String::as_str)) { names::to_hf(t).unwrap() } else { t }
 }
 
@@ -58,7 +58,7 @@ pub fn hf_inputs(f: &Fixture) -> Inputs {
 
 fn traced(f: &Fixture, inputs: &Inputs) -> (Config, Outputs, Trace) {
     let cfg = config(f);
-    let vb = VarBuilder::from_tensors(load(f), DType::F32, &Device::Cpu);
+    let vb = VarBuilder::from_tensors(load(f), DType::F32, &super::device());
     let (out, trace) = GroundingDino::new(&cfg, vb).unwrap().trace(inputs).unwrap();
     (cfg, out, trace)
 }
@@ -74,7 +74,7 @@ fn check(f: &Fixture, trace: &Trace, pairs: &[(&str, &str)]) {
 }
 
 #[test]
-fn hf_padded_batch_with_intermediates() {
+pub fn hf_padded_batch_with_intermediates() {
     let f = Fixture::open("grounding-dino-tiny");
     let inputs = hf_inputs(&f);
     let as_f32 = |t: &Tensor| t.to_dtype(DType::F32).unwrap();
@@ -164,7 +164,7 @@ fn hf_wide_picture_without_padding() {
     logits_within("logits", &out.logits[last], &f.output("wide_logits"), cfg.max_text_len);
     // A mask that hides nothing changes nothing.
     let (b, _, h, w) = inputs.pixel_values.dims4().unwrap();
-    let full = Tensor::ones((b, h, w), DType::U8, &Device::Cpu).unwrap();
+    let full = Tensor::ones((b, h, w), DType::U8, &super::device()).unwrap();
     let (_, same, _) = traced(&f, &Inputs { pixel_mask: Some(full), ..inputs });
     within("boxes with a full mask", &same.boxes[last], &out.boxes[last], 1e-6);
 }
@@ -175,7 +175,7 @@ fn hf_wide_picture_without_padding() {
 fn hf_given_queries() {
     let f = Fixture::open("grounding-dino-tiny");
     let inputs = hf_inputs(&f);
-    let vb = VarBuilder::from_tensors(load(&f), DType::F32, &Device::Cpu);
+    let vb = VarBuilder::from_tensors(load(&f), DType::F32, &super::device());
     let (cfg, model) = (config(&f), GroundingDino::new(&config(&f), vb).unwrap());
     let last = cfg.decoder_layers - 1;
     let topk = ids(f.output("topk_indices"));
@@ -187,7 +187,7 @@ fn hf_given_queries() {
     let mut order = topk.to_vec2::<u32>().unwrap();
     let q = order[0].len();
     order[0].swap(0, q - 1);
-    let swapped = Tensor::new(order.clone(), &Device::Cpu).unwrap();
+    let swapped = Tensor::new(order.clone(), &super::device()).unwrap();
     let out = model.forward_on(&inputs, &swapped).unwrap();
     assert_eq!(out.topk.to_vec2::<u32>().unwrap(), order);
     let row = |t: &Tensor, picture: usize, i: usize| t.get(picture).unwrap().get(i).unwrap();
@@ -204,7 +204,8 @@ fn hf_given_queries() {
 
     let tokens = f.output("enc_outputs_class").dim(1).unwrap() as u32;
     order[0][0] = tokens;
-    let e = model.forward_on(&inputs, &Tensor::new(order, &Device::Cpu).unwrap()).unwrap_err().to_string();
+    let e =
+        model.forward_on(&inputs, &Tensor::new(order, &super::device()).unwrap()).unwrap_err().to_string();
     assert!(e.contains(&format!("under {tokens}")), "{e}");
     assert!(model.forward_on(&inputs, &swapped.narrow(0, 0, 1).unwrap()).is_err());
 }
@@ -245,7 +246,7 @@ pub const CASES: [(&str, &str); 5] =
     [("a", "a"), ("b", "b"), ("c", "c"), ("d", "d"), ("batch2", "batch2_fixedmask")];
 
 #[test]
-fn original_every_case() {
+pub fn original_every_case() {
     let f = Fixture::open("grounding-dino-original");
     for (case, name) in CASES {
         let inputs = original_inputs(&f, case);
@@ -297,7 +298,7 @@ fn original_every_case() {
 }
 
 #[test]
-fn original_intermediates() {
+pub fn original_intermediates() {
     let f = Fixture::open("grounding-dino-original");
     let (_, _, trace) = traced(&f, &original_inputs(&f, "a"));
     check(
@@ -342,7 +343,7 @@ fn text_masks_of_odd_prompts() {
     let f = Fixture::open("grounding-dino-tiny");
     let special = config(&f).special_tokens;
     for c in f.json::<Vec<Case>>("text_mask_cases.json") {
-        let t = Tensor::new(vec![c.ids], &Device::Cpu).unwrap();
+        let t = Tensor::new(vec![c.ids], &super::device()).unwrap();
         let (mask, positions) = text_masks(&t, &special).unwrap();
         assert_eq!(mask.to_vec3::<u8>().unwrap()[0], c.mask, "{:?}", c.text);
         assert_eq!(positions.to_vec2::<u32>().unwrap()[0], c.position_ids, "{:?}", c.text);
@@ -363,10 +364,11 @@ fn names_follow_the_published_map_both_ways() {
     }
     let f = Fixture::open("grounding-dino-original");
     let map: Map = f.json("names_original_to_hf.json");
-    let mut original = candle_core::safetensors::load(f.dir.join("model.safetensors"), &Device::Cpu).unwrap();
+    let mut original =
+        candle_core::safetensors::load(f.dir.join("model.safetensors"), &super::device()).unwrap();
     let stored = original.clone();
     for extra in map.released_checkpoint_extras_to_ignore {
-        original.insert(extra, Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap());
+        original.insert(extra, Tensor::zeros(1, DType::F32, &super::device()).unwrap());
     }
     let prefixed = original.into_iter().map(|(n, t)| (format!("module.{n}"), t)).collect();
     let hf = names::to_hf(prefixed).unwrap();
@@ -401,7 +403,7 @@ fn names_follow_the_published_map_both_ways() {
 #[test]
 fn strange_names_and_unshared_heads_are_errors() {
     let f = Fixture::open("grounding-dino-original");
-    let stored = candle_core::safetensors::load(f.dir.join("model.safetensors"), &Device::Cpu).unwrap();
+    let stored = candle_core::safetensors::load(f.dir.join("model.safetensors"), &super::device()).unwrap();
     let mut odd = stored.clone();
     odd.insert("transformer.decoder.layers.0.nonsense".into(), stored["transformer.level_embed"].clone());
     let e = names::to_hf(odd).unwrap_err().to_string();

@@ -91,7 +91,7 @@ fn check_norms(case: &str, got: &HashMap<String, Tensor>, want: &BTreeMap<String
 }
 
 #[test]
-fn hf_gradients() {
+pub fn hf_gradients() {
     let f = Fixture::open("grounding-dino-loss");
     let model = Fixture::open("grounding-dino-tiny");
     let Run { params, out, .. } = run(&model, &hf_inputs(&model));
@@ -143,7 +143,7 @@ fn original_losses(f: &Fixture, case: &str, name: &str, out: &Outputs) -> Vec<La
 }
 
 #[test]
-fn original_gradients() {
+pub fn original_gradients() {
     let f = Fixture::open("grounding-dino-original");
     let norms: BTreeMap<String, BTreeMap<String, f64>> = f.json("grad_norms.json");
     let none: BTreeMap<String, NoGrad> = f.json("no_grad_params.json");

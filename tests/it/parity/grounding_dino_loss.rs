@@ -2,7 +2,7 @@
 //! fixtures' stored logits and boxes.
 
 use super::{Fixture, assert_close};
-use candle_core::{D, DType, Device, Tensor, Var};
+use candle_core::{D, DType, Tensor, Var};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use valor::train::grounding_loss::{LayerLoss, LossConfig, Target, layer_loss, total};
@@ -171,7 +171,7 @@ fn text_masks_are_prefixes() {
         let rows = lengths(&mask);
         let built: Vec<u8> =
             (0..b).flat_map(|i| (0..t).map(|c| (c < rows[i]) as u8).collect::<Vec<_>>()).collect();
-        let built = Tensor::from_vec(built, (b, t), &Device::Cpu).unwrap();
+        let built = Tensor::from_vec(built, (b, t), &super::device()).unwrap();
         assert_eq!(built.to_vec2::<u8>().unwrap(), mask.to_vec2::<u8>().unwrap(), "{name}");
     }
 }

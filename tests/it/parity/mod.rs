@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 mod bert;
+mod composed;
 mod dinov2;
 mod generate;
 mod grounding_dino;
@@ -21,6 +22,15 @@ mod preprocess;
 mod qwen3;
 mod qwen3_vl;
 mod swin;
+
+/// Where networks run: `VALOR_DEVICE=cuda` (with `--features cuda`), else the CPU.
+pub fn device() -> Device {
+    match std::env::var("VALOR_DEVICE").as_deref() {
+        Err(_) | Ok("cpu") => Device::Cpu,
+        Ok("cuda") => Device::new_cuda(0).expect("VALOR_DEVICE=cuda"),
+        Ok(other) => panic!("VALOR_DEVICE={other}: expected cpu or cuda"),
+    }
+}
 
 /// One fixture folder: config, weights, inputs and the reference's outputs.
 pub struct Fixture {
@@ -42,8 +52,7 @@ impl Fixture {
         let dir = root().join(name);
         let load = |f: &str| {
             let p = dir.join(f);
-            candle_core::safetensors::load(&p, &Device::Cpu)
-                .unwrap_or_else(|e| panic!("{}: {e}", p.display()))
+            candle_core::safetensors::load(&p, &device()).unwrap_or_else(|e| panic!("{}: {e}", p.display()))
         };
         Self { inputs: load("inputs.safetensors"), outputs: load("outputs.safetensors"), dir }
     }
@@ -69,17 +78,17 @@ impl Fixture {
     /// The checkpoint's tensors, as f32.
     pub fn weights(&self) -> candle_nn::VarBuilder<'static> {
         let p = self.dir.join("model.safetensors");
-        let t = candle_core::safetensors::load(&p, &Device::Cpu)
-            .unwrap_or_else(|e| panic!("{}: {e}", p.display()));
-        candle_nn::VarBuilder::from_tensors(t, DType::F32, &Device::Cpu)
+        let t =
+            candle_core::safetensors::load(&p, &device()).unwrap_or_else(|e| panic!("{}: {e}", p.display()));
+        candle_nn::VarBuilder::from_tensors(t, DType::F32, &device())
     }
 
     /// The checkpoint's tensors as trainable variables, for gradient comparisons.
     pub fn trainable(&self) -> valor::nn::Params {
         let p = self.dir.join("model.safetensors");
-        let t = candle_core::safetensors::load(&p, &Device::Cpu)
-            .unwrap_or_else(|e| panic!("{}: {e}", p.display()));
-        valor::nn::Params::from_tensors(0, t).unwrap()
+        let t =
+            candle_core::safetensors::load(&p, &device()).unwrap_or_else(|e| panic!("{}: {e}", p.display()));
+        valor::nn::Params::placed(0, t, DType::F32, &device()).unwrap()
     }
 }
 

@@ -1,5 +1,5 @@
 use super::{Fixture, assert_close};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use std::collections::{BTreeMap, BTreeSet};
 use valor::models::moge::{self, Config, MoGe, Tokens, Tolerance, recover_focal_shift};
 
@@ -27,7 +27,7 @@ fn flags(t: &Tensor) -> Vec<bool> {
 }
 
 #[test]
-fn encoder_neck_and_heads() {
+pub fn encoder_neck_and_heads() {
     let (f, cfg, counts) = open();
     let net = MoGe::new(&cfg, f.weights()).unwrap();
     let image = f.input("image");
@@ -42,7 +42,7 @@ fn encoder_neck_and_heads() {
         let want: [usize; 2] = serde_json::from_value(meta[format!("nt{n}.base_hw")].clone()).unwrap();
         assert_eq!([rows, cols], want);
         let aspect = w as f64 / h as f64;
-        check("uv_level0", &moge::view_plane_uv(rows, cols, aspect, &Device::Cpu).unwrap(), 1e-6);
+        check("uv_level0", &moge::view_plane_uv(rows, cols, aspect, &super::device()).unwrap(), 1e-6);
         check("pos_embed", &net.backbone().positions(rows, cols).unwrap(), 1e-5);
         let (features, cls) = net.encode(&image, rows, cols).unwrap();
         check("enc_features", &features, 1e-4);
@@ -59,7 +59,7 @@ fn encoder_neck_and_heads() {
 }
 
 #[test]
-fn antialiased_resize() {
+pub fn antialiased_resize() {
     let (f, _, _) = open();
     let image = f.input("image");
     let mut seen = 0;
@@ -95,7 +95,7 @@ fn assert_intrinsics(name: &str, got: &[[f64; 3]; 3], want: &Tensor, tol: f64) {
 }
 
 #[test]
-fn inference() {
+pub fn inference() {
     let (f, cfg, counts) = open();
     let net = MoGe::new(&cfg, f.weights()).unwrap();
     let image = f.input("image");
@@ -209,7 +209,7 @@ fn focal_and_shift() {
 
 /// All of them but the mask token, which only pre-training reads, and the two buffers.
 #[test]
-fn every_parameter_receives_a_gradient() {
+pub fn every_parameter_receives_a_gradient() {
     let (f, cfg, counts) = open();
     let params = f.trainable();
     let net = MoGe::new(&cfg, params.builder()).unwrap();

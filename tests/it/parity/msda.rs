@@ -4,7 +4,7 @@ use valor::nn::msda::msda;
 
 /// The fixture was computed in f64.
 #[test]
-fn output_and_gradients() {
+pub fn output_and_gradients() {
     let f = Fixture::open("msda");
     let var = |name| Var::from_tensor(&f.input(name)).unwrap();
     let (value, at, weights) = (var("value"), var("sampling_locations"), var("attention_weights"));

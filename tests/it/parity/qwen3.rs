@@ -1,7 +1,7 @@
 //! Qwen3 against transformers: forward, log-probabilities, cached generation, gradients.
 
 use super::{Fixture, assert_close, relative_error};
-use candle_core::{D, DType, Device, IndexOp, Tensor};
+use candle_core::{D, DType, IndexOp, Tensor};
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 use valor::models::qwen3::{Config, KvCache, Qwen3, Rope};
@@ -25,7 +25,7 @@ fn batch(f: &Fixture, cfg: &Config) -> Batch {
     let positions = u32s(&f.input("position_ids"));
     let real = u32s(&f.input("attention_mask"));
     let pads = real.iter().map(|r| r.iter().filter(|&&x| x == 0).count() as u32).collect();
-    Batch { ids, rope: Rope::from_positions(cfg, &positions, &Device::Cpu).unwrap(), pads }
+    Batch { ids, rope: Rope::from_positions(cfg, &positions, &super::device()).unwrap(), pads }
 }
 
 impl Batch {
@@ -45,7 +45,7 @@ impl Batch {
 const FIXTURES: [&str; 2] = ["qwen3-tiny", "qwen3-tiny-tied"];
 
 #[test]
-fn forward_matches() {
+pub fn forward_matches() {
     for name in FIXTURES {
         let f = Fixture::open(name);
         let cfg: Config = f.json("config.json");
@@ -81,7 +81,7 @@ fn log_probs(f: &Fixture, model: &Qwen3, x: &Batch) -> (Tensor, Tensor) {
 }
 
 #[test]
-fn log_probs_and_gradients_match() {
+pub fn log_probs_and_gradients_match() {
     for name in FIXTURES {
         let f = Fixture::open(name);
         let cfg: Config = f.json("config.json");
@@ -120,7 +120,7 @@ fn log_probs_and_gradients_match() {
 /// Greedy generation through the cache; the rows of ids and the logits `[batch, steps, vocab]`.
 fn generate(model: &Qwen3, cfg: &Config, x: &Batch, steps: usize) -> (Vec<Vec<u32>>, Tensor) {
     let (b, s) = x.ids.dims2().unwrap();
-    let mut cache = KvCache::new(cfg, b, s + steps, &Device::Cpu).unwrap();
+    let mut cache = KvCache::new(cfg, b, s + steps, DType::F32, &super::device()).unwrap();
     let mut h = model.forward(&x.ids, &x.rope, &x.mask(), Some(&mut cache)).unwrap();
     let mut rows = u32s(&x.ids);
     let mut logits = vec![];
@@ -133,8 +133,8 @@ fn generate(model: &Qwen3, cfg: &Config, x: &Batch, steps: usize) -> (Vec<Vec<u3
         }
         if t + 1 < steps {
             let pos: Vec<Vec<u32>> = x.pads.iter().map(|p| vec![(s + t) as u32 - p]).collect();
-            let rope = Rope::from_positions(cfg, &pos, &Device::Cpu).unwrap();
-            let ids = Tensor::from_vec(next, (b, 1), &Device::Cpu).unwrap();
+            let rope = Rope::from_positions(cfg, &pos, &super::device()).unwrap();
+            let ids = Tensor::from_vec(next, (b, 1), &super::device()).unwrap();
             h = model.forward(&ids, &rope, &x.mask(), Some(&mut cache)).unwrap();
         }
     }
@@ -143,7 +143,7 @@ fn generate(model: &Qwen3, cfg: &Config, x: &Batch, steps: usize) -> (Vec<Vec<u3
 }
 
 #[test]
-fn cached_generation_matches() {
+pub fn cached_generation_matches() {
     for name in FIXTURES {
         let f = Fixture::open(name);
         let cfg: Config = f.json("config.json");
@@ -158,7 +158,7 @@ fn cached_generation_matches() {
         // Log-probabilities and entropy of what was generated, also at temperature 0.7.
         let chosen: Vec<u32> = rows.iter().flat_map(|r| r[r.len() - steps..].to_vec()).collect();
         let flat = logits.flatten(0, 1).unwrap();
-        let ids = Tensor::new(chosen.as_slice(), &Device::Cpu).unwrap();
+        let ids = Tensor::new(chosen.as_slice(), &super::device()).unwrap();
         for (t, out) in [(1., "generated_logprobs"), (0.7, "generated_logprobs_temp0.7")] {
             let lp = valor::nn::log_probs(&(&flat / t).unwrap(), &ids).unwrap();
             assert_close(out, &lp.reshape((rows.len(), steps)).unwrap(), &f.output(out), TOL);
@@ -180,7 +180,7 @@ fn a_row_does_not_depend_on_its_batch() {
     for (b, &p) in x.pads.iter().enumerate() {
         let ids = x.ids.i((b..b + 1, p as usize..)).unwrap();
         let n = ids.dim(1).unwrap() as u32;
-        let rope = Rope::from_positions(&cfg, &[(0..n).collect()], &Device::Cpu).unwrap();
+        let rope = Rope::from_positions(&cfg, &[(0..n).collect()], &super::device()).unwrap();
         let (alone, l) = generate(&model, &cfg, &Batch { ids, rope, pads: vec![0] }, 8);
         assert_eq!(alone[0], rows[b][p as usize..]);
         let err = relative_error(&l, &logits.i(b..b + 1).unwrap(), 1e-3);
@@ -190,17 +190,17 @@ fn a_row_does_not_depend_on_its_batch() {
 
 /// A prefix computed once serves rows of different lengths, padded between prefix and tail.
 #[test]
-fn shared_prefix_matches_whole_prompts() {
+pub fn shared_prefix_matches_whole_prompts() {
     let f = Fixture::open(FIXTURES[0]);
     let cfg: Config = f.json("config.json");
     let model = Qwen3::new(&cfg, f.weights()).unwrap();
-    let dev = Device::Cpu;
+    let dev = super::device();
     let rope = |p: Vec<Vec<u32>>| Rope::from_positions(&cfg, &p, &dev).unwrap();
     let ids = u32s(&f.input("input_ids"));
     let prefix: Vec<u32> = ids[0][..7].to_vec();
     let tails: [Vec<u32>; 3] = [ids[0][7..12].to_vec(), ids[1][14..21].to_vec(), ids[2][18..21].to_vec()];
 
-    let mut one = KvCache::new(&cfg, 1, prefix.len(), &dev).unwrap();
+    let mut one = KvCache::new(&cfg, 1, prefix.len(), DType::F32, &dev).unwrap();
     let pid = Tensor::new(prefix.as_slice(), &dev).unwrap().unsqueeze(0).unwrap();
     let n = prefix.len() as u32;
     model.forward(&pid, &rope(vec![(0..n).collect()]), &Mask::causal(), Some(&mut one)).unwrap();

@@ -1,7 +1,7 @@
 //! Qwen3-VL against transformers: processor, vision tower, positions, logits, generation.
 
 use super::{Fixture, assert_close, relative_error};
-use candle_core::{D, DType, Device, IndexOp, Tensor};
+use candle_core::{D, DType, IndexOp, Tensor};
 use std::sync::Mutex;
 use valor::models::qwen3::KvCache;
 use valor::models::qwen3_vl::{Config, Grid, Pictures, Processor, Qwen3Vl};
@@ -38,7 +38,7 @@ fn the_processor_matches() {
         .iter()
         .map(|n| image::open(f.dir.join(n.as_str().unwrap())).unwrap().to_rgb8())
         .collect();
-    let got = p.process(&images, &Device::Cpu).unwrap();
+    let got = p.process(&images, &super::device()).unwrap();
     assert_eq!(got.grids, grids(&f));
     // The reference's values are Pillow's in f16 for the first picture, torchvision's for both; the
     // two differ by one 8-bit step.
@@ -50,7 +50,7 @@ fn the_processor_matches() {
 }
 
 #[test]
-fn the_vision_tower_matches() {
+pub fn the_vision_tower_matches() {
     let f = Fixture::open(NAME);
     let m = model(&f);
     let pics = pictures(&f);
@@ -91,7 +91,7 @@ fn positions_match() {
 }
 
 #[test]
-fn logits_match_with_and_without_pictures() {
+pub fn logits_match_with_and_without_pictures() {
     let f = Fixture::open(NAME);
     let m = model(&f);
     let rows = ids(&f.input("input_ids"));
@@ -103,7 +103,7 @@ fn logits_match_with_and_without_pictures() {
     let pics = pictures(&f);
     let embedded = m.embed(&rows, Some(&m.vision(&pics).unwrap())).unwrap();
     let (positions, _) = m.positions(&rows[0], &mut pics.grids.iter().copied()).unwrap();
-    let rope = m.rope(&[positions], &Device::Cpu).unwrap();
+    let rope = m.rope(&[positions], &super::device()).unwrap();
     let first = Mutex::new(None);
     let hook = |i: usize, x: &Tensor| {
         // HF records the layer's own output, before the deepstack features are added.
@@ -117,7 +117,7 @@ fn logits_match_with_and_without_pictures() {
 }
 
 #[test]
-fn cached_greedy_tokens_match() {
+pub fn cached_greedy_tokens_match() {
     let f = Fixture::open(NAME);
     let m = model(&f);
     let pics = pictures(&f);
@@ -125,33 +125,34 @@ fn cached_greedy_tokens_match() {
     let want = ids(&f.output("generated")).remove(0);
     let steps = want.len() - row.len();
     assert!(steps > 0);
-    let mut cache = KvCache::new(&m.config().text_config.decoder, 1, want.len(), &Device::Cpu).unwrap();
+    let mut cache =
+        KvCache::new(&m.config().text_config.decoder, 1, want.len(), DType::F32, &super::device()).unwrap();
     let (positions, mut next) = m.positions(&row, &mut pics.grids.iter().copied()).unwrap();
     let embedded = m.embed(std::slice::from_ref(&row), Some(&m.vision(&pics).unwrap())).unwrap();
-    let rope = m.rope(&[positions], &Device::Cpu).unwrap();
+    let rope = m.rope(&[positions], &super::device()).unwrap();
     let mut hidden = m.forward_embedded(&embedded, &rope, &Mask::causal(), Some(&mut cache)).unwrap();
     let mut got = row;
     for _ in 0..steps {
         let last = hidden.i((.., hidden.dim(1).unwrap() - 1)).unwrap();
         let id = m.logits(&last).unwrap().argmax(D::Minus1).unwrap().to_vec1::<u32>().unwrap()[0];
         got.push(id);
-        let rope = m.rope(&[vec![[next; 3]]], &Device::Cpu).unwrap();
+        let rope = m.rope(&[vec![[next; 3]]], &super::device()).unwrap();
         next += 1;
-        let x = Tensor::new(&[[id]], &Device::Cpu).unwrap();
+        let x = Tensor::new(&[[id]], &super::device()).unwrap();
         hidden = m.decoder().forward(&x, &rope, &Mask::causal(), Some(&mut cache)).unwrap();
     }
     assert_eq!(got, want);
 }
 
 #[test]
-fn every_parameter_receives_a_gradient() {
+pub fn every_parameter_receives_a_gradient() {
     let f = Fixture::open(NAME);
     let params = f.trainable();
     let m = Qwen3Vl::new(&f.json::<Config>("config.json"), params.builder()).unwrap();
     let rows = ids(&f.input("input_ids"));
     let hidden = m.forward(&rows, Some(&pictures(&f))).unwrap();
     let n = rows[0].len() - 1;
-    let targets = Tensor::new(&rows[0][1..], &Device::Cpu).unwrap();
+    let targets = Tensor::new(&rows[0][1..], &super::device()).unwrap();
     let flat = hidden.i((0, ..n)).unwrap();
     let loss = m.decoder().token_log_probs(&flat, &targets).unwrap().mean_all().unwrap();
     let grads = loss.backward().unwrap();

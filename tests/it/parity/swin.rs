@@ -2,7 +2,7 @@ use super::{Fixture, assert_close};
 use valor::models::swin::{Config, Swin};
 
 #[test]
-fn feature_maps_of_every_size() {
+pub fn feature_maps_of_every_size() {
     let f = Fixture::open("swin-tiny");
     let cfg: Config = f.json("config.json");
     let swin = Swin::new(&cfg, f.weights()).unwrap();
@@ -36,7 +36,7 @@ fn first_stage() {
 
 /// Everything but HF's unused `swin.layernorm` takes part.
 #[test]
-fn every_parameter_has_a_gradient() {
+pub fn every_parameter_has_a_gradient() {
     let f = Fixture::open("swin-tiny");
     let p = f.trainable();
     let swin = Swin::new(&f.json("config.json"), p.builder()).unwrap();
