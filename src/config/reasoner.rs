@@ -34,7 +34,9 @@ pub struct Reasoner {
     pub max_grad_norm: f64,
     /// Tokens of a micro-batch at most, padding included.
     pub micro_tokens: usize,
-    /// Of matrix products on the processor.
+    /// Gradient checkpointing: layers run again in the backward pass, and activations of one at a time are held.
+    pub recompute: bool,
+    /// Of matrix products on the processor; on a GPU `bf16` is what weights and activations are.
     pub precision: Precision,
     /// A run stops where a larger share of a step's rewards is missing.
     pub missing_limit: f64,

@@ -325,6 +325,13 @@ impl Layer {
         })
     }
 
+    fn parameters(&self) -> Vec<Tensor> {
+        let a = &self.self_attn;
+        let linear = [&a.q_proj, &a.k_proj, &a.v_proj, &a.o_proj].into_iter().flat_map(Linear::parameters);
+        let norms = [&self.input_layernorm, &self.post_attention_layernorm, &a.q_norm, &a.k_norm];
+        linear.chain(norms.map(|n| n.weight().clone())).chain(self.mlp.parameters()).collect()
+    }
+
     fn forward(
         &self,
         x: &Tensor,
@@ -349,9 +356,17 @@ pub struct Qwen3 {
     lm_head: Linear,
     dtype: DType,
     device: Device,
+    recomputed: bool,
 }
 
 impl Qwen3 {
+    /// Keeps of each layer only its input where gradients are wanted, and runs it again for them
+    /// ([`nn::recompute`], [`nn::backward`]): memory for time.
+    pub fn recomputed(mut self, on: bool) -> Self {
+        self.recomputed = on;
+        self
+    }
+
     /// What it computes in.
     pub fn dtype(&self) -> DType {
         self.dtype
@@ -381,7 +396,7 @@ impl Qwen3 {
             None => embed_tokens.head(),
         };
         let (dtype, device) = (body.dtype(), body.device().clone());
-        Ok(Self { embed_tokens, layers, norm, lm_head, dtype, device })
+        Ok(Self { embed_tokens, layers, norm, lm_head, dtype, device, recomputed: false })
     }
 
     /// Ids u32 `[batch, seq]` → `[batch, seq, hidden]`.
@@ -412,7 +427,13 @@ impl Qwen3 {
     ) -> Result<Tensor> {
         let mut x = x.clone();
         for (i, layer) in self.layers.iter().enumerate() {
-            x = layer.forward(&x, rope, mask, cache.as_deref().map(|c| (c, i)))?;
+            x = match &cache {
+                None if self.recomputed => {
+                    let (layer, rope, mask) = (layer.clone(), rope.clone(), mask.clone());
+                    nn::recompute(&x, layer.parameters(), move |x| layer.forward(x, &rope, &mask, None))?
+                }
+                cache => layer.forward(&x, rope, mask, cache.as_deref().map(|c| (c, i)))?,
+            };
             if let Some(f) = after_layer
                 && let Some(y) = f(i, &x)?
             {

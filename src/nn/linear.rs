@@ -54,6 +54,13 @@ impl Linear {
         Self { weight: Weight::Plain(weight), bias, lora: None }
     }
 
+    /// What a training may train of it.
+    pub fn parameters(&self) -> Vec<Tensor> {
+        let weight = self.weight.plain().ok().cloned();
+        let adapter = self.lora.iter().flat_map(Lora::parameters);
+        weight.into_iter().chain(self.bias.clone()).chain(adapter).collect()
+    }
+
     /// An error if it is packed.
     pub fn weight(&self) -> Result<&Tensor> {
         self.weight.plain()

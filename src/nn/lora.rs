@@ -63,6 +63,10 @@ impl Lora {
         Ok(Some(Self { a, b, scale }))
     }
 
+    pub(super) fn parameters(&self) -> [Tensor; 2] {
+        [self.a.clone(), self.b.clone()]
+    }
+
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         // Trained in f32 whatever the base computes in.
         let matrix = |m: &Tensor| m.to_dtype(x.dtype()).map(|m| super::Linear::new(m, None));

@@ -28,6 +28,11 @@ impl GatedMlp {
         })
     }
 
+    /// What a training may train of it.
+    pub fn parameters(&self) -> Vec<Tensor> {
+        [&self.gate_proj, &self.up_proj, &self.down_proj].into_iter().flat_map(Linear::parameters).collect()
+    }
+
     /// `residual + mlp(x)`; both `[.., hidden]`.
     pub fn forward_residual(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
         let layers = [&self.gate_proj, &self.up_proj, &self.down_proj];

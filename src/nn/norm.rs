@@ -48,6 +48,10 @@ pub struct RmsNorm {
 }
 
 impl RmsNorm {
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         if x.dim(D::Minus1)? != self.weight.elem_count() {
             candle_core::bail!("rms norm of {} values on {:?}", self.weight.elem_count(), x.shape())

@@ -31,9 +31,11 @@ pub fn address(s: &CudaStorage) -> Result<u64> {
 pub fn alloc(device: &CudaDevice, dtype: DType, len: usize, zeroed: bool) -> Result<CudaStorage> {
     macro_rules! of {
         ($t:ty) => {{
-            // SAFETY: the kernel that the memory is for writes all of it before anyone reads.
-            let slice =
-                if zeroed { device.alloc_zeros::<$t>(len)? } else { unsafe { device.alloc::<$t>(len)? } };
+            let slice = match zeroed {
+                true => device.alloc_zeros::<$t>(len)?,
+                // SAFETY: the kernel that the memory is for writes all of it before anyone reads.
+                false => unsafe { device.alloc::<$t>(len)? },
+            };
             CudaStorage::wrap_cuda_slice(slice, device.clone())
         }};
     }

@@ -94,7 +94,13 @@ impl Policy {
                 Some(lora) => adapted(frozen(base.builder()), &trained, lora),
                 None => trained.builder(),
             };
-            text(if fixed { frozen(vb) } else { vb })
+            let network = text(if fixed { frozen(vb) } else { vb })?;
+            Ok::<_, anyhow::Error>(match network {
+                Network::Text { model, cfg: net } if !fixed => {
+                    Network::Text { model: model.recomputed(cfg.recompute), cfg: net }
+                }
+                other => other,
+            })
         };
         let chat = |network| LocalChat::with_network(&files, network, device, EngineOptions::default());
         let network = built(false)?;

@@ -3,8 +3,8 @@
 use super::policy::Policy;
 use crate::config::{Algorithm, Objective, RateDecay, Reasoner};
 use crate::llm::engine::Network;
-use crate::nn::lanes::Lanes;
 use crate::nn::optim::{AdamW, AdamWConfig, Decay, Group, Schedule};
+use crate::nn::{self, lanes::Lanes};
 use crate::train::grpo::{Tokens, loss};
 use crate::train::lm::{Sample, micro_batches, reply_log_probs};
 use anyhow::{Result, ensure};
@@ -178,7 +178,7 @@ pub fn update(
                 gradient.extend(sum.iter().map(|g| (g / tokens as f64) as f32));
             }
             let gradient = Tensor::from_vec(gradient, new.shape(), new.device())?;
-            Ok((part, (new * gradient)?.sum_all()?.backward()?))
+            Ok((part, nn::backward(&(new * gradient)?.sum_all()?)?))
         };
         lanes.each(&groups(&heard), learn, |(part, grads)| {
             out.policy += part.policy;
@@ -249,6 +249,7 @@ mod tests {
             &["reasoner.warmup=0"][..],
             &["reasoner.warmup=0", "reasoner.adapter.rank=0", "reasoner.lr=1e-4"],
             &["reasoner.warmup=0", "reasoner.updates=2", "reasoner.objective.kl=0"],
+            &["reasoner.warmup=0", "reasoner.recompute=true"],
             &["reasoner.warmup=0", "reasoner.objective.sequence_ratio=true"],
         ] {
             let cfg = cfg(sets);
@@ -292,6 +293,22 @@ mod tests {
                 gain > 0.1 && gain16 > least * gain && gain16 < 2. * gain,
                 "gains, {sets:?}: {gain} {gain16}"
             );
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn layers_that_run_twice_give_the_same_gradients() -> Result<()> {
+        let norm = |sets: &[&str]| -> Result<f64> {
+            let cfg = cfg(sets);
+            let policy = Policy::load("embedded", &cfg, &Device::Cpu)?;
+            let rollouts = rollouts(&policy);
+            let mut optimiser = optimiser(&policy, &cfg)?;
+            Ok(update(&policy, &mut optimiser, &schedule(&cfg, 1), &cfg, 0, &rollouts)?.grad_norm)
+        };
+        for rank in ["reasoner.adapter.rank=8", "reasoner.adapter.rank=0"] {
+            let (plain, twice) = (norm(&[rank])?, norm(&[rank, "reasoner.recompute=true"])?);
+            assert!((plain - twice).abs() <= 1e-4 * plain, "{rank}: {plain} {twice}");
         }
         Ok(())
     }
