@@ -14,9 +14,9 @@ use serde_json::{Value, json};
 
 use super::{escape, head, plain, program_table};
 use crate::data::Bench;
+use crate::eval::benches::batch::{SHOWN_RIGHT, SHOWN_WRONG};
 use crate::eval::benches::folder::picture_path;
 use crate::eval::benches::record::{Record, SAMPLES, each};
-use crate::eval::benches::run::{SHOWN_RIGHT, SHOWN_WRONG};
 use crate::eval::benches::summary::{PUBLISHED, Summary, notes};
 use crate::eval::stats::Mean;
 use crate::program::Reply;

@@ -4,6 +4,7 @@
 //! [`folder`], [`metric`] scores, [`summary`] makes the table with intervals of what was recorded,
 //! [`compare`] sets two runs side by side. Everything after `run` reads records only.
 
+pub mod batch;
 pub mod compare;
 pub mod feed;
 pub mod folder;

@@ -2,14 +2,15 @@
 //!
 //! Two stages overlap: one thread reads rows, fetches links and has the planner write the programs of the
 //! next batch, while workers, each with a sandbox of its own, run those of this one; questions about one
-//! picture share its tools and one worker. Encoded pictures of three batches are in memory, decoded ones
-//! of as many pictures as there are workers. Records are written in the order of the questions.
+//! picture share its tools and one worker. A worker that finds nothing left of one batch goes on with the
+//! next. Encoded pictures of three batches are in memory, decoded ones of as many pictures as there are
+//! workers. Records are written in the order of the questions.
 //!
 //! An answer does not depend on the batch that it falls into (see [`crate::pipeline`]), so a run that was
 //! killed ends with the same records as one that was not. What a server failed to answer is recorded as a
 //! failure of the method and is not asked again; a server that will answer nothing more ends the run.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
@@ -19,6 +20,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::batch::{BATCHES, Batch, Done, Event, Gallery, Job, LastWord, Planned};
 use super::feed::{Feed, Note, Seen, Task};
 use super::folder::Folder;
 use super::metric::{Form, Judged, Wanted, same_words, score};
@@ -145,52 +147,6 @@ impl Programs {
     }
 }
 
-struct Planned {
-    task: Task,
-    replies: Vec<Result<ChatReply, ChatError>>,
-}
-
-/// What a worker gets.
-struct Job {
-    /// In its batch.
-    number: usize,
-    planned: Planned,
-    /// May it be shown in a gallery?
-    shown: bool,
-}
-
-/// What a worker gives back.
-struct Done {
-    record: Record,
-    /// For the galleries.
-    thumbnail: Option<Vec<u8>>,
-}
-
-/// How many samples of each bench a page shows.
-pub const SHOWN_RIGHT: usize = 6;
-pub const SHOWN_WRONG: usize = 24;
-
-/// Which samples' pictures are kept: of each bench the first ones, right and not right.
-#[derive(Debug, Default)]
-pub struct Gallery {
-    seen: BTreeMap<String, [usize; 2]>,
-}
-
-impl Gallery {
-    fn is_full(&self, bench: &str) -> bool {
-        self.seen.get(bench).is_some_and(|[right, wrong]| *right >= SHOWN_RIGHT && *wrong >= SHOWN_WRONG)
-    }
-
-    /// Counts a record; is it one of those that are shown?
-    pub fn takes(&mut self, record: &Record) -> bool {
-        let right = record.is_right();
-        let [rights, wrongs] = self.seen.entry(record.bench.clone()).or_default();
-        let (count, most) = if right { (rights, SHOWN_RIGHT) } else { (wrongs, SHOWN_WRONG) };
-        *count += 1;
-        *count <= most
-    }
-}
-
 impl Runner<'_> {
     /// Has all of the feed answered, and each record appended to the folder.
     ///
@@ -205,54 +161,80 @@ impl Runner<'_> {
     ) -> Result<(BTreeMap<&'static str, Note>, Times), Stopped> {
         let times = Mutex::new(Times::new());
         let stop = AtomicBool::new(false);
-        let turn = (!self.overlap).then(|| Mutex::new(()));
         std::thread::scope(|s| {
-            let (send, batches) = mpsc::sync_channel::<Vec<Planned>>(1);
             let (give, jobs) = mpsc::channel::<Vec<Job>>();
-            let (done, results) = mpsc::channel();
-            let (times, stop, jobs) = (&times, &stop, Arc::new(Mutex::new(jobs)));
-            // Held by who plans and by who works, where they may not do so at once.
-            let turn = &turn;
-            for _ in 0..self.workers {
-                let (jobs, done) = (jobs.clone(), done.clone());
-                s.spawn(move || self.serve(&jobs, &done, stop, times));
+            let (tell, events) = mpsc::channel();
+            // A batch is planned where there is room for it, and gives its room back when it is recorded.
+            let (leave, room) = mpsc::channel();
+            for _ in 0..if self.overlap { BATCHES } else { 1 } {
+                leave.send(()).expect("the other end is here");
             }
-            drop(done);
+            let (times, stop, jobs) = (&times, &stop, Arc::new(Mutex::new(jobs)));
+            for _ in 0..self.workers {
+                let (jobs, tell) = (jobs.clone(), tell.clone());
+                s.spawn(move || self.serve(&jobs, &tell, stop, times));
+            }
             let planning = s.spawn(move || -> Result<_, Stopped> {
-                loop {
+                let tell = LastWord(tell);
+                while room.recv().is_ok() {
                     let mut tasks: Vec<Task> = feed.by_ref().take(self.together).collect();
                     if tasks.is_empty() {
-                        return Ok(feed.into_notes());
+                        break;
                     }
-                    let mine = turn.as_ref().map(|t| t.lock().expect("no holder panics"));
                     let started = Instant::now();
                     self.fetch(&mut tasks);
                     spend(times, "links", started);
                     let started = Instant::now();
                     let batch = self.plan(tasks)?;
                     spend(times, "planning", started);
-                    // Not held while this waits for room: who works needs it to make some.
-                    drop(mine);
-                    if send.send(batch).is_err() {
+                    if tell.0.send(Event::Planned(batch)).is_err() {
                         // The other side has stopped and says why.
-                        return Ok(feed.into_notes());
+                        break;
                     }
                 }
+                Ok(feed.into_notes())
             });
-            for batch in batches {
-                let _turn = turn.as_ref().map(|t| t.lock().expect("no holder panics"));
-                let done = self.work(batch, gallery, &give, &results).inspect_err(|_| {
-                    stop.store(true, Ordering::Relaxed);
-                })?;
-                for Done { mut record, thumbnail } in self.judge(done, times)? {
-                    finish(&mut record);
-                    if gallery.takes(&record)
-                        && let Some(jpeg) = thumbnail
-                    {
-                        folder.keep_picture(&record.bench, record.index, &jpeg)?;
+            let mut under_way: VecDeque<Batch> = VecDeque::new();
+            let (mut begun, mut all_planned) = (0, false);
+            while !(all_planned && under_way.is_empty()) {
+                match events.recv().context("all workers have ended")? {
+                    Event::Planned(batch) => {
+                        under_way.push_back(Batch::begin(batch, begun, gallery, &give)?);
+                        begun += 1;
                     }
-                    folder.add(&record)?;
-                    progress();
+                    Event::AllPlanned => all_planned = true,
+                    Event::Done(result) => {
+                        let (number, group) = result.inspect_err(|_| stop.store(true, Ordering::Relaxed))?;
+                        let first = begun - under_way.len();
+                        under_way[number - first].take(group);
+                    }
+                }
+                if let Some(e) = self.vlm().and_then(Vlm::failed) {
+                    stop.store(true, Ordering::Relaxed);
+                    return Err(e.clone().into());
+                }
+                while let Some(first) = under_way.front_mut() {
+                    // A judge is asked about many pairs of words at once.
+                    let ready = first.ready(self.judge.is_some());
+                    if ready.is_empty() {
+                        break;
+                    }
+                    let over = first.is_over();
+                    for Done { mut record, thumbnail } in self.judge(ready, times)? {
+                        finish(&mut record);
+                        if gallery.takes(&record)
+                            && let Some(jpeg) = thumbnail
+                        {
+                            folder.keep_picture(&record.bench, record.index, &jpeg)?;
+                        }
+                        folder.add(&record)?;
+                        progress();
+                    }
+                    if over {
+                        under_way.pop_front();
+                        // Who plans may have ended.
+                        let _ = leave.send(());
+                    }
                 }
             }
             let notes = planning.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
@@ -260,12 +242,20 @@ impl Runner<'_> {
         })
     }
 
+    /// Who is asked about pictures, if anybody is.
+    fn vlm(&self) -> Option<&Vlm> {
+        match &self.method {
+            Method::Direct(vlm) => Some(*vlm),
+            _ => self.perception.map(|p| &p.vlm),
+        }
+    }
+
     /// A worker's life. It starts its sandbox itself: the jailed process dies with the thread that
     /// started it, and is replaced where a program has ended it.
     fn serve(
         &self,
         jobs: &Mutex<mpsc::Receiver<Vec<Job>>>,
-        done: &mpsc::Sender<Result<Vec<(usize, Done)>, Stopped>>,
+        tell: &mpsc::Sender<Event>,
         stop: &AtomicBool,
         times: &Mutex<Times>,
     ) {
@@ -273,15 +263,15 @@ impl Runner<'_> {
         // for one another as long as they work.
         let threads = (rayon::current_num_threads() / self.workers).max(1);
         match rayon::ThreadPoolBuilder::new().num_threads(threads).build() {
-            Ok(pool) if self.workers > 1 => pool.install(|| self.work_off(jobs, done, stop, times)),
-            _ => self.work_off(jobs, done, stop, times),
+            Ok(pool) if self.workers > 1 => pool.install(|| self.work_off(jobs, tell, stop, times)),
+            _ => self.work_off(jobs, tell, stop, times),
         }
     }
 
     fn work_off(
         &self,
         jobs: &Mutex<mpsc::Receiver<Vec<Job>>>,
-        done: &mpsc::Sender<Result<Vec<(usize, Done)>, Stopped>>,
+        tell: &mpsc::Sender<Event>,
         stop: &AtomicBool,
         times: &Mutex<Times>,
     ) {
@@ -290,6 +280,7 @@ impl Runner<'_> {
             if stop.load(Ordering::Relaxed) {
                 return;
             }
+            let batch = group.first().map_or(0, |job| job.batch);
             // A panic must reach the thread that waits for this group.
             let work = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
                 let sandbox = match &mut sandbox {
@@ -301,8 +292,10 @@ impl Runner<'_> {
                 };
                 self.about_one_picture(group, sandbox, times)
             }));
-            let result = work.unwrap_or_else(|_| Err(anyhow!("a worker panicked; this is a bug").into()));
-            if done.send(result).is_err() {
+            let result: Result<_, Stopped> =
+                work.unwrap_or_else(|_| Err(anyhow!("a worker panicked; this is a bug").into()));
+            let result = result.map(|done| (batch, done));
+            if tell.send(Event::Done(result)).is_err() {
                 return;
             }
         }
@@ -388,47 +381,6 @@ impl Runner<'_> {
         });
     }
 
-    /// Runs a batch, pictures side by side; gives what was done in the questions' order.
-    fn work(
-        &self,
-        batch: Vec<Planned>,
-        gallery: &Gallery,
-        give: &mpsc::Sender<Vec<Job>>,
-        results: &mpsc::Receiver<Result<Vec<(usize, Done)>, Stopped>>,
-    ) -> Result<Vec<Done>, Stopped> {
-        let n = batch.len();
-        let mut groups: Vec<Vec<Job>> = Vec::new();
-        let mut of: HashMap<(&'static str, String), usize> = HashMap::new();
-        for (number, planned) in batch.into_iter().enumerate() {
-            let key = (planned.task.bench, planned.task.picture.clone());
-            let group = *of.entry(key).or_insert_with(|| {
-                groups.push(Vec::new());
-                groups.len() - 1
-            });
-            let shown = !gallery.is_full(planned.task.bench);
-            groups[group].push(Job { number, planned, shown });
-        }
-        let given = groups.len();
-        for group in groups {
-            give.send(group).map_err(|_| anyhow!("all workers have ended"))?;
-        }
-        let mut all: Vec<Option<Done>> = (0..n).map(|_| None).collect();
-        for _ in 0..given {
-            let result = results.recv().context("all workers have ended")?;
-            for (number, done) in result? {
-                all[number] = Some(done);
-            }
-        }
-        let vlm = match &self.method {
-            Method::Direct(vlm) => Some(*vlm),
-            _ => self.perception.map(|p| &p.vlm),
-        };
-        if let Some(e) = vlm.and_then(Vlm::failed) {
-            return Err(e.clone().into());
-        }
-        Ok(all.into_iter().map(|d| d.expect("each group was worked on")).collect())
-    }
-
     fn about_one_picture(
         &self,
         group: Vec<Job>,
@@ -458,7 +410,7 @@ impl Runner<'_> {
             (None, None) => None,
         };
         let mut all = Vec::with_capacity(group.len());
-        for Job { number, planned: Planned { task, replies }, shown } in group {
+        for Job { batch: _, number, planned: Planned { task, replies }, shown } in group {
             let mut record = blank(&task);
             record.size = Some((picture.width(), picture.height()));
             let mut program_is_right = None;
