@@ -25,6 +25,8 @@ done
 NVCC
   chmod +x "$cuda/bin/nvcc"
   : >"$cuda/include/cuda.h"
+  # Apart from real builds, which would take its empty files for kernels.
+  export CARGO_TARGET_DIR=$PWD/target/cuda-check
   export CUDA_HOME=$cuda CUDA_PATH=$cuda CUDA_ROOT=$cuda CUDA_TOOLKIT_ROOT_DIR=$cuda PATH="$cuda/bin:$PATH"
 fi
 export CUDA_COMPUTE_CAP=${CUDA_COMPUTE_CAP:-90} CUDARC_CUDA_VERSION=${CUDARC_CUDA_VERSION:-13000}

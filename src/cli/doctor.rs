@@ -254,7 +254,7 @@ fn cuda() -> (bool, String) {
             "this build has none; networks run on the processor (--features cuda builds it in)".into(),
         );
     }
-    match candle_core::Device::new_cuda(0) {
+    match crate::nn::gpu(0) {
         Ok(_) => (true, "device 0 opens".into()),
         Err(e) => {
             (false, format!("device 0 does not open: {}", e.to_string().lines().next().unwrap_or_default()))

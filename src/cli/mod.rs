@@ -136,7 +136,7 @@ impl ModelArgs {
                 self.device
             )
         }
-        Device::new_cuda(ordinal).with_context(|| format!("--device {}", self.device))
+        crate::nn::gpu(ordinal).with_context(|| format!("--device {}", self.device))
     }
 }
 

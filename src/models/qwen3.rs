@@ -425,6 +425,8 @@ impl Qwen3 {
         cache: Option<&mut KvCache>,
         after_layer: Option<&AfterLayer>,
     ) -> Result<Tensor> {
+        let (b, n, _) = x.dims3()?;
+        let mask = &mask.spread((b, n, cache.as_ref().map_or(0, |c| c.len()) + n), x)?;
         let mut x = x.clone();
         for (i, layer) in self.layers.iter().enumerate() {
             x = match &cache {

@@ -58,6 +58,17 @@ impl Mask {
         }
     }
 
+    /// The mask as it is best given to many layers that run where `like` is: made once, where it would else be
+    /// made anew by each.
+    pub fn spread(&self, (b, n, m): (usize, usize, usize), like: &Tensor) -> Result<Self> {
+        if like.device().is_cpu() || n == 1 || !matches!(self, Mask::Causal { .. }) {
+            return Ok(self.clone());
+        }
+        self.check(b, n, m)?;
+        let like = Tensor::zeros((), DType::F32, like.device())?;
+        Ok(self.additive(b, n, m, &like)?.map_or(Mask::None, Mask::Additive))
+    }
+
     fn check(&self, b: usize, n: usize, m: usize) -> Result<()> {
         if let Mask::Causal { start, .. } = self {
             if m < n {

@@ -2,6 +2,7 @@
 
 use super::cpu::{self, Held, Mat, par_rows};
 use super::few_rows::{FEW, few_rows};
+use super::graft::graft;
 use super::lora::Lora;
 use super::packed::{Packed, packed_name};
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, DType, Device, Layout, Result, Shape, Tensor};
@@ -107,7 +108,14 @@ impl Linear {
         }
         // One 2-D GEMM whatever the rank: candle's batched matmul would broadcast the weight.
         let mut shape = x.dims().to_vec();
-        let y = x.reshape((x.elem_count() / k, k))?.matmul(&w.t()?)?;
+        let x = x.reshape((x.elem_count() / k, k))?;
+        let y = if w.track_op() {
+            x.matmul(&w.t()?)?
+        } else {
+            // candle's product would make the weight's gradient as well, and keep it.
+            let (w, back) = (w.clone(), w.clone());
+            graft(&x, move |x| x.matmul(&w.t()?), move |g| g.contiguous()?.matmul(&back))?
+        };
         let y = match &self.bias {
             Some(b) => y.broadcast_add(b)?,
             None => y,

@@ -20,7 +20,9 @@ pub mod conv_same;
 mod cpu;
 mod few_rows;
 pub mod frozen;
+mod gpu;
 pub mod gradcheck;
+mod graft;
 #[cfg(any(feature = "cuda", test))]
 mod kernels;
 pub mod lanes;
@@ -49,6 +51,7 @@ pub use conv::{Conv2d, Conv2dConfig, conv2d};
 pub use conv_same::conv_same;
 pub use cpu::composed;
 pub use frozen::frozen;
+pub use gpu::gpu;
 pub use linear::{EMBEDDING_STDEV, Embedding, Linear, embedding, linear, linear_b, linear_no_bias};
 pub use loss::{linear_log_probs, log_probs};
 pub use mlp::GatedMlp;

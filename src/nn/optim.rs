@@ -5,11 +5,11 @@
 //! and no way to save its state. Gradients of several micro-batches are added up here before a
 //! step.
 //!
-//! Moments live in the host's memory and steps are taken there, wherever the parameters are: a parameter on
-//! a GPU is sent its new values, and one in half precision follows an f32 master copy here. So a
-//! full fine-tuning costs a GPU the weights and their gradients only, and the state of a run is the
-//! same on every device. A step moves each trained number twice over the bus, which is short beside the
-//! forward and backward passes of its batch.
+//! Moments and summed gradients live in the host's memory and steps are taken there, wherever the parameters
+//! are: a parameter on a GPU is sent its new values, and one in half precision follows an f32 master copy
+//! here. So a full fine-tuning costs a GPU the weights and one micro-batch's gradients, and the host 16 bytes
+//! a weight (12 where the parameter is f32 here). Over the bus go the gradients of each micro-batch and the new
+//! values of each step.
 
 use super::cpu::{Held, Mat, gemm, rows_per_task};
 use super::simd::{sum_by, wide};
@@ -86,8 +86,6 @@ struct Slot {
     v: Vec<f32>,
     /// Sum of the gradients since the last step; empty before the first.
     grad: Vec<f32>,
-    /// The same where the parameter is, if that is not here.
-    far: Option<Tensor>,
     /// The weights in full, of a parameter in half precision; else empty.
     master: Vec<f32>,
 }
@@ -122,7 +120,7 @@ impl AdamW {
                 DType::F32 => vec![],
                 _ => var.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?,
             };
-            slots.push(Slot { name, var, group, m: vec![0.; n], v, grad: vec![], far: None, master });
+            slots.push(Slot { name, var, group, m: vec![0.; n], v, grad: vec![], master });
         }
         Ok(Self { cfg, slots, steps: 0 })
     }
@@ -142,16 +140,9 @@ impl AdamW {
     pub fn accumulate(&mut self, grads: &GradStore, weight: f64) -> Result<()> {
         self.slots.par_iter_mut().try_for_each(|s| {
             let Some(g) = grads.get(&s.var) else { return Ok(()) };
-            if !s.is_here() {
-                let g = (g.detach().to_dtype(DType::F32)? * weight)?;
-                s.far = Some(match s.far.take() {
-                    Some(sum) => (sum + g)?,
-                    None => g,
-                });
-                return Ok(());
-            }
             let weight = weight as f32;
-            let g = g.contiguous()?;
+            // Sums are the host's, so that a GPU holds the gradients of one micro-batch.
+            let g = g.detach().to_dtype(DType::F32)?.to_device(&Device::Cpu)?.contiguous()?;
             let held = Held::new(&g)?;
             let g = held.get()?;
             if s.grad.is_empty() {
@@ -166,11 +157,6 @@ impl AdamW {
     /// Clips what was accumulated to the configured norm, takes one step and forgets it.
     /// A parameter that has received no gradient since the last step is left as it is.
     pub fn step(&mut self, lr: f64) -> Result<StepReport> {
-        for s in &mut self.slots {
-            if let Some(sum) = s.far.take() {
-                s.grad = sum.flatten_all()?.to_vec1()?;
-            }
-        }
         let chunk = rows_per_task(1);
         let square: f64 = self
             .slots
@@ -250,13 +236,25 @@ impl AdamW {
                 t.flatten_all()?.to_vec1()
             };
             let v = if s.group.muon { vec![] } else { read("exp_avg_sq")? };
-            let master = if s.master.is_empty() { vec![] } else { read("master")? };
+            // A run may go on where parameters are of another type than they were.
+            let master = match state.contains_key(&format!("{}.master", s.name)) {
+                true => Some(read("master")?),
+                false => None,
+            };
             moments.push((read("exp_avg")?, v, master));
         }
         for (s, (m, v, master)) in self.slots.iter_mut().zip(moments) {
-            (s.m, s.v, s.master) = (m, v, master);
+            (s.m, s.v) = (m, v);
             s.grad.clear();
-            s.far = None;
+            match master {
+                Some(master) if s.master.is_empty() => {
+                    let t = Tensor::from_vec(master, s.var.shape(), &Device::Cpu)?;
+                    s.var.set(&t.to_device(s.var.device())?)?;
+                }
+                Some(master) => s.master = master,
+                None if s.master.is_empty() => {}
+                None => s.master = s.var.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?,
+            }
         }
         self.steps = steps.max(0) as u64;
         Ok(())

@@ -1,5 +1,6 @@
 //! How exactly matrix products are computed.
 
+use super::gpu::has_bf16;
 use candle_core::{DType, Device};
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -22,17 +23,17 @@ pub enum Precision {
 static CHOSEN: AtomicU8 = AtomicU8::new(0);
 
 impl Precision {
-    /// What language models compute in where nothing is trained: on a GPU bf16, as their checkpoints are; on
-    /// the CPU f32, since there bf16 would be widened for each product.
+    /// What language models compute in where nothing is trained: on a GPU bf16, as their checkpoints are, if it
+    /// has that; on the CPU f32, since there bf16 would be widened for each product.
     pub fn of_inference(device: &Device) -> DType {
-        if device.is_cpu() { DType::F32 } else { DType::BF16 }
+        if has_bf16(device) { DType::BF16 } else { DType::F32 }
     }
 
     /// What the weights of a network in training are, on this device. On the CPU they are f32, whatever its
     /// products are.
     pub fn of_weights(self, device: &Device) -> DType {
         match self {
-            Self::Bf16 if !device.is_cpu() => DType::BF16,
+            Self::Bf16 if has_bf16(device) => DType::BF16,
             _ => DType::F32,
         }
     }

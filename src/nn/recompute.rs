@@ -6,9 +6,9 @@
 //! backward pass finds by itself, go round the graph: into a store of the thread that [`backward`] opens and
 //! joins with candle's. A graph with such a part is an error in candle's own `backward`.
 
-use candle_core::backend::BackendStorage;
+use super::graft::{cpu_storage, cuda_storage};
 use candle_core::backprop::GradStore;
-use candle_core::{CpuStorage, CudaStorage, CustomOp2, Layout, Result, Shape, Storage, Tensor, Var};
+use candle_core::{CpuStorage, CudaStorage, CustomOp2, D, Layout, Result, Shape, Tensor, Var};
 use std::cell::RefCell;
 
 thread_local! {
@@ -53,25 +53,14 @@ struct Recompute<F> {
     f: F,
 }
 
-impl<F: Fn(&Tensor) -> Result<Tensor>> Recompute<F> {
-    /// The value, and the graph behind it only until this returns.
-    fn value(&self) -> Result<Tensor> {
-        (self.f)(&self.x)?.detach().force_contiguous()
-    }
-}
-
 impl<F: Fn(&Tensor) -> Result<Tensor> + Send + Sync> CustomOp2 for Recompute<F> {
     fn name(&self) -> &'static str {
         "recompute"
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        let y = self.value()?;
-        let (storage, layout) = y.storage_and_layout();
-        match &*storage {
-            Storage::Cpu(s) => Ok((s.try_clone(layout)?, y.shape().clone())),
-            _ => candle_core::bail!("recompute: a result on another device than its input"),
-        }
+        // The graph behind the value exists only until this returns.
+        cpu_storage(&(self.f)(&self.x)?)
     }
 
     fn cuda_fwd(
@@ -81,12 +70,7 @@ impl<F: Fn(&Tensor) -> Result<Tensor> + Send + Sync> CustomOp2 for Recompute<F> 
         _: &CudaStorage,
         _: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
-        let y = self.value()?;
-        let (storage, layout) = y.storage_and_layout();
-        match &*storage {
-            Storage::Cuda(s) => Ok((s.try_clone(layout)?, y.shape().clone())),
-            _ => candle_core::bail!("recompute: a result on another device than its input"),
-        }
+        cuda_storage(&(self.f)(&self.x)?)
     }
 
     fn bwd(
@@ -101,7 +85,7 @@ impl<F: Fn(&Tensor) -> Result<Tensor> + Send + Sync> CustomOp2 for Recompute<F> 
             candle_core::bail!("recompute: a graph with such a part needs nn::backward")
         };
         let x = Var::from_tensor(&self.x)?;
-        let again = (self.f)(x.as_tensor()).and_then(|y| backward(&(y * grad)?.sum_all()?));
+        let again = (self.f)(x.as_tensor()).and_then(|y| backward(&(y * grad)?.sum(D::Minus1)?.sum_all()?));
         if let Ok(grads) = &again {
             round.extend(self.trained.iter().filter_map(|p| Some((p.clone(), grads.get(p)?.clone()))));
         }

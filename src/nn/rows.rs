@@ -1,6 +1,7 @@
 //! Moving whole rows: window partition, its inverse, cyclic shifts, padding, cropping and patch
 //! merging are each one parallel copy, forward and backward.
 
+use super::graft::graft;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -37,13 +38,21 @@ impl RowMap {
 
     /// `[batch, sources, dim]` → `[batch, rows, dim]`.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        let (b, n, c) = x.dims3()?;
-        if n != self.back.len() {
+        let n = x.dim(1)?;
+        if x.rank() != 3 || n != self.back.len() {
             candle_core::bail!("row map: {n} rows, expected {}", self.back.len())
         }
         if super::cpu::fused(&[x]) {
             return x.contiguous()?.apply_op1(self.clone());
         }
+        let back = self.transpose();
+        let forward = self.clone();
+        graft(x, move |x| forward.selected(x), move |g| back.selected(g))
+    }
+
+    /// By candle's ops.
+    fn selected(&self, x: &Tensor) -> Result<Tensor> {
+        let (b, n, c) = x.dims3()?;
         let index: Vec<u32> = self.from.iter().map(|&s| if s == ZERO { n as u32 } else { s }).collect();
         let index = Tensor::from_vec(index, self.from.len(), x.device())?;
         let zero = Tensor::zeros((b, 1, c), x.dtype(), x.device())?;

@@ -1,6 +1,7 @@
 //! What is under way of a run: batches between planning and record, and which pictures are kept for pages.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 
 use anyhow::{Result, anyhow};
@@ -51,6 +52,15 @@ pub(super) struct LastWord(pub mpsc::Sender<Event>);
 impl Drop for LastWord {
     fn drop(&mut self) {
         let _ = self.0.send(Event::AllPlanned);
+    }
+}
+
+/// Tells the workers to end.
+pub(super) struct StopOnDrop<'a>(pub &'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 

@@ -20,7 +20,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::batch::{BATCHES, Batch, Done, Event, Gallery, Job, LastWord, Planned};
+use super::batch::{BATCHES, Batch, Done, Event, Gallery, Job, LastWord, Planned, StopOnDrop};
 use super::feed::{Feed, Note, Seen, Task};
 use super::folder::Folder;
 use super::metric::{Form, Judged, Wanted, same_words, score};
@@ -194,6 +194,8 @@ impl Runner<'_> {
                 }
                 Ok(feed.into_notes())
             });
+            // However this ends, nobody begins anything more.
+            let _stopped = StopOnDrop(stop);
             let mut under_way: VecDeque<Batch> = VecDeque::new();
             let (mut begun, mut all_planned) = (0, false);
             while !(all_planned && under_way.is_empty()) {
@@ -204,13 +206,12 @@ impl Runner<'_> {
                     }
                     Event::AllPlanned => all_planned = true,
                     Event::Done(result) => {
-                        let (number, group) = result.inspect_err(|_| stop.store(true, Ordering::Relaxed))?;
+                        let (number, group) = result?;
                         let first = begun - under_way.len();
                         under_way[number - first].take(group);
                     }
                 }
                 if let Some(e) = self.vlm().and_then(Vlm::failed) {
-                    stop.store(true, Ordering::Relaxed);
                     return Err(e.clone().into());
                 }
                 while let Some(first) = under_way.front_mut() {

@@ -11,7 +11,8 @@ const PTX: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.ptx"));
 /// The address of a storage's first element.
 pub fn address(s: &CudaStorage) -> Result<u64> {
     let stream = s.device.cuda_stream();
-    // The guard that comes with the address orders uses over several streams; candle has one a device.
+    // The guard that comes with the address orders uses over several streams; here a device has one (see
+    // `nn::gpu`).
     macro_rules! of {
         ($t:ty) => {
             s.as_cuda_slice::<$t>()?.device_ptr(&stream).0

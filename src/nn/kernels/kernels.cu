@@ -400,7 +400,9 @@ template <class T> DEVICE void from_whole_body(from_whole_PARAMS(T)) {
   float scale = whole_scale(most[0] * most[1], terms);
   THREADS(t) {
     size_t i = static_cast<size_t>(blockIdx.x) * blockDim.x + t;
-    if (i < n) put(y + i, static_cast<float>(static_cast<double>(x[i]) / scale));
+    // What was no number has left none behind.
+    float whole = most[0] * most[1] < 3e38f ? static_cast<float>(static_cast<double>(x[i]) / scale) : NAN;
+    if (i < n) put(y + i, whole);
   }
 }
 EACH(from_whole)

@@ -423,7 +423,12 @@ pub(super) fn msda_back(
     d: Deformable,
 ) -> Result<(Tensor, Tensor, Tensor)> {
     let (g, dtype) = (g.contiguous()?, value.dtype());
-    let largest = |t: &Tensor| t.detach().abs()?.max_all()?.to_dtype(DType::F32);
+    // Not a number if any is not.
+    let largest = |t: &Tensor| -> Result<Tensor> {
+        let (t, last) = (t.detach(), t.rank() - 1);
+        let poison = (t.sum(last)?.sum_all()?.to_dtype(DType::F32)? * 0.)?;
+        t.abs()?.max(last)?.max_all()?.to_dtype(DType::F32)? + poison
+    };
     let most = Tensor::stack(&[largest(&g)?, largest(mass)?], 0)?;
     let held = [value, place, mass, levels, &g, &most].map(Held::new);
     let [v, p, m, l, hg, hmost] = held.each_ref().map(|h| match h {

@@ -102,7 +102,12 @@ impl Policy {
                 other => other,
             })
         };
-        let chat = |network| LocalChat::with_network(&files, network, device, EngineOptions::default());
+        let mut options = EngineOptions::default();
+        if !device.is_cpu() {
+            // Memory of a card, not of a laptop: some hundred replies of a large planner at once.
+            options.max_kv_bytes = 16 << 30;
+        }
+        let chat = |network| LocalChat::with_network(&files, network, device, options.clone());
         let network = built(false)?;
         ensure!(trained.count() > 0, "reasoner.adapter.targets: the network has none of these layers");
         let (sampler, base_sampler) = (chat(built(true)?)?, chat(text(frozen(base.builder()))?)?);

@@ -1,0 +1,89 @@
+#!/usr/bin/env python3
+"""Writes data/results/rooms.md and the rows behind it from runs of `valor eval --bench rooms --out FILE.jsonl`.
+
+  scripts/rooms_table.py FOLDER      with p_NAME.jsonl (rows) and p_NAME.txt (the printed table) for each NAME below
+
+tests/it/results.rs works the table out of the rows again. Paired differences are over the same questions, their
+intervals by 10,000 resamples of scenes.
+"""
+import json, os, random, re, sys
+
+WHERE = sys.argv[1]
+OUT = os.path.join(os.path.dirname(__file__), "..", "data", "results")
+ROWS = [(look, *row) for look in ("studio", "lived-in") for row in (
+    ("base planner, base detector", "base"), ("tuned planner (as embedded)", "tuned"),
+    ("tuned detector", "detector"), ("both tuned", "both"),
+    ("tuned planner, pictures shuffled", "tuned_shuffled"))]
+KEPT = ("index", "scene", "family", "held_out", "truth", "answer", "correct")
+
+
+def rows(name):
+    return [json.loads(line) for line in open(f"{WHERE}/p_{name}.jsonl")]
+
+
+def table(name):
+    lines = open(f"{WHERE}/p_{name}.txt").read().splitlines()
+    cells = re.compile(r"\d+\.\d % \[[\d., ]+\]")
+    return {line.split()[0]: cells.findall(line) for line in lines if cells.search(line)}
+
+
+def paired(a, b, keep):
+    """How much more often b is right than a, in points, with its interval."""
+    scenes = {}
+    for x, y in zip(a, b):
+        assert x["index"] == y["index"] and x["truth"] == y["truth"]
+        if keep(x):
+            scenes.setdefault(x["scene"], []).append(y["correct"] - x["correct"])
+    scenes, rng = list(scenes.values()), random.Random(1)
+    def mean(sample):
+        return 100 * sum(map(sum, sample)) / sum(map(len, sample))
+    draws = sorted(mean(rng.choices(scenes, k=len(scenes))) for _ in range(10_000))
+    return f"{mean(scenes):+.1f} [{draws[249]:+.1f}, {draws[9749]:+.1f}]"
+
+
+have = [(look, label, f"{name}_{look}") for look, label, name in ROWS if os.path.exists(f"{WHERE}/p_{name}_{look}.txt")]
+out = """# eval on Rooms
+
+The whole pipeline on the embedded models: planner, program, detector, depth, VLM; greedy, seed 20261123, 95 % intervals with
+pictures as clusters; 1,000 questions in studio rooms and for shuffled pictures, 2,000 in lived-in ones. The files hold each question's truth and
+answer (without its text and the reply); `cargo test --release -- results` works the rows out of them again, and
+`scripts/rooms_table.py` made this page.
+
+```sh
+valor eval --bench rooms --tools real --greedy --n 1000 --seed 20261123 --look studio --planner configured --out rows.jsonl
+```
+
+with `--planner base`, `--look lived-in --n 2000` and `--shuffle-pictures` where the row says so; the tuned detector is the one of
+[grounding.md](grounding.md)'s first run, `--set detector.model=…/model`.
+
+| | all | seen frames | unseen frames |
+|---|---|---|---|
+"""
+for look, label, name in have:
+    a = table(name)["all"]
+    out += f"| [{label}, {look}](rooms/{name.replace('_', '-')}.jsonl) | {a[0]} | {a[1]} | {a[2]} |\n"
+names = {name for *_, name in have}
+for look in ("studio", "lived-in"):
+    columns = [(label, f"{name}_{look}") for l, label, name in ROWS if l == look and f"{name}_{look}" in names]
+    if not columns:
+        continue
+    tables = [table(name) for _, name in columns]
+    out += f"\nBy family, {look}:\n\n| | " + " | ".join(label for label, _ in columns) + " |\n|---" * 1
+    out += "|---" * len(columns) + "|\n"
+    for family in tables[0]:
+        if family != "all":
+            out += f"| {family} | " + " | ".join(t[family][0] for t in tables) + " |\n"
+    if {f"{n}_{look}" for n in ("tuned", "detector", "both")} <= names:
+        tuned, detector, both = (rows(f"{n}_{look}") for n in ("tuned", "detector", "both"))
+        out += f"\nBoth together against each alone, {look}, the same questions, points:\n\n"
+        out += "| | than the planner alone | than the detector alone |\n|---|---|---|\n"
+        for family in ["all"] + [f for f in tables[0] if f != "all"]:
+            keep = lambda r: family in ("all", r["family"])
+            out += f"| {family} | {paired(tuned, both, keep)} | {paired(detector, both, keep)} |\n"
+with open(f"{OUT}/rooms.md", "w") as f:
+    f.write(out)
+for name in names:
+    with open(f"{OUT}/rooms/{name.replace('_', '-')}.jsonl", "w") as f:
+        for r in rows(name):
+            f.write(json.dumps({k: r[k] for k in KEPT}, separators=(",", ":")) + "\n")
+print(out)
