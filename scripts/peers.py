@@ -13,8 +13,8 @@ Goes on where it stopped: every run is kept in the raw file (default WORK/runs.j
 is not run again, and the table has all that are there. Raise --runs for more; name another raw file to begin anew,
 as after a change of valor. Without --only, all cases: about half an hour a run on two quiet cores.
 
-Needs an interpreter with: pip install torch transformers safetensors numpy scipy peft (scipy: the detector's matcher;
-peft: lora_train). Work folder: 10 GB, by default in $XDG_CACHE_HOME or ~/.cache. DIR of --moge is a checkout of
+Needs an interpreter with: pip install torch transformers safetensors numpy scipy pillow peft (scipy and pillow: the
+detector's loss; peft: lora_train). Work folder: 10 GB, by default in $XDG_CACHE_HOME or ~/.cache. DIR of --moge is a checkout of
 github.com/microsoft/MoGe, without which its cases have valor's time only. Memory: 9 GB at most, in qwen_train.
 """
 import argparse, datetime, json, math, os, platform, shlex, statistics, subprocess, sys, time
