@@ -9,6 +9,7 @@ mod adapter;
 mod files;
 pub mod gguf;
 pub mod hub;
+mod pages;
 pub mod pickle;
 pub mod presets;
 mod pth;
@@ -69,7 +70,13 @@ impl Source {
 
     fn load(&self, name: &str, device: &Device) -> candle_core::Result<Tensor> {
         match self {
-            Self::Mapped(s) => s.get(name)?.load(device),
+            Self::Mapped(s) => {
+                let view = s.get(name)?;
+                let t = view.load(device)?;
+                // SAFETY: the view is of a file, which `MmapedSafetensors` maps for reading.
+                unsafe { pages::release(view.data()) };
+                Ok(t)
+            }
             Self::Static(s) => s.get(name)?.load(device),
             Self::Pth(p) => p.load(name, device),
             Self::Gguf(g) => g.load(name, device),

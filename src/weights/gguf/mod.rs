@@ -22,6 +22,7 @@ use candle_core::{DType, Device, Tensor};
 use memmap2::Mmap;
 
 use super::WeightsError;
+use super::pages::release;
 use crate::nn::packed::{Packed, is_packed};
 use header::Value;
 
@@ -190,20 +191,29 @@ impl Gguf {
     /// The bytes of a matrix, u8 on the CPU.
     pub(super) fn packed_bytes(&self, name: &str) -> candle_core::Result<Tensor> {
         let bytes = self.bytes(self.stored(name)?);
-        Tensor::from_slice(bytes, bytes.len(), &Device::Cpu)
+        let t = Tensor::from_slice(bytes, bytes.len(), &Device::Cpu);
+        // SAFETY: they are of the file, which is mapped for reading.
+        unsafe { release(bytes) };
+        t
     }
 
     /// The numbers of a tensor.
     pub(super) fn load(&self, name: &str, device: &Device) -> candle_core::Result<Tensor> {
         let t = self.stored(name)?;
         let Some(dtype) = t.kind.dtype else { candle_core::bail!("{name}: {} is not read", t.kind.name) };
-        if let Some((_, plain)) = WIDENED.iter().find(|w| w.0 == dtype) {
-            return Tensor::from_raw_buffer(self.bytes(t), *plain, &t.shape, device);
-        }
-        let row = t.shape.last().copied().unwrap_or(1);
-        let rows = t.shape.iter().product::<usize>() / row;
-        let numbers = Packed::new(dtype, (rows, row), self.bytes(t))?.unpacked()?;
-        numbers.reshape(t.shape.as_slice())?.to_device(device)
+        let bytes = self.bytes(t);
+        let numbers = match WIDENED.iter().find(|w| w.0 == dtype) {
+            Some((_, plain)) => Tensor::from_raw_buffer(bytes, *plain, &t.shape, device)?,
+            None => {
+                let row = t.shape.last().copied().unwrap_or(1);
+                let rows = t.shape.iter().product::<usize>() / row;
+                let numbers = Packed::new(dtype, (rows, row), bytes)?.unpacked()?;
+                numbers.reshape(t.shape.as_slice())?.to_device(device)?
+            }
+        };
+        // SAFETY: they are of the file, which is mapped for reading.
+        unsafe { release(bytes) };
+        Ok(numbers)
     }
 
     /// Bytes of memory that a network on the CPU takes.
