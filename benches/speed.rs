@@ -277,7 +277,7 @@ impl Bench {
         let ids = self.ids("qwen_ids")?.narrow(0, 0, 1)?.narrow(1, 0, tokens)?.contiguous()?;
         self.loaded();
         let logits = self.run(|| {
-            let mut cache = KvCache::new(&cfg, 1, tokens, &Device::Cpu)?;
+            let mut cache = KvCache::new(&cfg, 1, tokens, DType::F32, &Device::Cpu)?;
             Ok(net.logits(&forward(&net, &cfg, &ids, &mut cache)?)?)
         })?;
         Ok(json!({ "logits": sample(&logits)? }))
@@ -302,7 +302,7 @@ impl Bench {
             }
             last.context("no steps")
         };
-        let mut first = KvCache::new(&cfg, 1, PROMPT, &Device::Cpu)?;
+        let mut first = KvCache::new(&cfg, 1, PROMPT, DType::F32, &Device::Cpu)?;
         forward(&net, &cfg, &prompt, &mut first)?;
         let rows = || Ok(KvCache::from_prefix(&first, batch, PROMPT + NEW)?);
         steps(rows()?, 2)?;
