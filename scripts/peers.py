@@ -15,7 +15,7 @@ as after a change of valor. Without --only, all cases: about half an hour a run 
 
 Needs an interpreter with: pip install torch transformers safetensors numpy scipy pillow peft (scipy and pillow: the
 detector's loss; peft: lora_train). Work folder: 10 GB, by default in $XDG_CACHE_HOME or ~/.cache. DIR of --moge is a checkout of
-github.com/microsoft/MoGe, without which its cases have valor's time only. Memory: 9 GB at most, in qwen_train.
+github.com/microsoft/MoGe, without which its cases have valor's time only. Memory: 11 GB at most, in lora_train.
 """
 import argparse, datetime, json, math, os, platform, shlex, statistics, subprocess, sys, time
 from dataclasses import dataclass
