@@ -120,9 +120,10 @@ struct LinearLogProbs {
     targets: Vec<u32>,
 }
 
-/// Rows whose logits exist at one time: about 16 MB of them.
+/// Rows whose logits exist at one time: about 16 MB of them, or as many rows as make reading the weight worth
+/// its while.
 fn block_rows(vocab: usize) -> usize {
-    (4_194_304 / vocab.max(1)).clamp(16, 2048)
+    (4_194_304 / vocab.max(1)).clamp(256, 2048)
 }
 
 impl CustomOp2 for LinearLogProbs {
