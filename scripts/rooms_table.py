@@ -68,8 +68,8 @@ for look in ("studio", "lived-in"):
     if not columns:
         continue
     tables = [table(name) for _, name in columns]
-    out += f"\nBy family, {look}:\n\n| | " + " | ".join(label for label, _ in columns) + " |\n|---" * 1
-    out += "|---" * len(columns) + "|\n"
+    out += f"\nBy family, {look}:\n\n| | " + " | ".join(label for label, _ in columns) + " |\n"
+    out += "|---" * (1 + len(columns)) + "|\n"
     for family in tables[0]:
         if family != "all":
             out += f"| {family} | " + " | ".join(t[family][0] for t in tables) + " |\n"

@@ -138,9 +138,9 @@ impl AdamW {
     /// Adds `weight` times the gradients of one micro-batch to those waiting for the next step. A
     /// parameter without a gradient here contributes nothing.
     pub fn accumulate(&mut self, grads: &GradStore, weight: f64) -> Result<()> {
+        let weight = weight as f32;
         self.slots.par_iter_mut().try_for_each(|s| {
             let Some(g) = grads.get(&s.var) else { return Ok(()) };
-            let weight = weight as f32;
             // Sums are the host's, so that a GPU holds the gradients of one micro-batch.
             let g = g.detach().to_dtype(DType::F32)?.to_device(&Device::Cpu)?.contiguous()?;
             let held = Held::new(&g)?;
