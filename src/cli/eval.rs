@@ -139,7 +139,8 @@ pub struct EvalArgs {
     #[arg(long)]
     pub(super) shuffle_pictures: bool,
     /// The run's folder: samples.jsonl, results.json, report.html; a run that was broken off goes on.
-    /// For the bench rooms alone a FILE (with an ending, such as rows.jsonl): one JSON line per question
+    /// For the bench rooms alone a FILE (with an ending, such as rows.jsonl): one JSON line per question;
+    /// for rooms-verifier with --scenes a FILE of the replies, what they are worth and what passed
     #[arg(long, value_name = "DIR")]
     pub(super) out: Option<PathBuf>,
     /// Folder with the published benches' files, a folder of its name for each; the hub's cache if none

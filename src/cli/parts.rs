@@ -5,6 +5,7 @@ use crate::config::Config;
 use crate::eval::detection::AveragePrecision;
 use crate::eval::honesty::honesty;
 use crate::eval::parts;
+use crate::files::write_atomic;
 use crate::llm::ChatModels;
 use crate::pipeline::sandbox;
 use crate::planner::Planner;
@@ -24,7 +25,7 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
     let unused = [
         ("--vote", args.vote.is_some()),
         ("--shuffle-pictures", args.shuffle_pictures),
-        ("--out", args.out.is_some()),
+        ("--out", args.out.is_some() && args.scenes.is_none()),
         ("--pictures", args.pictures.is_some()),
         ("--data", args.data.is_some() && bench != Bench::Detection),
         ("--shard", args.shard.is_some()),
@@ -159,6 +160,11 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
                 writeln!(table, "  wrong ones that pass   {}  n {}", r.wrong_passed, r.wrong_passed.n)?;
                 writeln!(table, "  of those that pass, wrong  {}  n {}", r.passed_wrong, r.passed_wrong.n)?;
                 figures["whole"] = serde_json::to_value(&r)?;
+                if let Some(path) = &args.out {
+                    write_atomic(path, |w| {
+                        r.replies.iter().try_for_each(|l| writeln!(w, "{}", serde_json::to_string(l)?))
+                    })?;
+                }
             }
             figures
         }

@@ -17,6 +17,21 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
+/// A reply, what it is worth and what the verifier made of it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Labelled {
+    /// The question's number.
+    pub index: usize,
+    /// Is its sentence frame one that no training held?
+    pub held_out: bool,
+    pub question: String,
+    pub reply: String,
+    /// Right in every room.
+    pub right: bool,
+    /// By all heads.
+    pub passed: bool,
+}
+
 #[derive(Clone, Debug, Serialize)]
 pub struct HonestyReport {
     /// Rooms in which each program was run.
@@ -29,6 +44,9 @@ pub struct HonestyReport {
     pub passed_wrong: Share,
     /// Questions for which not as many rooms were found; their replies are left out.
     pub left_out: usize,
+    /// The replies that were not left out.
+    #[serde(skip)]
+    pub replies: Vec<Labelled>,
 }
 
 /// How many rooms are kept to choose from, in multiples of those wanted.
@@ -51,7 +69,7 @@ pub fn honesty(
     let pool: Vec<View> = (0..(POOL * n) as u64)
         .map(|i| rooms::generate(scene_seed(Split::Test, !seed, i), look, SIZE.0, SIZE.1))
         .collect();
-    let (mut labelled, mut left_out) = (Vec::new(), 0);
+    let (mut labelled, mut left_out): (Vec<Labelled>, usize) = (Vec::new(), 0);
     for (start, chunk) in asked.chunks(BATCH).enumerate().map(|(i, c)| (i * BATCH, c)) {
         let seeded = |(i, q): (usize, &Question)| (q.text.clone(), question_seed(seed, start + i, 0));
         let texts: Vec<(String, u64)> = chunk.iter().enumerate().map(seeded).collect();
@@ -61,19 +79,22 @@ pub fn honesty(
         let cases: Vec<(&str, &str)> =
             chunk.iter().zip(&replies).map(|(q, r)| (q.text.as_str(), r.as_str())).collect();
         let scored = verification.score(&cases, sandbox, |_| ())?;
-        for (i, ((q, reply), scored)) in chunk.iter().zip(&replies).zip(scored).enumerate() {
-            let number = (start + i) as u64;
+        for (i, ((q, reply), scored)) in chunk.iter().zip(replies).zip(scored).enumerate() {
+            let index = start + i;
             let passed = scored.format && scored.syntax && scored.heads.values().all(|v| v.ok == Some(true));
-            match right_everywhere(q, reply, &pool, n, number ^ seed, sandbox) {
-                Some(right) => labelled.push((number, right, passed)),
+            match right_everywhere(q, &reply, &pool, n, index as u64 ^ seed, sandbox) {
+                Some(right) => {
+                    let (held_out, question) = (q.held_out, q.text.clone());
+                    labelled.push(Labelled { index, held_out, question, reply, right, passed });
+                }
                 None => left_out += 1,
             }
             progress(start + i + 1);
         }
     }
     let share = |keep: &dyn Fn(bool, bool) -> bool, counts: &dyn Fn(bool, bool) -> bool| {
-        let these = labelled.iter().filter(|(_, right, passed)| keep(*right, *passed));
-        Share::clustered(these.map(|(number, right, passed)| (*number, counts(*right, *passed))))
+        let these = labelled.iter().filter(|l| keep(l.right, l.passed));
+        Share::clustered(these.map(|l| (l.index as u64, counts(l.right, l.passed))))
     };
     Ok(HonestyReport {
         rooms: n,
@@ -81,6 +102,7 @@ pub fn honesty(
         wrong_passed: share(&|right, _| !right, &|_, passed| passed),
         passed_wrong: share(&|_, passed| passed, &|right, _| !right),
         left_out,
+        replies: labelled,
     })
 }
 

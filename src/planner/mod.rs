@@ -20,14 +20,22 @@ pub const EXTENDED_TOOLS: &str = include_str!("../../data/prompts/planner-extend
 
 /// The instructions that a configuration names.
 pub fn prompt(cfg: &Config) -> Result<String, ConfigError> {
-    let own = |text: &str| match (cfg.sandbox.extended_tools, text.find(AFTER_TOOLS)) {
-        (false, _) => text.to_owned(),
-        (true, Some(at)) => format!("{}{EXTENDED_TOOLS}{}", &text[..at], &text[at..]),
-        (true, None) => format!("{}\n{EXTENDED_TOOLS}", text.trim_end()),
-    };
+    let extended = cfg.sandbox.extended_tools;
     match cfg.planner.prompt.as_str() {
-        "rooms" => Ok(own(ROOMS_PROMPT)),
-        "general" => Ok(own(GENERAL_PROMPT)),
+        // Told of more tools, that planner answered none of 1,000 questions.
+        "rooms" if extended => Err(ConfigError::Invalid {
+            origin: "sandbox.extended_tools".into(),
+            message:
+                "the instructions \"rooms\" are those that the embedded planner was trained with, and it \
+                      understands no others; choose another planner.model, with planner.prompt = \"general\""
+                    .into(),
+        }),
+        "rooms" => Ok(ROOMS_PROMPT.to_owned()),
+        "general" if extended => {
+            let (before, after) = GENERAL_PROMPT.split_once(AFTER_TOOLS).unwrap_or((GENERAL_PROMPT, ""));
+            Ok(format!("{before}{EXTENDED_TOOLS}{AFTER_TOOLS}{after}"))
+        }
+        "general" => Ok(GENERAL_PROMPT.to_owned()),
         file => std::fs::read_to_string(file).map_err(|e| ConfigError::Invalid {
             origin: "planner.prompt".into(),
             message: format!("{file}: {e}; give a file, or one of rooms and general"),

@@ -310,7 +310,10 @@ mod linux {
         let mut rules = Ruleset::default()
             .set_compatibility(CompatLevel::HardRequirement)
             .handle_access(AccessFs::from_all(files))
-            .map_err(|e| format!("this kernel's is too old (Linux 6.2 has what is needed): {e}"))?
+            .map_err(|_| match landlock_error() {
+                0 => "this kernel's is too old (Linux 6.2 has what is needed)".to_owned(),
+                error => why_no_landlock(error),
+            })?
             .set_compatibility(CompatLevel::BestEffort)
             .handle_access(AccessFs::from_all(newest))
             .and_then(|rules| rules.handle_access(AccessNet::from_all(newest)))

@@ -11,7 +11,8 @@ use rand_chacha::ChaCha8Rng;
 use super::frames::{loose_sentence, seen_frames, sentence};
 use super::mistakes::{Mistake, Reply, applies, base_mistakes, demonstration, judge};
 use super::recipe::{Measure, Recipe, Then};
-use super::spec::{AnyNoun, Family, Form, Spec, kind_of, plural};
+use super::spec::{AnyNoun, Family, Form, More, Most, Near, Side, Spec, kind_of, plural};
+use super::wording::invented;
 use super::{Colour, Kind};
 use crate::verify::Head;
 
@@ -41,14 +42,20 @@ fn training_frame(rng: &mut impl Rng) -> (Spec, usize) {
     }
 }
 
-/// A question and a reply as the base planner learns them; more than half of the questions in other words
-/// than their frame's, as people ask, and some replies not in the form that the planner is asked for.
-pub fn planner_sample(rng: &mut impl Rng) -> (String, String) {
+/// A question, more often than not in other words than its frame's, as people ask.
+fn loose_question(rng: &mut impl Rng) -> (Spec, String) {
     let (spec, frame) = training_frame(rng);
     let question = match rng.random_bool(0.6) {
         true => loose_sentence(&spec, frame, rng),
         false => sentence(&spec, frame),
     };
+    (spec, question)
+}
+
+/// A question in loose words and a reply as the base planner learns them, some not in the form that the
+/// planner is asked for.
+pub fn planner_sample(rng: &mut impl Rng) -> (String, String) {
+    let (spec, question) = loose_question(rng);
     let reply = demonstration(&spec, &base_mistakes(&spec, rng)).to_string();
     (question, if rng.random_bool(0.12) { sloppy(&reply, rng) } else { reply })
 }
@@ -67,6 +74,8 @@ fn sloppy(reply: &str, rng: &mut impl Rng) -> String {
 pub struct VerifierSample {
     pub head: Head,
     pub question: String,
+    /// The plan that the question wants.
+    pub wanted: String,
     pub plan: String,
     pub program: String,
     pub verdict: bool,
@@ -77,13 +86,16 @@ pub struct VerifierSample {
 /// A case for the verifier; for each head about half of the verdicts are objections, where the
 /// head applies.
 pub fn verifier_sample(rng: &mut impl Rng) -> VerifierSample {
+    if rng.random_bool(0.06) {
+        return strange_sample(rng);
+    }
     // To follow a program to its end takes the most practice.
     let head =
         if rng.random_bool(0.2) { Head::Adherence } else { *Head::ALL.choose(rng).expect("not empty") };
     // Now and then a head that does not apply: it must learn not to object.
     let any = rng.random_bool(0.1);
     let (spec, question) = loop {
-        let (spec, question) = training_question(rng);
+        let (spec, question) = loose_question(rng);
         if any || applies(&spec, head) {
             break (spec, question);
         }
@@ -102,10 +114,81 @@ pub fn verifier_sample(rng: &mut impl Rng) -> VerifierSample {
     VerifierSample {
         head,
         question,
+        wanted: spec.recipe().plan(),
         plan: reply.plan,
         program: reply.program,
         verdict: label.ok,
         applies: label.applies,
+    }
+}
+
+/// How two things stand to one another in ways that no program tells.
+const STRANGE: [&str; 24] = [
+    "heavier than",
+    "older than",
+    "newer than",
+    "softer than",
+    "cleaner than",
+    "more expensive than",
+    "less useful than",
+    "worth more than",
+    "made before",
+    "as old as",
+    "as heavy as",
+    "more visible to the camera than",
+    "warmer to the touch than",
+    "better lit than",
+    "better for a guest than",
+    "under",
+    "inside",
+    "next to",
+    "opposite",
+    "touching",
+    "hidden by",
+    "around",
+    "taller than",
+    "wider than",
+];
+
+/// A question how things stand to one another in a way of which the verifier knows no plan, with a plan
+/// for one that it knows: what a question says is what counts, not what it sounds like.
+fn strange_sample(rng: &mut impl Rng) -> VerifierSample {
+    let form = if rng.random_bool(0.7) { Form::CountBeside } else { Form::Position };
+    let (spec, side) = loop {
+        let mut supply = ChaCha8Rng::from_rng(rng);
+        let spec = Spec::draw(form, &mut AnyNoun(&mut supply), rng);
+        if let Some(spec @ (Spec::CountBeside { side, .. } | Spec::Position { side, .. })) = spec {
+            break (spec, side.text());
+        }
+    };
+    let frame = rng.random_range(0..seen_frames(form));
+    let loose = if rng.random_bool(0.4) { loose_sentence(&spec, frame, rng) } else { sentence(&spec, frame) };
+    let relation = match rng.random_bool(0.3) {
+        true => format!("{}er than", invented(rng)),
+        false => (*STRANGE.choose(rng).expect("not empty")).to_owned(),
+    };
+    let plan = spec.recipe().plan();
+    // Its last step tells which place of the box is compared.
+    let (steps, last) = plan.rsplit_once('\n').expect("a plan of several steps");
+    let begin = last.split(" whose ").next().expect("never empty");
+    let wanted = match form {
+        Form::CountBeside => format!("{begin} that are {relation} second."),
+        _ => {
+            format!("{}. Answer \"yes\" if it is {relation} second, else \"no\".", steps.lines().count() + 1)
+        }
+    };
+    let reply = match rng.random_bool(0.7) {
+        true => demonstration(&spec, &[]),
+        false => demonstration(&spec, &base_mistakes(&spec, rng)),
+    };
+    VerifierSample {
+        head: if rng.random_bool(0.6) { Head::Logic } else { Head::Spatial },
+        question: loose.replace(side, &relation),
+        wanted: format!("{}\n{wanted}", steps.replace(side, &relation)),
+        plan: reply.plan,
+        program: reply.program,
+        verdict: false,
+        applies: true,
     }
 }
 
@@ -122,14 +205,14 @@ fn verifier_reply(spec: &Spec, head: Head, right: bool, rng: &mut impl Rng) -> R
         return slipped(spec, &fitting, rng);
     }
     match rng.random_range(0..100) {
-        0..38 => demonstration(spec, &[*fitting.choose(rng).expect("no question is proof")]),
-        38..68 => slipped(spec, &fitting, rng),
-        68..80 => {
+        0..34 => demonstration(spec, &[*fitting.choose(rng).expect("no question is proof")]),
+        34..62 => slipped(spec, &fitting, rng),
+        62..72 => {
             let two: Vec<Mistake> = fitting.choose_multiple(rng, 2).copied().collect();
             demonstration(spec, &two)
         }
         // A good plan for another question, mostly of the same form.
-        80..88 => demonstration(&near_miss(spec, rng), &[]),
+        72..88 => demonstration(&near_miss(spec, rng), &[]),
         // A program for another question.
         88..93 => Reply { plan: spec.recipe().plan(), program: near_miss(spec, rng).recipe().program() },
         _ => degenerate(spec, rng),
@@ -314,14 +397,63 @@ fn taken_for(word: &str, rng: &mut impl Rng) -> Option<String> {
 fn near_miss(spec: &Spec, rng: &mut impl Rng) -> Spec {
     loop {
         let mut supply = ChaCha8Rng::from_rng(rng);
-        let other = match rng.random_bool(0.8) {
-            true => Spec::draw(spec.form(), &mut AnyNoun(&mut supply), rng),
-            false => Some(training_question(rng).0),
+        let other = match rng.random_range(0..10) {
+            0..4 => Spec::draw(spec.form(), &mut AnyNoun(&mut supply), rng),
+            4..8 => same_things(spec, rng),
+            _ => Some(training_question(rng).0),
         };
         if let Some(other) = other.filter(|o| o != spec && !shows_kept_mistake(spec, o)) {
             return other;
         }
     }
+}
+
+/// Another question about the same things: what a sentence is taken for by who does not know its words.
+fn same_things(spec: &Spec, rng: &mut impl Rng) -> Option<Spec> {
+    let mut nouns = spec.nouns();
+    if rng.random_bool(0.3) {
+        nouns.reverse();
+    }
+    // Who is at a loss names a thing twice.
+    let twice = nouns.len() == 1 && rng.random_bool(0.6) || rng.random_bool(0.1);
+    let (first, second) = (*nouns.first()?, if twice { nouns.first() } else { nouns.get(1) }.copied());
+    let kind = first.kind;
+    let plain = first.colour.is_none();
+    let mut others = vec![Spec::Count { of: first }, Spec::Exists { of: first }];
+    if plain {
+        others.push(Spec::Colour { of: kind });
+        others.push(Spec::ColourOfMost { of: kind, most: *Most::ALL[..4].choose(rng)? });
+    }
+    if let Some(second) = second {
+        let (near, side, more) = (*Near::ALL.choose(rng)?, *Side::ALL.choose(rng)?, *More::ALL.choose(rng)?);
+        others.push(Spec::Depth { a: first, b: second, near });
+        others.push(Spec::Position { a: first, b: second, side });
+        others.push(Spec::CompareCounts { a: first, b: second, more });
+        let side = *Side::ALL[..2].choose(rng)?;
+        others.push(Spec::CountBeside { of: first, than: second, side });
+        if plain {
+            let most = *Most::ALL[..2].choose(rng)?;
+            others.push(Spec::MostNearer { of: kind, most, than: second, near });
+        }
+    }
+    others.retain(|o| o.form() != spec.form());
+    if let Spec::Size { reference, reference_dim, metres, target, dim } = spec {
+        let (dim, reference_dim) = (*reference_dim, *dim);
+        others =
+            vec![Spec::Size { reference: *reference, reference_dim, metres: *metres, target: *target, dim }];
+    }
+    if let Spec::Superlative { of: [a, b, c], most } = *spec
+        && rng.random_bool(0.5)
+    {
+        let of = *[[a, a, c], [b, b, c], [a, c, c], [a, b, a]].choose(rng)?;
+        others = vec![Spec::Superlative { of, most }];
+    }
+    if let Spec::SideOptions { a, b, options } = spec
+        && rng.random_bool(0.5)
+    {
+        others = vec![Spec::SideOptions { a: *b, b: *a, options: options.clone() }];
+    }
+    others.choose(rng).cloned()
 }
 
 /// Would the other's plan, given for this question, be the mistake that is kept back?

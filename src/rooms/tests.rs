@@ -245,10 +245,13 @@ fn verifier_samples_are_mixed_and_withhold_one_mistake() {
 #[test]
 fn verifier_samples_hold_slips_of_copying_with_exact_labels() {
     let mut rng = rng(7);
-    let (mut number, mut noun, mut program_alone) = (0, 0, 0);
+    let (mut number, mut noun, mut program_alone, mut loose) = (0, 0, 0, 0);
     for _ in 0..6000 {
         let s = verifier_sample(&mut rng);
-        let Some((spec, _)) = super::frames::parse(&s.question) else { panic!("{}", s.question) };
+        let Some((spec, _)) = super::frames::parse(&s.question) else {
+            loose += 1;
+            continue;
+        };
         let label = judge(&spec, &s.plan, &s.program);
         assert_eq!((label.of(s.head).ok, label.of(s.head).applies), (s.verdict, s.applies));
         let (right, held) = (spec.recipe(), Recipe::from_plan(&s.plan));
@@ -264,6 +267,8 @@ fn verifier_samples_hold_slips_of_copying_with_exact_labels() {
         program_alone += usize::from(label.logic.ok && label.spatial.ok && !label.adherence.ok);
     }
     assert!(number > 20 && noun > 100 && program_alone > 200, "{number} {noun} {program_alone}");
+    // Questions as people put them, of which the words alone do not tell the frame.
+    assert!((2000..4000).contains(&loose), "{loose}");
 }
 
 #[test]

@@ -109,7 +109,7 @@ fn filler(rng: &mut impl Rng) -> String {
 }
 
 /// A word that nobody knows.
-fn invented(rng: &mut impl Rng) -> String {
+pub(super) fn invented(rng: &mut impl Rng) -> String {
     let letters = [b"bcdfghklmnprstvwz".as_slice(), b"aeiou"];
     let pick = |i: usize, rng: &mut _| char::from(*letters[i % 2].choose(rng).expect("not empty"));
     let begin = rng.random_range(0..2);

@@ -322,12 +322,14 @@ fn the_extended_tools_are_told_of_where_they_are_on() {
         let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
         valor::planner::prompt(&Config::resolve(None, &sets).unwrap()).unwrap()
     };
-    for prompt in ["planner.prompt=rooms", "planner.prompt=general"] {
-        assert!(!told(&[prompt]).contains("size3d"));
-        let with = told(&[prompt, "sandbox.extended_tools=true"]);
-        assert_eq!(with.matches("- `size3d(img_pth, bbox)`").count(), 1);
-        assert!(with.find("size3d").unwrap() < with.find("Rules:").unwrap_or(usize::MAX));
-    }
+    assert!(!told(&["planner.prompt=general"]).contains("size3d"));
+    let with = told(&["planner.prompt=general", "sandbox.extended_tools=true"]);
+    assert_eq!(with.matches("- `size3d(img_pth, bbox)`").count(), 1);
+    assert!(with.find("size3d").unwrap() < with.find("Rules:").unwrap());
+    // The embedded planner was trained without them.
+    let embedded = Config::resolve(None, &["sandbox.extended_tools=true".into()]).unwrap();
+    let refused = valor::planner::prompt(&embedded).unwrap_err().to_string();
+    assert!(refused.contains("sandbox.extended_tools") && refused.contains("planner.prompt"), "{refused}");
     let program = "final_answer = size3d(img_pth, [0, 0, 9, 9])[1]";
     let run = |on: bool| {
         let config = Config::resolve(None, &[format!("sandbox.extended_tools={on}")]).unwrap();

@@ -20,7 +20,6 @@ use crate::llm::{ChatModel, ChatRequest, SamplingOptions};
 use crate::models::qwen3::Qwen3;
 use crate::nn::{Params, frozen};
 use crate::rooms::demos::{VerifierSample, verifier_sample};
-use crate::rooms::frames;
 use crate::rooms::recipe::{Recipe, Then};
 use crate::train::lm::LmTrainee;
 use crate::train::run::{self, Metrics, Trainee};
@@ -58,7 +57,7 @@ fn turn(s: &VerifierSample) -> String {
 fn reason(s: &VerifierSample) -> String {
     match s.head {
         Head::Adherence => reason_of_program(&s.plan, &s.program),
-        _ => reason_of_plan(&s.question, &s.plan),
+        _ => reason_of_plan(&s.wanted, &s.plan),
     }
 }
 
@@ -105,9 +104,7 @@ fn compared(right: &str, held: &str) -> String {
 
 /// The right plan, each step compared with the one that the plan has in its place; and a step that
 /// has no business there.
-fn reason_of_plan(question: &str, plan: &str) -> String {
-    let (spec, _) = frames::parse(question).expect("training questions are of the grammar");
-    let right = spec.recipe().plan();
+fn reason_of_plan(right: &str, plan: &str) -> String {
     // A missing step moves the numbers of all that follow.
     let step = |line: &str| {
         line.trim().trim_start_matches(|c: char| c.is_ascii_digit() || c == '.').trim().to_owned()
