@@ -90,9 +90,18 @@ struct Prefixes {
     kept: Vec<Prefix>,
     /// The text part of the last call's first prompt: what the next one shares with it is worth keeping.
     last: Vec<u32>,
+    /// Its keys and values, where it came alone and was mostly new: what is shared need not be computed again.
+    last_cache: Option<Arc<KvCache>>,
     stats: Stats,
     /// Bytes of the waves that are running.
     running: usize,
+}
+
+impl Prefixes {
+    /// Memory of all that is kept from call to call.
+    fn bytes(&self) -> usize {
+        self.kept.iter().map(|k| &k.cache).chain(&self.last_cache).map(|c| c.bytes()).sum()
+    }
 }
 
 /// A running wave's keys and values, counted while it runs.
@@ -105,8 +114,7 @@ impl<'a> Counted<'a> {
     fn new(engine: &'a Engine, bytes: usize) -> Self {
         let mut p = engine.lock();
         p.running += bytes;
-        let held: usize = p.kept.iter().map(|k| k.cache.bytes()).sum();
-        p.stats.peak_kv_bytes = p.stats.peak_kv_bytes.max(held + p.running);
+        p.stats.peak_kv_bytes = p.stats.peak_kv_bytes.max(p.bytes() + p.running);
         Self { engine, bytes }
     }
 }
@@ -166,6 +174,7 @@ impl Engine {
         let mut p = self.lock();
         p.kept.clear();
         p.last.clear();
+        p.last_cache = None;
     }
 
     /// Continues all jobs; results are in their order.
@@ -266,8 +275,10 @@ impl Engine {
         let fits = |j: &Job| common(first, &j.ids).min(self.network.text_len(&j.ids)).min(j.ids.len() - 1);
         let all = jobs.iter().map(fits).min().unwrap_or(0);
         let mut p = self.lock();
-        let wanted = if jobs.len() > 1 { all } else { common(first, &p.last).min(all) };
+        let as_last = common(first, &p.last);
+        let wanted = if jobs.len() > 1 { all } else { as_last.min(all) };
         p.last = first.to_vec();
+        let last = p.last_cache.take().filter(|c| wanted <= as_last.min(c.len()));
         let kept = |p: &Prefixes| {
             let usable = p.kept.iter().enumerate().filter(|(_, k)| first[..all].starts_with(&k.ids));
             usable.max_by_key(|(_, k)| k.ids.len()).map(|(i, _)| i)
@@ -284,26 +295,49 @@ impl Engine {
         if wanted < have + self.options.min_prefix.max(1) || bytes > self.options.max_kv_bytes / 2 {
             return Ok(base);
         }
-        let held = |p: &Prefixes| p.kept.iter().map(|k| k.cache.bytes()).sum::<usize>();
         while !p.kept.is_empty()
             && (p.kept.len() >= self.options.max_prefixes.max(1)
-                || held(&p) + bytes > self.options.max_kv_bytes / 2)
+                || p.bytes() + bytes > self.options.max_kv_bytes / 2)
         {
             p.kept.remove(0);
         }
-        let mut cache = match &base {
-            Some(b) => KvCache::from_prefix(b, 1, wanted)?,
-            None => {
-                KvCache::new(self.network.config(), 1, wanted, self.network.decoder().dtype(), &self.device)?
+        let cache = match (last, &base) {
+            (Some(last), _) => last.head(wanted)?,
+            (None, base) => {
+                let mut cache = match base {
+                    Some(b) => KvCache::from_prefix(b, 1, wanted)?,
+                    None => {
+                        let (cfg, dtype) = (self.network.config(), self.network.decoder().dtype());
+                        KvCache::new(cfg, 1, wanted, dtype, &self.device)?
+                    }
+                };
+                let positions: Vec<Position> = (have as u32..wanted as u32).map(|p| [p; 3]).collect();
+                let new = vec![first[have..wanted].to_vec()];
+                self.prefill(&new, None, &[positions], 0, &[0], &mut cache)?;
+                p.stats.prefilled += wanted - have;
+                cache
             }
         };
-        let positions: Vec<Position> = (have as u32..wanted as u32).map(|p| [p; 3]).collect();
-        let new = vec![first[have..wanted].to_vec()];
-        self.prefill(&new, None, &[positions], 0, &[0], &mut cache)?;
-        p.stats.prefilled += wanted - have;
         let cache = Arc::new(cache);
         p.kept.push(Prefix { ids: first[..wanted].to_vec(), cache: cache.clone() });
         Ok(Some(cache))
+    }
+
+    /// Keeps what a prompt that came alone put into its cache, for the next one that begins like it. Not of a
+    /// prompt that mostly is a kept prefix: there the shared part is known.
+    fn keep_last(&self, ids: &[u32], shared: usize, cache: &KvCache) -> Result<()> {
+        let text = self.network.text_len(ids).min(cache.len());
+        let new = text.saturating_sub(shared);
+        if new < self.options.min_prefix.max(1) || 2 * new < text {
+            return Ok(());
+        }
+        let mut p = self.lock();
+        let (held, max) = (p.bytes() + text * self.kv_bytes_per_token(), self.options.max_kv_bytes);
+        if p.last.get(..text) == ids.get(..text) && held <= max / 2 && held + p.running <= max {
+            p.last_cache = Some(Arc::new(cache.head(text)?));
+            p.stats.peak_kv_bytes = p.stats.peak_kv_bytes.max(held + p.running);
+        }
+        Ok(())
     }
 
     /// Waves that run at once. On the processor the weights of a small network stay in its caches, and
@@ -325,7 +359,7 @@ impl Engine {
         shared: usize,
         lanes: usize,
     ) -> Result<Vec<Vec<usize>>> {
-        let held: usize = self.lock().kept.iter().map(|k| k.cache.bytes()).sum();
+        let held = self.lock().bytes();
         let room = self.options.max_kv_bytes.saturating_sub(held) / self.kv_bytes_per_token() / lanes;
         let most_rows = self.options.max_batch.min(jobs.len().div_ceil(lanes));
         let mut order: Vec<usize> = (0..jobs.len()).collect();
@@ -391,6 +425,9 @@ impl Engine {
         let features = if pictures.is_empty() { None } else { Some(Features::cat(&pictures)?) };
         let hidden = self.prefill(&ids, features.as_ref(), &positions, shared, &pads, &mut cache)?;
         let _counted = Counted::new(self, cache.bytes());
+        if let [job] = jobs {
+            self.keep_last(&job.ids, shared, &cache)?;
+        }
         {
             let mut p = self.lock();
             p.stats.waves += 1;

@@ -203,6 +203,13 @@ impl KvCache {
         Ok(Self { layers, len: prefix.len, capacity })
     }
 
+    /// A copy of the first `n` tokens of a cache of batch 1, without room for more.
+    pub fn head(&self, n: usize) -> Result<Self> {
+        let mut first = Self { layers: self.layers.clone(), len: self.len, capacity: self.capacity };
+        first.truncate(n);
+        Self::from_prefix(&first, 1, first.len)
+    }
+
     /// Tokens held.
     pub fn len(&self) -> usize {
         self.len
