@@ -3,6 +3,7 @@
 
 use super::cpu;
 use super::simd::{LANES, lanes_sum, madd, wide};
+use gemm::f16;
 use rayon::prelude::*;
 
 /// Up to this many rows; more are left to the GEMM.
@@ -24,6 +25,42 @@ pub(super) fn few_rows(x: &[f32], w: &[f32], k: usize, y: &mut [f32]) {
             unsafe { place.add_at(r * out + i * task, part) }
         }
     });
+}
+
+/// The numbers of halves.
+pub(super) fn widen(halves: &[f16], numbers: &mut [f32]) {
+    use candle_core::quantized::GgmlType;
+    f16::to_float(halves, numbers);
+}
+
+/// Halves of a weight that are widened at once.
+const WIDENED: usize = 16_384;
+
+/// [`product`] of a weight in halves, which are exact in f32. A row's result is the same to the last bit
+/// whoever shares its batch.
+pub(super) fn product_f16(x: &[f32], w: &[f16], k: usize, part: &mut [f32], wide: &mut Vec<f32>) {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx512f") {
+        // SAFETY: the processor has it.
+        return unsafe { avx512::blocks(x, w, k, part) };
+    }
+    dots_f16(x, w, k, part, wide)
+}
+
+/// [`dots`] with a few of the weight's rows widened at a time, which stay in the cache.
+fn dots_f16(x: &[f32], w: &[f16], k: usize, part: &mut [f32], wide: &mut Vec<f32>) {
+    let (rows, out) = (x.len() / k, w.len() / k);
+    let some = (WIDENED / k).max(1).next_multiple_of(4);
+    let mut of_some = vec![0f32; rows * some.min(out)];
+    for (c, w) in w.chunks(some * k).enumerate() {
+        let n = w.len() / k;
+        wide.resize(w.len(), 0.);
+        widen(w, wide);
+        dots(x, wide, k, &mut of_some[..rows * n]);
+        for (to, from) in part.chunks_exact_mut(out).zip(of_some.chunks_exact(n)) {
+            to[c * some..c * some + n].copy_from_slice(from);
+        }
+    }
 }
 
 /// `part = x wᵀ`, where it is zeros before.
@@ -102,7 +139,40 @@ fn tile<const FMA: bool, const R: usize, const C: usize>(x: &[f32], w: &[f32], k
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use crate::nn::simd::transpose;
+    use gemm::f16;
     use std::arch::x86_64::*;
+
+    /// Numbers of a weight.
+    pub trait Element: Copy {
+        /// The first `n` of at most 16, as f32; zeros beyond.
+        ///
+        /// # Safety
+        /// The processor must have AVX-512; `n` of them are read.
+        unsafe fn load(from: *const Self, n: usize) -> __m512;
+    }
+
+    impl Element for f32 {
+        #[inline(always)]
+        unsafe fn load(from: *const Self, n: usize) -> __m512 {
+            // SAFETY: by the caller's word.
+            unsafe { _mm512_maskz_loadu_ps(mask(n), from) }
+        }
+    }
+
+    impl Element for f16 {
+        #[inline(always)]
+        unsafe fn load(from: *const Self, n: usize) -> __m512 {
+            // SAFETY: by the caller's word.
+            unsafe {
+                if n == SIDE {
+                    return _mm512_cvtph_ps(_mm256_loadu_si256(from.cast()));
+                }
+                let mut halves = [f16::ZERO; SIDE];
+                std::ptr::copy_nonoverlapping(from, halves.as_mut_ptr(), n);
+                _mm512_cvtph_ps(_mm256_loadu_si256(halves.as_ptr().cast()))
+            }
+        }
+    }
 
     /// Side of a block of the weight: what 16 registers hold.
     const SIDE: usize = 16;
@@ -110,7 +180,7 @@ mod avx512 {
     /// Takes the weight in blocks of 16 × 16, transposed in registers, so that 16 outputs of a row grow
     /// together and none has to be summed over lanes. An element is summed over `k` from its beginning.
     #[target_feature(enable = "avx512f")]
-    pub fn blocks(x: &[f32], w: &[f32], k: usize, part: &mut [f32]) {
+    pub fn blocks<T: Element>(x: &[f32], w: &[T], k: usize, part: &mut [f32]) {
         let (rows, out) = (x.len() / k, w.len() / k);
         assert!(x.len() == rows * k && w.len() == out * k && part.len() == rows * out);
         for col in (0..out).step_by(SIDE) {
@@ -146,12 +216,12 @@ mod avx512 {
 
     /// `cols` rows of the weight, `depth` of `k`, as `depth` registers of `cols` numbers; zeros beyond.
     #[target_feature(enable = "avx512f")]
-    fn load(w: &[f32], k: usize, cols: usize, depth: usize) -> [__m512; SIDE] {
+    fn load<T: Element>(w: &[T], k: usize, cols: usize, depth: usize) -> [__m512; SIDE] {
         let mut rows = [_mm512_setzero_si512(); SIDE];
         for (i, row) in rows.iter_mut().enumerate().take(cols) {
             let from = &w[i * k..i * k + depth];
             // SAFETY: only the first `depth` are read.
-            *row = unsafe { _mm512_maskz_loadu_epi32(mask(depth), from.as_ptr().cast()) };
+            *row = unsafe { _mm512_castps_si512(T::load(from.as_ptr(), depth)) };
         }
         // Not by `map`, whose closure is called, sixteen times.
         let mut block = [_mm512_setzero_ps(); SIDE];
@@ -216,6 +286,27 @@ mod tests {
                     assert!((f64::from(*y) - exact).abs() < 1e-6 * k as f64, "{rows} {out} {k}: {y} {exact}");
                 }
             }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn halves_are_what_they_widen_to() -> candle_core::Result<()> {
+        for (rows, out, k) in [(1, 1, 1), (3, 5, 7), (5, 16, 32), (9, 260, 45), (40, 35, 4000)] {
+            let (x, w) = (random((rows, k), 1)?, random((out, k), 2)?);
+            let (x, w): (Vec<f32>, Vec<f32>) = (x.flatten_all()?.to_vec1()?, w.flatten_all()?.to_vec1()?);
+            let halves: Vec<f16> = w.iter().map(|w| f16::from_f32(*w)).collect();
+            let mut w = vec![0.; w.len()];
+            widen(&halves, &mut w);
+            let of = |kernel: &dyn Fn(&mut [f32])| {
+                let mut y = vec![0f32; rows * out];
+                kernel(&mut y);
+                y
+            };
+            let got = of(&|y| product_f16(&x, &halves, k, y, &mut Vec::new()));
+            assert!(got == of(&|y| product(&x, &w, k, y)), "{rows} {out} {k}");
+            let got = of(&|y| dots_f16(&x, &halves, k, y, &mut Vec::new()));
+            assert!(got == of(&|y| dots(&x, &w, k, y)), "{rows} {out} {k}");
         }
         Ok(())
     }

@@ -1,21 +1,25 @@
 //! Weight matrices that stay in memory as GGUF packs them: blocks of a few bits a number, with scales.
 //!
 //! For inference on the CPU; no gradient passes through (a backward pass is an error). A product with
-//! quantised weights quantises its input too, each row by itself to 8 bits, as llama.cpp does, and sums
-//! integers within a block; F16 is widened and nothing is lost. A row's result is the same to the last
-//! bit whoever shares its batch. The arithmetic of blocks is candle's. Its `QMatMul` is not used: on x86
-//! it keeps a second copy of the weights, rearranged, and chooses kernels by the number of rows.
+//! quantised weights quantises its input too (see [`product`]); F16 is widened and nothing is lost. A
+//! row's result is the same to the last bit whoever shares its batch, and how many do. Candle's `QMatMul`
+//! is not used: on x86 it keeps a second copy of the weights, rearranged, and chooses kernels by the
+//! number of rows.
+
+mod formats;
+mod kernels;
+mod product;
 
 use std::sync::Arc;
 
-use candle_core::quantized::k_quants::{BlockQ4K, BlockQ5K, BlockQ6K, BlockQ8_0};
-use candle_core::quantized::{GgmlDType, GgmlType};
+use candle_core::quantized::GgmlDType;
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Storage, Tensor};
 use gemm::f16;
 use rayon::prelude::*;
 
 use super::cpu;
 use super::few_rows;
+use formats::{Q4K, Q5K, Q6K, Q8_0};
 
 /// How a matrix can be packed, with the ends of names under which a layer asks for it: where a
 /// builder has `weight.q4_k`, it gives the bytes of that matrix instead of its numbers.
@@ -44,20 +48,30 @@ pub(super) fn packed_name(name: &str, has: impl Fn(&str) -> bool) -> Option<(Str
 
 enum Blocks {
     F16(Vec<f16>),
-    Q8_0(Vec<BlockQ8_0>),
-    Q4K(Vec<BlockQ4K>),
-    Q5K(Vec<BlockQ5K>),
-    Q6K(Vec<BlockQ6K>),
+    Quantized(Vec<u8>),
 }
 
-macro_rules! with_blocks {
-    ($blocks:expr, $b:ident => $body:expr) => {
-        match $blocks {
-            Blocks::F16($b) => $body,
-            Blocks::Q8_0($b) => $body,
-            Blocks::Q4K($b) => $body,
-            Blocks::Q5K($b) => $body,
-            Blocks::Q6K($b) => $body,
+/// `$body` with `$f` for the format that is not F16.
+macro_rules! with_format {
+    ($dtype:expr, $f:ident => $body:expr) => {
+        match $dtype {
+            GgmlDType::Q8_0 => {
+                type $f = Q8_0;
+                $body
+            }
+            GgmlDType::Q4K => {
+                type $f = Q4K;
+                $body
+            }
+            GgmlDType::Q5K => {
+                type $f = Q5K;
+                $body
+            }
+            GgmlDType::Q6K => {
+                type $f = Q6K;
+                $body
+            }
+            other => unreachable!("{other:?} is not made"),
         }
     };
 }
@@ -77,19 +91,6 @@ impl std::fmt::Debug for Packed {
     }
 }
 
-/// # Safety
-/// Any bytes must be a valid `T`.
-unsafe fn blocks<T>(bytes: &[u8]) -> Vec<T> {
-    let n = bytes.len() / size_of::<T>();
-    let mut all = Vec::<T>::with_capacity(n);
-    // SAFETY: there is room for `n`, all of which are written; they are valid by the caller's word.
-    unsafe {
-        std::ptr::copy_nonoverlapping(bytes.as_ptr(), all.as_mut_ptr().cast(), n * size_of::<T>());
-        all.set_len(n);
-    }
-    all
-}
-
 impl Packed {
     /// From the bytes of its rows, which follow one another.
     pub fn new(dtype: GgmlDType, (out, inp): (usize, usize), bytes: &[u8]) -> Result<Self> {
@@ -98,16 +99,12 @@ impl Packed {
         if inp == 0 || !inp.is_multiple_of(block) || needs != Some(bytes.len()) {
             candle_core::bail!("packed: {} bytes are no [{out}, {inp}] of {dtype:?}", bytes.len())
         }
-        // SAFETY: blocks are plain numbers and arrays of them, without padding.
-        let blocks = unsafe {
-            match dtype {
-                GgmlDType::F16 => Blocks::F16(blocks(bytes)),
-                GgmlDType::Q8_0 => Blocks::Q8_0(blocks(bytes)),
-                GgmlDType::Q4K => Blocks::Q4K(blocks(bytes)),
-                GgmlDType::Q5K => Blocks::Q5K(blocks(bytes)),
-                GgmlDType::Q6K => Blocks::Q6K(blocks(bytes)),
-                _ => candle_core::bail!("packed: {dtype:?} is not read"),
+        let blocks = match dtype {
+            GgmlDType::F16 => {
+                Blocks::F16(bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]])).collect())
             }
+            _ if is_packed(dtype) => Blocks::Quantized(bytes.to_vec()),
+            _ => candle_core::bail!("packed: {dtype:?} is not read"),
         };
         Ok(Self { out, inp, dtype, blocks: Arc::new(blocks) })
     }
@@ -129,7 +126,9 @@ impl Packed {
     /// The numbers, f32 `[out, in]`.
     pub fn unpacked(&self) -> Result<Tensor> {
         let mut all = vec![0f32; self.out * self.inp];
-        with_blocks!(&*self.blocks, b => unpack(b, &mut all));
+        // In parts, as a table of embeddings is large.
+        let rows = cpu::rows_per_task(self.inp);
+        all.par_chunks_mut(rows * self.inp).enumerate().for_each(|(i, part)| self.unpack(i * rows, part));
         Tensor::from_vec(all, (self.out, self.inp), &Device::Cpu)
     }
 
@@ -142,13 +141,24 @@ impl Packed {
             candle_core::bail!("embedding: row {id} of {}", self.out)
         }
         let mut rows = vec![0f32; ids.len() * self.inp];
-        with_blocks!(&*self.blocks, b => {
-            let per_row = b.len() / self.out;
-            for (row, id) in rows.chunks_exact_mut(self.inp).zip(ids) {
-                unpack(&b[id as usize * per_row..][..per_row], row);
-            }
-        });
+        for (row, id) in rows.chunks_exact_mut(self.inp).zip(ids) {
+            self.unpack(id as usize, row);
+        }
         Tensor::from_vec(rows, shape, &Device::Cpu)
+    }
+
+    /// Whole rows' numbers, from a row on.
+    fn unpack(&self, row: usize, numbers: &mut [f32]) {
+        match &*self.blocks {
+            Blocks::F16(w) => {
+                few_rows::widen(&w[row * self.inp..][..numbers.len()], numbers);
+            }
+            Blocks::Quantized(w) => {
+                let per_row = w.len() / self.out;
+                let w = &w[row * per_row..][..numbers.len() / self.inp * per_row];
+                with_format!(self.dtype, F => formats::unpack::<F>(w, numbers));
+            }
+        }
     }
 
     /// `x Wᵀ`, `[.., in]` → `[.., out]`.
@@ -182,10 +192,9 @@ impl CustomOp1 for Packed {
         let mut y = vec![0f32; x.len() / self.inp * self.out];
         match &*self.blocks {
             Blocks::F16(w) => widened(w, x, self.inp, &mut y),
-            Blocks::Q8_0(w) => quantized(w, x, self.inp, &mut y),
-            Blocks::Q4K(w) => quantized(w, x, self.inp, &mut y),
-            Blocks::Q5K(w) => quantized(w, x, self.inp, &mut y),
-            Blocks::Q6K(w) => quantized(w, x, self.inp, &mut y),
+            Blocks::Quantized(w) => {
+                with_format!(self.dtype, F => product::product::<F>(w, x, self.inp, &mut y));
+            }
         }
         let mut shape = layout.dims().to_vec();
         shape.pop();
@@ -194,68 +203,22 @@ impl CustomOp1 for Packed {
     }
 }
 
-fn unpack<T: GgmlType>(blocks: &[T], numbers: &mut [f32]) {
-    let per_block = T::BLCK_SIZE;
-    // In parts, as a table of embeddings is large.
-    let part = (32_768 / per_block).max(1);
-    numbers
-        .par_chunks_mut(part * per_block)
-        .zip(blocks.par_chunks(part))
-        .for_each(|(n, b)| T::to_float(b, n));
-}
-
 /// Rows of the input that meet a task's weights while those are in the cache.
-const TILE: usize = 16;
-
-/// `y += x wᵀ`, the rows of `x` quantised as `w`'s blocks want it.
-fn quantized<T: GgmlType>(w: &[T], x: &[f32], k: usize, y: &mut [f32]) {
-    let per_row = k / T::BLCK_SIZE;
-    let (rows, out) = (x.len() / k, w.len() / per_row);
-    let mut quantized = vec![T::VecDotType::zeros(); rows * per_row];
-    quantized
-        .par_chunks_mut(per_row)
-        .zip(x.par_chunks_exact(k))
-        .for_each(|(q, x)| T::VecDotType::from_float(x, q));
-    // Weight rows per task: 4 at a time in the kernel, and enough work to be worth a task.
-    let task = cpu::rows_per_task(k).next_multiple_of(4);
-    let place = cpu::Out::new(y);
-    w.par_chunks(task * per_row).enumerate().for_each(|(i, w)| {
-        for (t, tile) in quantized.chunks(TILE * per_row).enumerate() {
-            for (c, w) in w.chunks(4 * per_row).enumerate() {
-                for (r, x) in tile.chunks_exact(per_row).enumerate() {
-                    let mut d = [0f32; 4];
-                    let n = w.len() / per_row;
-                    if n == 4 {
-                        let [a, b, c, e] = std::array::from_fn(|j| &w[j * per_row..(j + 1) * per_row]);
-                        d = T::vec_dot_4(k, a, b, c, e, x).into();
-                    } else {
-                        for (d, w) in d.iter_mut().zip(w.chunks_exact(per_row)) {
-                            *d = T::vec_dot(k, w, x);
-                        }
-                    }
-                    // SAFETY: the columns of this task's weight rows are written by it alone.
-                    unsafe { place.add_at((t * TILE + r) * out + i * task + 4 * c, &d[..n]) }
-                }
-            }
-        }
-    });
-}
+const TILE: usize = 64;
 
 /// `y += x wᵀ` in f32.
 fn widened(w: &[f16], x: &[f32], k: usize, y: &mut [f32]) {
     let out = w.len() / k;
-    let task = cpu::rows_per_task(k).next_multiple_of(4);
+    let task = cpu::rows_per_task(k).next_multiple_of(16);
     let place = cpu::Out::new(y);
     w.par_chunks(task * k).enumerate().for_each_init(
         || (Vec::new(), Vec::new()),
-        |(wide, part), (i, w)| {
-            wide.resize(w.len(), 0.);
-            f16::to_float(w, wide);
+        |(part, wide), (i, w)| {
             let n = w.len() / k;
             for (t, x) in x.chunks(TILE * k).enumerate() {
                 part.clear();
                 part.resize(x.len() / k * n, 0.);
-                few_rows::product(x, wide, k, part);
+                few_rows::product_f16(x, w, k, part, wide);
                 for (r, part) in part.chunks_exact(n).enumerate() {
                     // SAFETY: the columns of this task's weight rows are written by it alone.
                     unsafe { place.add_at((t * TILE + r) * out + i * task, part) }
@@ -282,7 +245,10 @@ mod tests {
         for (dtype, _) in PACKINGS {
             let (out, inp) = (35, 512);
             let p = packed(out, inp, dtype)?;
-            let plain = Linear::new(p.unpacked()?, None);
+            let numbers = p.unpacked()?;
+            let candle = QTensor::quantize(random((out, inp), 2)?.as_tensor(), dtype)?;
+            assert_eq!(numbers.to_vec2::<f32>()?, candle.dequantize(&Device::Cpu)?.to_vec2::<f32>()?);
+            let plain = Linear::new(numbers, None);
             let x = random((3, 7, inp), 1)?;
             let (got, want) = (p.forward(&x)?, plain.forward(&x)?);
             assert_eq!(got.dims(), [3, 7, out]);
@@ -304,7 +270,9 @@ mod tests {
                 p.forward(&x.narrow(0, from, n)?)?.to_vec2()
             };
             let all = y(0, 130)?;
-            for (from, n) in [(0, 1), (17, 1), (129, 1), (3, 2), (5, 16), (1, 64), (30, 100)] {
+            for (from, n) in
+                [(0, 1), (17, 1), (129, 1), (3, 2), (5, 16), (1, 64), (30, 100), (1, 32), (1, 33)]
+            {
                 assert_eq!(y(from, n)?, all[from..from + n], "{dtype:?}");
             }
         }
