@@ -56,6 +56,7 @@ impl Input {
     }
 
     /// Can kernels read `rows` from `row` on, `depth` from `at` on?
+    #[cfg(target_arch = "x86_64")]
     pub fn holds<F: Format>(&self, row: usize, rows: usize, at: usize, depth: usize) -> bool {
         let end = (row + rows) * self.k;
         rows > 0
