@@ -22,7 +22,7 @@ pub const EXTENDED_TOOLS: &str = include_str!("../../data/prompts/planner-extend
 pub fn prompt(cfg: &Config) -> Result<String, ConfigError> {
     let extended = cfg.sandbox.extended_tools;
     match cfg.planner.prompt.as_str() {
-        // Told of more tools, that planner answered none of 1,000 questions.
+        // Told of more tools, that planner got none of 1,000 questions right.
         "rooms" if extended => Err(ConfigError::Invalid {
             origin: "sandbox.extended_tools".into(),
             message:

@@ -211,7 +211,7 @@ fn verifier_reply(spec: &Spec, head: Head, right: bool, rng: &mut impl Rng) -> R
             let two: Vec<Mistake> = fitting.choose_multiple(rng, 2).copied().collect();
             demonstration(spec, &two)
         }
-        // A good plan for another question, mostly of the same form.
+        // A good plan for another question, mostly about the same things or of the same form.
         72..88 => demonstration(&near_miss(spec, rng), &[]),
         // A program for another question.
         88..93 => Reply { plan: spec.recipe().plan(), program: near_miss(spec, rng).recipe().program() },

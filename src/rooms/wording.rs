@@ -1,5 +1,5 @@
-//! Frames said in other ways: what a planner reads besides the frames themselves, so that it learns to
-//! look for what a question names and not for how its sentence goes.
+//! Frames said in other ways: what planner and verifier read besides the frames themselves, so that they
+//! learn to look for what a question names and not for how its sentence goes.
 //!
 //! A frame's slots and their order stay; the words around them are dropped, exchanged, added, invented.
 //! Held-out frames are no source of these words.
