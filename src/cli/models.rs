@@ -13,7 +13,7 @@ use crate::files::write_atomic;
 use crate::fit;
 use crate::weights::hub::Hub;
 use crate::weights::source::{HUB, HubSource, Source};
-use crate::weights::{Checkpoint, Gguf, ModelFiles, gguf, presets};
+use crate::weights::{Checkpoint, Gguf, ModelFiles, delta, gguf, presets};
 
 /// Fetch, check, look into and convert checkpoints
 #[derive(clap::Args, Debug)]
@@ -47,6 +47,11 @@ enum ModelsCommand {
     /// without running anything; a file that names code is refused. What a GGUF file has quantised is
     /// written in f32, under the names that the hub's checkpoints have.
     Convert(ConvertArgs),
+    /// Write what a training changed, at a byte a number, as a folder that stands for the whole model
+    ///
+    /// Half the size of the whole in f16. The numbers are rounded to 127 steps of the largest change in their
+    /// row: measure the result before the whole is deleted.
+    Delta(DeltaArgs),
 }
 
 #[derive(clap::Args, Debug)]
@@ -104,6 +109,22 @@ struct ConvertArgs {
     force: bool,
 }
 
+#[derive(clap::Args, Debug)]
+struct DeltaArgs {
+    /// The tuned model: a folder
+    tuned: PathBuf,
+    /// The folder to write
+    to: PathBuf,
+    /// What it was before, as the delta will name it: embedded-base, a folder, a preset or hub:OWNER/NAME
+    #[arg(long)]
+    base: String,
+    /// Which part of the pipeline it is, for an embedded base
+    #[arg(long, default_value = "detector", value_parser = PARTS)]
+    part: String,
+}
+
+const PARTS: [&str; 5] = ["planner", "detector", "depth", "vlm", "verifier"];
+
 pub fn run(args: ModelsArgs) -> Result<ExitCode> {
     match args.command {
         ModelsCommand::List(args) => list(&args)?,
@@ -112,6 +133,7 @@ pub fn run(args: ModelsArgs) -> Result<ExitCode> {
         ModelsCommand::Rm(args) => rm(&args)?,
         ModelsCommand::Show(args) => show(&args)?,
         ModelsCommand::Convert(args) => convert(&args)?,
+        ModelsCommand::Delta(args) => write_delta(&args)?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -314,6 +336,23 @@ fn show_gguf(args: &ShowArgs) -> Result<()> {
     }
     let architecture = file.architecture()?;
     eprintln!("{architecture}: {} tensors, {numbers} numbers, {}", file.tensors().len(), size(bytes as u64));
+    Ok(())
+}
+
+fn write_delta(args: &DeltaArgs) -> Result<()> {
+    ensure!(!args.to.exists(), "{} is there already; name another folder", args.to.display());
+    let part = PARTS.into_iter().find(|p| *p == args.part).context("no such part")?;
+    let base = ModelFiles::open(&args.base, part)?.checkpoint()?;
+    let tuned = ModelFiles::open(&args.tuned.display().to_string(), part)?.checkpoint()?;
+    let changes = delta::between(&base, &tuned)?;
+    ensure!(!changes.is_empty(), "{} is the same as {}", args.tuned.display(), args.base);
+    let count = changes.len() / 2;
+    let bytes = safetensors::serialize(changes, None).context("the differences as safetensors")?;
+    std::fs::create_dir_all(&args.to).with_context(|| args.to.display().to_string())?;
+    write_atomic(&args.to.join(delta::WEIGHTS), |w| w.write_all(&bytes))?;
+    let config = serde_json::to_string_pretty(&delta::Config { base: args.base.clone() })?;
+    write_atomic(&args.to.join(delta::CONFIG), |w| writeln!(w, "{config}"))?;
+    eprintln!("{count} tensors changed, {:.1} MB: {}", bytes.len() as f64 / 1e6, args.to.display());
     Ok(())
 }
 

@@ -42,7 +42,7 @@ pub type Origins = BTreeMap<String, String>;
 /// Where a network's weights come from: `"embedded"`, a path, a preset, or the hub.
 pub const EMBEDDED: &str = "embedded";
 
-/// The embedded planner before its training; of other models the same as [`EMBEDDED`].
+/// The embedded planner or detector before its training; of other models the same as [`EMBEDDED`].
 pub const EMBEDDED_BASE: &str = "embedded-base";
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

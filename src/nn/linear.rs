@@ -78,10 +78,13 @@ impl Linear {
 
     /// `[.., in]` → `[.., out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        match &self.lora {
-            Some(lora) => self.base(x)? + lora.forward(x)?,
-            None => self.base(x),
+        let Some(lora) = &self.lora else { return self.base(x) };
+        if let (Weight::Plain(w), None) = (&self.weight, &self.bias)
+            && let Some(y) = lora.fused(x, w)?
+        {
+            return Ok(y);
         }
+        self.base(x)? + lora.forward(x)?
     }
 
     fn base(&self, x: &Tensor) -> Result<Tensor> {
@@ -146,7 +149,7 @@ impl Linear {
 
 /// The linear map with its own backward: one GEMM per gradient that is wanted, none for frozen
 /// weights or constant inputs, and no transposed copies.
-struct LinearOp;
+pub(super) struct LinearOp;
 
 impl LinearOp {
     fn forward(
@@ -169,7 +172,7 @@ impl LinearOp {
     }
 
     /// `y = x wᵀ (+ y)`; `y` is zeros unless it is to be added to.
-    fn product(x: &[f32], w: &[f32], k: usize, y: &mut [f32], accumulate: bool) {
+    pub(super) fn product(x: &[f32], w: &[f32], k: usize, y: &mut [f32], accumulate: bool) {
         let (rows, out) = (x.len() / k, w.len() / k);
         if rows <= FEW {
             few_rows(x, w, k, y);

@@ -8,7 +8,7 @@ use rand::seq::{IndexedRandom, SliceRandom};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::frames::{loose_sentence, seen_frames, sentence};
+use super::frames::{loose_sentence, other_sentence, seen_frames, sentence};
 use super::mistakes::{Mistake, Reply, applies, base_mistakes, demonstration, judge};
 use super::recipe::{Measure, Recipe, Then};
 use super::spec::{AnyNoun, Family, Form, More, Most, Near, Side, Spec, kind_of, plural};
@@ -52,6 +52,16 @@ fn loose_question(rng: &mut impl Rng) -> (Spec, String) {
     (spec, question)
 }
 
+/// A question as a critic may meet it: also in words that no question of training has.
+fn critic_question(rng: &mut impl Rng) -> (Spec, String) {
+    if rng.random_bool(0.6) {
+        return loose_question(rng);
+    }
+    let (spec, frame) = training_frame(rng);
+    let question = other_sentence(&spec, frame, rng);
+    (spec, question)
+}
+
 /// A question in loose words and a reply as the base planner learns them, some not in the form that the
 /// planner is asked for.
 pub fn planner_sample(rng: &mut impl Rng) -> (String, String) {
@@ -89,13 +99,16 @@ pub fn verifier_sample(rng: &mut impl Rng) -> VerifierSample {
     if rng.random_bool(0.06) {
         return strange_sample(rng);
     }
+    if rng.random_bool(0.2) {
+        return reading_sample(rng);
+    }
     // To follow a program to its end takes the most practice.
     let head =
         if rng.random_bool(0.2) { Head::Adherence } else { *Head::ALL.choose(rng).expect("not empty") };
     // Now and then a head that does not apply: it must learn not to object.
     let any = rng.random_bool(0.1);
     let (spec, question) = loop {
-        let (spec, question) = loose_question(rng);
+        let (spec, question) = critic_question(rng);
         if any || applies(&spec, head) {
             break (spec, question);
         }
@@ -111,6 +124,33 @@ pub fn verifier_sample(rng: &mut impl Rng) -> VerifierSample {
         reply = verifier_reply(&spec, head, wanted, rng);
         label = judge(&spec, &reply.plan, &reply.program).of(head);
     }
+    VerifierSample {
+        head,
+        question,
+        wanted: spec.recipe().plan(),
+        plan: reply.plan,
+        program: reply.program,
+        verdict: label.ok,
+        applies: label.applies,
+    }
+}
+
+/// Is this what was asked? A question in words of its own, and a plan without mistakes for it or for another
+/// question about the same things.
+fn reading_sample(rng: &mut impl Rng) -> VerifierSample {
+    let (spec, frame) = training_frame(rng);
+    let question = match rng.random_bool(0.7) {
+        true => other_sentence(&spec, frame, rng),
+        false => loose_sentence(&spec, frame, rng),
+    };
+    let head =
+        if applies(&spec, Head::Spatial) && rng.random_bool(0.3) { Head::Spatial } else { Head::Logic };
+    let other = match rng.random_bool(0.55) {
+        true => same_things(&spec, rng).filter(|o| !shows_kept_mistake(&spec, o)),
+        false => None,
+    };
+    let reply = demonstration(other.as_ref().unwrap_or(&spec), &[]);
+    let label = judge(&spec, &reply.plan, &reply.program).of(head);
     VerifierSample {
         head,
         question,
@@ -205,16 +245,16 @@ fn verifier_reply(spec: &Spec, head: Head, right: bool, rng: &mut impl Rng) -> R
         return slipped(spec, &fitting, rng);
     }
     match rng.random_range(0..100) {
-        0..34 => demonstration(spec, &[*fitting.choose(rng).expect("no question is proof")]),
-        34..62 => slipped(spec, &fitting, rng),
-        62..72 => {
+        0..30 => demonstration(spec, &[*fitting.choose(rng).expect("no question is proof")]),
+        30..54 => slipped(spec, &fitting, rng),
+        54..62 => {
             let two: Vec<Mistake> = fitting.choose_multiple(rng, 2).copied().collect();
             demonstration(spec, &two)
         }
         // A good plan for another question, mostly about the same things or of the same form.
-        72..88 => demonstration(&near_miss(spec, rng), &[]),
+        62..82 => demonstration(&near_miss(spec, rng), &[]),
         // A program for another question.
-        88..93 => Reply { plan: spec.recipe().plan(), program: near_miss(spec, rng).recipe().program() },
+        82..90 => Reply { plan: spec.recipe().plan(), program: near_miss(spec, rng).recipe().program() },
         _ => degenerate(spec, rng),
     }
 }
@@ -398,8 +438,8 @@ fn near_miss(spec: &Spec, rng: &mut impl Rng) -> Spec {
     loop {
         let mut supply = ChaCha8Rng::from_rng(rng);
         let other = match rng.random_range(0..10) {
-            0..4 => Spec::draw(spec.form(), &mut AnyNoun(&mut supply), rng),
-            4..8 => same_things(spec, rng),
+            0..3 => Spec::draw(spec.form(), &mut AnyNoun(&mut supply), rng),
+            3..8 => same_things(spec, rng),
             _ => Some(training_question(rng).0),
         };
         if let Some(other) = other.filter(|o| o != spec && !shows_kept_mistake(spec, o)) {
@@ -415,7 +455,7 @@ fn same_things(spec: &Spec, rng: &mut impl Rng) -> Option<Spec> {
         nouns.reverse();
     }
     // Who is at a loss names a thing twice.
-    let twice = nouns.len() == 1 && rng.random_bool(0.6) || rng.random_bool(0.1);
+    let twice = nouns.len() == 1 && rng.random_bool(0.6) || rng.random_bool(0.15);
     let (first, second) = (*nouns.first()?, if twice { nouns.first() } else { nouns.get(1) }.copied());
     let kind = first.kind;
     let plain = first.colour.is_none();
@@ -427,7 +467,12 @@ fn same_things(spec: &Spec, rng: &mut impl Rng) -> Option<Spec> {
     if let Some(second) = second {
         let (near, side, more) = (*Near::ALL.choose(rng)?, *Side::ALL.choose(rng)?, *More::ALL.choose(rng)?);
         others.push(Spec::Depth { a: first, b: second, near });
-        others.push(Spec::Position { a: first, b: second, side });
+        let position = Spec::Position { a: first, b: second, side };
+        // The commonest of all plans, given when nothing better comes to mind.
+        if position.form() != spec.form() && rng.random_bool(0.3) {
+            return Some(position);
+        }
+        others.push(position);
         others.push(Spec::CompareCounts { a: first, b: second, more });
         let side = *Side::ALL[..2].choose(rng)?;
         others.push(Spec::CountBeside { of: first, than: second, side });

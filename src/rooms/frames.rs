@@ -8,7 +8,8 @@
 use super::Kind;
 use super::spec::{Dim, Form, More, Most, Near, Noun, Side, Spec, colour_of, plural};
 use super::template::{fill, read};
-use super::wording::loosely;
+use super::wording::{loosely, more_frames};
+use rand::seq::IndexedRandom;
 
 /// How many frames of each form, at the end of its list, are held out.
 pub const HELD_OUT_FRAMES: usize = 2;
@@ -239,10 +240,23 @@ pub fn sentence(spec: &Spec, frame: usize) -> String {
     fill(frames(spec.form())[frame], |slot| value(spec, slot))
 }
 
+/// The question in words that are no frame's, or in a frame's where there are no others, loosely or not.
+pub fn other_sentence(spec: &Spec, frame: usize, rng: &mut impl rand::Rng) -> String {
+    let frame = more_frames(spec.form()).choose(rng).unwrap_or(&frames(spec.form())[frame]);
+    match rng.random_bool(0.5) {
+        true => loosely_said(spec, frame, rng),
+        false => fill(frame, |slot| value(spec, slot)),
+    }
+}
+
 /// The question loosely in the words of a frame, and never in those of a held-out one.
 pub fn loose_sentence(spec: &Spec, frame: usize, rng: &mut impl rand::Rng) -> String {
+    loosely_said(spec, frames(spec.form())[frame], rng)
+}
+
+fn loosely_said(spec: &Spec, frame: &str, rng: &mut impl rand::Rng) -> String {
     loop {
-        let text = fill(&loosely(frames(spec.form())[frame], rng), |slot| value(spec, slot));
+        let text = fill(&loosely(frame, rng), |slot| value(spec, slot));
         if parse(&text).is_none_or(|(spec, frame)| !frame_held_out(spec.form(), frame)) {
             return text;
         }

@@ -4,6 +4,7 @@
 //! A frame's slots and their order stay; the words around them are dropped, exchanged, added, invented.
 //! Held-out frames are no source of these words.
 
+use super::spec::Form;
 use rand::Rng;
 use rand::seq::IndexedRandom;
 
@@ -59,7 +60,7 @@ const OTHERS: [(&str, &[&str]); 12] = [
     ("see", &["notice", "spot", "observe", "make out"]),
     ("color", &["colour", "hue", "tint"]),
     ("tell", &["show", "inform", "let"]),
-    ("number", &["amount", "quantity"]),
+    ("number", &["amount", "quantity", "count"]),
     ("which", &["what"]),
     ("what", &["which"]),
     ("room", &["place", "space", "interior"]),
@@ -67,6 +68,140 @@ const OTHERS: [(&str, &[&str]); 12] = [
     ("choices", &["alternatives", "replies"]),
     ("choose", &["take", "decide"]),
 ];
+
+/// What people say besides the frames of the questions: a critic has read more than is asked of it.
+/// No held-out frame is like these.
+pub(super) fn more_frames(form: Form) -> &'static [&'static str] {
+    match form {
+        Form::Count => &[
+            "Number of {as}?",
+            "I need the count of {as}.",
+            "{as}: how many?",
+            "What number of {as} is visible?",
+            "Please say how many {as} you can see.",
+            "What count of {as} do you get?",
+            "How many things here are {as}?",
+            "The count of {as} in this picture?",
+            "Tell me the count of {as} you see.",
+            "What would be the number of all {as}?",
+        ],
+        Form::Exists => &[
+            "Any {a} here?",
+            "Can I find {an} in this picture?",
+            "Could there be {an} in this room?",
+            "Does {an} appear anywhere?",
+            "Yes or no: is there {an}?",
+            "Say whether there is {an}.",
+        ],
+        Form::Depth => &[
+            "Say which of the two is {near}: the {a} or the {b}.",
+            "Is it the {a} or the {b} that is {near_to} the camera?",
+            "Measured from the camera, is the {a} or the {b} {near}?",
+            "Which thing is {near_to} me: the {a} or the {b}?",
+            "Judging by distance, which is {near}, the {a} or the {b}?",
+            "The {a}, or the {b}? One is {near_to} the camera.",
+        ],
+        Form::Position => &[
+            "Could you say if the {a} is {side} the {b}?",
+            "Yes or no: the {a} is {side} the {b}.",
+            "Is the {a} somewhere {side} the {b}?",
+            "Does the {a} lie {side} the {b}?",
+            "Check if the {a} is {side} the {b}.",
+            "Is it {side} the {b}, the {a}?",
+        ],
+        Form::Size => &[
+            "Let the {a} be {m} m {dim_a}: how {dim_b} is the {b}?",
+            "I measured the {a}: it is {m} meters {dim_a}. How {dim_b} is the {b} then?",
+            "As the {a} is {m} meters {dim_a}, say how {dim_b} the {b} is.",
+            "How many meters {dim_b} is the {b}, when the {a} is {m} m {dim_a}?",
+            "Use the {a}, {m} m {dim_a}, to work out how {dim_b} the {b} is in meters.",
+            "Imagine that the {a} is {m} meters {dim_a}. Then how {dim_b} is the {b}?",
+            "Someone says the {a} is {m} m {dim_a}. So how {dim_b} is the {b} in meters?",
+            "{m} meters is how {dim_a} the {a} is. And how {dim_b} is the {b}?",
+        ],
+        Form::Colour => &[
+            "The color of the {a}?",
+            "Say what color the {a} is.",
+            "Of what color is the {a}?",
+            "I want the color of the {a}.",
+            "What would be the color of the {a}?",
+        ],
+        Form::IsColour => &[
+            "Is it {colour}, the {a}?",
+            "Say whether the {a} is {colour}.",
+            "Does the {a} have the color {colour}?",
+            "Yes or no: the {a} is {colour}.",
+            "Check if the {a} is {colour}.",
+        ],
+        Form::CompareCounts => &[
+            "{more} {as} than {bs}: is that so?",
+            "Would you say there are {more} {as} than {bs}?",
+            "Yes or no: you can see {more} {as} than {bs}.",
+            "Say whether there are {more} {as} than {bs}.",
+            "If you count both, are there {more} {as} than {bs}?",
+        ],
+        Form::Superlative => &[
+            "Which of the three is the {most}: the {a}, the {b} or the {c}?",
+            "Say which is {most}, the {a}, the {b} or the {c}.",
+            "Three things: the {a}, the {b}, the {c}. Which one is the {most}?",
+            "From the {a}, the {b} and the {c}, pick the {most}.",
+            "Given the {a}, the {b} and the {c}, what is the {most} one?",
+        ],
+        Form::ColourOptions => &[
+            "The color of the {a} is one of {options}. Which?",
+            "From {options}, what is the color of the {a}?",
+            "Say which color the {a} is: {options}?",
+            "What color would you give the {a}? Options: {options}.",
+            "Of what color is the {a}? One of {options}.",
+        ],
+        Form::SideOptions => &[
+            "Relative to the {b}, where is the {a}? Choose from {options}.",
+            "With respect to the {b}, on which side is the {a}? It can be {options}.",
+            "Take the {b} as the center. Where is the {a}: {options}?",
+            "If you look at the {b}, on which side of it do you see the {a}? One of {options}.",
+            "Where is the {a}, seen from the {b}? Choices: {options}.",
+            "For the {a}, say on which side of the {b} it is: {options}.",
+            "The {b} and the {a}: on which side is the {a}? Options: {options}.",
+            "Beginning at the {b}, where would you look for the {a}? Options: {options}.",
+            "Against the {b}, on which side do you see the {a}: {options}?",
+            "The {b} is here. And the {a}, on which side of it? It is {options}.",
+            "You know the {b}: now tell me on which side of it to look for the {a}. {options}.",
+        ],
+        Form::DepthOptions => &[
+            "Relative to the {b}, is the {a} in front of it or behind it? Options: {options}.",
+            "Say whether the {a} is in front of the {b} or behind it: {options}.",
+            "By distance to the camera, where is the {a} with respect to the {b}? Choose from {options}.",
+            "Is the {a} behind the {b}, or in front of it? One of {options}.",
+            "Measured from the camera, is the {a} behind or in front of the {b}? Options: {options}.",
+        ],
+        Form::ColourOfMost => &[
+            "Say what color the {most} {a} is.",
+            "Look for the {most} {a}: what is its color?",
+            "Of what color is the {most} {a}?",
+            "Among the {as}, which color does the {most} have?",
+            "The color of the {most} {a}?",
+        ],
+        Form::CountBeside => &[
+            "Number of {as} {side} the {b}?",
+            "I need the count of {as} {side} the {b}.",
+            "What number of {as} can you see {side} the {b}?",
+            "Say how many {as} are {side} the {b}.",
+            "How many things {side} the {b} are {as}?",
+            "The count of {as} that you see {side} the {b}?",
+            "Tell me the count of {as} {side} the {b}.",
+            "What would be the number of all {as} {side} the {b}?",
+            "For the {as} that are {side} the {b}, say how many there are.",
+        ],
+        Form::MostNearer => &[
+            "Say whether the {most} {a} is {near} than the {b}.",
+            "Yes or no: the {most} {a} is {near_to} the camera than the {b}.",
+            "Is the {most} one of the {as} {near} than the {b}?",
+            "Check if the {most} {a} is {near_to} us than the {b}.",
+            "Measured from the camera, is the {most} {a} {near} than the {b}?",
+        ],
+        Form::CountNearer => &[],
+    }
+}
 
 /// A frame in other words.
 pub(super) fn loosely(frame: &str, rng: &mut impl Rng) -> String {
@@ -152,7 +287,7 @@ mod tests {
         let mut rng = ChaCha8Rng::seed_from_u64(3);
         let (mut changed, mut all) = (0, 0);
         for &form in Form::ALL {
-            for frame in frames(form) {
+            for frame in frames(form).iter().chain(more_frames(form)) {
                 for _ in 0..50 {
                     let text = loosely(frame, &mut rng);
                     let (mut before, mut after) = (slots(frame), slots(&text));
@@ -188,7 +323,8 @@ mod tests {
         held.retain(|w| !seen.contains(w));
         assert!(held.len() > 10, "{held:?}");
         let own = OPENERS.iter().chain(&CLOSERS).chain(&FILLERS).flat_map(|t| words(t));
-        for word in own.chain(OTHERS.iter().flat_map(|(_, o)| o.iter().flat_map(|t| words(t)))) {
+        let more = Form::ALL.iter().flat_map(|&f| more_frames(f)).flat_map(|f| words(f));
+        for word in own.chain(more).chain(OTHERS.iter().flat_map(|(_, o)| o.iter().flat_map(|t| words(t)))) {
             assert!(!held.contains(&word), "{word}");
         }
     }

@@ -3,7 +3,7 @@
 
 use super::hub::Hub;
 use super::source::{HUB, Source};
-use super::{Checkpoint, Gguf, Pth, WeightsError, adapter, gguf, presets, pytorch_file};
+use super::{Checkpoint, Gguf, Pth, WeightsError, adapter, delta, gguf, presets, pytorch_file};
 use include_dir::{Dir, include_dir};
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
@@ -11,10 +11,10 @@ use std::sync::Arc;
 
 static EMBEDDED: Dir<'static> = include_dir!("$CARGO_MANIFEST_DIR/data/embedded");
 
-/// The embedded planner as its training left it: an adapter on the embedded base.
-const TUNED_PLANNER: &str = "planner-tuned";
+/// The embedded models as their trainings left them: what lies on the embedded base of each part.
+const TUNED: [(&str, &str); 2] = [("planner", "planner-tuned"), ("detector", "detector-tuned")];
 
-/// How many adapters may lie on one another.
+/// How many adapters and deltas may lie on one another.
 const ADAPTERS: usize = 4;
 
 /// Configuration, tokenizer, template and weights of one model.
@@ -29,11 +29,17 @@ pub enum ModelFiles {
     File(PathBuf),
     /// Which holds all: what lies beside it may be another model's.
     Gguf(Arc<Gguf>),
-    /// An adapter in PEFT's format with what it adapts; all but the weights is its base's.
+    /// An adapter in PEFT's format, or a [`delta`], with what it lies on; all but the weights is its base's.
     Adapted {
         base: Box<ModelFiles>,
         adapter: Box<ModelFiles>,
     },
+}
+
+/// What files hold that are no whole model.
+enum Overlay {
+    Adapter(Box<adapter::Config>),
+    Delta(delta::Config),
 }
 
 impl ModelFiles {
@@ -81,7 +87,7 @@ impl ModelFiles {
     }
 
     fn in_the_binary(part: &'static str, base: bool) -> Result<Self, WeightsError> {
-        let tuned = (part == "planner" && !base).then_some(TUNED_PLANNER);
+        let tuned = TUNED.iter().find(|(of, _)| *of == part && !base).map(|(_, tuned)| *tuned);
         let of = |part: &'static str| EMBEDDED.get_dir(part).map(|dir| Self::Embedded { part, dir });
         tuned.and_then(of).or_else(|| of(part)).ok_or_else(|| WeightsError::Unreadable {
             path: format!("embedded {part}"),
@@ -94,19 +100,21 @@ impl ModelFiles {
 
     /// These files, or, where they are an adapter's, with those of its base, which may have one too.
     fn with_base(self, part: &'static str, adapters: usize) -> Result<Self, WeightsError> {
-        if !self.is_adapter()? {
-            return Ok(self);
-        }
+        let Some(on) = self.lies_on()? else { return Ok(self) };
         if adapters == 0 {
             return Err(WeightsError::Unreadable {
                 path: self.name(),
                 message: format!(
-                    "is an adapter on more than {ADAPTERS} others, or on itself; see base_model_name_or_path in {}",
-                    adapter::CONFIG
+                    "lies on more than {ADAPTERS} others, or on itself; see base_model_name_or_path in {}, or base in {}",
+                    adapter::CONFIG,
+                    delta::CONFIG
                 ),
             });
         }
-        let source = self.adapter_config()?.base_model_name_or_path;
+        let source = match on {
+            Overlay::Adapter(c) => c.base_model_name_or_path,
+            Overlay::Delta(c) => c.base,
+        };
         // PEFT names repositories by themselves.
         let repository = !Path::new(&source).exists() && source.split('/').count() == 2;
         let known = matches!(Source::parse(&source), Ok(Source::Path(_))) && repository;
@@ -115,14 +123,22 @@ impl ModelFiles {
         Ok(Self::Adapted { base: Box::new(base), adapter: Box::new(self) })
     }
 
-    fn is_adapter(&self) -> Result<bool, WeightsError> {
-        Ok(self.text("config.json")?.is_none() && self.text(adapter::CONFIG)?.is_some())
-    }
-
-    fn adapter_config(&self) -> Result<adapter::Config, WeightsError> {
-        let path = format!("{}/{}", self.name(), adapter::CONFIG);
-        adapter::Config::parse(&self.required(adapter::CONFIG)?)
-            .map_err(|message| WeightsError::Unreadable { path, message })
+    /// What makes these files more than themselves, if anything does.
+    fn lies_on(&self) -> Result<Option<Overlay>, WeightsError> {
+        if self.text("config.json")?.is_some() {
+            return Ok(None);
+        }
+        let fail = |file: &str, message| WeightsError::Unreadable {
+            path: format!("{}/{file}", self.name()),
+            message,
+        };
+        if let Some(text) = self.text(adapter::CONFIG)? {
+            let config = adapter::Config::parse(&text).map_err(|m| fail(adapter::CONFIG, m))?;
+            return Ok(Some(Overlay::Adapter(config.into())));
+        }
+        let Some(text) = self.text(delta::CONFIG)? else { return Ok(None) };
+        let config = serde_json::from_str(&text).map_err(|e| fail(delta::CONFIG, e.to_string()))?;
+        Ok(Some(Overlay::Delta(config)))
     }
 
     fn of_file(path: PathBuf) -> Result<Self, WeightsError> {
@@ -156,7 +172,7 @@ impl ModelFiles {
         };
         match self {
             Self::Embedded { part, dir } => {
-                for name in ["model.safetensors", adapter::WEIGHTS] {
+                for name in ["model.safetensors", adapter::WEIGHTS, delta::WEIGHTS] {
                     let weights = dir.get_file(format!("{part}/{name}"));
                     hash.update(weights.map_or(&[][..], |f| f.contents()));
                 }
@@ -219,15 +235,25 @@ impl ModelFiles {
                 Checkpoint::embedded(&self.name(), f.contents())
             }
             Self::Adapted { base, adapter } => {
-                let weights = match &**adapter {
+                let own = |file: &str| match &**adapter {
                     Self::Embedded { part, dir } => {
-                        let file = dir.get_file(format!("{part}/{}", adapter::WEIGHTS));
-                        Checkpoint::embedded(&self.name(), file.map_or(&[][..], |f| f.contents()))?
+                        let file = dir.get_file(format!("{part}/{file}"));
+                        Checkpoint::embedded(&self.name(), file.map_or(&[][..], |f| f.contents()))
                     }
-                    Self::Folder(path) => Checkpoint::open(&path.join(adapter::WEIGHTS))?,
-                    other => other.checkpoint()?,
+                    Self::Folder(path) => Checkpoint::open(&path.join(file)),
+                    other => other.checkpoint(),
                 };
-                base.checkpoint()?.adapted(&self.name(), weights, &adapter.adapter_config()?)
+                let base = base.checkpoint()?;
+                match adapter.lies_on()? {
+                    Some(Overlay::Adapter(config)) => {
+                        base.adapted(&self.name(), own(adapter::WEIGHTS)?, &config)
+                    }
+                    Some(Overlay::Delta(_)) => base.changed(&self.name(), own(delta::WEIGHTS)?),
+                    None => Err(WeightsError::Unreadable {
+                        path: adapter.name(),
+                        message: "is no adapter any more; its folder has changed".into(),
+                    }),
+                }
             }
             Self::Folder(p) | Self::File(p) => Checkpoint::open(p),
             Self::Gguf(g) => Checkpoint::of_gguf(g.clone()),

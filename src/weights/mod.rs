@@ -6,6 +6,7 @@
 //! error that names them all. Nothing here downloads but [`hub`], and that only when it is asked to.
 
 mod adapter;
+pub mod delta;
 mod files;
 pub mod gguf;
 pub mod hub;
@@ -51,6 +52,7 @@ enum Source {
     Gguf(Arc<Gguf>),
     Tensors(HashMap<String, Tensor>),
     Adapted(adapter::Adapted),
+    Changed(delta::Changed),
 }
 
 impl Source {
@@ -65,6 +67,7 @@ impl Source {
             Self::Gguf(g) => g.shapes(),
             Self::Tensors(t) => t.iter().map(|(n, t)| (n.clone(), t.dims().to_vec())).collect(),
             Self::Adapted(a) => a.base.shapes(),
+            Self::Changed(c) => c.base.shapes(),
         }
     }
 
@@ -85,6 +88,7 @@ impl Source {
                 None => candle_core::bail!("tensor {name} is missing"),
             },
             Self::Adapted(a) => a.load(name, device),
+            Self::Changed(c) => c.load(name, device),
         }
     }
 
@@ -176,6 +180,17 @@ impl Checkpoint {
         let adapter = Arc::into_inner(adapter.source).ok_or_else(|| fail("is in use"))?;
         let adapted = adapter::Adapted::new(name, self.source, adapter, config)?;
         Ok(Self { name: name.into(), source: Arc::new(Source::Adapted(adapted)) })
+    }
+
+    /// This checkpoint with a training's changes.
+    fn changed(self, name: &str, changes: Self) -> Result<Self, WeightsError> {
+        let fail = |message: &str| WeightsError::Unreadable { path: name.into(), message: message.into() };
+        if self.source.gguf().is_some() {
+            return Err(fail("deltas go on checkpoints of safetensors, not on GGUF files"));
+        }
+        let changes = Arc::into_inner(changes.source).ok_or_else(|| fail("is in use"))?;
+        let changed = delta::Changed::new(name, self.source, changes)?;
+        Ok(Self { name: name.into(), source: Arc::new(Source::Changed(changed)) })
     }
 
     /// Tensors already in memory, for name sets that are translated on load.

@@ -4,6 +4,8 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use serde_json::Value;
 
 use crate::server::{Act, Server};
@@ -124,6 +126,35 @@ fn a_killed_run_goes_on_as_if_it_had_not_been() {
     assert!(sessions > 2);
     assert_eq!(metrics(&killed), metrics(&whole));
     assert_eq!(weights(&killed), weights(&whole));
+}
+
+/// Twenty runs, each killed once, at a moment drawn anew each time, and resumed to the end.
+#[test]
+#[ignore = "two minutes; the test above is its short form"]
+fn killed_at_any_of_twenty_random_moments_a_run_ends_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let whole = dir.path().join("whole");
+    let begun = std::time::Instant::now();
+    assert!(run(&whole, &[], &[]).status.success());
+    let took = begun.elapsed();
+    let seed = std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64;
+    let mut moment = ChaCha8Rng::seed_from_u64(seed);
+    let mut before_the_end = 0;
+    for i in 0..20 {
+        let killed = dir.path().join(format!("killed-{i}"));
+        let wait = took.mul_f64(moment.random());
+        let mut child = command(&killed, &[], &[]).spawn().unwrap();
+        std::thread::sleep(wait);
+        child.kill().unwrap();
+        before_the_end += usize::from(!child.wait().unwrap().success());
+        let steps = std::fs::read_dir(killed.join("checkpoints")).map_or(0, |d| d.count());
+        eprintln!("killed after {wait:.2?} of {took:.2?}, {steps} checkpoints kept");
+        let o = run(&killed, &[], &["--resume"]);
+        assert!(o.status.success(), "{wait:?}: {}", stderr(&o));
+        assert_eq!(metrics(&killed), metrics(&whole), "{wait:?}");
+        assert_eq!(weights(&killed), weights(&whole), "{wait:?}");
+    }
+    assert!(before_the_end > 10, "{before_the_end}");
 }
 
 /// What a kill leaves between any two files of a save.

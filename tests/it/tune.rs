@@ -9,7 +9,8 @@ use valor::data::odvg::Boxes;
 
 use crate::server::{Act, Server};
 
-const SMALL: [&str; 8] = [
+const SMALL: [&str; 9] = [
+    "detector.model=embedded-base",
     "grounding.pictures=6",
     "grounding.mining.together=2",
     "grounding.training.epochs=2",
