@@ -11,9 +11,8 @@ import json, os, random, re, sys
 WHERE = sys.argv[1]
 OUT = os.path.join(os.path.dirname(__file__), "..", "data", "results")
 ROWS = [(look, *row) for look in ("studio", "lived-in") for row in (
-    ("base planner, base detector", "base"), ("tuned planner (as embedded)", "tuned"),
-    ("tuned detector", "detector"), ("both tuned", "both"),
-    ("tuned planner, pictures shuffled", "tuned_shuffled"))]
+    ("base planner, base detector", "base"), ("tuned planner", "tuned"), ("tuned detector", "detector"),
+    ("both tuned, as embedded", "both"), ("both tuned, pictures shuffled", "both_shuffled"))]
 KEPT = ("index", "scene", "family", "held_out", "truth", "answer", "correct")
 
 
@@ -45,16 +44,16 @@ have = [(look, label, f"{name}_{look}") for look, label, name in ROWS if os.path
 out = """# eval on Rooms
 
 The whole pipeline on the embedded models: planner, program, detector, depth, VLM; greedy, seed 20261123, 95 % intervals with
-pictures as clusters; 1,000 questions in studio rooms and for shuffled pictures, 2,000 in lived-in ones. The files hold each question's truth and
-answer (without its text and the reply); `cargo test --release -- results` works the rows out of them again, and
-`scripts/rooms_table.py` made this page.
+pictures as clusters; 1,000 questions in studio rooms, 2,000 in lived-in ones, and 5,000 where pictures are shuffled in studio
+rooms and for the run beside it. The files hold each question's truth and answer (without its text and the reply); `cargo test
+--release -- results` works the rows out of them again, and `scripts/rooms_table.py` made this page.
 
 ```sh
 valor eval --bench rooms --tools real --greedy --n 1000 --seed 20261123 --look studio --planner configured --out rows.jsonl
 ```
 
-with `--planner base`, `--look lived-in --n 2000` and `--shuffle-pictures` where the row says so; the tuned detector is the one of
-[grounding.md](grounding.md)'s first run, `--set detector.model=…/model`.
+with `--planner base`, `--set detector.model=embedded-base`, `--look lived-in --n 2000` and `--shuffle-pictures --n 5000` where
+the row says so.
 
 | | all | seen frames | unseen frames |
 |---|---|---|---|

@@ -35,13 +35,13 @@ pub fn run(args: ConfigArgs) -> anyhow::Result<ExitCode> {
     let ConfigCommand::Show(args) = args.command;
     let (config, origins) = args.models.explain(&[])?;
     let mut rows = Vec::new();
-    leaves(&Table::try_from(&config)?, "", &mut rows);
+    leaves(&Table::try_from(&config)?, &[], &mut rows);
     let mut out = std::io::stdout().lock();
     if args.json {
         let all: serde_json::Map<_, _> = rows
             .iter()
             .map(|(section, key, value)| {
-                let full = format!("{section}.{key}");
+                let full = format!("{}.{key}", section.join("."));
                 let origin = origin(&origins, &full);
                 (full, json!({ "value": value, "origin": origin }))
             })
@@ -49,15 +49,16 @@ pub fn run(args: ConfigArgs) -> anyhow::Result<ExitCode> {
         writeln!(out, "{:#}", json!(all))?;
         return Ok(ExitCode::SUCCESS);
     }
-    let mut last = "";
+    let mut last: &[String] = &[];
     for (section, key, value) in &rows {
         if section != last {
             let blank = if last.is_empty() { "" } else { "\n" };
-            writeln!(out, "{blank}[{section}]")?;
+            let names: Vec<String> = section.iter().map(|name| in_toml(name)).collect();
+            writeln!(out, "{blank}[{}]", names.join("."))?;
             last = section;
         }
-        let line = format!("{key} = {value}");
-        writeln!(out, "{line:<40} # {}", origin(&origins, &format!("{section}.{key}")))?;
+        let line = format!("{} = {value}", in_toml(key));
+        writeln!(out, "{line:<40} # {}", origin(&origins, &format!("{}.{key}", section.join("."))))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -66,15 +67,20 @@ fn origin<'a>(origins: &'a Origins, key: &str) -> &'a str {
     origins.get(key).map_or(BUILT_IN, String::as_str)
 }
 
-/// Section, key and value of every value.
-fn leaves(table: &Table, section: &str, rows: &mut Vec<(String, String, Value)>) {
+/// A key as TOML has it: one of the user's choice may need quotes.
+fn in_toml(key: &str) -> String {
+    let bare = !key.is_empty() && key.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c));
+    if bare { key.to_owned() } else { Value::from(key).to_string() }
+}
+
+/// Section, key and value of every value, a section's own before those of the sections in it.
+fn leaves(table: &Table, section: &[String], rows: &mut Vec<(Vec<String>, String, Value)>) {
+    for (key, value) in table.iter().filter(|(_, value)| !value.is_table()) {
+        rows.push((section.to_vec(), key.clone(), value.clone()));
+    }
     for (key, value) in table {
-        match value {
-            Value::Table(inner) => {
-                let section = if section.is_empty() { key.clone() } else { format!("{section}.{key}") };
-                leaves(inner, &section, rows);
-            }
-            _ => rows.push((section.to_owned(), key.clone(), value.clone())),
+        if let Value::Table(inner) = value {
+            leaves(inner, &[section, std::slice::from_ref(key)].concat(), rows);
         }
     }
 }

@@ -268,7 +268,7 @@ fn verifier_samples_hold_slips_of_copying_with_exact_labels() {
     }
     assert!(number > 20 && noun > 100 && program_alone > 200, "{number} {noun} {program_alone}");
     // Questions as people put them, of which the words alone do not tell the frame.
-    assert!((2000..4000).contains(&loose), "{loose}");
+    assert!((4000..5500).contains(&loose), "{loose}");
 }
 
 #[test]

@@ -28,6 +28,34 @@ fn stderr(output: &Output) -> &str {
     std::str::from_utf8(&output.stderr).unwrap()
 }
 
+#[test]
+fn the_configuration_shown_is_one_to_read() {
+    let dir = TempDir::new().unwrap();
+    let shown = run(&[
+        "config",
+        "show",
+        "--set",
+        "grounding.truth=a.json",
+        "--set",
+        "endpoints.my-own.model=m",
+        "--set",
+        "endpoints.my-own.base_url=http://127.0.0.1:1/v1",
+    ]);
+    assert!(shown.status.success(), "{}", stderr(&shown));
+    let file = dir.path().join("shown.toml");
+    std::fs::write(&file, &shown.stdout).unwrap();
+    let read = run(&["config", "show", "--config", file.to_str().unwrap()]);
+    assert!(read.status.success(), "{}", stderr(&read));
+    let values =
+        |o: &Output| stdout(o).lines().map(|l| l.split(" # ").next().unwrap().trim().to_owned()).collect();
+    let (a, b): (Vec<String>, Vec<String>) = (values(&shown), values(&read));
+    assert_eq!(a, b);
+    assert!(
+        a.contains(&"truth = \"a.json\"".to_owned()) && a.contains(&"[endpoints.my-own]".to_owned()),
+        "{a:?}"
+    );
+}
+
 /// Bad input: exit code 2, nothing on stdout, one line on stderr that holds `parts`.
 fn refused(args: &[&str], parts: &[&str]) {
     let output = run(args);

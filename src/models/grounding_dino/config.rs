@@ -135,6 +135,20 @@ impl Config {
         Ok(cfg)
     }
 
+    /// As transformers reads it, which wants the parts' kinds and a whole number where this has a float. With
+    /// scaled and biased class logits it is what transformers calls MM-GroundingDINO.
+    pub fn to_json(&self) -> serde_json::Result<serde_json::Value> {
+        let mut json = serde_json::to_value(self)?;
+        let biased = self.class_logit_scale && self.class_logit_bias.is_some();
+        json["model_type"] = if biased { "mm-grounding-dino" } else { "grounding-dino" }.into();
+        json["backbone_config"]["model_type"] = "swin".into();
+        json["text_config"]["model_type"] = "bert".into();
+        if self.positional_embedding_temperature.fract() == 0. {
+            json["positional_embedding_temperature"] = (self.positional_embedding_temperature as u64).into();
+        }
+        Ok(json)
+    }
+
     /// `groundingdino_swint_ogc` and its descendants (VALOR's detector), which carry no config.
     pub fn original_swin_t() -> Self {
         let mut cfg = Self { semantics: Semantics::Original, dropout: 0., ..Self::default() };

@@ -285,8 +285,7 @@ pub fn train(o: &Options) -> anyhow::Result<Metrics> {
 /// Writes a run's network as a model folder: config, tokenizer, image processor, f16 weights.
 pub fn export(run: &Path, out: &Path) -> anyhow::Result<()> {
     let p = processor();
-    let mut cfg = serde_json::to_value(config())?;
-    cfg["model_type"] = "grounding-dino".into();
+    let mut cfg = config().to_json()?;
     cfg["rooms_version"] = rooms::VERSION.into();
     let preprocessor = json!({
         "image_processor_type": "GroundingDinoImageProcessor",

@@ -415,8 +415,7 @@ fn export(
         }
     }
     if parts.files.text("config.json")?.is_none() {
-        let mut config = serde_json::to_value(&parts.config)?;
-        config["model_type"] = "grounding-dino".into();
+        let config = parts.config.to_json()?;
         write_atomic(&out.join("config.json"), |w| writeln!(w, "{config:#}"))?;
     }
     // transformers asks for the note.
