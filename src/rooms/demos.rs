@@ -93,6 +93,22 @@ pub struct VerifierSample {
     pub applies: bool,
 }
 
+impl VerifierSample {
+    /// The exact verdict of `head` on a reply to `spec`, asked as `question`.
+    fn of(spec: &Spec, head: Head, question: String, reply: Reply) -> Self {
+        let label = judge(spec, &reply.plan, &reply.program).of(head);
+        Self {
+            head,
+            question,
+            wanted: spec.recipe().plan(),
+            plan: reply.plan,
+            program: reply.program,
+            verdict: label.ok,
+            applies: label.applies,
+        }
+    }
+}
+
 /// A case for the verifier; for each head about half of the verdicts are objections, where the
 /// head applies.
 pub fn verifier_sample(rng: &mut impl Rng) -> VerifierSample {
@@ -115,24 +131,14 @@ pub fn verifier_sample(rng: &mut impl Rng) -> VerifierSample {
     };
     let wanted = rng.random_bool(0.5);
     let mut reply = verifier_reply(&spec, head, wanted, rng);
-    let mut label = judge(&spec, &reply.plan, &reply.program).of(head);
     // A handful of tries: where the head does not apply there may be nothing to object to.
     for _ in 0..8 {
-        if label.ok == wanted {
+        if judge(&spec, &reply.plan, &reply.program).of(head).ok == wanted {
             break;
         }
         reply = verifier_reply(&spec, head, wanted, rng);
-        label = judge(&spec, &reply.plan, &reply.program).of(head);
     }
-    VerifierSample {
-        head,
-        question,
-        wanted: spec.recipe().plan(),
-        plan: reply.plan,
-        program: reply.program,
-        verdict: label.ok,
-        applies: label.applies,
-    }
+    VerifierSample::of(&spec, head, question, reply)
 }
 
 /// Is this what was asked? A question in words of its own, and a plan without mistakes for it or for another
@@ -150,16 +156,7 @@ fn reading_sample(rng: &mut impl Rng) -> VerifierSample {
         false => None,
     };
     let reply = demonstration(other.as_ref().unwrap_or(&spec), &[]);
-    let label = judge(&spec, &reply.plan, &reply.program).of(head);
-    VerifierSample {
-        head,
-        question,
-        wanted: spec.recipe().plan(),
-        plan: reply.plan,
-        program: reply.program,
-        verdict: label.ok,
-        applies: label.applies,
-    }
+    VerifierSample::of(&spec, head, question, reply)
 }
 
 /// How two things stand to one another in ways that no program tells.

@@ -70,7 +70,7 @@ const OTHERS: [(&str, &[&str]); 12] = [
 ];
 
 /// What people say besides the frames of the questions: a critic has read more than is asked of it.
-/// No held-out frame is like these.
+/// They have no word that only held-out frames have.
 pub(super) fn more_frames(form: Form) -> &'static [&'static str] {
     match form {
         Form::Count => &[

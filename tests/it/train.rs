@@ -130,7 +130,7 @@ fn a_killed_run_goes_on_as_if_it_had_not_been() {
 
 /// Twenty runs, each killed once, at a moment drawn anew each time, and resumed to the end.
 #[test]
-#[ignore = "two minutes; the test above is its short form"]
+#[ignore = "three minutes; the test above is its short form"]
 fn killed_at_any_of_twenty_random_moments_a_run_ends_the_same() {
     let dir = tempfile::tempdir().unwrap();
     let whole = dir.path().join("whole");
