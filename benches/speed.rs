@@ -1,18 +1,25 @@
-//! valor's side of `scripts/peers.py`: one case a process, on the weights and inputs of a work folder that
+//! valor's side of `scripts/peers.py`, on the weights and inputs of a work folder that
 //! `benches/peers/speed.py make WORK` writes, which is also the same work in PyTorch.
 //!
-//! `speed CASE WORK [REPS] [SECONDS]` runs a case once to warm up, then REPS times or until SECONDS have
+//! `speed CASE[,CASE…] WORK [REPS] [SECONDS]` runs a case once to warm up, then REPS times or until SECONDS have
 //! gone, and prints one JSON line: medians of wall and processor time, peak memory, and numbers of the
-//! result ("probe") that must be PyTorch's. `speed pack WORK f16|q8_0` writes the language model as GGUF;
-//! cases of that model take `_f16` and `_q8_0` at their ends.
+//! result ("probe") that must be PyTorch's. A case that fails is a line with its error, and the next one goes
+//! on; the exit code tells. `speed pack WORK f16|q8_0` writes the language model as GGUF; cases of that model
+//! take `_f16` and `_q8_0` at their ends (on the CPU), and `_bf16`, which is computed in that; all else is f32.
+//!
+//! `VALOR_DEVICE=cuda` runs the cases on the first GPU. There three runs warm up, clocks are read when the GPU
+//! is done, short work is timed many calls together, and the line has the most memory that the case took of
+//! the GPU, its weights included ("gpu_mb"). Cases of one language model that follow each other load it once.
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
+use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::safetensors::MmapedSafetensors;
-use candle_core::{D, DType, Device, Tensor};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, D, DType, Device, Layout, Shape, Tensor};
 use candle_nn::VarBuilder;
 use serde_json::{Map, Value as Json, json};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 use valor::llm::SamplingOptions;
@@ -25,7 +32,7 @@ use valor::models::qwen3::{Config, KvCache, Qwen3, Rope};
 use valor::nn::lora::{LoraConfig, adapted};
 use valor::nn::msda::msda;
 use valor::nn::optim::Group;
-use valor::nn::{AdamW, AdamWConfig, Mask, Params, TrainCtx};
+use valor::nn::{self, AdamW, AdamWConfig, Mask, Params, TrainCtx};
 use valor::train::grounding::{BACKBONE, TEXT_BACKBONE, losses};
 use valor::train::grounding_loss::{LossConfig, Target, total};
 use valor::weights::{Checkpoint, ModelFiles, is_unused};
@@ -38,32 +45,51 @@ const PROMPT: usize = 128;
 const NEW: usize = 64;
 /// Not to be moved far, as what is trained is compared only before the first step.
 const RATE: f64 = 1e-5;
+/// Runs that warm a GPU up: kernels are loaded and memory is taken as they are first wanted.
+const GPU_WARM_UPS: usize = 3;
+/// Calls between two readings of the clock, of work that takes a GPU less time than it takes to ask for it.
+const GPU_CALLS: usize = 20;
 
 fn main() -> anyhow::Result<()> {
     let args: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
-    let [case, work, rest @ ..] = args.as_slice() else {
+    let [cases, work, rest @ ..] = args.as_slice() else {
         eprintln!("{USAGE}");
         return Ok(());
     };
-    if case == "pack" {
+    if cases == "pack" {
         let packing = Packing::named(rest.first().context("pack WORK f16|q8_0")?)?;
         return pack(Path::new(work), packing);
     }
     let number = |i: usize, or: f64| rest.get(i).map_or(Ok(or), |s| s.parse::<f64>());
+    let device = match std::env::var("VALOR_DEVICE").as_deref() {
+        Err(_) | Ok("cpu") => Device::Cpu,
+        Ok("cuda") => nn::gpu(0).context("VALOR_DEVICE=cuda")?,
+        Ok(other) => bail!("VALOR_DEVICE={other}: expected cpu or cuda"),
+    };
     let mut bench = Bench {
         work: work.into(),
         reps: number(0, 1.)? as usize,
         seconds: number(1, 20.)?,
+        device,
+        language: Language { folder: LANGUAGE, dtype: DType::F32, packing: None },
+        kept: None,
         started: Instant::now(),
         line: Map::new(),
     };
-    let probe = bench.case(case).with_context(|| format!("{case} on {work}"))?;
-    let mut line = json!({ "who": "valor", "case": case, "threads": rayon::current_num_threads() });
-    line["peak_mb"] = peak_mb()?.into();
-    let line = line.as_object_mut().expect("it was made as one");
-    line.append(&mut bench.line);
-    line.insert("probe".into(), probe);
-    println!("{}", Json::from(line.clone()));
+    let mut failed = Vec::new();
+    for case in cases.split(',') {
+        // A panic is one case's failure, too.
+        let measured = catch_unwind(AssertUnwindSafe(|| bench.measured(case)));
+        match measured.unwrap_or_else(|_| Err(anyhow!("it panicked"))) {
+            Ok(line) => println!("{line}"),
+            Err(e) => {
+                println!("{}", json!({ "who": "valor", "case": case, "error": format!("{e:#}") }));
+                eprintln!("{case}: {e:?}");
+                failed.push(case);
+            }
+        }
+    }
+    ensure!(failed.is_empty(), "failed: {}", failed.join(", "));
     Ok(())
 }
 
@@ -71,30 +97,86 @@ struct Bench {
     work: PathBuf,
     reps: usize,
     seconds: f64,
+    device: Device,
+    /// What the case is of, if it is of a language model.
+    language: Language,
+    /// The language model loaded last, for the next case.
+    kept: Option<(Language, Config, Qwen3)>,
     started: Instant,
     line: Map<String, Json>,
 }
 
+/// A language model as a case wants it.
+#[derive(Clone, Copy, PartialEq)]
+struct Language {
+    folder: &'static str,
+    dtype: DType,
+    packing: Option<Packing>,
+}
+
+const LANGUAGE: &str = "qwen3-0.6b";
+const LARGE_LANGUAGE: &str = "qwen3-8b";
+
 impl Bench {
+    /// A case's line.
+    fn measured(&mut self, case: &str) -> anyhow::Result<Json> {
+        self.line = Map::new();
+        let probe = self.case(case).with_context(|| format!("{case} on {}", self.work.display()))?;
+        let mut line = json!({ "who": "valor", "case": case, "threads": rayon::current_num_threads() });
+        line["peak_mb"] = peak_mb()?.into();
+        if let Some(mb) = gpu_peak_mb(&self.device)? {
+            line["gpu_mb"] = mb.into();
+        }
+        let line = line.as_object_mut().expect("it was made as one");
+        line.append(&mut self.line);
+        line.insert("probe".into(), probe);
+        Ok(Json::from(line.clone()))
+    }
+
     fn case(&mut self, case: &str) -> anyhow::Result<Json> {
         let (name, packing) = match Packing::ALL.iter().find(|p| case.ends_with(p.ending())) {
             Some(p) => (&case[..case.len() - p.ending().len()], Some(*p)),
             None => (case, None),
         };
+        let (name, dtype) = match name.strip_suffix("_bf16") {
+            Some(name) => (name, DType::BF16),
+            None => (name, DType::F32),
+        };
         let (kind, rest) = name.split_once('_').unwrap_or((name, ""));
+        let (kind, folder) = match kind.strip_suffix('8') {
+            Some(kind) => (kind, LARGE_LANGUAGE),
+            None => (kind, LANGUAGE),
+        };
         let n = || rest.trim_start_matches('b').parse::<usize>().with_context(|| format!("{case:?}"));
         ensure!(
-            packing.is_none() || ["prefill", "decode", "question"].contains(&kind),
+            packing.is_none() || ["prefill", "decode", "question"].contains(&kind) && folder == LANGUAGE,
             "{case}: not a case of packed weights"
         );
+        ensure!(
+            dtype == DType::F32 || ["prefill", "decode", "lora", "msda"].contains(&kind),
+            "{case}: not a case of bf16"
+        );
+        ensure!(packing.is_none() && kind != "question" || self.device.is_cpu(), "{case}: for the CPU");
+        self.language = Language { folder, dtype, packing };
+        if self.kept.as_ref().is_some_and(|(of, ..)| *of != self.language)
+            || !["prefill", "decode"].contains(&kind)
+        {
+            self.kept = None;
+        }
+        // What was freed is free, and counts no more.
+        self.device.synchronize()?;
+        gpu_peak_mb(&self.device)?;
+        self.started = Instant::now();
+        // Of nearly equal scores the detector takes others when they are rounded.
+        valor::nn::set_tf32(kind != "gdino");
         match (kind, rest) {
             ("gdino", "fwd") => self.gdino_forward(),
             ("gdino", "train") => self.gdino_train(),
             ("vitl", _) => self.vitl(n()?),
             ("moge", _) => self.moge(n()?),
-            ("prefill", _) => self.prefill(n()?, packing),
-            ("decode", _) => self.decode(n()?, packing),
-            ("question", _) => self.question(n()?, packing),
+            ("prefill", _) => self.prefill(n()?),
+            ("decode", _) => self.decode(n()?),
+            ("question", _) => self.question(n()?),
             ("qwen", "train") => self.qwen_train(),
             ("lora", "train") => self.lora_train(),
             ("msda", _) => match rest.split_once('_') {
@@ -109,7 +191,7 @@ impl Bench {
     fn input(&self, name: &str) -> anyhow::Result<Tensor> {
         // SAFETY: nothing changes the file while it is read.
         let file = unsafe { MmapedSafetensors::new(self.work.join("inputs.safetensors"))? };
-        Ok(file.load(name, &Device::Cpu)?)
+        Ok(file.load(name, &self.device)?)
     }
 
     fn ids(&self, name: &str) -> anyhow::Result<Tensor> {
@@ -125,14 +207,42 @@ impl Bench {
         std::fs::read_to_string(&path).with_context(|| path.display().to_string())
     }
 
-    fn loaded(&mut self) {
+    fn loaded(&mut self) -> anyhow::Result<()> {
+        self.device.synchronize()?;
         self.line.insert("load_s".into(), self.started.elapsed().as_secs_f64().into());
+        Ok(())
     }
 
-    /// Times `work`; returns what the warm-up gave.
+    fn warm_ups(&self) -> usize {
+        if self.device.is_cpu() { 1 } else { GPU_WARM_UPS }
+    }
+
+    /// Times `work`; returns what it gave first, to warm up.
     fn run<T>(&mut self, mut work: impl FnMut() -> anyhow::Result<T>) -> anyhow::Result<T> {
         let first = work()?;
+        for _ in 1..self.warm_ups() {
+            work()?;
+        }
         self.run_prepared(|| Ok(()), |()| work().map(drop))?;
+        Ok(first)
+    }
+
+    /// [`Self::run`] of work too short for a GPU's clock.
+    fn run_short<T>(&mut self, mut work: impl FnMut() -> anyhow::Result<T>) -> anyhow::Result<T> {
+        if self.device.is_cpu() {
+            return self.run(work);
+        }
+        let first = self.run(|| {
+            for _ in 1..GPU_CALLS {
+                work()?;
+            }
+            work()
+        })?;
+        self.line.insert("calls".into(), GPU_CALLS.into());
+        for of in ["seconds", "cpu"] {
+            let all = self.line.get(of).and_then(Json::as_f64).context("nothing was timed")?;
+            self.line.insert(of.into(), (all / GPU_CALLS as f64).into());
+        }
         Ok(first)
     }
 
@@ -145,8 +255,10 @@ impl Bench {
         let (mut wall, mut cpu, begun) = (Vec::new(), Vec::new(), Instant::now());
         loop {
             let given = prepare()?;
+            self.device.synchronize()?;
             let (t, c) = (Instant::now(), cpu_seconds());
             let last = work(given)?;
+            self.device.synchronize()?;
             wall.push(t.elapsed().as_secs_f64());
             cpu.push(cpu_seconds() - c);
             if wall.len() >= self.reps || begun.elapsed().as_secs_f64() >= self.seconds {
@@ -172,12 +284,12 @@ impl Bench {
         let cfg = self.gdino_config()?;
         let net = self.checkpoint("gdino-swint")?.build(
             DType::F32,
-            &Device::Cpu,
+            &self.device,
             grounding_dino::UNUSED,
             |vb| GroundingDino::new(&cfg, vb),
         )?;
         let x = self.gdino_inputs("gdino_fwd")?;
-        self.loaded();
+        self.loaded()?;
         let out = self.run(|| {
             let mut out = net.forward(&x, None)?;
             Ok((out.boxes.pop(), out.logits.pop()))
@@ -185,6 +297,7 @@ impl Bench {
         let (Some(boxes), Some(logits)) = out else { bail!("the detector has no decoder layers") };
         // Sorted: scores closer than rounding may change places, and then two queries do (see full_size.rs).
         let ordered = |t: &Tensor| -> anyhow::Result<Vec<f64>> {
+            let t = t.to_device(&Device::Cpu)?;
             sample(&t.transpose(1, 2)?.contiguous()?.sort_last_dim(true)?.0.transpose(1, 2)?)
         };
         let logits = logits.narrow(2, 0, x.input_ids.dim(1)?)?;
@@ -196,7 +309,7 @@ impl Bench {
         let cfg = grounding_dino::Config { freeze, ..self.gdino_config()? };
         let mut tensors = self.checkpoint("gdino-swint")?.tensors()?;
         tensors.retain(|name, _| !is_unused(name, grounding_dino::UNUSED));
-        let params = Params::from_tensors(0, tensors)?;
+        let params = Params::placed(0, tensors, DType::F32, &self.device)?;
         let net = GroundingDino::new(&cfg, params.builder())?;
         let frozen = |name: &str| name.starts_with(BACKBONE) || name.starts_with(TEXT_BACKBONE);
         let adamw = AdamWConfig { max_grad_norm: None, ..AdamWConfig::default() };
@@ -209,7 +322,7 @@ impl Bench {
             ignore: Vec::new(),
         };
         let (loss_of, lens) = (LossConfig::hf(), [x.input_ids.dim(1)?]);
-        self.loaded();
+        self.loaded()?;
         let mut ctx = TrainCtx::new(0);
         // The first step has no dropout, so that its loss can be compared.
         let mut first = true;
@@ -228,9 +341,9 @@ impl Bench {
         let cfg: dinov2::HfConfig = serde_json::from_str(&self.config("dinov2-large")?)?;
         let net = self
             .checkpoint("dinov2-large")?
-            .build(DType::F32, &Device::Cpu, dinov2::UNUSED, |vb| Dinov2::new(&cfg.into(), vb))?;
+            .build(DType::F32, &self.device, dinov2::UNUSED, |vb| Dinov2::new(&cfg.into(), vb))?;
         let x = self.input(&format!("vitl_{tokens}"))?;
-        self.loaded();
+        self.loaded()?;
         let hidden = self.run(|| Ok(net.forward(&x)?))?;
         Ok(json!({ "hidden": sample(&hidden)? }))
     }
@@ -239,9 +352,9 @@ impl Bench {
         let cfg: moge::Config = serde_json::from_str(&self.config("moge-2-vitl")?)?;
         let net = self
             .checkpoint("moge-2-vitl")?
-            .build(DType::F32, &Device::Cpu, moge::UNUSED, |vb| MoGe::new(&cfg, vb))?;
+            .build(DType::F32, &self.device, moge::UNUSED, |vb| MoGe::new(&cfg, vb))?;
         let x = self.input("moge")?;
-        self.loaded();
+        self.loaded()?;
         let out = self.run(|| Ok(net.forward(&x, tokens)?))?;
         let parts = [
             ("points", out.points),
@@ -254,44 +367,52 @@ impl Bench {
         Ok(Json::Object(parts.into_iter().map(of).collect::<anyhow::Result<_>>()?))
     }
 
-    fn qwen(&self, packing: Option<Packing>) -> anyhow::Result<(Config, Qwen3)> {
-        self.qwen_on(packing, |vb| vb)
+    fn qwen(&mut self) -> anyhow::Result<(Config, Qwen3)> {
+        if let Some((_, cfg, net)) = &self.kept {
+            return Ok((cfg.clone(), net.clone()));
+        }
+        let (cfg, net) = self.qwen_on(|vb| vb)?;
+        if !self.device.is_cpu() {
+            self.kept = Some((self.language, cfg.clone(), net.clone()));
+        }
+        Ok((cfg, net))
     }
 
     fn qwen_on(
         &self,
-        packing: Option<Packing>,
         vb: impl FnOnce(VarBuilder<'static>) -> VarBuilder<'static>,
     ) -> anyhow::Result<(Config, Qwen3)> {
-        let cfg: Config = serde_json::from_str(&self.config("qwen3-0.6b")?)?;
+        let Language { folder, dtype, packing } = self.language;
+        let cfg: Config = serde_json::from_str(&self.config(folder)?)?;
         let weights = match packing {
             Some(p) => Checkpoint::open(&p.file(&self.work))?,
-            None => self.checkpoint("qwen3-0.6b")?,
+            None => self.checkpoint(folder)?,
         };
-        let net = weights.build(DType::F32, &Device::Cpu, &["lm_head."], |b| Qwen3::new(&cfg, vb(b)))?;
+        let unused: &[&str] = if cfg.tie_word_embeddings { &["lm_head."] } else { &[] };
+        let net = weights.build(dtype, &self.device, unused, |b| Qwen3::new(&cfg, vb(b)))?;
         Ok((cfg, net))
     }
 
-    fn prefill(&mut self, tokens: usize, packing: Option<Packing>) -> anyhow::Result<Json> {
-        let (cfg, net) = self.qwen(packing)?;
+    fn prefill(&mut self, tokens: usize) -> anyhow::Result<Json> {
+        let (cfg, net) = self.qwen()?;
         let ids = self.ids("qwen_ids")?.narrow(0, 0, 1)?.narrow(1, 0, tokens)?.contiguous()?;
-        self.loaded();
+        self.loaded()?;
         let logits = self.run(|| {
-            let mut cache = KvCache::new(&cfg, 1, tokens, DType::F32, &Device::Cpu)?;
+            let mut cache = KvCache::new(&cfg, 1, tokens, net.dtype(), net.device())?;
             Ok(net.logits(&forward(&net, &cfg, &ids, &mut cache)?)?)
         })?;
         Ok(json!({ "logits": sample(&logits)? }))
     }
 
-    fn decode(&mut self, batch: usize, packing: Option<Packing>) -> anyhow::Result<Json> {
-        let (cfg, net) = self.qwen(packing)?;
+    fn decode(&mut self, batch: usize) -> anyhow::Result<Json> {
+        let (cfg, net) = self.qwen()?;
         let ids = self.ids("qwen_ids")?;
         let prompt = ids.narrow(0, 0, 1)?.narrow(1, 0, PROMPT)?.contiguous()?;
         let fed = ids.narrow(0, 0, batch)?;
         let fed: Vec<Tensor> = (PROMPT..PROMPT + NEW)
             .map(|i| fed.narrow(1, i, 1)?.contiguous())
             .collect::<candle_core::Result<_>>()?;
-        self.loaded();
+        self.loaded()?;
         let steps = |mut cache: KvCache, n: usize| -> anyhow::Result<Tensor> {
             let mut last = None;
             for ids in &fed[..n] {
@@ -302,24 +423,26 @@ impl Bench {
             }
             last.context("no steps")
         };
-        let mut first = KvCache::new(&cfg, 1, PROMPT, DType::F32, &Device::Cpu)?;
+        let mut first = KvCache::new(&cfg, 1, PROMPT, net.dtype(), net.device())?;
         forward(&net, &cfg, &prompt, &mut first)?;
         let rows = || Ok(KvCache::from_prefix(&first, batch, PROMPT + NEW)?);
-        steps(rows()?, 2)?;
+        for _ in 0..self.warm_ups() {
+            steps(rows()?, 2)?;
+        }
         let logits = self.run_prepared(rows, |cache| steps(cache, NEW))?;
         Ok(json!({ "logits": sample(&logits)? }))
     }
 
     /// Times to the first token of three questions in turn, each after the same instructions of so many
     /// tokens and with as many of its own as a question has.
-    fn question(&mut self, prefix: usize, packing: Option<Packing>) -> anyhow::Result<Json> {
+    fn question(&mut self, prefix: usize) -> anyhow::Result<Json> {
         const OWN: usize = 24;
-        let (cfg, model) = self.qwen(packing)?;
+        let (cfg, model) = self.qwen()?;
         let files = ModelFiles::open("embedded-base", "planner")?;
         // Of another model: nothing is said that it would have to spell.
         let tokenizer = Tokenizer::from_bytes(files.required("tokenizer.json")?.as_bytes())?;
         let rows: Vec<Vec<u32>> = self.ids("qwen_ids")?.narrow(0, 0, 3)?.to_vec2()?;
-        self.loaded();
+        self.loaded()?;
         let engine =
             Engine::new(Network::Text { model, cfg }, Device::Cpu, Vec::new(), EngineOptions::default());
         let (mut seconds, mut cpu) = (Vec::new(), Vec::new());
@@ -349,11 +472,11 @@ impl Bench {
         let cfg: Config = serde_json::from_str(&self.config("qwen3-0.6b")?)?;
         let mut tensors = self.checkpoint("qwen3-0.6b")?.tensors()?;
         tensors.retain(|name, _| !name.starts_with("lm_head."));
-        let params = Params::from_tensors(0, tensors)?;
+        let params = Params::placed(0, tensors, DType::F32, &self.device)?;
         let net = Qwen3::new(&cfg, params.builder())?;
         let ids = self.ids("qwen_ids")?.narrow(0, 0, 1)?.narrow(1, 0, 512)?.contiguous()?;
         let seen = ids.flatten_all()?.narrow(0, 0, 8)?;
-        self.loaded();
+        self.loaded()?;
         let mut probe = None;
         self.run(|| {
             let loss = token_log_probs(&net, &cfg, &ids)?.mean_all()?.neg()?;
@@ -380,13 +503,15 @@ impl Bench {
         let names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
         let lora = LoraConfig { rank: 32, alpha: 64., targets: names.map(String::from).to_vec() };
         let path = self.work.join("lora.safetensors");
-        let adapter = Params::from_tensors(0, candle_core::safetensors::load(path, &Device::Cpu)?)?;
-        let (cfg, net) = self.qwen_on(None, |vb| adapted(vb, &adapter, &lora))?;
+        let tensors = candle_core::safetensors::load(path, &Device::Cpu)?;
+        // In f32 whatever the frozen weights are, as a training has it.
+        let adapter = Params::placed(0, tensors, DType::F32, &self.device)?;
+        let (cfg, net) = self.qwen_on(|vb| adapted(vb, &adapter, &lora))?;
         let adamw = AdamWConfig { max_grad_norm: None, ..AdamWConfig::default() };
         let mut optimiser = AdamW::new(adapter.named(), adamw, |_, var| Some(Group::usual(var)))?;
         let ids = self.ids("qwen_ids")?.narrow(0, 0, 2)?.narrow(1, 0, 512)?.contiguous()?;
-        let advantages = Tensor::new(&[[1f32], [-0.5]], &Device::Cpu)?;
-        self.loaded();
+        let advantages = Tensor::new(&[[1f32], [-0.5]], &self.device)?;
+        self.loaded()?;
         let mut probe = None;
         self.run(|| {
             let log_p = token_log_probs(&net, &cfg, &ids)?.reshape((2, 511))?;
@@ -413,20 +538,26 @@ impl Bench {
     }
 
     fn msda(&mut self, queries: &str, backward: bool) -> anyhow::Result<Json> {
-        let of = |name: &str| self.input(&format!("msda_{queries}_{name}"));
-        let (at, weights, gradient) = (of("at")?, of("weights")?, of("gradient")?);
-        let value = self.input("msda_value")?;
+        let of = |name: &str| Ok::<_, anyhow::Error>(self.input(name)?.to_dtype(self.language.dtype)?);
+        let own = |name: &str| of(&format!("msda_{queries}_{name}"));
+        let (value, at, weights, gradient) =
+            (of("msda_value")?, own("at")?, own("weights")?, own("gradient")?);
         if !backward {
-            self.loaded();
-            let out = self.run(|| Ok(msda(&value, &LEVELS, &at, &weights)?))?;
+            self.loaded()?;
+            let out = self.run_short(|| Ok(msda(&value, &LEVELS, &at, &weights)?))?;
             return Ok(json!({ "out": sample(&out)? }));
         }
         let var = |t: &Tensor| candle_core::Var::from_tensor(t);
         let (value, at, weights) = (var(&value)?, var(&at)?, var(&weights)?);
-        self.loaded();
-        let (out, grads) = self.run(|| {
+        self.loaded()?;
+        let on_cpu = self.device.is_cpu();
+        let (out, grads) = self.run_short(|| {
             let out = msda(&value, &LEVELS, &at, &weights)?;
-            let grads = (&out * &gradient)?.sum_all()?.backward()?;
+            let grads = match on_cpu {
+                true => (&out * &gradient)?.sum_all()?.backward()?,
+                // Sums over all of a tensor are slow there, and nothing that is to be measured.
+                false => out.apply_op1(GradientIs(gradient.clone()))?.backward()?,
+            };
             Ok((out, grads))
         })?;
         let of = |v: &candle_core::Var| sample(grads.get(v).context("no gradient")?);
@@ -437,21 +568,42 @@ impl Bench {
 /// The next tokens `[batch, n]` through the cache; the last one's hidden state `[batch, 1, hidden]`.
 fn forward(net: &Qwen3, cfg: &Config, ids: &Tensor, cache: &mut KvCache) -> candle_core::Result<Tensor> {
     let (n, at) = (ids.dim(1)?, cache.len());
-    let rope = Rope::from_positions(cfg, &[(at as u32..(at + n) as u32).collect()], &Device::Cpu)?;
+    let rope = Rope::from_positions(cfg, &[(at as u32..(at + n) as u32).collect()], ids.device())?;
     net.forward(ids, &rope, &Mask::causal(), Some(cache))?.narrow(1, n - 1, 1)?.contiguous()
 }
 
 /// Log-probability of each token but the first, rows `[batch, n]` one after the other: `[batch · (n − 1)]`.
 fn token_log_probs(net: &Qwen3, cfg: &Config, ids: &Tensor) -> candle_core::Result<Tensor> {
     let (b, n) = ids.dims2()?;
-    let rope = Rope::from_positions(cfg, &[(0..n as u32).collect()], &Device::Cpu)?;
+    let rope = Rope::from_positions(cfg, &[(0..n as u32).collect()], ids.device())?;
     let hidden = net.forward(ids, &rope, &Mask::causal(), None)?;
     let hidden = hidden.narrow(1, 0, n - 1)?.reshape((b * (n - 1), hidden.dim(D::Minus1)?))?;
     net.token_log_probs(&hidden, &ids.narrow(1, 1, n - 1)?.flatten_all()?)
 }
 
+/// A number whose gradient by its argument is this.
+struct GradientIs(Tensor);
+
+impl CustomOp1 for GradientIs {
+    fn name(&self) -> &'static str {
+        "gradient-is"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![0.]), ().into()))
+    }
+
+    fn cuda_fwd(&self, x: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        Ok((x.device().zeros_impl(&().into(), x.dtype())?, ().into()))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        Ok(Some(self.0.clone()))
+    }
+}
+
 /// How the language model's matrices are packed.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 struct Packing(&'static str, GgmlDType);
 
 impl Packing {
@@ -514,7 +666,7 @@ fn sample(t: &Tensor) -> anyhow::Result<Vec<f64>> {
     let all = t.flatten_all()?;
     let (n, step) = (all.elem_count(), (all.elem_count() / MOST).max(1));
     let ids: Vec<u32> = (0..n as u32).step_by(step).take(MOST).collect();
-    let some = all.index_select(&Tensor::new(ids, all.device())?, 0)?;
+    let some = all.index_select(&Tensor::new(ids, all.device())?, 0)?.to_device(&Device::Cpu)?;
     Ok(some.to_dtype(DType::F64)?.to_vec1()?)
 }
 
@@ -540,4 +692,23 @@ fn peak_mb() -> anyhow::Result<f64> {
     let line = status.lines().find(|l| l.starts_with("VmHWM")).context("/proc/self/status has no VmHWM")?;
     let kb: f64 = line.split_whitespace().nth(1).context("an empty VmHWM")?.parse()?;
     Ok(kb / 1024.)
+}
+
+/// The most memory in use on the GPU since this was last called; none on the CPU.
+#[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+fn gpu_peak_mb(device: &Device) -> anyhow::Result<Option<f64>> {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(cuda) = device {
+        use candle_core::cuda_backend::cudarc::driver::{result, sys};
+        let high = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
+        let (mut peak, mut anew) = (0u64, 0u64);
+        // SAFETY: the device is open and so has its default pool, and the attribute is a u64.
+        unsafe {
+            let pool = result::device::get_default_mem_pool(cuda.cuda_stream().context().cu_device())?;
+            result::mem_pool::get_attribute(pool, high, (&raw mut peak).cast())?;
+            result::mem_pool::set_attribute(pool, high, (&raw mut anew).cast())?;
+        }
+        return Ok(Some(peak as f64 / f64::from(1 << 20)));
+    }
+    Ok(None)
 }

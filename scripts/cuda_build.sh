@@ -3,13 +3,13 @@
 # NVIDIA's Python wheels (105 MB), what is linked against are stubs with the right names. Some fifteen
 # minutes on two cores. Where nvcc is installed, `cargo build --release --features cuda` is all it takes.
 #
-#   scripts/cuda_build.sh [FOLDER FOR THE TOOLKIT, default ~/.cache/valor-cuda13]
+#   scripts/cuda_build.sh [CARGO'S ARGUMENTS, default: build --release]
 #
-# CUDA_COMPUTE_CAP is the GPU's compute capability (default 90; 80 for A100, 89 for RTX 40). The binary wants
+# The toolkit is kept in VALOR_CUDA_TOOLKIT (default ~/.cache/valor-cuda13). CUDA_COMPUTE_CAP is the GPU's compute capability (default 90; 80 for A100, 89 for RTX 40). The binary wants
 # at run time libcuda.so.1, libcurand.so.10, libcublas.so.13 and libcudart.so.13.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-home=${1:-$HOME/.cache/valor-cuda13}
+home=${VALOR_CUDA_TOOLKIT:-$HOME/.cache/valor-cuda13}
 cuda=$home/nvidia/cu13
 if [ ! -x "$cuda/bin/nvcc" ]; then
   mkdir -p "$home/wheels"
@@ -44,4 +44,5 @@ ln -sf ../libcudart.so.13 "$stubs/libcudart.so"
 
 export CUDA_HOME=$cuda CUDA_PATH=$cuda CUDA_ROOT=$cuda PATH="$cuda/bin:$PATH"
 export CUDA_COMPUTE_CAP=${CUDA_COMPUTE_CAP:-90} CUDARC_CUDA_VERSION=13000 CUDAFORGE_THREADS=${JOBS:-2}
-cargo build --release -j "${JOBS:-2}" --features cuda
+[ $# -gt 0 ] || set -- build --release
+cargo "$@" -j "${JOBS:-2}" --features cuda

@@ -10,8 +10,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use candle_core::{DType, Device, Tensor};
-use rayon::prelude::*;
+use candle_core::{Device, Tensor};
 
 pub use super::network::Network;
 use super::sampler::{Sampler, SamplingOptions};
@@ -500,14 +499,14 @@ impl Engine {
         hidden.ok_or_else(|| ChatError::Request("the prompt is empty".into()))
     }
 
-    /// Hidden states `[batch, 1, hidden]` → each row's logits.
-    fn logits(&self, hidden: &Tensor) -> Result<Vec<Vec<f32>>> {
-        Ok(self.network.decoder().logits(&hidden.squeeze(1)?)?.to_dtype(DType::F32)?.to_vec2()?)
+    /// Hidden states `[batch, 1, hidden]` → each row's logits `[batch, vocab]`.
+    fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        Ok(self.network.decoder().logits(&hidden.squeeze(1)?)?)
     }
 
-    fn sample(&self, rows: &mut [Row], logits: &[Vec<f32>], on_token: &mut OnToken) -> Result<()> {
-        let drawn: Vec<_> =
-            rows.par_iter_mut().zip(logits).map(|(r, l)| r.sampler.sample(l)).collect::<Result<_>>()?;
+    fn sample(&self, rows: &mut [Row], logits: &Tensor, on_token: &mut OnToken) -> Result<()> {
+        let mut samplers: Vec<&mut Sampler> = rows.iter_mut().map(|r| &mut r.sampler).collect();
+        let drawn = Sampler::sample_rows(&mut samplers, logits)?;
         for (row, token) in rows.iter_mut().zip(drawn) {
             row.trace.ids.push(token.id);
             row.trace.log_probs.push(token.log_prob);

@@ -4,11 +4,14 @@
 //! ChaCha8 stream of its own, one number per token, so what it draws does not depend on its
 //! neighbours in a batch. (Logits themselves may differ in the last bits between batch shapes.)
 
+use candle_core::{DType, Tensor};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::ChatError;
+use crate::nn;
 
 /// How replies are drawn; the same for all requests of a call.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -77,12 +80,29 @@ impl Sampler {
         Self { opts, rng: ChaCha8Rng::seed_from_u64(seed) }
     }
 
+    /// Draws a token for each row of logits `[rows, vocab]`, on the device if that can do it.
+    pub fn sample_rows(samplers: &mut [&mut Self], logits: &Tensor) -> Result<Vec<Sampled>, ChatError> {
+        let whole = |s: &Self| s.opts.temperature == 0. || (s.opts.top_k.is_none() && s.opts.top_p.is_none());
+        if let Some(first) = samplers.first()
+            && logits.device().is_cuda()
+            && samplers.iter().all(|s| s.opts == first.opts && whole(s))
+        {
+            let t = first.opts.temperature;
+            // As drawn on the processor: one number a token, none where nothing is drawn.
+            let mut next = |s: &mut &mut Self| if t == 0. { 0. } else { s.rng.random::<f64>() };
+            let drawn: Vec<f64> = samplers.iter_mut().map(&mut next).collect();
+            let found = nn::sample(logits, &drawn, t)?;
+            let token =
+                |(id, log_prob)| if id == u32::MAX { Err(broken()) } else { Ok(Sampled { id, log_prob }) };
+            return found.into_iter().map(token).collect();
+        }
+        let logits: Vec<Vec<f32>> = logits.to_dtype(DType::F32)?.to_vec2()?;
+        samplers.par_iter_mut().zip(&logits).map(|(s, l)| s.sample(l)).collect()
+    }
+
     /// Draws from logits `[vocab]`. NaN logits are never drawn.
     pub fn sample(&mut self, logits: &[f32]) -> Result<Sampled, ChatError> {
-        let Some(best) = argmax(logits) else {
-            let msg = "the model's logits are all NaN or −inf: its weights or inputs are broken";
-            return Err(candle_core::Error::Msg(msg.into()).into());
-        };
+        let Some(best) = argmax(logits) else { return Err(broken()) };
         let id = if self.opts.temperature == 0. { best } else { self.draw(logits, logits[best]) };
         Ok(Sampled { id: id as u32, log_prob: log_prob(logits, id) as f32 })
     }
@@ -121,6 +141,11 @@ impl Sampler {
         }
         kept.iter().rev().find(|(_, w)| *w > 0.).map_or(kept[0].0, |&(i, _)| i)
     }
+}
+
+fn broken() -> ChatError {
+    let msg = "the model's logits are all NaN or −inf: its weights or inputs are broken";
+    candle_core::Error::Msg(msg.into()).into()
 }
 
 fn argmax(logits: &[f32]) -> Option<usize> {

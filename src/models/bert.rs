@@ -91,7 +91,7 @@ impl Layer {
         let y = attention_dropout(&q, &k, &v, scale, Some(mask), self.attention_dropout, train)?;
         let y = self.attention_output.forward(&y.transpose(1, 2)?.reshape((b, t, d))?)?;
         let x = self.attention_norm.forward(&(x + dropout(&y, self.hidden_dropout, train)?)?)?;
-        let y = self.output.forward(&nn::gelu(&self.intermediate.forward(&x)?)?)?;
+        let y = self.output.forward(&self.intermediate.forward_act(&x, nn::Act::Gelu)?)?;
         self.output_norm.forward(&(x + dropout(&y, self.hidden_dropout, train)?)?)
     }
 }

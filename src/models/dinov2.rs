@@ -6,7 +6,7 @@
 //! no stochastic depth; pictures of any size that the patch divides.
 
 use crate::nn::{
-    self, Filter, LayerNorm, Linear, Mask, Taps, attention_packed, gelu, layer_norm, linear, resize_taps,
+    self, Act, Filter, LayerNorm, Linear, Mask, Taps, attention_packed, layer_norm, linear, resize_taps,
     swiglu,
 };
 use candle_core::{D, Result, Tensor};
@@ -272,24 +272,27 @@ impl Block {
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let y = self.attend(&self.norm1.forward(x)?)?;
-        let x = (x + scaled(&self.proj, &self.scale1)?.forward(&y)?)?;
+        let x = scaled(&self.proj, &self.scale1, &y, x)?;
         let y = self.norm2.forward(&x)?;
         let (last, y) = match &self.ffn {
-            Ffn::Mlp(fc1, fc2) => (fc2, gelu(&fc1.forward(&y)?)?),
+            Ffn::Mlp(fc1, fc2) => (fc2, fc1.forward_act(&y, Act::Gelu)?),
             Ffn::SwiGlu(w12, w3) => {
                 let ab = w12.forward(&y)?.chunk(2, D::Minus1)?;
                 (w3, swiglu(&ab[0].contiguous()?, &ab[1].contiguous()?)?)
             }
         };
-        x + scaled(last, &self.scale2)?.forward(&y)?
+        scaled(last, &self.scale2, &y, &x)
     }
 }
 
-/// A linear layer followed by LayerScale is a linear layer: scaling the weight's rows costs less
-/// than scaling every token.
-fn scaled(layer: &Linear, scale: &Tensor) -> Result<Linear> {
+/// `residual + scale · layer(x)`. A linear layer followed by LayerScale is a linear layer: scaling the weight's rows costs
+/// less than scaling every token, unless that comes with adding it.
+fn scaled(layer: &Linear, scale: &Tensor, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+    if let Some(y) = layer.forward_scaled(x, scale, residual)? {
+        return Ok(y);
+    }
     let bias = layer.bias().map(|b| b * scale).transpose()?;
-    Ok(Linear::new(layer.weight()?.broadcast_mul(&scale.unsqueeze(1)?)?, bias))
+    residual + Linear::new(layer.weight()?.broadcast_mul(&scale.unsqueeze(1)?)?, bias).forward(x)?
 }
 
 /// A DINOv2 backbone.

@@ -301,9 +301,8 @@ impl Attention {
         cache: Option<(&KvCache, usize)>,
     ) -> Result<Tensor> {
         let rotate = |t: &Tensor, norm: &RmsNorm| norm.forward_heads_rope(t, &rope.cos, &rope.sin);
-        let q = rotate(&self.q_proj.forward(x)?, &self.q_norm)?;
-        let k = rotate(&self.k_proj.forward(x)?, &self.k_norm)?;
-        let v = self.v_proj.forward(x)?;
+        let [q, k, v] = Linear::forward_all([&self.q_proj, &self.k_proj, &self.v_proj], x)?;
+        let (q, k) = (rotate(&q, &self.q_norm)?, rotate(&k, &self.k_norm)?);
         let (k, v) = match cache {
             Some((cache, layer)) => cache.append(layer, &k, &v)?,
             None => (k, v),

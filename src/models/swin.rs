@@ -227,7 +227,7 @@ impl Block {
     fn forward(&self, x: &Tensor, windows: &Windows, train: &mut Option<&mut TrainCtx>) -> Result<Tensor> {
         let y = self.attention.forward(&self.norm_before.forward(x)?, windows)?;
         let x = (x + drop_path(&dropout(&y, self.dropout, train)?, self.drop_path, train)?)?;
-        let y = nn::gelu(&self.intermediate.forward(&self.norm_after.forward(&x)?)?)?;
+        let y = self.intermediate.forward_act(&self.norm_after.forward(&x)?, nn::Act::Gelu)?;
         let y = dropout(&self.output.forward(&y)?, self.dropout, train)?;
         x + drop_path(&y, self.drop_path, train)?
     }

@@ -27,14 +27,36 @@ pub fn gelu_tanh(x: &Tensor) -> Result<Tensor> {
     if cpu::fused(&[x]) { x.contiguous()?.apply_op1(Pointwise::GeluTanh) } else { x.gelu() }
 }
 
+/// An activation that a layer may apply to its output itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Act {
+    #[default]
+    None,
+    Gelu,
+    Relu,
+}
+
+impl Act {
+    pub fn apply(self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::None => Ok(x.clone()),
+            Self::Gelu => gelu(x),
+            Self::Relu => relu(x),
+        }
+    }
+}
+
 /// Softmax over the last dimension, differentiable. On the fused path a row of −∞ alone gives
 /// zeros instead of NaN.
 pub fn softmax(x: &Tensor) -> Result<Tensor> {
     if cpu::fused(&[x]) && x.elem_count() > 0 {
-        x.contiguous()?.apply_op1(SoftmaxOp)
-    } else {
-        candle_nn::ops::softmax(x, D::Minus1)
+        return x.contiguous()?.apply_op1(SoftmaxOp);
     }
+    #[cfg(feature = "cuda")]
+    if let Some(y) = super::gpu_ops::softmax(x, &super::Mask::None, 1.)? {
+        return Ok(y);
+    }
+    candle_nn::ops::softmax(x, D::Minus1)
 }
 
 /// `silu(gate) · up`, the gated unit of Llama-style MLPs (Shazeer 2020).

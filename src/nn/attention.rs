@@ -61,7 +61,8 @@ impl Mask {
     /// The mask as it is best given to many layers that run where `like` is: made once, where it would else be
     /// made anew by each.
     pub fn spread(&self, (b, n, m): (usize, usize, usize), like: &Tensor) -> Result<Self> {
-        if like.device().is_cpu() || n == 1 || !matches!(self, Mask::Causal { .. }) {
+        let made = like.device().is_cpu() || super::on_gpu(&[like]);
+        if made || n == 1 || !matches!(self, Mask::Causal { .. }) {
             return Ok(self.clone());
         }
         self.check(b, n, m)?;
@@ -133,6 +134,10 @@ pub fn attention_packed(
     if let Some(o) = decode(q, k, v, (heads, kv_heads), scale, mask)? {
         return Ok(o);
     }
+    #[cfg(feature = "cuda")]
+    if let Some(o) = super::gpu_ops::attention((q, k, v), (heads, kv_heads), scale, mask, SCORES)? {
+        return Ok(o);
+    }
     let split = |t: &Tensor, heads: usize| -> Result<Tensor> {
         let (b, s, w) = t.dims3()?;
         t.reshape((b, s, heads, w / heads))?.transpose(1, 2)
@@ -187,10 +192,24 @@ fn composed(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) -> Resu
         t.unsqueeze(2)?.expand((b, hk, h / hk, m, d))?.reshape((b, h, m, d))
     };
     let (k, v) = (repeat(k)?, repeat(v)?);
-    let (q, k) = ((q.contiguous()? * scale)?, k.t()?.contiguous()?);
+    // On a GPU scores are scaled where the softmax reads them, and products take transposed keys as they lie.
+    let there = !q.device().is_cpu();
+    let (q, k) = match there {
+        true => (q.contiguous()?, k.t()?),
+        false => ((q.contiguous()? * scale)?, k.t()?.contiguous()?),
+    };
+    #[cfg(feature = "cuda")]
+    if b * h * n * m <= SCORES
+        && super::gpu_ops::takes_mask(mask)
+        && super::on_gpu(&[&q, &k])
+        && let Some(p) = super::gpu_ops::softmax(&q.matmul(&k)?, mask, scale)?
+    {
+        return p.matmul(&v);
+    }
     let bias = mask.additive(b, n, m, &q)?;
     let some = |from: usize, len: usize| -> Result<Tensor> {
         let s = q.narrow(2, from, len)?.matmul(&k)?;
+        let s = if there { (s * scale)? } else { s };
         // Sums of exponentials are beyond half precision.
         let s = match s.dtype() {
             DType::F16 | DType::BF16 => s.to_dtype(DType::F32)?,
@@ -243,7 +262,7 @@ fn decode(
     if !takes {
         return Ok(None);
     }
-    let own = Tensor::new(start.unwrap_or_else(|| vec![0; b]), q.device())?;
+    let own = super::gpu_ops::constant(&start.unwrap_or_else(|| vec![0; b]), q.device())?;
     kernels::decode(&q.contiguous()?, k, v, (kv_heads, group), prefix, &own, scale as f32).map(Some)
 }
 

@@ -17,6 +17,14 @@ impl Default for Conv2dConfig {
     }
 }
 
+#[cfg(feature = "cuda")]
+impl Conv2dConfig {
+    fn window(&self, weight: &Tensor) -> Result<super::kernels::Window> {
+        let Self { stride, padding, replicate } = *self;
+        Ok(super::kernels::Window { kernel: weight.dim(2)?, stride, padding, replicate })
+    }
+}
+
 #[derive(Clone, Debug)]
 pub struct Conv2d {
     weight: Tensor,
@@ -28,6 +36,13 @@ impl Conv2d {
     /// `[batch, in, h, w]` → `[batch, out, h', w']`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let p = self.cfg.padding;
+        #[cfg(feature = "cuda")]
+        {
+            let (window, bias) = (self.cfg.window(&self.weight)?, self.bias.as_ref());
+            if let Some(y) = super::gpu_ops::conv2d(x, &self.weight, bias, window, false)? {
+                return Ok(y);
+            }
+        }
         let (x, p) = if self.cfg.replicate && p > 0 {
             (x.pad_with_same(2, p, p)?.pad_with_same(3, p, p)?, 0)
         } else {

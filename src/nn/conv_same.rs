@@ -277,7 +277,15 @@ impl CustomOp3 for ConvSame {
 /// convolution of `x`, or of `relu(x)`, with the border repeated.
 pub fn conv_same(x: &Tensor, weight: &Tensor, bias: &Tensor, relu: bool) -> Result<Tensor> {
     if !super::cpu::fused(&[x, weight, bias]) {
-        let (x, p) = (if relu { x.relu()? } else { x.clone() }, weight.dim(2)? / 2);
+        let p = weight.dim(2)? / 2;
+        #[cfg(feature = "cuda")]
+        {
+            let window = super::kernels::Window { kernel: 2 * p + 1, stride: 1, padding: p, replicate: true };
+            if let Some(y) = super::gpu_ops::conv2d(x, weight, Some(bias), window, relu)? {
+                return Ok(y);
+            }
+        }
+        let x = if relu { x.relu()? } else { x.clone() };
         let x = x.pad_with_same(2, p, p)?.pad_with_same(3, p, p)?;
         return x.conv2d(weight, 0, 1, 1, 1)?.broadcast_add(&bias.reshape((1, (), 1, 1))?);
     }

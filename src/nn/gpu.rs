@@ -1,8 +1,9 @@
 //! GPUs as this program opens them.
 
-use candle_core::{Device, Result};
+use candle_core::{Device, Result, Tensor};
 use std::collections::HashMap;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// An NVIDIA GPU: one device, and one stream of work, however many threads ask for it.
 ///
@@ -21,9 +22,43 @@ pub fn gpu(ordinal: usize) -> Result<Device> {
     if let Device::Cuda(cuda) = &device {
         // SAFETY: everything happens on the one stream of this device, so no event has to order anything.
         unsafe { cuda.disable_event_tracking() };
+        keep_memory(cuda)?;
     }
     open.insert(ordinal, device.clone());
     Ok(device)
+}
+
+/// Whether convolutions of f32 on a GPU may round their factors to TF32 (11 bits; the sums are f32's), which is many times
+/// as fast and PyTorch's default too. Other products never do.
+static TF32: AtomicBool = AtomicBool::new(true);
+
+/// Sets that for this process; it is on at first.
+pub fn set_tf32(on: bool) {
+    TF32.store(on, Ordering::Relaxed);
+}
+
+#[cfg(feature = "cuda")]
+pub(super) fn tf32() -> bool {
+    TF32.load(Ordering::Relaxed)
+}
+
+/// Keeps freed memory with this process for what comes next: else the driver takes it back whenever a result is
+/// waited for, which is once a generated token, and the next allocations are slow.
+#[cfg(feature = "cuda")]
+fn keep_memory(device: &candle_core::CudaDevice) -> Result<()> {
+    use candle_core::cuda_backend::{WrapErr, cudarc::driver::sys};
+    let context = device.cuda_stream().context().clone();
+    if !context.has_async_alloc() {
+        return Ok(());
+    }
+    let (mut pool, mut all) = (std::ptr::null_mut(), u64::MAX);
+    let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    // SAFETY: the device is open; the pool is its default one, which lives as long; the value is what this attribute
+    // takes, and is copied.
+    unsafe {
+        sys::cuDeviceGetDefaultMemPool(&mut pool, context.cu_device()).result().w()?;
+        sys::cuMemPoolSetAttribute(pool, threshold, std::ptr::from_mut(&mut all).cast()).result().w()
+    }
 }
 
 /// Does the device compute in bf16? NVIDIA's do from compute capability 8.0 (Ampere) on.
@@ -35,4 +70,14 @@ pub fn has_bf16(device: &Device) -> bool {
         return cuda.cuda_stream().context().attribute(major).is_ok_and(|m| m >= 8);
     }
     !device.is_cpu()
+}
+
+/// A token and its log-probability for each row of logits `[rows, vocab]` that are on a GPU; see `kernels::sample`.
+#[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+pub fn sample(logits: &Tensor, drawn: &[f64], temperature: f64) -> Result<Vec<(u32, f32)>> {
+    #[cfg(feature = "cuda")]
+    if let Some(found) = super::gpu_ops::sample(logits, drawn, temperature)? {
+        return Ok(found);
+    }
+    candle_core::bail!("sample: logits that are not on a GPU")
 }

@@ -1,7 +1,10 @@
 //! Linear and embedding layers, weights in the checkpoint's layout (`[out, in]`).
 
+use super::Act;
 use super::cpu::{self, Held, Mat, par_rows};
 use super::few_rows::{FEW, few_rows};
+#[cfg(feature = "cuda")]
+use super::gpu_ops;
 use super::graft::graft;
 use super::lora::Lora;
 use super::packed::{Packed, packed_name};
@@ -109,8 +112,17 @@ impl Linear {
                 None => x.apply_op2(w, LinearOp),
             };
         }
-        // One 2-D GEMM whatever the rank: candle's batched matmul would broadcast the weight.
         let mut shape = x.dims().to_vec();
+        if let Some(last) = shape.last_mut() {
+            *last = w.dim(0)?;
+        }
+        #[cfg(feature = "cuda")]
+        if self.bias.is_none()
+            && let Some(y) = gpu_ops::few_rows(x, &[w], None)?
+        {
+            return y.reshape(shape);
+        }
+        // One 2-D GEMM whatever the rank: candle's batched matmul would broadcast the weight.
         let x = x.reshape((x.elem_count() / k, k))?;
         let y = if w.track_op() {
             x.matmul(&w.t()?)?
@@ -120,14 +132,86 @@ impl Linear {
             graft(&x, move |x| x.matmul(&w.t()?), move |g| g.contiguous()?.matmul(&back))?
         };
         let y = match &self.bias {
-            Some(b) => y.broadcast_add(b)?,
+            Some(b) => plus_bias(&y, b)?,
             None => y,
         };
-        if let Some(last) = shape.last_mut() {
-            *last = w.dim(0)?;
-        }
         y.reshape(shape)
     }
+
+    /// `act(self(x))`; one pass over the product on a GPU without gradients.
+    pub fn forward_act(&self, x: &Tensor, act: Act) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Some(y) = self.finished(x, act, None, None)? {
+            return Ok(y);
+        }
+        act.apply(&self.forward(x)?)
+    }
+
+    /// `plus + scale · self(x)` where that is one pass over the product, which it is on a GPU without gradients: `scale` is
+    /// `[out]`, `plus` of the result's shape. Else `None`.
+    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+    pub fn forward_scaled(&self, x: &Tensor, scale: &Tensor, plus: &Tensor) -> Result<Option<Tensor>> {
+        #[cfg(feature = "cuda")]
+        return self.finished(x, Act::None, Some(scale), Some(plus));
+        #[cfg(not(feature = "cuda"))]
+        Ok(None)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn finished(
+        &self,
+        x: &Tensor,
+        act: Act,
+        scale: Option<&Tensor>,
+        plus: Option<&Tensor>,
+    ) -> Result<Option<Tensor>> {
+        let (Weight::Plain(w), None) = (&self.weight, &self.lora) else { return Ok(None) };
+        let tracked = [Some(x), Some(w), self.bias.as_ref(), scale, plus];
+        if !super::on_gpu(&[x, w]) || tracked.into_iter().flatten().any(Tensor::track_op) {
+            return Ok(None);
+        }
+        let y = Self { weight: self.weight.clone(), bias: None, lora: None }.forward(x)?;
+        let f = super::kernels::Finish { bias: self.bias.as_ref(), act, scale, plus };
+        gpu_ops::finish(&y, f, (w.dim(0)?, 1))
+    }
+
+    /// Each layer's output for the same `x` `[.., in]`; on a GPU one launch for a few rows and up to three layers.
+    pub fn forward_all<const N: usize>(layers: [&Self; N], x: &Tensor) -> Result<[Tensor; N]> {
+        #[cfg(feature = "cuda")]
+        if N <= 3 && layers.iter().all(|l| l.is_plain() && l.bias.is_none()) {
+            let weights = layers.map(|l| l.weight.plain());
+            let weights: Vec<&Tensor> = weights.into_iter().collect::<Result<_>>()?;
+            if let Some(y) = gpu_ops::few_rows(x, &weights, None)? {
+                let mut from = 0;
+                let mut part = |i: usize| -> Result<Tensor> {
+                    let n = weights[i].dim(0)?;
+                    from += n;
+                    let mut shape = x.dims().to_vec();
+                    shape.pop();
+                    shape.push(n);
+                    y.narrow(1, from - n, n)?.contiguous()?.reshape(shape)
+                };
+                let parts: Vec<Tensor> = (0..N).map(&mut part).collect::<Result<_>>()?;
+                if let Ok(parts) = <[Tensor; N]>::try_from(parts) {
+                    return Ok(parts);
+                }
+            }
+        }
+        let parts: Vec<Tensor> = layers.iter().map(|l| l.forward(x)).collect::<Result<_>>()?;
+        match parts.try_into() {
+            Ok(parts) => Ok(parts),
+            Err(_) => candle_core::bail!("linear: as many outputs as layers"),
+        }
+    }
+}
+
+/// `y + b` over the last dimension.
+fn plus_bias(y: &Tensor, b: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(y) = gpu_ops::add_bias(y, b)? {
+        return Ok(y);
+    }
+    y.broadcast_add(b)
 }
 
 impl Linear {
@@ -135,6 +219,20 @@ impl Linear {
     pub fn forward_residual(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
         let Weight::Plain(w) = &self.weight else { return residual + self.forward(x)? };
         let fits = x.dim(D::Minus1)? == w.dim(1)? && x.elem_count() > 0;
+        #[cfg(feature = "cuda")]
+        if fits
+            && self.bias.is_none()
+            && self.lora.is_none()
+            && let Some(y) = gpu_ops::few_rows(x, &[w], Some(residual))?
+        {
+            return y.reshape(residual.shape());
+        }
+        #[cfg(feature = "cuda")]
+        if self.bias.is_some()
+            && let Some(y) = self.finished(x, Act::None, None, Some(residual))?
+        {
+            return Ok(y);
+        }
         if self.bias.is_some()
             || self.lora.is_some()
             || !fits

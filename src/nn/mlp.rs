@@ -40,6 +40,10 @@ impl GatedMlp {
             return self.composed(x, residual);
         }
         let [gate, up, down] = [layers[0].weight()?, layers[1].weight()?, layers[2].weight()?];
+        #[cfg(feature = "cuda")]
+        if let Some(h) = super::gpu_ops::few_rows_gated(x, gate, up)? {
+            return self.down_proj.forward_residual(&h, residual);
+        }
         let trained = gate.track_op() && up.track_op() && down.track_op();
         if !(trained && cpu::fused(&[x, residual, gate, up, down])) {
             return self.composed(x, residual);

@@ -21,6 +21,8 @@ mod cpu;
 mod few_rows;
 pub mod frozen;
 mod gpu;
+#[cfg(feature = "cuda")]
+mod gpu_ops;
 pub mod gradcheck;
 mod graft;
 #[cfg(any(feature = "cuda", test))]
@@ -45,13 +47,13 @@ mod simd;
 pub mod stochastic;
 pub mod window;
 
-pub use act::{gelu, gelu_tanh, relu, silu, softmax, swiglu};
+pub use act::{Act, gelu, gelu_tanh, relu, silu, softmax, swiglu};
 pub use attention::{Mask, attention, attention_packed};
 pub use conv::{Conv2d, Conv2dConfig, conv2d};
 pub use conv_same::conv_same;
 pub use cpu::composed;
 pub use frozen::frozen;
-pub use gpu::gpu;
+pub use gpu::{gpu, sample, set_tf32};
 pub use linear::{EMBEDDING_STDEV, Embedding, Linear, embedding, linear, linear_b, linear_no_bias};
 pub use loss::{linear_log_probs, log_probs};
 pub use mlp::GatedMlp;

@@ -263,7 +263,7 @@ impl Msda {
             rows.extend([h as u32, w as u32, first]);
             first += (h * w) as u32;
         }
-        Tensor::new(rows, device)
+        super::gpu_ops::constant(&rows, device)
     }
 
     fn buffers(&self) -> Samples {

@@ -74,6 +74,10 @@ impl RmsNorm {
 
     /// [`RmsNorm::forward_heads`], then [`rope`](super::rope()), for `x` `[batch, seq, heads · dim]`.
     pub fn forward_heads_rope(&self, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Some(y) = super::gpu_ops::norm_rope(x, &self.weight, self.eps, cos, sin)? {
+            return Ok(y);
+        }
         super::rope(&self.forward_heads(x)?, cos, sin)
     }
 }

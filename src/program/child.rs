@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::sandbox::{Budget, START_UP, SandboxError};
 use super::wire::{self, Plain};
-use super::worker::ARGUMENT;
+use super::worker::{ARGUMENT, LIBRARIES};
 use super::{Layers, Limits, Python};
 
 /// Seconds of processor time after which the kernel ends a worker.
@@ -106,7 +106,8 @@ impl Worker {
             None => std::env::current_exe().map_err(failed)?,
         };
         let (link, theirs) = UnixStream::pair().map_err(failed)?;
-        let child = Command::new(path)
+        let mut command = Command::new(path);
+        command
             .arg(argument)
             .args([u64::from(std::process::id()), address_space, WORKER_CPU].map(|n| n.to_string()))
             .args(more)
@@ -114,9 +115,14 @@ impl Worker {
             .current_dir("/")
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .map_err(failed)?;
+            .stderr(Stdio::null());
+        // Without CUDA's libraries the worker, which is this program, does not start; it forgets where they are.
+        if cfg!(feature = "cuda")
+            && let Some(path) = std::env::var_os(LIBRARIES)
+        {
+            command.env(LIBRARIES, path);
+        }
+        let child = command.spawn().map_err(failed)?;
         Ok(Self { child, link, age: Duration::ZERO })
     }
 

@@ -71,7 +71,7 @@ pub struct Limits {
     pub grace_seconds: f64,
     /// Live memory of the program, bytes.
     pub memory_bytes: usize,
-    /// Address space of the worker process, bytes.
+    /// Address space of the worker process beyond what it starts with, bytes.
     pub address_space: u64,
     /// Depth of calls.
     pub recursion: usize,

@@ -24,6 +24,8 @@ use super::{ErrorKind, Limits, ProgramError, alloc, guard, host::SIGNATURES, jai
 
 /// First argument of a worker process; the parent's process id and the two jail limits follow.
 pub(super) const ARGUMENT: &str = "__program-worker";
+/// The one variable that a worker may be started with.
+pub(super) const LIBRARIES: &str = "LD_LIBRARY_PATH";
 /// Stack of the thread that runs programs: the interpreter recurses on it.
 const STACK: usize = 64 << 20;
 /// Frames from the parent hold a program or a tool's answer.
@@ -44,6 +46,8 @@ pub fn worker_dispatch() -> Option<ExitCode> {
     let (Some(parent), Some(address_space), Some(cpu)) = (number(), number(), number()) else {
         return Some(ExitCode::from(2));
     };
+    // SAFETY: no other thread runs yet.
+    unsafe { std::env::remove_var(LIBRARIES) };
     #[cfg(target_os = "linux")]
     if python {
         let spec = args.next().and_then(|spec| spec.into_string().ok()).unwrap_or_default();
@@ -62,13 +66,26 @@ fn work(parent: u32, address_space: u64, cpu: u64) -> io::Result<()> {
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
     }
-    let mut layers = jail::enter(address_space, cpu, parent);
+    let mut layers = jail::enter(address_space + mapped(), cpu, parent);
     let thread = std::thread::Builder::new().stack_size(STACK).spawn(move || {
         jail::seal(&mut layers);
         alloc::start_counting();
         serve(&layers)
     })?;
     thread.join().unwrap_or_else(|_| Err(io::Error::other("the interpreter panicked")))
+}
+
+/// Address space that this process was started with, libraries above all (CUDA's are larger than any program): none of it
+/// is the program's. 0 where that is not known.
+fn mapped() -> u64 {
+    let pages = std::fs::read_to_string("/proc/self/statm").ok();
+    let pages = pages.and_then(|text| text.split_whitespace().next()?.parse::<u64>().ok());
+    // SAFETY: takes an integer.
+    #[cfg(unix)]
+    let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) }.max(4096) as u64;
+    #[cfg(not(unix))]
+    let page = 4096;
+    pages.unwrap_or(0) * page
 }
 
 /// The socket to the parent, which is this process's standard input.

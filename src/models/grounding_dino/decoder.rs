@@ -81,7 +81,7 @@ impl Layer {
         let q = (&x + position)?;
         let y = self.image_attention.forward(&q, memory.vision, reference, memory.levels)?;
         let x = self.image_norm.forward(&(x + dropout(&y, p, train)?)?)?;
-        let y = dropout(&nn::relu(&self.fc1.forward(&x)?)?, self.activation_dropout, train)?;
+        let y = dropout(&self.fc1.forward_act(&x, nn::Act::Relu)?, self.activation_dropout, train)?;
         let y = dropout(&self.fc2.forward(&y)?, p, train)?;
         self.final_norm.forward(&(x + y)?)
     }

@@ -117,7 +117,7 @@ impl TextEnhancer {
         let q = x.broadcast_add(&masks.position)?;
         let y = self.attention.forward(&q, &q, x, Some(&masks.phrases), train)?;
         let x = self.norm_before.forward(&(x + dropout(&y, self.dropout, train)?)?)?;
-        let y = dropout(&nn::relu(&self.fc1.forward(&x)?)?, self.dropout, train)?;
+        let y = dropout(&self.fc1.forward_act(&x, nn::Act::Relu)?, self.dropout, train)?;
         let y = dropout(&self.fc2.forward(&y)?, self.dropout, train)?;
         self.norm_after.forward(&(x + y)?)
     }
@@ -165,7 +165,7 @@ impl DeformableLayer {
         let query = x.broadcast_add(position)?;
         let y = self.attention.forward(&query, x, &levels.reference, levels)?;
         let x = self.attention_norm.forward(&(x + dropout(&y, self.dropout, train)?)?)?;
-        let y = dropout(&nn::relu(&self.fc1.forward(&x)?)?, self.activation_dropout, train)?;
+        let y = dropout(&self.fc1.forward_act(&x, nn::Act::Relu)?, self.activation_dropout, train)?;
         let y = dropout(&self.fc2.forward(&y)?, self.dropout, train)?;
         self.final_norm.forward(&(x + y)?)
     }

@@ -145,7 +145,7 @@ impl Mlp {
         let (last, hidden) = self.layers.split_last().expect("an MLP has layers");
         let mut x = x.clone();
         for layer in hidden {
-            x = nn::relu(&layer.forward(&x)?)?;
+            x = layer.forward_act(&x, nn::Act::Relu)?;
         }
         last.forward(&x)
     }

@@ -20,6 +20,7 @@ pub fn address(s: &CudaStorage) -> Result<u64> {
     }
     Ok(match candle_core::backend::BackendStorage::dtype(s) {
         DType::F32 => of!(f32),
+        DType::F64 => of!(f64),
         DType::F16 => of!(f16),
         DType::BF16 => of!(bf16),
         DType::U32 => of!(u32),
@@ -42,6 +43,7 @@ pub fn alloc(device: &CudaDevice, dtype: DType, len: usize, zeroed: bool) -> Res
     }
     Ok(match dtype {
         DType::F32 => of!(f32),
+        DType::F64 => of!(f64),
         DType::F16 => of!(f16),
         DType::BF16 => of!(bf16),
         DType::I64 => of!(i64),
@@ -62,7 +64,9 @@ pub fn launch(
         match arg {
             Arg::Pointer(v) | Arg::Size(v) => launch.arg(v),
             Arg::Unsigned(v) => launch.arg(v),
+            Arg::Signed(v) => launch.arg(v),
             Arg::Float(v) => launch.arg(v),
+            Arg::Double(v) => launch.arg(v),
         };
     }
     let config =

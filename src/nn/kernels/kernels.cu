@@ -7,7 +7,8 @@
 //
 // Numbers are computed in f32 whatever their type in memory. Grids are (x, y); blocks are one row of
 // threads, a power of two of them. No kernel here depends on the order in which threads run: sums are
-// trees or, where many blocks add to one place, integers.
+// trees or, where many blocks add to one place, integers. Threads add up over a block (block_sum) or over
+// groups of a warp's lanes (lane_sums), which both halves of the macros have in their own way.
 
 #include <math.h>
 #include <stddef.h>
@@ -33,7 +34,77 @@ DEVICE void put(__nv_bfloat16 *p, float v) { *p = __float2bfloat16(v); }
 DEVICE void add_whole(long long *p, long long v) {
   atomicAdd(reinterpret_cast<unsigned long long *>(p), static_cast<unsigned long long>(v));
 }
+
+// Eight numbers as they lie, at an address that is a multiple of their size.
+template <class T> struct Eight {
+  uint4 raw;
+};
+template <> struct Eight<float> {
+  float4 a, b;
+};
+template <class T> DEVICE Eight<T> eight(const T *p) { return *reinterpret_cast<const Eight<T> *>(p); }
+DEVICE void widen(const Eight<float> &e, float *v) {
+  v[0] = e.a.x, v[1] = e.a.y, v[2] = e.a.z, v[3] = e.a.w, v[4] = e.b.x, v[5] = e.b.y, v[6] = e.b.z, v[7] = e.b.w;
+}
+DEVICE void widen(const Eight<__nv_bfloat16> &e, float *v) {
+  unsigned w[4] = {e.raw.x, e.raw.y, e.raw.z, e.raw.w};
+  for (int i = 0; i < 4; ++i) {
+    v[2 * i] = __uint_as_float(w[i] << 16);
+    v[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u);
+  }
+}
+DEVICE void widen(const Eight<__half> &e, float *v) {
+  const __half2 *w = reinterpret_cast<const __half2 *>(&e.raw);
+  for (int i = 0; i < 4; ++i) {
+    float2 f = __half22float2(w[i]);
+    v[2 * i] = f.x;
+    v[2 * i + 1] = f.y;
+  }
+}
+
+// Four numbers, likewise.
+DEVICE void get4(const float *p, float *v) {
+  float4 a = *reinterpret_cast<const float4 *>(p);
+  v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w;
+}
+DEVICE void get4(const __nv_bfloat16 *p, float *v) {
+  uint2 a = *reinterpret_cast<const uint2 *>(p);
+  v[0] = __uint_as_float(a.x << 16), v[1] = __uint_as_float(a.x & 0xffff0000u);
+  v[2] = __uint_as_float(a.y << 16), v[3] = __uint_as_float(a.y & 0xffff0000u);
+}
+DEVICE void get4(const __half *p, float *v) {
+  uint2 a = *reinterpret_cast<const uint2 *>(p);
+  const __half2 *w = reinterpret_cast<const __half2 *>(&a);
+  float2 f = __half22float2(w[0]), g = __half22float2(w[1]);
+  v[0] = f.x, v[1] = f.y, v[2] = g.x, v[3] = g.y;
+}
+
+DEVICE unsigned bits(float v) { return __float_as_uint(v); }
+DEVICE void take_most(unsigned *p, unsigned v) { atomicMax(p, v); }
+
+// f(t, v) gives N numbers of thread t; g(k, v) takes their sums over the k-th LANES threads.
+template <int N, int LANES, class F, class G> DEVICE void lane_sums(F f, G g) {
+  float v[N];
+  f(threadIdx.x, v);
+  for (int n = 0; n < N; ++n)
+    for (int lane = LANES / 2; lane > 0; lane /= 2) v[n] += __shfl_xor_sync(0xffffffffu, v[n], lane);
+  if (threadIdx.x % LANES == 0) g(threadIdx.x / LANES, v);
+}
+
+// op over the block's f(t), to all threads. `scratch` holds a number per warp.
+template <class F, class O> DEVICE float block_reduce(float *scratch, float none, F f, O op) {
+  float v = f(threadIdx.x);
+  for (int lane = 16; lane > 0; lane /= 2) v = op(v, __shfl_xor_sync(0xffffffffu, v, lane));
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
+  __syncthreads();
+  v = threadIdx.x % 32 < blockDim.x / 32 ? scratch[threadIdx.x % 32] : none;
+  for (int lane = 16; lane > 0; lane /= 2) v = op(v, __shfl_xor_sync(0xffffffffu, v, lane));
+  __syncthreads();
+  return v;
+}
 #else
+#include <string.h>
+
 #include <utility>
 
 struct Place {
@@ -71,24 +142,57 @@ static void every_block(void (*body)(A...), unsigned columns, unsigned rows, uns
 DEVICE float get(const float *p) { return *p; }
 DEVICE void put(float *p, float v) { *p = v; }
 DEVICE void add_whole(long long *p, long long v) { *p += v; }
-#endif
 
-// The sum of f(t) over the block's threads, to all of them. `scratch` holds a number per thread.
-template <class F> DEVICE float block_sum(float *scratch, F f) {
-  THREADS(t) { scratch[t] = f(t); }
-  SYNC;
-  for (unsigned n = blockDim.x / 2; n > 0; n /= 2) {
-    THREADS(t) {
-      if (t < n) scratch[t] += scratch[t + n];
-    }
-    SYNC;
-  }
-  float sum = scratch[0];
-  SYNC;
-  return sum;
+template <class T> struct Eight {
+  const T *at;
+};
+template <class T> DEVICE Eight<T> eight(const T *p) { return {p}; }
+DEVICE void widen(const Eight<float> &e, float *v) {
+  for (int i = 0; i < 8; ++i) v[i] = e.at[i];
 }
 
-const unsigned MOST_THREADS = 1024;
+DEVICE void get4(const float *p, float *v) {
+  for (int i = 0; i < 4; ++i) v[i] = p[i];
+}
+
+DEVICE unsigned bits(float v) {
+  unsigned b;
+  memcpy(&b, &v, sizeof b);
+  return b;
+}
+DEVICE void take_most(unsigned *p, unsigned v) { *p = *p < v ? v : *p; }
+
+template <int N, int LANES, class F, class G> DEVICE void lane_sums(F f, G g) {
+  for (unsigned k = 0; k < blockDim.x / LANES; ++k) {
+    float sum[N] = {}, v[N];
+    for (unsigned lane = 0; lane < LANES; ++lane) {
+      f(k * LANES + lane, v);
+      for (int n = 0; n < N; ++n) sum[n] += v[n];
+    }
+    g(k, sum);
+  }
+}
+
+template <class F, class O> DEVICE float block_reduce(float *, float none, F f, O op) {
+  // In lanes, as a long sum one after the other would round more than the GPU's.
+  float lanes[32];
+  for (float &v : lanes) v = none;
+  THREADS(t) { lanes[t % 32] = op(lanes[t % 32], f(t)); }
+  for (float v : lanes) none = op(none, v);
+  return none;
+}
+#endif
+
+// Blocks are of at least a warp.
+const unsigned MOST_WARPS = 32;
+
+template <class F> DEVICE float block_sum(float *scratch, F f) {
+  return block_reduce(scratch, 0.f, f, [](float a, float b) { return a + b; });
+}
+
+template <class F> DEVICE float block_max(float *scratch, F f) {
+  return block_reduce(scratch, -INFINITY, f, [](float a, float b) { return fmaxf(a, b); });
+}
 
 // ---- RMSNorm (Zhang & Sennrich 2019): a block per row of d values.
 
@@ -104,7 +208,7 @@ template <class T> DEVICE float inverse_rms(const T *x, unsigned d, float eps, f
 #define rms_norm_PARAMS(T) const T *x, const T *w, T *y, unsigned d, float eps
 #define rms_norm_ARGS x, w, y, d, eps
 template <class T> DEVICE void rms_norm_body(rms_norm_PARAMS(T)) {
-  SHARED float scratch[MOST_THREADS];
+  SHARED float scratch[MOST_WARPS];
   size_t row = static_cast<size_t>(blockIdx.x) * d;
   float inv = inverse_rms(x + row, d, eps, scratch);
   THREADS(t) {
@@ -117,7 +221,7 @@ EACH(rms_norm)
 #define rms_norm_back_PARAMS(T) const T *x, const T *w, const T *g, T *dx, float *inverse, unsigned d, float eps
 #define rms_norm_back_ARGS x, w, g, dx, inverse, d, eps
 template <class T> DEVICE void rms_norm_back_body(rms_norm_back_PARAMS(T)) {
-  SHARED float scratch[MOST_THREADS];
+  SHARED float scratch[MOST_WARPS];
   size_t row = static_cast<size_t>(blockIdx.x) * d;
   float inv = inverse_rms(x + row, d, eps, scratch);
   float c = block_sum(scratch, [&](unsigned t) {
@@ -154,7 +258,7 @@ template <class T> DEVICE void mean_and_inverse(const T *x, unsigned d, float ep
 #define layer_norm_PARAMS(T) const T *x, const T *w, const T *b, T *y, unsigned d, float eps
 #define layer_norm_ARGS x, w, b, y, d, eps
 template <class T> DEVICE void layer_norm_body(layer_norm_PARAMS(T)) {
-  SHARED float scratch[MOST_THREADS];
+  SHARED float scratch[MOST_WARPS];
   size_t row = static_cast<size_t>(blockIdx.x) * d;
   float m[2];
   mean_and_inverse(x + row, d, eps, scratch, m);
@@ -169,7 +273,7 @@ EACH(layer_norm)
   const T *x, const T *w, const T *g, T *dx, float *moments, unsigned d, float eps
 #define layer_norm_back_ARGS x, w, g, dx, moments, d, eps
 template <class T> DEVICE void layer_norm_back_body(layer_norm_back_PARAMS(T)) {
-  SHARED float scratch[MOST_THREADS];
+  SHARED float scratch[MOST_WARPS];
   size_t row = static_cast<size_t>(blockIdx.x) * d;
   float m[2];
   mean_and_inverse(x + row, d, eps, scratch, m);
@@ -243,6 +347,29 @@ template <class T> DEVICE void rope_body(rope_PARAMS(T)) {
 }
 EACH(rope)
 
+// Each head normalised (RMSNorm, weight w of 2 half values) and then rotated: a block per token and head. A token's
+// heads lie together, one token's first `stride` after the last one's.
+#define norm_rope_PARAMS(T)                                                                                  \
+  const T *x, const T *w, const float *cosine, const float *sine, T *y, unsigned heads, size_t stride,        \
+      unsigned half, unsigned period, float eps
+#define norm_rope_ARGS x, w, cosine, sine, y, heads, stride, half, period, eps
+template <class T> DEVICE void norm_rope_body(norm_rope_PARAMS(T)) {
+  SHARED float scratch[MOST_WARPS];
+  size_t token = blockIdx.x / heads, head = blockIdx.x % heads, angle = (token % period) * half;
+  const T *from = x + token * stride + head * 2 * half;
+  T *to = y + static_cast<size_t>(blockIdx.x) * 2 * half;
+  float inv = inverse_rms(from, 2 * half, eps, scratch);
+  THREADS(t) {
+    for (unsigned k = t; k < half; k += blockDim.x) {
+      float c = cosine[angle + k], s = sine[angle + k];
+      float a = get(from + k) * inv * get(w + k), b = get(from + k + half) * inv * get(w + k + half);
+      put(to + k, a * c - b * s);
+      put(to + k + half, b * c + a * s);
+    }
+  }
+}
+EACH(norm_rope)
+
 // ---- silu(a) u (Shazeer 2020), pointwise.
 
 #define swiglu_PARAMS(T) const T *a, const T *u, T *y, size_t n
@@ -272,6 +399,222 @@ template <class T> DEVICE void swiglu_back_body(swiglu_back_PARAMS(T)) {
 }
 EACH(swiglu_back)
 
+// ---- Products with few rows: y = x W^T, memory-bound by the weights, which are read once. A warp sums two output
+// numbers of every row, so that what it reads of x serves both; k is a multiple of 8, so that sixteen bytes are read
+// at once.
+
+const unsigned MOST_ROWS = 4;
+
+// Adds to v[2 r], v[2 r + 1] the lane's share of the products of x's row r with two rows of weights.
+template <class T, int ROWS> DEVICE void dot_rows(const T *x, const T *w, const T *u, unsigned k, unsigned lane, float *v) {
+  const int AHEAD = 4;
+  const unsigned STEP = 256;
+  auto multiply = [&](const Eight<T> &first, const Eight<T> &second, unsigned i) {
+    float a[8], b[8], c[8];
+    widen(first, a);
+    widen(second, b);
+    for (int r = 0; r < ROWS; ++r) {
+      widen(eight(x + static_cast<size_t>(r) * k + i), c);
+      for (int j = 0; j < 8; ++j) {
+        v[2 * r] += a[j] * c[j];
+        v[2 * r + 1] += b[j] * c[j];
+      }
+    }
+  };
+  unsigned i = 8 * lane;
+  // Many reads are under way at once.
+  for (; i + (AHEAD - 1) * STEP < k; i += AHEAD * STEP) {
+    Eight<T> a[AHEAD], b[AHEAD];
+    for (int n = 0; n < AHEAD; ++n) {
+      a[n] = eight(w + i + n * STEP);
+      b[n] = eight(u + i + n * STEP);
+    }
+    for (int n = 0; n < AHEAD; ++n) multiply(a[n], b[n], i + n * STEP);
+  }
+  for (; i < k; i += STEP) multiply(eight(w + i), eight(u + i), i);
+}
+
+// Up to three weights of n0, n1, n2 rows side by side in y [ROWS, n0 + n1 + n2]; `plus`, of y's shape, is added
+// where there is one.
+template <class T, int ROWS>
+DEVICE void few_rows_of(const T *x, const T *w0, const T *w1, const T *w2, const T *plus, T *y, unsigned n0, unsigned n1,
+                        unsigned n2, unsigned k) {
+  unsigned n = n0 + n1 + n2, first = blockIdx.x * (blockDim.x / 16);
+  auto weights = [&](unsigned o) {
+    return o < n0 ? w0 + static_cast<size_t>(o) * k
+        : o < n0 + n1 ? w1 + static_cast<size_t>(o - n0) * k
+                      : w2 + static_cast<size_t>(o - n0 - n1) * k;
+  };
+  lane_sums<2 * ROWS, 32>(
+      [&](unsigned t, float *v) {
+        unsigned o = first + t / 32 * 2;
+        for (int r = 0; r < 2 * ROWS; ++r) v[r] = 0.f;
+        // The last row of an odd number is summed twice, and written once.
+        if (o < n) dot_rows<T, ROWS>(x, weights(o), weights(o + 1 < n ? o + 1 : o), k, t % 32, v);
+      },
+      [&](unsigned warp, const float *v) {
+        for (unsigned i = 0; i < 2; ++i) {
+          unsigned o = first + warp * 2 + i;
+          if (o >= n) return;
+          for (int r = 0; r < ROWS; ++r) {
+            size_t at = static_cast<size_t>(r) * n + o;
+            put(y + at, v[2 * r + i] + (plus ? get(plus + at) : 0.f));
+          }
+        }
+      });
+}
+
+#define few_rows_PARAMS(T)                                                                                   \
+  const T *x, const T *w0, const T *w1, const T *w2, const T *plus, T *y, unsigned rows, unsigned n0,        \
+      unsigned n1, unsigned n2, unsigned k
+#define few_rows_ARGS x, w0, w1, w2, plus, y, rows, n0, n1, n2, k
+template <class T> DEVICE void few_rows_body(few_rows_PARAMS(T)) {
+  switch (rows) {
+  case 1: return few_rows_of<T, 1>(x, w0, w1, w2, plus, y, n0, n1, n2, k);
+  case 2: return few_rows_of<T, 2>(x, w0, w1, w2, plus, y, n0, n1, n2, k);
+  case 3: return few_rows_of<T, 3>(x, w0, w1, w2, plus, y, n0, n1, n2, k);
+  default: return few_rows_of<T, MOST_ROWS>(x, w0, w1, w2, plus, y, n0, n1, n2, k);
+  }
+}
+EACH(few_rows)
+
+// silu(x gate^T) (x up^T), both of n rows: a warp for each number of a row.
+template <class T, int ROWS>
+DEVICE void few_rows_gated_of(const T *x, const T *gate, const T *up, T *y, unsigned n, unsigned k) {
+  unsigned first = blockIdx.x * (blockDim.x / 32);
+  lane_sums<2 * ROWS, 32>(
+      [&](unsigned t, float *v) {
+        size_t o = first + t / 32;
+        for (int r = 0; r < 2 * ROWS; ++r) v[r] = 0.f;
+        if (o < n) dot_rows<T, ROWS>(x, gate + o * k, up + o * k, k, t % 32, v);
+      },
+      [&](unsigned warp, const float *v) {
+        unsigned o = first + warp;
+        if (o >= n) return;
+        for (int r = 0; r < ROWS; ++r)
+          put(y + static_cast<size_t>(r) * n + o, v[2 * r] / (1.f + expf(-v[2 * r])) * v[2 * r + 1]);
+      });
+}
+
+#define few_rows_gated_PARAMS(T) const T *x, const T *gate, const T *up, T *y, unsigned rows, unsigned n, unsigned k
+#define few_rows_gated_ARGS x, gate, up, y, rows, n, k
+template <class T> DEVICE void few_rows_gated_body(few_rows_gated_PARAMS(T)) {
+  switch (rows) {
+  case 1: return few_rows_gated_of<T, 1>(x, gate, up, y, n, k);
+  case 2: return few_rows_gated_of<T, 2>(x, gate, up, y, n, k);
+  case 3: return few_rows_gated_of<T, 3>(x, gate, up, y, n, k);
+  default: return few_rows_gated_of<T, MOST_ROWS>(x, gate, up, y, n, k);
+  }
+}
+EACH(few_rows_gated)
+
+// ---- What follows a product: act(x + b) s + plus, where x is [outer, channels, inner], b and s are [channels], and
+// plus has x's shape; each of the three may be missing. act: 0 none, 1 GELU (Hendrycks & Gimpel 2016, exact), 2 ReLU.
+
+#define finish_PARAMS(T)                                                                                     \
+  const T *x, const T *b, const T *s, const T *plus, T *y, size_t n, unsigned channels, unsigned inner, unsigned act
+#define finish_ARGS x, b, s, plus, y, n, channels, inner, act
+template <class T> DEVICE void finish_body(finish_PARAMS(T)) {
+  THREADS(t) {
+    size_t i = static_cast<size_t>(blockIdx.x) * blockDim.x + t;
+    if (i < n) {
+      size_t c = (inner == 1 ? i : i / inner) % channels;
+      float v = get(x + i) + (b ? get(b + c) : 0.f);
+      if (act == 1) v = 0.5f * v * (1.f + erff(v * 0.70710678118654752f));
+      // Not fmaxf, which would make a number of what is none.
+      if (act == 2) v = v < 0.f ? 0.f : v;
+      put(y + i, v * (s ? get(s + c) : 1.f) + (plus ? get(plus + i) : 0.f));
+    }
+  }
+}
+EACH(finish)
+
+// ---- softmax(scale x + bias) of rows of m scores [batch, heads, queries, m]: a block per row. The bias, where there
+// is one, is f32; its row is found by its strides. Where `first` is not negative, query i sees the keys up to
+// first + i alone, of which those from `prefix` to own[batch] (if there is one) are padding, but always its last. A
+// row that sees nothing, or -inf alone, gives zeros. y may be x.
+
+#define softmax_PARAMS(T)                                                                                    \
+  const T *x, const float *bias, const unsigned *own, T *y, unsigned m, unsigned heads, unsigned queries,    \
+      size_t of_batch, size_t of_head, size_t of_query, int first, unsigned prefix, float scale
+#define softmax_ARGS x, bias, own, y, m, heads, queries, of_batch, of_head, of_query, first, prefix, scale
+template <class T> DEVICE void softmax_body(softmax_PARAMS(T)) {
+  SHARED float scratch[MOST_WARPS];
+  size_t row = blockIdx.x, query = row % queries, head = row / queries % heads, batch = row / queries / heads;
+  const T *from = x + row * m;
+  const float *plus = bias ? bias + batch * of_batch + head * of_head + query * of_query : nullptr;
+  unsigned last = first < 0 ? m - 1 : static_cast<unsigned>(first) + static_cast<unsigned>(query);
+  unsigned begin = first >= 0 && own ? own[batch] : 0;
+  auto score = [&](unsigned i) {
+    bool seen = i < prefix || i >= begin || i == last;
+    return seen ? scale * get(from + i) + (plus ? plus[i] : 0.f) : -INFINITY;
+  };
+  float top = block_max(scratch, [&](unsigned t) {
+    float v = -INFINITY;
+    for (unsigned i = t; i <= last; i += blockDim.x) v = fmaxf(v, score(i));
+    return v;
+  });
+  float base = top == -INFINITY ? 0.f : top;
+  float sum = block_sum(scratch, [&](unsigned t) {
+    float s = 0.f;
+    for (unsigned i = t; i <= last; i += blockDim.x) s += expf(score(i) - base);
+    return s;
+  });
+  float inv = sum == 0.f ? 0.f : 1.f / sum;
+  THREADS(t) {
+    for (unsigned i = t; i < m; i += blockDim.x) put(y + row * m + i, i <= last ? expf(score(i) - base) * inv : 0.f);
+  }
+}
+EACH(softmax)
+
+// dx = scale y (g - sum(g y)).
+#define softmax_back_PARAMS(T) const T *y, const T *g, T *dx, unsigned m, float scale
+#define softmax_back_ARGS y, g, dx, m, scale
+template <class T> DEVICE void softmax_back_body(softmax_back_PARAMS(T)) {
+  SHARED float scratch[MOST_WARPS];
+  size_t row = static_cast<size_t>(blockIdx.x) * m;
+  float c = block_sum(scratch, [&](unsigned t) {
+    float s = 0.f;
+    for (unsigned i = t; i < m; i += blockDim.x) s += get(g + row + i) * get(y + row + i);
+    return s;
+  });
+  THREADS(t) {
+    for (unsigned i = t; i < m; i += blockDim.x)
+      put(dx + row + i, scale * get(y + row + i) * (get(g + row + i) - c));
+  }
+}
+EACH(softmax_back)
+
+// ---- What a convolution multiplies its weights with: columns [batch, channels * kh * kw, oh * ow]. Outside of the
+// picture [batch, channels, h, w] are zeros, or its border again; `relu` takes what is below zero for zero. A thread
+// per number.
+
+#define columns_PARAMS(T)                                                                                    \
+  const T *x, T *y, size_t n, unsigned h, unsigned w, unsigned kernel, unsigned stride, unsigned padding,    \
+      unsigned replicate, unsigned oh, unsigned ow, unsigned relu
+#define columns_ARGS x, y, n, h, w, kernel, stride, padding, replicate, oh, ow, relu
+template <class T> DEVICE void columns_body(columns_PARAMS(T)) {
+  THREADS(t) {
+    size_t i = static_cast<size_t>(blockIdx.x) * blockDim.x + t;
+    if (i < n) {
+      unsigned out = oh * ow, at = i % out;
+      size_t tap = i / out; // (batch, channel, ky, kx)
+      int px = static_cast<int>(at % ow * stride + tap % kernel) - static_cast<int>(padding);
+      int py = static_cast<int>(at / ow * stride + tap / kernel % kernel) - static_cast<int>(padding);
+      int last_x = static_cast<int>(w) - 1, last_y = static_cast<int>(h) - 1;
+      if (replicate) {
+        px = px < 0 ? 0 : px > last_x ? last_x : px;
+        py = py < 0 ? 0 : py > last_y ? last_y : py;
+      }
+      bool inside = px >= 0 && py >= 0 && px <= last_x && py <= last_y;
+      size_t plane = tap / (kernel * kernel);
+      float v = inside ? get(x + (plane * h + py) * w + px) : 0.f;
+      put(y + i, relu && v < 0.f ? 0.f : v);
+    }
+  }
+}
+EACH(columns)
+
 // ---- Multi-scale deformable attention (Zhu et al. 2021, eq. 3).
 // value [batch, tokens, heads, dim], place [batch, queries, heads, levels, points, 2] in 0..1, mass without
 // the 2; `shapes` holds height, width and first token of each level. What lies outside reads as zero.
@@ -298,36 +641,80 @@ DEVICE void corners_of(float px, float py, int h, int w, int first, Corners *c) 
   }
 }
 
-// A thread per output number.
+// What a reader's points see of W channels. `v` is the first of them in the first token.
+template <class T, int W>
+DEVICE void read_points(const T *v, const T *place, const T *mass, const unsigned *shapes, size_t sample, unsigned width,
+                        unsigned levels, unsigned points, T *y) {
+  float sum[W] = {};
+  for (unsigned l = 0; l < levels; ++l) {
+    int h = shapes[3 * l], w = shapes[3 * l + 1], first = shapes[3 * l + 2];
+#ifdef __CUDACC__
+#pragma unroll 4
+#endif
+    for (unsigned p = 0; p < points; ++p) {
+      size_t at = sample + l * points + p;
+      Corners k;
+      corners_of(get(place + 2 * at), get(place + 2 * at + 1), h, w, first, &k);
+      float m = get(mass + at);
+      for (int q = 0; q < 4; ++q) {
+        if (k.at[q] < 0) continue;
+        float four[4], share = m * k.share[q];
+        const T *from = v + static_cast<size_t>(k.at[q]) * width;
+        if (W == 4)
+          get4(from, four);
+        else
+          four[0] = get(from);
+        for (int i = 0; i < W; ++i) sum[i] += share * four[i];
+      }
+    }
+  }
+  for (int i = 0; i < W; ++i) put(y + i, sum[i]);
+}
+
+// A thread per `by` output numbers, 4 or 1; 4 only where dim is a multiple of it.
 #define msda_PARAMS(T)                                                                                       \
   const T *value, const T *place, const T *mass, const unsigned *shapes, T *y, size_t n, unsigned tokens,    \
-      unsigned queries, unsigned heads, unsigned dim, unsigned levels, unsigned points
-#define msda_ARGS value, place, mass, shapes, y, n, tokens, queries, heads, dim, levels, points
+      unsigned queries, unsigned heads, unsigned dim, unsigned levels, unsigned points, unsigned by
+#define msda_ARGS value, place, mass, shapes, y, n, tokens, queries, heads, dim, levels, points, by
 template <class T> DEVICE void msda_body(msda_PARAMS(T)) {
   THREADS(t) {
-    size_t i = static_cast<size_t>(blockIdx.x) * blockDim.x + t;
+    size_t i = (static_cast<size_t>(blockIdx.x) * blockDim.x + t) * by;
     if (i < n) {
       unsigned c = i % dim;
       size_t reader = i / dim; // (batch, query, head)
-      unsigned head = reader % heads;
       size_t batch = reader / heads / queries, sample = reader * levels * points;
-      const T *v = value + (batch * tokens * heads + head) * dim + c;
-      float sum = 0.f;
-      for (unsigned l = 0; l < levels; ++l)
-        for (unsigned p = 0; p < points; ++p, ++sample) {
-          Corners k;
-          const unsigned *s = shapes + 3 * l;
-          corners_of(get(place + 2 * sample), get(place + 2 * sample + 1), s[0], s[1], s[2], &k);
-          float read = 0.f;
-          for (int q = 0; q < 4; ++q)
-            if (k.at[q] >= 0) read += k.share[q] * get(v + static_cast<size_t>(k.at[q]) * heads * dim);
-          sum += get(mass + sample) * read;
-        }
-      put(y + i, sum);
+      const T *v = value + (batch * tokens * heads + reader % heads) * dim + c;
+      if (by == 4)
+        read_points<T, 4>(v, place, mass, shapes, sample, heads * dim, levels, points, y + i);
+      else
+        read_points<T, 1>(v, place, mass, shapes, sample, heads * dim, levels, points, y + i);
     }
   }
 }
 EACH(msda)
+
+// The largest |x|, as the bits of an f32, which order as the numbers do; not a number is above all. `most` is zero at
+// first.
+#define largest_PARAMS(T) const T *x, unsigned *most, size_t n
+#define largest_ARGS x, most, n
+template <class T> DEVICE void largest_body(largest_PARAMS(T)) {
+  SHARED float scratch[MOST_WARPS];
+  float top = block_reduce(
+      scratch, 0.f,
+      [&](unsigned t) {
+        float m = 0.f;
+        for (size_t i = static_cast<size_t>(blockIdx.x) * blockDim.x + t; i < n; i += static_cast<size_t>(gridDim.x) * blockDim.x) {
+          float v = fabsf(get(x + i));
+          m = bits(v) > bits(m) ? v : m;
+        }
+        return m;
+      },
+      [](float a, float b) { return bits(a) > bits(b) ? a : b; });
+  THREADS(t) {
+    if (t == 0) take_most(most, bits(top));
+  }
+}
+EACH(largest)
 
 // Of a whole number to add up: a power of two so large that no sum of `terms` terms of at most
 // `most` overflows 63 bits.
@@ -337,59 +724,73 @@ DEVICE float whole_scale(float most, float terms) {
   return exp2f(static_cast<float>(e < -120 ? -120 : e > 120 ? 120 : e));
 }
 
-// A block per reader, a thread per channel in turn. The value's gradient is added up in whole numbers,
+// Eight lanes per reader, each with W channels in turn, 4 or 1. The value's gradient is added up in whole numbers,
 // `most[0]` being the largest gradient, `most[1]` the largest mass.
+const unsigned READER_LANES = 8;
+
 #define msda_back_PARAMS(T)                                                                                  \
   const T *value, const T *place, const T *mass, const unsigned *shapes, const T *g, const float *most,      \
-      long long *dvalue, T *dplace, T *dmass, unsigned tokens, unsigned queries, unsigned heads,             \
-      unsigned dim, unsigned levels, unsigned points
+      long long *dvalue, T *dplace, T *dmass, size_t readers, unsigned tokens, unsigned queries,             \
+      unsigned heads, unsigned dim, unsigned levels, unsigned points
 #define msda_back_ARGS                                                                                       \
-  value, place, mass, shapes, g, most, dvalue, dplace, dmass, tokens, queries, heads, dim, levels, points
-template <class T> DEVICE void msda_back_body(msda_back_PARAMS(T)) {
-  SHARED float scratch[MOST_THREADS];
-  size_t reader = blockIdx.x;
-  unsigned head = reader % heads;
-  size_t batch = reader / heads / queries, sample = reader * levels * points;
-  size_t first = (batch * tokens * heads + head) * dim;
+  value, place, mass, shapes, g, most, dvalue, dplace, dmass, readers, tokens, queries, heads, dim, levels,  \
+      points
+template <class T, int W> DEVICE void msda_back_by(msda_back_PARAMS(T)) {
+  size_t begin = static_cast<size_t>(blockIdx.x) * (blockDim.x / READER_LANES);
   float scale = whole_scale(most[0] * most[1], static_cast<float>(queries) * levels * points);
-  for (unsigned l = 0; l < levels; ++l)
-    for (unsigned p = 0; p < points; ++p, ++sample) {
-      Corners k;
-      const unsigned *s = shapes + 3 * l;
-      corners_of(get(place + 2 * sample), get(place + 2 * sample + 1), s[0], s[1], s[2], &k);
-      float m = get(mass + sample);
-      // Sums over channels of g times the corner's value: all that place and mass need.
-      float read[4];
-      for (int q = 0; q < 4; ++q) {
-        if (k.at[q] < 0) {
-          read[q] = 0.f;
-          continue;
-        }
-        size_t at = first + static_cast<size_t>(k.at[q]) * heads * dim;
-        read[q] = block_sum(scratch, [&](unsigned t) {
-          float sum = 0.f;
-          for (unsigned c = t; c < dim; c += blockDim.x) {
-            float grad = get(g + reader * dim + c);
-            add_whole(dvalue + at + c, llrintf(grad * m * k.share[q] * scale));
-            sum += grad * get(value + at + c);
-          }
-          return sum;
-        });
-      }
-      THREADS(t) {
-        if (t == 0) {
-          float dm = 0.f, dx = 0.f, dy = 0.f;
-          for (int q = 0; q < 4; ++q) {
-            dm += k.share[q] * read[q];
-            dx += k.right[q] * read[q];
-            dy += k.down[q] * read[q];
-          }
-          put(dmass + sample, dm);
-          put(dplace + 2 * sample, m * dx);
-          put(dplace + 2 * sample + 1, m * dy);
-        }
-      }
-    }
+  auto some = [](const T *from, float *v) {
+    if (W == 4)
+      get4(from, v);
+    else
+      v[0] = get(from);
+  };
+  for (unsigned l = 0; l < levels; ++l) {
+    int h = shapes[3 * l], w = shapes[3 * l + 1], first = shapes[3 * l + 2];
+    for (unsigned p = 0; p < points; ++p)
+      // Sums over channels of g times the corner's value, weighed as mass and place need it.
+      lane_sums<3, READER_LANES>(
+          [&](unsigned t, float *sums) {
+            size_t reader = begin + t / READER_LANES, sample = (reader * levels + l) * points + p;
+            for (int i = 0; i < 3; ++i) sums[i] = 0.f;
+            if (reader >= readers) return;
+            Corners k;
+            corners_of(get(place + 2 * sample), get(place + 2 * sample + 1), h, w, first, &k);
+            size_t from = (reader / heads / queries * tokens * heads + reader % heads) * dim;
+            float m = get(mass + sample);
+            for (unsigned c = t % READER_LANES * W; c < dim; c += READER_LANES * W) {
+              float grad[4], seen[4];
+              some(g + reader * dim + c, grad);
+              for (int q = 0; q < 4; ++q) {
+                if (k.at[q] < 0) continue;
+                size_t at = from + static_cast<size_t>(k.at[q]) * heads * dim + c;
+                some(value + at, seen);
+                float add = m * k.share[q] * scale, read = 0.f;
+                for (int i = 0; i < W; ++i) {
+                  add_whole(dvalue + at + i, llrintf(grad[i] * add));
+                  read += grad[i] * seen[i];
+                }
+                sums[0] += k.share[q] * read;
+                sums[1] += k.right[q] * read;
+                sums[2] += k.down[q] * read;
+              }
+            }
+          },
+          [&](unsigned member, const float *sums) {
+            size_t reader = begin + member, sample = (reader * levels + l) * points + p;
+            if (reader >= readers) return;
+            float m = get(mass + sample);
+            put(dmass + sample, sums[0]);
+            put(dplace + 2 * sample, m * sums[1]);
+            put(dplace + 2 * sample + 1, m * sums[2]);
+          });
+  }
+}
+
+template <class T> DEVICE void msda_back_body(msda_back_PARAMS(T)) {
+  if (dim % 4 == 0)
+    msda_back_by<T, 4>(msda_back_ARGS);
+  else
+    msda_back_by<T, 1>(msda_back_ARGS);
 }
 EACH(msda_back)
 
@@ -413,12 +814,12 @@ EACH(from_whole)
 // sum of exponentials and the weighted sum of values, which decode_join puts together.
 // `own[b]` is the row's first own key: keys from `prefix` up to it are padding.
 
-const unsigned MOST_GROUP = 8, MOST_DIM = 256, KEYS = 128;
+const unsigned MOST_GROUP = 8, MOST_DIM = 256, KEYS = 64, KEY_LANES = 8;
 
 #define decode_PARAMS(T)                                                                                     \
-  const T *q, const T *keys, const T *values, const unsigned *own, float *partial, unsigned len,             \
+  const T *q, const T *keys, const T *values, const unsigned *own, float *stats, float *sums, unsigned len,  \
       size_t row_stride, unsigned kv_heads, unsigned group, unsigned dim, unsigned prefix, float scale
-#define decode_ARGS q, keys, values, own, partial, len, row_stride, kv_heads, group, dim, prefix, scale
+#define decode_ARGS q, keys, values, own, stats, sums, len, row_stride, kv_heads, group, dim, prefix, scale
 template <class T> DEVICE void decode_body(decode_PARAMS(T)) {
   SHARED float query[MOST_GROUP * MOST_DIM], sum[MOST_GROUP * MOST_DIM], score[MOST_GROUP * KEYS];
   SHARED float top[MOST_GROUP], total[MOST_GROUP], fade[MOST_GROUP];
@@ -426,6 +827,7 @@ template <class T> DEVICE void decode_body(decode_PARAMS(T)) {
   const T *k = keys + row * row_stride + head * dim, *v = values + row * row_stride + head * dim;
   unsigned share = (len + gridDim.y - 1) / gridDim.y, first = own[row];
   unsigned from = blockIdx.y * share, to = from + share < len ? from + share : len;
+  bool by_eights = dim % 8 == 0 && row_stride % 8 == 0;
   THREADS(t) {
     for (unsigned i = t; i < group * dim; i += blockDim.x) {
       query[i] = get(q + (static_cast<size_t>(row) * kv_heads + head) * group * dim + i) * scale;
@@ -439,24 +841,34 @@ template <class T> DEVICE void decode_body(decode_PARAMS(T)) {
   SYNC;
   for (unsigned tile = from; tile < to; tile += KEYS) {
     unsigned n = tile + KEYS < to ? KEYS : to - tile;
-    THREADS(t) {
-      for (unsigned j = t; j < n; j += blockDim.x) {
-        unsigned at = tile + j;
-        // The token itself is always seen, so that no row is empty.
-        bool seen = at < prefix || at >= first || at + 1 == len;
-        float dots[MOST_GROUP];
-        // Loops of fixed length, so that the sums stay in registers.
-        for (unsigned h = 0; h < MOST_GROUP; ++h) dots[h] = 0.f;
-        if (seen)
-          for (unsigned c = 0; c < dim; ++c) {
-            float key = get(k + static_cast<size_t>(at) * width + c);
-            for (unsigned h = 0; h < MOST_GROUP; ++h)
-              if (h < group) dots[h] += query[h * dim + c] * key;
-          }
-        for (unsigned h = 0; h < MOST_GROUP; ++h)
-          if (h < group) score[h * KEYS + j] = seen ? dots[h] : -INFINITY;
-      }
-    }
+    // The token itself is always seen, so that no row is empty.
+    auto seen = [&](unsigned at) { return at < prefix || at >= first || at + 1 == len; };
+    for (unsigned j0 = 0; j0 < n; j0 += blockDim.x / KEY_LANES)
+      lane_sums<MOST_GROUP, KEY_LANES>(
+          [&](unsigned t, float *dots) {
+            unsigned j = j0 + t / KEY_LANES;
+            // Loops of fixed length, so that the sums stay in registers.
+            for (unsigned h = 0; h < MOST_GROUP; ++h) dots[h] = 0.f;
+            if (j >= n || !seen(tile + j)) return;
+            const T *key = k + static_cast<size_t>(tile + j) * width;
+            for (unsigned c = t % KEY_LANES * 8; c < dim; c += KEY_LANES * 8) {
+              float values[8];
+              if (by_eights)
+                widen(eight(key + c), values);
+              else
+                for (unsigned i = 0; i < 8; ++i) values[i] = c + i < dim ? get(key + c + i) : 0.f;
+              for (unsigned h = 0; h < MOST_GROUP; ++h)
+                if (h < group)
+                  for (unsigned i = 0; i < 8; ++i)
+                    if (by_eights || c + i < dim) dots[h] += query[h * dim + c + i] * values[i];
+            }
+          },
+          [&](unsigned key, const float *dots) {
+            unsigned j = j0 + key;
+            if (j < n)
+              for (unsigned h = 0; h < MOST_GROUP; ++h)
+                if (h < group) score[h * KEYS + j] = seen(tile + j) ? dots[h] : -INFINITY;
+          });
     SYNC;
     THREADS(t) {
       if (t < group) {
@@ -481,74 +893,148 @@ template <class T> DEVICE void decode_body(decode_PARAMS(T)) {
         for (unsigned j = 0; j < n; ++j) s += score[t * KEYS + j];
         total[t] = s;
       }
-      for (unsigned i = t; i < group * dim; i += blockDim.x) {
-        unsigned h = i / dim, c = i % dim;
-        float s = sum[i] * fade[h];
-        for (unsigned j = 0; j < n; ++j)
-          s += score[h * KEYS + j] * get(v + static_cast<size_t>(tile + j) * width + c);
-        sum[i] = s;
+      for (unsigned c = t; c < dim; c += blockDim.x) {
+        float s[MOST_GROUP];
+        for (unsigned h = 0; h < MOST_GROUP; ++h) s[h] = h < group ? sum[h * dim + c] * fade[h] : 0.f;
+#ifdef __CUDACC__
+#pragma unroll 8
+#endif
+        for (unsigned j = 0; j < n; ++j) {
+          float value = get(v + static_cast<size_t>(tile + j) * width + c);
+          for (unsigned h = 0; h < MOST_GROUP; ++h)
+            if (h < group) s[h] += score[h * KEYS + j] * value;
+        }
+        for (unsigned h = 0; h < MOST_GROUP; ++h)
+          if (h < group) sum[h * dim + c] = s[h];
       }
     }
     SYNC;
   }
-  // Per (row, head, member of the group, split): largest score, sum, then the weighted values.
+  // Per (row, head, member of the group, split): largest score and sum, and the weighted values.
   THREADS(t) {
     for (unsigned h = 0; h < group; ++h) {
-      float *out =
-          partial + ((static_cast<size_t>(blockIdx.x) * group + h) * gridDim.y + blockIdx.y) * (dim + 2);
+      size_t part = (static_cast<size_t>(blockIdx.x) * group + h) * gridDim.y + blockIdx.y;
       if (t == 0) {
-        out[0] = top[h];
-        out[1] = total[h];
+        stats[2 * part] = top[h];
+        stats[2 * part + 1] = total[h];
       }
-      for (unsigned c = t; c < dim; c += blockDim.x) out[2 + c] = sum[h * dim + c];
+      for (unsigned c = t; c < dim; c += blockDim.x) sums[part * dim + c] = sum[h * dim + c];
     }
   }
 }
 EACH(decode)
 
 // A block per query head: the softmax over all splits.
-#define decode_join_PARAMS(T) const float *partial, T *y, unsigned splits, unsigned dim
-#define decode_join_ARGS partial, y, splits, dim
+#define decode_join_PARAMS(T) const float *stats, const float *sums, T *y, unsigned splits, unsigned dim
+#define decode_join_ARGS stats, sums, y, splits, dim
 template <class T> DEVICE void decode_join_body(decode_join_PARAMS(T)) {
-  const float *part = partial + static_cast<size_t>(blockIdx.x) * splits * (dim + 2);
-  float top = -INFINITY, total = 0.f;
-  for (unsigned s = 0; s < splits; ++s) top = fmaxf(top, part[s * (dim + 2)]);
-  for (unsigned s = 0; s < splits; ++s)
-    if (part[s * (dim + 2)] != -INFINITY) total += part[s * (dim + 2) + 1] * expf(part[s * (dim + 2)] - top);
+  SHARED float scratch[MOST_WARPS];
+  const float *own = stats + static_cast<size_t>(blockIdx.x) * splits * 2;
+  const float *part = sums + static_cast<size_t>(blockIdx.x) * splits * dim;
+  float top = block_max(scratch, [&](unsigned t) {
+    float m = -INFINITY;
+    for (unsigned s = t; s < splits; s += blockDim.x) m = fmaxf(m, own[2 * s]);
+    return m;
+  });
+  // A split that has seen nothing has the weight exp(-inf).
+  float total = block_sum(scratch, [&](unsigned t) {
+    float sum = 0.f;
+    for (unsigned s = t; s < splits; s += blockDim.x) sum += own[2 * s + 1] * expf(own[2 * s] - top);
+    return sum;
+  });
   THREADS(t) {
     for (unsigned c = t; c < dim; c += blockDim.x) {
       float sum = 0.f;
-      for (unsigned s = 0; s < splits; ++s) {
-        const float *p = part + s * (dim + 2);
-        if (p[0] != -INFINITY) sum += p[2 + c] * expf(p[0] - top);
-      }
+#ifdef __CUDACC__
+#pragma unroll 4
+#endif
+      for (unsigned s = 0; s < splits; ++s) sum += part[static_cast<size_t>(s) * dim + c] * expf(own[2 * s] - top);
       put(y + static_cast<size_t>(blockIdx.x) * dim + c, sum / total);
     }
   }
 }
 EACH(decode_join)
 
+// ---- A token of each row of logits: the first of the largest where the temperature is 0, else the one in whose
+// share drawn[row] of the total weight exp((l - max) / temperature) falls, ids in order. f64 as on the processor,
+// whose choices these are but for the last bits of the sums. What is no number is never drawn; id -1 where nothing
+// can be. A block per row; a thread has a run of ids.
+
+#define sample_PARAMS(T) const T *x, const double *drawn, double *out, unsigned vocab, double temperature
+#define sample_ARGS x, drawn, out, vocab, temperature
+template <class T> DEVICE void sample_body(sample_PARAMS(T)) {
+  SHARED float scratch[MOST_WARPS];
+  SHARED double weight[1024], plain[1024];
+  const T *row = x + static_cast<size_t>(blockIdx.x) * vocab;
+  // fmaxf passes over what is no number.
+  float top = block_max(scratch, [&](unsigned t) {
+    float m = -INFINITY;
+    for (unsigned i = t; i < vocab; i += blockDim.x) m = fmaxf(m, get(row + i));
+    return m;
+  });
+  unsigned share = (vocab + blockDim.x - 1) / blockDim.x;
+  auto weigh = [&](float l) {
+    if (temperature == 0.) return l == top ? 1. : 0.;
+    return l == l ? exp((static_cast<double>(l) - top) / temperature) : 0.;
+  };
+  THREADS(t) {
+    double w = 0., p = 0.;
+    for (unsigned i = t * share; i < (t + 1) * share && i < vocab; ++i) {
+      float l = get(row + i);
+      w += weigh(l);
+      p += l == l ? exp(static_cast<double>(l) - top) : 0.;
+    }
+    weight[t] = w;
+    plain[t] = p;
+  }
+  SYNC;
+  THREADS(t) {
+    if (t == 0) {
+      double total = 0., all = 0., left;
+      for (unsigned s = 0; s < blockDim.x; ++s) {
+        total += weight[s];
+        all += plain[s];
+      }
+      left = temperature == 0. ? 0. : drawn[blockIdx.x] * total;
+      // The run in which it falls; if rounding leads past the end, the last that has any weight.
+      unsigned run = blockDim.x;
+      double before = 0.;
+      for (unsigned s = 0; s < blockDim.x; ++s)
+        if (weight[s] > 0.) {
+          run = s;
+          before = left;
+          if (left < weight[s]) break;
+          left -= weight[s];
+        }
+      unsigned id = vocab;
+      if (run < blockDim.x && top > -INFINITY)
+        for (unsigned i = run * share; i < (run + 1) * share && i < vocab; ++i) {
+          double w = weigh(get(row + i));
+          if (!(w > 0.)) continue;
+          id = i;
+          before -= w;
+          if (before < 0.) break;
+        }
+      double *to = out + 2 * static_cast<size_t>(blockIdx.x);
+      to[0] = id < vocab ? id : -1.;
+      to[1] = id < vocab ? static_cast<double>(get(row + id)) - top - log(all) : -INFINITY;
+    }
+  }
+}
+EACH(sample)
+
 // ---- log softmax(logits)[target] of each row, and its gradient g (onehot - softmax): a block per row.
 
 #define log_prob_PARAMS(T) const T *x, const unsigned *target, float *y, float *normaliser, unsigned vocab
 #define log_prob_ARGS x, target, y, normaliser, vocab
 template <class T> DEVICE void log_prob_body(log_prob_PARAMS(T)) {
-  SHARED float scratch[MOST_THREADS];
+  SHARED float scratch[MOST_WARPS];
   const T *row = x + static_cast<size_t>(blockIdx.x) * vocab;
-  THREADS(t) {
+  float top = block_max(scratch, [&](unsigned t) {
     float m = -INFINITY;
     for (unsigned i = t; i < vocab; i += blockDim.x) m = fmaxf(m, get(row + i));
-    scratch[t] = m;
-  }
-  SYNC;
-  for (unsigned n = blockDim.x / 2; n > 0; n /= 2) {
-    THREADS(t) {
-      if (t < n) scratch[t] = fmaxf(scratch[t], scratch[t + n]);
-    }
-    SYNC;
-  }
-  float top = scratch[0];
-  SYNC;
+    return m;
+  });
   float sum = block_sum(scratch, [&](unsigned t) {
     float s = 0.f;
     for (unsigned i = t; i < vocab; i += blockDim.x) s += expf(get(row + i) - top);

@@ -12,6 +12,8 @@
 mod cuda;
 #[cfg(test)]
 mod host;
+#[cfg(feature = "cuda")]
+mod product;
 
 #[cfg(test)]
 use candle_core::CpuStorage;
@@ -22,12 +24,16 @@ use candle_core::op::BackpropOp;
 use candle_core::{DType, Layout, Result, Shape, Storage, StorageRef, Tensor};
 use std::ffi::c_void;
 
+use super::Act;
+
 /// One argument of a kernel, as its declaration has it.
 enum Arg {
     Pointer(u64),
     Size(u64),
     Unsigned(u32),
+    Signed(i32),
     Float(f32),
+    Double(f64),
 }
 
 impl Arg {
@@ -36,7 +42,9 @@ impl Arg {
         match self {
             Self::Pointer(v) | Self::Size(v) => std::ptr::from_ref(v).cast(),
             Self::Unsigned(v) => std::ptr::from_ref(v).cast(),
+            Self::Signed(v) => std::ptr::from_ref(v).cast(),
             Self::Float(v) => std::ptr::from_ref(v).cast(),
+            Self::Double(v) => std::ptr::from_ref(v).cast(),
         }
     }
 }
@@ -67,6 +75,16 @@ impl<'a> Memory<'a> {
         }
     }
 
+    /// Its first element.
+    fn start(self) -> usize {
+        match self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(_, from) => from,
+            #[cfg(test)]
+            Self::Host(_, from) => from,
+        }
+    }
+
     fn dtype(self) -> DType {
         match self {
             #[cfg(feature = "cuda")]
@@ -84,6 +102,7 @@ impl<'a> Memory<'a> {
             Self::Host(s, from) => {
                 let first = match s {
                     CpuStorage::F32(v) => v.as_ptr() as u64,
+                    CpuStorage::F64(v) => v.as_ptr() as u64,
                     CpuStorage::U32(v) => v.as_ptr() as u64,
                     CpuStorage::I64(v) => v.as_ptr() as u64,
                     _ => candle_core::bail!("kernels: no {:?} on the host", s.dtype()),
@@ -107,6 +126,7 @@ impl<'a> Memory<'a> {
             #[cfg(test)]
             Self::Host(..) => Owned::Host(match dtype {
                 DType::F32 => CpuStorage::F32(vec![0.; len]),
+                DType::F64 => CpuStorage::F64(vec![0.; len]),
                 DType::I64 => CpuStorage::I64(vec![0; len]),
                 _ => candle_core::bail!("kernels: no {dtype:?} on the host"),
             }),
@@ -197,6 +217,8 @@ impl Owned {
             #[cfg(test)]
             Self::Host(CpuStorage::F32(v)) => Ok(Arg::Pointer(v.as_mut_ptr() as u64)),
             #[cfg(test)]
+            Self::Host(CpuStorage::F64(v)) => Ok(Arg::Pointer(v.as_mut_ptr() as u64)),
+            #[cfg(test)]
             Self::Host(CpuStorage::I64(v)) => Ok(Arg::Pointer(v.as_mut_ptr() as u64)),
             #[cfg(test)]
             Self::Host(s) => candle_core::bail!("kernels: no {:?} on the host", s.dtype()),
@@ -225,7 +247,7 @@ impl<'a> Held<'a> {
     }
 }
 
-/// Threads for a row of `n` values: a power of two, at least a warp.
+/// Threads for a row of `n` values: a power of two, at least a warp, as all blocks have.
 fn threads(n: usize) -> usize {
     n.next_power_of_two().clamp(32, 256)
 }
@@ -347,6 +369,35 @@ pub(super) fn rope(
     Ok(y)
 }
 
+/// [`rms_norm`] of each head, then [`rope`]: `x` is `len / (heads · dim)` tokens, `stride` values apart, of heads of
+/// `dim` values, of which `w` has as many; `period` tokens have angles. The result is contiguous.
+pub(super) fn norm_rope(
+    x: Memory,
+    w: Memory,
+    cos: &Tensor,
+    sin: &Tensor,
+    len: usize,
+    (heads, stride, dim, period): (usize, usize, usize, usize),
+    eps: f32,
+) -> Result<Owned> {
+    let (cos, sin) = (Held::new(cos)?, Held::new(sin)?);
+    let mut y = x.beside(x.dtype(), len)?;
+    let args = [
+        x.arg()?,
+        w.arg()?,
+        cos.get()?.arg()?,
+        sin.get()?.arg()?,
+        y.arg()?,
+        unsigned(heads)?,
+        Arg::Size(stride as u64),
+        unsigned(dim / 2)?,
+        unsigned(period)?,
+        Arg::Float(eps),
+    ];
+    x.launch("norm_rope", x.dtype(), (len / dim, 1), threads(dim / 2), &args)?;
+    Ok(y)
+}
+
 /// `silu(a) · u`.
 pub(super) fn swiglu(a: Memory, u: Memory, len: usize) -> Result<Owned> {
     let mut y = a.beside(a.dtype(), len)?;
@@ -364,6 +415,295 @@ pub(super) fn swiglu_back(a: &Tensor, u: &Tensor, g: &Tensor) -> Result<(Tensor,
     let args = [ma.arg()?, mu.arg()?, mg.arg()?, da.arg()?, du.arg()?, Arg::Size(len as u64)];
     ma.launch("swiglu_back", a.dtype(), (len.div_ceil(BLOCK), 1), BLOCK, &args)?;
     Ok((da.tensor(a.shape()), du.tensor(a.shape())))
+}
+
+/// Rows that [`few_rows`] takes: for more, a product reads its weights no oftener than this does.
+pub(super) const MOST_ROWS: usize = 4;
+
+/// Threads of a block of [`few_rows`]: few, so that the last blocks end together.
+const FEW_BLOCK: usize = 128;
+
+/// Whether [`few_rows`] takes weights `[out, k]` of these.
+pub(super) fn takes_few_rows(x: &Tensor, weights: &[&Tensor]) -> bool {
+    let by_eights = |t: &Tensor| t.is_contiguous() && t.layout().start_offset().is_multiple_of(8);
+    let k = x.dims().last().copied().unwrap_or(0);
+    k > 0
+        && k.is_multiple_of(8)
+        && x.elem_count() <= MOST_ROWS * k
+        && by_eights(x)
+        && weights.iter().all(|w| w.rank() == 2 && w.dims()[1] == k && by_eights(w))
+}
+
+/// `x wᵀ` of up to three weights, side by side: `[rows, Σ out]`; plus `plus`, of that shape, where it is given. No
+/// gradient. Only what [`takes_few_rows`].
+pub(super) fn few_rows(x: &Tensor, weights: &[&Tensor], plus: Option<&Tensor>) -> Result<Tensor> {
+    let k = x.dim(candle_core::D::Minus1)?;
+    let rows = x.elem_count() / k;
+    let out = |i: usize| weights.get(i).map_or(0, |w| w.dims()[0]);
+    let (hx, hw) = (Held::new(x)?, weights.iter().map(|w| Held::new(w)).collect::<Result<Vec<_>>>()?);
+    let plus = plus.map(Held::new).transpose()?;
+    let pointer = |h: Option<&Held>| h.map_or(Ok(Arg::Pointer(0)), |h| h.get()?.arg());
+    let (mx, n) = (hx.get()?, out(0) + out(1) + out(2));
+    let mut y = mx.beside(x.dtype(), rows * n)?;
+    let args = [
+        mx.arg()?,
+        pointer(hw.first())?,
+        pointer(hw.get(1))?,
+        pointer(hw.get(2))?,
+        pointer(plus.as_ref())?,
+        y.arg()?,
+        unsigned(rows)?,
+        unsigned(out(0))?,
+        unsigned(out(1))?,
+        unsigned(out(2))?,
+        unsigned(k)?,
+    ];
+    // A warp for two outputs.
+    mx.launch("few_rows", x.dtype(), (n.div_ceil(FEW_BLOCK / 16), 1), FEW_BLOCK, &args)?;
+    Ok(y.tensor((rows, n)))
+}
+
+/// `silu(x gateᵀ) · x upᵀ`, `[rows, out]`. As [`few_rows`].
+pub(super) fn few_rows_gated(x: &Tensor, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    let (n, k) = gate.dims2()?;
+    let rows = x.elem_count() / k;
+    let (hx, hg, hu) = (Held::new(x)?, Held::new(gate)?, Held::new(up)?);
+    let mx = hx.get()?;
+    let mut y = mx.beside(x.dtype(), rows * n)?;
+    let args = [
+        mx.arg()?,
+        hg.get()?.arg()?,
+        hu.get()?.arg()?,
+        y.arg()?,
+        unsigned(rows)?,
+        unsigned(n)?,
+        unsigned(k)?,
+    ];
+    mx.launch("few_rows_gated", x.dtype(), (n.div_ceil(FEW_BLOCK / 32), 1), FEW_BLOCK, &args)?;
+    Ok(y.tensor((rows, n)))
+}
+
+/// What follows a product, one pass over it: `act(x + bias) · scale + plus`.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Finish<'a> {
+    /// `[channels]`.
+    pub bias: Option<&'a Tensor>,
+    pub act: Act,
+    /// `[channels]`.
+    pub scale: Option<&'a Tensor>,
+    /// Of the product's shape.
+    pub plus: Option<&'a Tensor>,
+}
+
+/// [`Finish`] of `x`, `[.., channels, inner]`; what it holds is contiguous and of x's type.
+pub(super) fn finish(x: Memory, len: usize, f: Finish, sizes: (usize, usize)) -> Result<Owned> {
+    let [bias, scale, plus] = [f.bias, f.scale, f.plus].map(|t| t.map(Held::new).transpose());
+    // As the kernel numbers them.
+    let act = match f.act {
+        Act::None => 0,
+        Act::Gelu => 1,
+        Act::Relu => 2,
+    };
+    let pointer = |h: &Option<Held>| h.as_ref().map_or(Ok(Arg::Pointer(0)), |h| h.get()?.arg());
+    finish_with(x, len, [pointer(&bias?)?, pointer(&scale?)?, pointer(&plus?)?], act, sizes)
+}
+
+fn finish_with(
+    x: Memory,
+    len: usize,
+    [bias, scale, plus]: [Arg; 3],
+    act: u32,
+    (channels, inner): (usize, usize),
+) -> Result<Owned> {
+    let mut y = x.beside(x.dtype(), len)?;
+    let (n, channels, inner) = (Arg::Size(len as u64), unsigned(channels)?, unsigned(inner)?);
+    let args = [x.arg()?, bias, scale, plus, y.arg()?, n, channels, inner, Arg::Unsigned(act)];
+    x.launch("finish", x.dtype(), (len.div_ceil(BLOCK), 1), BLOCK, &args)?;
+    Ok(y)
+}
+
+/// `x + b` for rows of `channels` values.
+pub(super) fn add_bias(x: Memory, b: Memory, len: usize, channels: usize) -> Result<Owned> {
+    finish_with(x, len, [b.arg()?, Arg::Pointer(0), Arg::Pointer(0)], 0, (channels, 1))
+}
+
+/// What each query sees of the keys, for [`softmax`].
+#[derive(Clone, Copy, Default)]
+pub(super) enum Seen<'a> {
+    #[default]
+    All,
+    /// Everything, with an f32 bias of these strides over batch, heads and queries (dense over the keys).
+    Bias(&'a Tensor, [usize; 3]),
+    /// Query i sees the keys up to `first + i`, but of those from `prefix` on only its row's own (u32 `[batch]`).
+    Causal { first: usize, prefix: usize, own: Option<&'a Tensor> },
+}
+
+/// `softmax(scale · x + bias)` over the last of `[batch, heads, queries, keys]`.
+pub(super) fn softmax(
+    x: Memory,
+    seen: Seen,
+    sizes @ (batch, heads, queries, keys): (usize, usize, usize, usize),
+    scale: f32,
+) -> Result<Owned> {
+    let mut y = x.beside(x.dtype(), batch * heads * queries * keys)?;
+    let to = y.arg()?;
+    softmax_to(x, to, seen, sizes, scale)?;
+    Ok(y)
+}
+
+fn softmax_to(
+    x: Memory,
+    y: Arg,
+    seen: Seen,
+    (batch, heads, queries, keys): (usize, usize, usize, usize),
+    scale: f32,
+) -> Result<()> {
+    let (mut bias, mut own) = (None, None);
+    let (mut strides, mut first, mut before) = ([0; 3], -1, 0);
+    match seen {
+        Seen::All => {}
+        Seen::Bias(b, s) => (bias, strides) = (Some(Held::strided(b)), s),
+        Seen::Causal { first: f, prefix, own: o } => {
+            (first, before) = (i32::try_from(f).map_err(candle_core::Error::wrap)?, prefix);
+            own = o.map(Held::new).transpose()?;
+        }
+    }
+    let pointer = |h: &Option<Held>| h.as_ref().map_or(Ok(Arg::Pointer(0)), |h| h.get()?.arg());
+    let [of_batch, of_head, of_query] = strides.map(|s| Arg::Size(s as u64));
+    let args = [
+        x.arg()?,
+        pointer(&bias)?,
+        pointer(&own)?,
+        y,
+        unsigned(keys)?,
+        unsigned(heads)?,
+        unsigned(queries)?,
+        of_batch,
+        of_head,
+        of_query,
+        Arg::Signed(first),
+        unsigned(before)?,
+        Arg::Float(scale),
+    ];
+    x.launch("softmax", x.dtype(), (batch * heads * queries, 1), threads(keys), &args)
+}
+
+/// `softmax(scale · q kᵀ) v` of `q` `[batch, n, heads · dim]` over `k`, `v` `[batch, m, kv_heads · dim]` (views with dense
+/// rows, of the same strides), heads being groups that share keys. Queries go in parts whose scores are at most `most`;
+/// `seen(from, f)` calls `f` with what the queries from `from` on see.
+#[cfg(feature = "cuda")]
+pub(super) fn attention(
+    (q, k, v): (&Tensor, &Tensor, &Tensor),
+    (heads, kv_heads): (usize, usize),
+    scale: f32,
+    most: usize,
+    seen: impl Fn(usize, &mut dyn FnMut(Seen) -> Result<()>) -> Result<()>,
+) -> Result<Tensor> {
+    use product::{Into, Rows, Sizes, product};
+    let ((b, n, width), m) = (q.dims3()?, k.dim(1)?);
+    let (dim, group) = (width / heads, heads / kv_heads);
+    let (hq, hk, hv) = (Held::strided(q), Held::strided(k), Held::strided(v));
+    let (mq, mk, mv) = (hq.get()?, hk.get()?, hv.get()?);
+    let mut out = mq.beside(q.dtype(), b * n * width)?;
+    let part = (most / (b * heads * m).max(1)).clamp(1, n.max(1));
+    for from in (0..n).step_by(part) {
+        let some = part.min(n - from);
+        let mut scores = mq.beside(q.dtype(), b * heads * some * m)?;
+        // One product takes the heads of all groups' same member, whose keys are evenly apart.
+        let each = (0..b).flat_map(|row| (0..group).map(move |member| (row, member)));
+        let sizes = |n, k| Sizes { batch: kv_heads, m: some, n, k };
+        for (row, member) in each.clone() {
+            let a = q.stride()[0] * row + q.stride()[1] * from + member * dim;
+            let a = Rows { memory: mq, from: a, row: q.stride()[1], matrix: group * dim };
+            let b = Rows { memory: mk, from: k.stride()[0] * row, row: k.stride()[1], matrix: dim };
+            let to = (row * heads + member) * some * m;
+            let c = Into { memory: &mut scores, from: to, row: m, matrix: group * some * m };
+            product(c, a, b, true, sizes(m, dim), false)?;
+        }
+        seen(from, &mut |seen| {
+            let to = scores.arg()?;
+            softmax_to(scores.read(), to, seen, (b, heads, some, m), scale)
+        })?;
+        for (row, member) in each {
+            let a = (row * heads + member) * some * m;
+            let a = Rows { memory: scores.read(), from: a, row: m, matrix: group * some * m };
+            let b = Rows { memory: mv, from: v.stride()[0] * row, row: v.stride()[1], matrix: dim };
+            let to = (row * n + from) * width + member * dim;
+            let c = Into { memory: &mut out, from: to, row: width, matrix: group * dim };
+            product(c, a, b, false, sizes(dim, m), false)?;
+        }
+    }
+    Ok(out.tensor(q.shape()))
+}
+
+/// `w x` for `w` `[out, k]` and `x` `[batch, k, n]`, both contiguous.
+#[cfg(feature = "cuda")]
+pub(super) fn weigh(w: &Tensor, x: &Tensor, tf32: bool) -> Result<Tensor> {
+    use product::{Into, Rows, Sizes, product};
+    let ((out, k), (batch, _, n)) = (w.dims2()?, x.dims3()?);
+    let (hw, hx) = (Held::new(w)?, Held::new(x)?);
+    let (mw, mx) = (hw.get()?, hx.get()?);
+    let mut y = mx.beside(x.dtype(), batch * out * n)?;
+    let a = Rows { memory: mw, from: 0, row: k, matrix: 0 };
+    let b = Rows { memory: mx, from: 0, row: n, matrix: k * n };
+    let c = Into { memory: &mut y, from: 0, row: n, matrix: out * n };
+    product(c, a, b, false, Sizes { batch, m: out, n, k }, tf32)?;
+    Ok(y.tensor((batch, out, n)))
+}
+
+/// The gradient of [`softmax`] at `x`, from its result `y`.
+pub(super) fn softmax_back(y: &Tensor, g: &Tensor, scale: f32) -> Result<Tensor> {
+    let (g, m) = (g.contiguous()?, y.dim(candle_core::D::Minus1)?);
+    let (hy, hg) = (Held::new(y)?, Held::new(&g)?);
+    let my = hy.get()?;
+    let mut dx = my.beside(y.dtype(), y.elem_count())?;
+    let args = [my.arg()?, hg.get()?.arg()?, dx.arg()?, unsigned(m)?, Arg::Float(scale)];
+    my.launch("softmax_back", y.dtype(), (y.elem_count() / m.max(1), 1), threads(m), &args)?;
+    Ok(dx.tensor(y.shape()))
+}
+
+/// A square window that goes over a picture.
+#[derive(Clone, Copy)]
+pub(super) struct Window {
+    pub kernel: usize,
+    pub stride: usize,
+    pub padding: usize,
+    pub replicate: bool,
+}
+
+impl Window {
+    /// Its positions along a side.
+    pub fn places(&self, side: usize) -> Option<usize> {
+        Some((side + 2 * self.padding).checked_sub(self.kernel)? / self.stride + 1)
+    }
+}
+
+/// What each place of a window sees of `x` (or of `relu(x)`) `[batch, channels, h, w]`: `[batch, channels · kernel², oh · ow]`.
+pub(super) fn columns(
+    x: Memory,
+    (batch, channels, h, w): (usize, usize, usize, usize),
+    window: Window,
+    (oh, ow): (usize, usize),
+    relu: bool,
+) -> Result<Owned> {
+    let len = batch * channels * window.kernel * window.kernel * oh * ow;
+    let mut y = x.beside(x.dtype(), len)?;
+    let args = [
+        x.arg()?,
+        y.arg()?,
+        Arg::Size(len as u64),
+        unsigned(h)?,
+        unsigned(w)?,
+        unsigned(window.kernel)?,
+        unsigned(window.stride)?,
+        unsigned(window.padding)?,
+        Arg::Unsigned(window.replicate.into()),
+        unsigned(oh)?,
+        unsigned(ow)?,
+        Arg::Unsigned(relu.into()),
+    ];
+    x.launch("columns", x.dtype(), (len.div_ceil(BLOCK), 1), BLOCK, &args)?;
+    Ok(y)
 }
 
 /// The sizes of a deformable attention.
@@ -409,8 +749,31 @@ pub(super) fn msda(
     let mut args = vec![value.arg()?, place.arg()?, mass.arg()?, levels.get()?.arg()?, y.arg()?];
     args.push(Arg::Size(len as u64));
     args.extend(d.args()?);
-    value.launch("msda", value.dtype(), (len.div_ceil(BLOCK), 1), BLOCK, &args)?;
+    let by = if d.dim.is_multiple_of(4) && value.start().is_multiple_of(4) { 4 } else { 1 };
+    args.push(unsigned(by)?);
+    value.launch("msda", value.dtype(), (len.div_ceil(BLOCK * by), 1), BLOCK, &args)?;
     Ok(y)
+}
+
+/// Threads of [`msda_back`] that share a reader.
+const READER_LANES: usize = 8;
+
+/// Contiguous, from a multiple of four on.
+fn fours(t: &Tensor) -> Result<Tensor> {
+    let t = t.contiguous()?;
+    if t.layout().start_offset().is_multiple_of(4) { Ok(t) } else { t.force_contiguous() }
+}
+
+/// f32 `[1]`: the largest absolute value; not a number if one of them is none.
+pub(super) fn largest(x: &Tensor) -> Result<Tensor> {
+    let x = x.contiguous()?;
+    let (hx, n) = (Held::new(&x)?, x.elem_count());
+    let mx = hx.get()?;
+    let mut most = mx.beside_zeroed(DType::F32, 1, true)?;
+    let args = [mx.arg()?, most.arg()?, Arg::Size(n as u64)];
+    // Threads do several each, so that few blocks meet at the one result.
+    mx.launch("largest", x.dtype(), (n.div_ceil(BLOCK * 16).min(1024), 1), BLOCK, &args)?;
+    Ok(most.tensor(1))
 }
 
 /// Gradients of [`msda`] at value, place and mass. Equal whatever the order in which blocks run.
@@ -422,14 +785,9 @@ pub(super) fn msda_back(
     g: &Tensor,
     d: Deformable,
 ) -> Result<(Tensor, Tensor, Tensor)> {
-    let (g, dtype) = (g.contiguous()?, value.dtype());
-    // Not a number if any is not.
-    let largest = |t: &Tensor| -> Result<Tensor> {
-        let (t, last) = (t.detach(), t.rank() - 1);
-        let poison = (t.sum(last)?.sum_all()?.to_dtype(DType::F32)? * 0.)?;
-        t.abs()?.max(last)?.max_all()?.to_dtype(DType::F32)? + poison
-    };
-    let most = Tensor::stack(&[largest(&g)?, largest(mass)?], 0)?;
+    // The kernel reads four values at once.
+    let (value, g, dtype) = (&fours(value)?, fours(g)?, value.dtype());
+    let most = Tensor::cat(&[largest(&g)?, largest(mass)?], 0)?;
     let held = [value, place, mass, levels, &g, &most].map(Held::new);
     let [v, p, m, l, hg, hmost] = held.each_ref().map(|h| match h {
         Ok(h) => h.get(),
@@ -439,9 +797,9 @@ pub(super) fn msda_back(
     let mut whole = v.beside_zeroed(DType::I64, value.elem_count(), true)?;
     let (mut dplace, mut dmass) = (v.beside(dtype, place.elem_count())?, v.beside(dtype, mass.elem_count())?);
     let mut args = vec![v.arg()?, p?.arg()?, m?.arg()?, l?.arg()?, hg?.arg()?, most.arg()?];
-    args.extend([whole.arg()?, dplace.arg()?, dmass.arg()?]);
+    args.extend([whole.arg()?, dplace.arg()?, dmass.arg()?, Arg::Size(d.readers() as u64)]);
     args.extend(d.args()?);
-    v.launch("msda_back", dtype, (d.readers(), 1), d.dim.next_power_of_two().clamp(1, 256), &args)?;
+    v.launch("msda_back", dtype, (d.readers().div_ceil(BLOCK / READER_LANES), 1), BLOCK, &args)?;
     let mut dvalue = v.beside(dtype, value.elem_count())?;
     // As the kernel counts them.
     let terms = d.queries as f32 * d.levels as f32 * d.points as f32;
@@ -467,12 +825,14 @@ pub(super) fn decode(
     scale: f32,
 ) -> Result<Tensor> {
     /// Keys that are worth a block of their own, and blocks that fill a large GPU.
-    const KEYS: usize = 256;
-    const BLOCKS: usize = 512;
+    const KEYS: usize = 64;
+    const BLOCKS: usize = 1536;
     let ((batch, _, width), len) = (q.dims3()?, k.dim(1)?);
     let dim = width / (kv_heads * group);
     let fits = (1..=MOST_GROUP).contains(&group) && dim <= MOST_DIM && k.stride()[1..] == [kv_heads * dim, 1];
-    if !fits || k.stride() != v.stride() {
+    // The kernel reads eight values at once.
+    let starts = [k, v].map(|t| t.layout().start_offset());
+    if !fits || k.stride() != v.stride() || !starts.iter().all(|s| s.is_multiple_of(8)) {
         candle_core::bail!("decode: q {:?}, k {:?}, v {:?}", q.shape(), k.layout(), v.layout())
     }
     let splits = len.div_ceil(KEYS).min(BLOCKS.div_ceil(batch * kv_heads)).max(1);
@@ -480,13 +840,15 @@ pub(super) fn decode(
     let (hk, hv) = (Held::strided(k), Held::strided(v));
     let mq = hq.get()?;
     let heads = batch * kv_heads * group;
-    let mut partial = mq.beside(DType::F32, heads * splits * (dim + 2))?;
+    let mut stats = mq.beside(DType::F32, heads * splits * 2)?;
+    let mut sums = mq.beside(DType::F32, heads * splits * dim)?;
     let args = [
         mq.arg()?,
         hk.get()?.arg()?,
         hv.get()?.arg()?,
         ho.get()?.arg()?,
-        partial.arg()?,
+        stats.arg()?,
+        sums.arg()?,
         unsigned(len)?,
         Arg::Size(k.stride()[0] as u64),
         unsigned(kv_heads)?,
@@ -497,9 +859,26 @@ pub(super) fn decode(
     ];
     mq.launch("decode", q.dtype(), (batch * kv_heads, splits), 128, &args)?;
     let mut y = mq.beside(q.dtype(), q.elem_count())?;
-    let args = [partial.read().arg()?, y.arg()?, unsigned(splits)?, unsigned(dim)?];
+    let args = [stats.read().arg()?, sums.read().arg()?, y.arg()?, unsigned(splits)?, unsigned(dim)?];
     mq.launch("decode_join", q.dtype(), (heads, 1), threads(dim), &args)?;
     Ok(y.tensor(q.shape()))
+}
+
+/// A token and its log-probability for each row of logits `[rows, vocab]`, chosen by `drawn` (a number in 0..1 a row) under
+/// `temperature`, or the most likely one where that is 0; [`u32::MAX`] where no logit is a number. Waits for the GPU.
+pub(super) fn sample(logits: &Tensor, drawn: &[f64], temperature: f64) -> Result<Vec<(u32, f32)>> {
+    let (logits, (rows, vocab)) = (logits.contiguous()?, logits.dims2()?);
+    if drawn.len() != rows {
+        candle_core::bail!("sample: {rows} rows, {} numbers", drawn.len())
+    }
+    let drawn = Tensor::new(drawn, logits.device())?;
+    let (hl, hd) = (Held::new(&logits)?, Held::new(&drawn)?);
+    let ml = hl.get()?;
+    let mut out = ml.beside(DType::F64, 2 * rows)?;
+    let args = [ml.arg()?, hd.get()?.arg()?, out.arg()?, unsigned(vocab)?, Arg::Double(temperature)];
+    ml.launch("sample", logits.dtype(), (rows, 1), 1024, &args)?;
+    let out = out.tensor((rows, 2)).to_vec2::<f64>()?;
+    Ok(out.into_iter().map(|r| (if r[0] < 0. { u32::MAX } else { r[0] as u32 }, r[1] as f32)).collect())
 }
 
 /// f32 `[rows]` twice: `log softmax(x)[target]` of each row and the log of its sum of exponentials; `target`

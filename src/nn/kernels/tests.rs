@@ -1,4 +1,5 @@
-//! Every kernel, as C++ on the processor, against the op that the processor has for it.
+//! Every kernel against the op that the processor has for it: as C++ on the processor, or, with `VALOR_DEVICE=cuda`,
+//! on the GPU.
 
 use super::*;
 use crate::nn;
@@ -12,15 +13,28 @@ fn difference(a: &Tensor, b: &Tensor) -> Result<f32> {
     Ok((a - b)?.abs()?.max_all()?.to_scalar::<f32>()? / scale)
 }
 
+/// Where kernels run.
+fn device() -> Device {
+    match std::env::var("VALOR_DEVICE").as_deref() {
+        Ok("cuda") => nn::gpu(0).expect("VALOR_DEVICE=cuda"),
+        _ => Device::Cpu,
+    }
+}
+
+fn there(t: &Tensor) -> Tensor {
+    t.to_device(&device()).unwrap()
+}
+
 #[track_caller]
 fn same(a: &Tensor, b: &Tensor) {
-    let e = difference(a, b).unwrap();
+    let e = difference(&a.to_device(&Device::Cpu).unwrap(), b).unwrap();
     assert!(e < 2e-5, "{e}");
 }
 
 /// Runs a forward kernel on tensors' memory.
 fn on<const N: usize>(ts: [&Tensor; N], f: impl FnOnce([Memory; N]) -> Result<Owned>) -> Result<Owned> {
-    let held = ts.map(|t| Held::new(t).unwrap());
+    let ts = ts.map(there);
+    let held = ts.each_ref().map(|t| Held::new(t).unwrap());
     f(held.each_ref().map(|h| h.get().unwrap()))
 }
 
@@ -31,7 +45,7 @@ fn gradients(vars: &[&Var], y: &Tensor, g: &Tensor) -> Result<Vec<Tensor>> {
 }
 
 fn skip() -> bool {
-    !host::available()
+    device().is_cpu() && !host::available()
 }
 
 #[test]
@@ -49,15 +63,15 @@ fn norms() -> Result<()> {
         };
         let rms = nn::rms_norm(d, 1e-5, layer("rms"))?.forward(&x)?;
         same(&on([&x, &w], |[x, w]| rms_norm(x, w, rows * d, d, 1e-5))?.tensor((rows, d)), &rms);
-        let (dx, dw) = rms_norm_back(&x, &w, &g, 1e-5)?;
+        let (dx, dw) = rms_norm_back(&there(&x), &there(&w), &there(&g), 1e-5)?;
         let want = gradients(&[&x, &w], &rms, &g)?;
         same(&dx, &want[0]);
         same(&dw.unwrap(), &want[1]);
-        assert!(rms_norm_back(&x, &w.detach(), &g, 1e-5)?.1.is_none());
+        assert!(rms_norm_back(&there(&x), &there(&w.detach()), &there(&g), 1e-5)?.1.is_none());
 
         let ln = nn::layer_norm(d, 1e-5, layer("ln"))?.forward(&x)?;
         same(&on([&x, &w, &b], |[x, w, b]| layer_norm(x, w, b, rows * d, d, 1e-5))?.tensor((rows, d)), &ln);
-        let (dx, dw, db) = layer_norm_back(&x, &w, &b, &g, 1e-5)?;
+        let (dx, dw, db) = layer_norm_back(&there(&x), &there(&w), &there(&b), &there(&g), 1e-5)?;
         let want = gradients(&[&x, &w, &b], &ln, &g)?;
         same(&dx, &want[0]);
         same(&dw.unwrap(), &want[1]);
@@ -80,7 +94,8 @@ fn rotary_positions() -> Result<()> {
         let turn = |x: &Tensor, sign: f32| {
             let sizes = (width, half, rows * s);
             Ok::<_, candle_core::Error>(
-                on([x], |[x]| rope(x, &cos, &sin, b * s * width, sizes, sign))?.tensor((b, s, width)),
+                on([x], |[x]| rope(x, &there(&cos), &there(&sin), b * s * width, sizes, sign))?
+                    .tensor((b, s, width)),
             )
         };
         let y = nn::rope(&x, &cos, &sin)?;
@@ -92,6 +107,182 @@ fn rotary_positions() -> Result<()> {
 }
 
 #[test]
+fn normalised_and_rotated_heads() -> Result<()> {
+    if skip() {
+        return Ok(());
+    }
+    let (b, s, heads, half) = (2, 5, 3, 20);
+    let (x, w) = (random((b, s, heads * 2 * half), 1)?, random(2 * half, 2)?);
+    let of = [("weight".to_string(), w.as_tensor().clone())].into_iter().collect();
+    let norm =
+        nn::rms_norm(2 * half, 1e-5, candle_nn::VarBuilder::from_tensors(of, DType::F32, &Device::Cpu))?;
+    for rows in [1, b] {
+        let angles = random((rows, s, half), 3)?.as_tensor().detach();
+        let (cos, sin) = (angles.cos()?, angles.sin()?);
+        let want = norm.forward_heads_rope(&x, &cos, &sin)?;
+        let sizes = (heads, heads * 2 * half, 2 * half, rows * s);
+        let y = on([&x, &w], |[x, w]| {
+            norm_rope(x, w, &there(&cos), &there(&sin), want.elem_count(), sizes, 1e-5)
+        })?;
+        same(&y.tensor(want.shape()), &want);
+    }
+    Ok(())
+}
+
+#[test]
+fn products_of_few_rows() -> Result<()> {
+    if skip() {
+        return Ok(());
+    }
+    // Shorter than a warp's stride, longer than four of them, and neither.
+    for (rows, k, out) in
+        [(1, 8, [3, 0, 0]), (2, 1288, [9, 5, 2]), (3, 512, [1, 30, 0]), (4, 3072, [8, 8, 8])]
+    {
+        let x = random((rows, k), 1)?.as_tensor().detach();
+        let weights: Vec<Tensor> = (0..3)
+            .filter(|i| out[*i] > 0)
+            .map(|i| Ok(random((out[i], k), 2 + i as u64)?.as_tensor().detach()))
+            .collect::<Result<_>>()?;
+        let moved: Vec<Tensor> = weights.iter().map(there).collect();
+        let moved: Vec<&Tensor> = moved.iter().collect();
+        assert!(takes_few_rows(&there(&x), &moved));
+        let want = x.matmul(&Tensor::cat(&weights, 0)?.t()?)?;
+        same(&few_rows(&there(&x), &moved, None)?, &want);
+        let plus = random(want.dims(), 7)?.as_tensor().detach();
+        same(&few_rows(&there(&x), &moved, Some(&there(&plus)))?, &(want + plus)?);
+        let up = random(weights[0].dims(), 8)?.as_tensor().detach();
+        let want = nn::swiglu(&x.matmul(&weights[0].t()?)?, &x.matmul(&up.t()?)?)?;
+        same(&few_rows_gated(&there(&x), moved[0], &there(&up))?, &want);
+    }
+    let takes = |rows: usize, k: usize| -> Result<bool> {
+        let w = random((3, k), 2)?;
+        Ok(takes_few_rows(random((rows, k), 1)?.as_tensor(), &[w.as_tensor()]))
+    };
+    assert!(takes(MOST_ROWS, 8)? && !takes(MOST_ROWS + 1, 8)? && !takes(1, 12)?);
+    Ok(())
+}
+
+#[test]
+fn what_follows_a_product() -> Result<()> {
+    if skip() {
+        return Ok(());
+    }
+    for (outer, channels, inner) in [(70, 5, 1), (2, 3, 35)] {
+        let (dims, len) = ((outer, channels, inner), outer * channels * inner);
+        let (x, b, s, plus) =
+            (random(dims, 1)?, random(channels, 2)?, random(channels, 3)?, random(dims, 4)?);
+        let spread = |t: &Tensor| t.reshape((1, channels, 1));
+        let biased = x.broadcast_add(&spread(&b)?)?;
+        if inner == 1 {
+            let y = on([&x, &b], |[x, b]| add_bias(x, b, len, channels))?;
+            same(&y.tensor(dims), &biased);
+        }
+        for act in [Act::None, Act::Gelu, Act::Relu] {
+            let (b, s, plus) = (there(&b), there(&s), there(&plus));
+            let f = Finish { bias: Some(&b), act, ..Finish::default() };
+            let y = on([&x], |[x]| finish(x, len, f, (channels, inner)))?;
+            same(&y.tensor(dims), &act.apply(&biased)?);
+            let f = Finish { scale: Some(&s), plus: Some(&plus), ..f };
+            let y = on([&x], |[x]| finish(x, len, f, (channels, inner)))?;
+            let want = act.apply(&biased)?.broadcast_mul(&spread(&s.to_device(&Device::Cpu)?)?)?;
+            same(&y.tensor(dims), &(want + plus.to_device(&Device::Cpu)?)?);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn softmax_of_scores() -> Result<()> {
+    if skip() {
+        return Ok(());
+    }
+    let dims @ (b, h, n, m) = (2, 3, 4, 70);
+    let x = random(dims, 1)?;
+    let scaled = (x.as_tensor() * 0.7)?;
+    let g = random(dims, 5)?.as_tensor().detach();
+    let check = |seen: Seen, want: &Tensor| -> Result<()> {
+        let y = on([&x], |[x]| softmax(x, seen, dims, 0.7))?.tensor(dims);
+        same(&y, want);
+        same(&softmax_back(&y, &there(&g), 0.7)?, &gradients(&[&x], want, &g)?[0]);
+        Ok(())
+    };
+    check(Seen::All, &nn::softmax(&scaled)?)?;
+    for bias in [random((1, h, n, m), 3)?, random((b, 1, 1, m), 4)?] {
+        let bias = bias.as_tensor().detach();
+        let want = nn::softmax(&scaled.broadcast_add(&bias)?)?;
+        let bias = there(&bias).broadcast_as(dims)?;
+        check(Seen::Bias(&bias, [bias.stride()[0], bias.stride()[1], bias.stride()[2]]), &want)?;
+    }
+    for (prefix, own) in [(0, None), (0, Some([0u32, 40])), (2, Some([3, 69])), (1, Some([70, 2]))] {
+        let first = m - n;
+        let hidden = |i: usize| {
+            let (key, query, row) = (i % m, i / m % n, i / (m * n));
+            let begin = own.map_or(0, |own| own[row] as usize);
+            key > first + query || (key >= prefix && key < begin && key != first + query)
+        };
+        let bias = (0..b * n * m).map(|i| if hidden(i) { f32::NEG_INFINITY } else { 0. }).collect();
+        let bias = Tensor::from_vec(bias, (b, 1, n, m), &Device::Cpu)?;
+        let own = own.map(|own| Tensor::new(&own, &device())).transpose()?;
+        let seen = Seen::Causal { first, prefix, own: own.as_ref() };
+        check(seen, &nn::softmax(&scaled.broadcast_add(&bias)?)?)?;
+    }
+    let blind = Tensor::full(f32::NEG_INFINITY, (1, 1, 2, 5), &Device::Cpu)?;
+    let y = on([&blind], |[x]| softmax(x, Seen::All, (1, 1, 2, 5), 1.))?.tensor((2, 5));
+    assert_eq!(y.to_vec2::<f32>()?, [[0.; 5]; 2]);
+    Ok(())
+}
+
+#[test]
+fn columns_of_a_convolution() -> Result<()> {
+    if skip() {
+        return Ok(());
+    }
+    let dims @ (b, c, h, w) = (2, 3, 7, 5);
+    let x = random(dims, 1)?.as_tensor().detach();
+    for (kernel, stride, padding, replicate) in
+        [(3, 1, 1, false), (3, 2, 1, true), (2, 2, 0, false), (5, 1, 2, true)]
+    {
+        let weight = random((4, c, kernel, kernel), 2)?.as_tensor().detach();
+        let window = Window { kernel, stride, padding, replicate };
+        let (oh, ow) = (window.places(h).unwrap(), window.places(w).unwrap());
+        for relu in [false, true] {
+            let columns = on([&x], |[x]| columns(x, dims, window, (oh, ow), relu))?;
+            let columns = columns.tensor((b, c * kernel * kernel, oh * ow)).to_device(&Device::Cpu)?;
+            let w = weight.reshape((1, 4, ()))?.broadcast_as((b, 4, c * kernel * kernel))?;
+            let y = w.matmul(&columns)?.reshape((b, 4, oh, ow))?;
+            let x = if relu { x.relu()? } else { x.clone() };
+            let (from, pad) = match replicate {
+                true => (x.pad_with_same(2, padding, padding)?.pad_with_same(3, padding, padding)?, 0),
+                false => (x, padding),
+            };
+            same(&y, &from.conv2d(&weight, pad, stride, 1, 1)?);
+        }
+    }
+    assert_eq!(Window { kernel: 9, stride: 1, padding: 0, replicate: false }.places(5), None);
+    Ok(())
+}
+
+#[test]
+fn the_largest_value() -> Result<()> {
+    if skip() {
+        return Ok(());
+    }
+    let most = |v: Vec<f32>| -> Result<f32> {
+        let n = v.len();
+        largest(&there(&Tensor::from_vec(v, n, &Device::Cpu)?))?.to_vec1::<f32>().map(|v| v[0])
+    };
+    let mut values: Vec<f32> = (0..70_000).map(|i| (i as f32 * 0.37).sin()).collect();
+    values[33_333] = -7.5;
+    assert_eq!(most(values.clone())?, 7.5);
+    values[60_000] = f32::NEG_INFINITY;
+    assert_eq!(most(values.clone())?, f32::INFINITY);
+    values[3] = f32::NAN;
+    assert!(most(values)?.is_nan());
+    assert_eq!(most(vec![0.; 3])?, 0.);
+    Ok(())
+}
+
+#[test]
 fn gated_units() -> Result<()> {
     if skip() {
         return Ok(());
@@ -99,7 +290,7 @@ fn gated_units() -> Result<()> {
     let (a, u, g) = (random((7, 91), 1)?, random((7, 91), 2)?, random((7, 91), 3)?);
     let y = nn::swiglu(&a, &u)?;
     same(&on([&a, &u], |[a, u]| swiglu(a, u, 7 * 91))?.tensor((7, 91)), &y);
-    let (da, du) = swiglu_back(&a, &u, &g)?;
+    let (da, du) = swiglu_back(&there(&a), &there(&u), &there(&g))?;
     let want = gradients(&[&a, &u], &y, &g)?;
     same(&da, &want[0]);
     same(&du, &want[1]);
@@ -124,11 +315,12 @@ fn deformable_attention() -> Result<()> {
         let mass = random(sizes, 3)?;
         let levels = Tensor::new(&[5u32, 7, 0, 3, 2, 35], &Device::Cpu)?;
         let y = nn::msda::msda(&value, &shapes, &place, &mass)?;
-        let got = on([&value, &place, &mass], |[v, p, m]| msda(v, p, m, &levels, d))?;
+        let got = on([&value, &place, &mass], |[v, p, m]| msda(v, p, m, &there(&levels), d))?;
         same(&got.tensor(y.shape()), &y);
         for size in [1e-12, 1., 1e12] {
             let g = (random(y.dims(), 4)?.as_tensor().detach() * size)?;
-            let (dv, dp, dm) = msda_back(&value, &place, &mass, &levels, &g, d)?;
+            let (dv, dp, dm) =
+                msda_back(&there(&value), &there(&place), &there(&mass), &there(&levels), &there(&g), d)?;
             let want = gradients(&[&value, &place, &mass], &y, &g)?;
             for (got, want) in [dv, dp, dm].iter().zip(&want) {
                 same(&(got / size)?, &(want / size)?);
@@ -167,9 +359,58 @@ fn attention_of_one_token() -> Result<()> {
             let mask = nn::Mask::Causal { prefix, start: Some(own.clone()) };
             let want = nn::attention_packed(&q, &k, &v, kv_heads * group, kv_heads, 0.3, &mask)?;
             let own = Tensor::new(own, &Device::Cpu)?;
-            same(&decode(&q, &k, &v, (kv_heads, group), prefix, &own, 0.3)?, &want);
+            same(
+                &decode(&there(&q), &there(&k), &there(&v), (kv_heads, group), prefix, &there(&own), 0.3)?,
+                &want,
+            );
         }
     }
+    Ok(())
+}
+
+#[test]
+fn drawn_tokens() -> Result<()> {
+    if skip() {
+        return Ok(());
+    }
+    let (rows, vocab) = (5, 3001);
+    let logits = (random((rows, vocab), 1)?.as_tensor() * 6.)?;
+    let mut values: Vec<Vec<f32>> = logits.to_vec2()?;
+    values[1][7] = f32::NAN;
+    values[2][9] = f32::NEG_INFINITY;
+    // The first of two equals is the most likely one.
+    let most = values[3].iter().copied().fold(0., f32::max);
+    (values[3][100], values[3][2000]) = (most + 1., most + 1.);
+    let logits = Tensor::from_vec(values.concat(), (rows, vocab), &Device::Cpu)?;
+    for temperature in [0., 0.3, 1., 5.] {
+        for round in 0..20 {
+            let drawn: Vec<f64> = (0..rows).map(|r| (((r * 20 + round) as f64) * 0.618).fract()).collect();
+            let got = sample(&there(&logits), &drawn, temperature)?;
+            for (r, (id, log_prob)) in got.into_iter().enumerate() {
+                let row = &values[r];
+                let most = row.iter().copied().filter(|l| !l.is_nan()).fold(f32::NEG_INFINITY, f32::max);
+                let weights = row.iter().map(|&l| match l.is_nan() {
+                    true => 0.,
+                    false => ((l as f64 - most as f64) / temperature).exp(),
+                });
+                let weights: Vec<f64> = weights.collect();
+                let want = match temperature {
+                    0. => row.iter().position(|l| *l == most),
+                    _ => {
+                        let mut left = drawn[r] * weights.iter().sum::<f64>();
+                        weights.iter().position(|w| {
+                            left -= w;
+                            left < 0.
+                        })
+                    }
+                };
+                assert_eq!(Some(id as usize), want);
+                assert!((log_prob as f64 - crate::llm::sampler::log_prob(row, id as usize)).abs() < 1e-5);
+            }
+        }
+    }
+    let broken = Tensor::full(f32::NAN, (1, 40), &Device::Cpu)?;
+    assert_eq!(sample(&there(&broken), &[0.5], 1.)?[0].0, u32::MAX);
     Ok(())
 }
 
@@ -182,8 +423,8 @@ fn log_probabilities() -> Result<()> {
     let x = Var::from_tensor(&(random((rows, vocab), 1)?.as_tensor() * 20.)?)?;
     let target = Tensor::new(&[0u32, 999, 5, 5, 17, 600], &Device::Cpu)?;
     let y = nn::log_probs(&x, &target)?;
-    same(&on([&x], |[x]| Ok(log_prob(x, &target, rows, vocab)?.0))?.tensor(rows), &y);
+    same(&on([&x], |[x]| Ok(log_prob(x, &there(&target), rows, vocab)?.0))?.tensor(rows), &y);
     let g = random(rows, 2)?.as_tensor().detach();
-    same(&log_prob_back(&x, &target, &g)?, &gradients(&[&x], &y, &g)?[0]);
+    same(&log_prob_back(&there(&x), &there(&target), &there(&g))?, &gradients(&[&x], &y, &g)?[0]);
     Ok(())
 }

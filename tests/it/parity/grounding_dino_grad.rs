@@ -19,7 +19,7 @@ struct Run {
 
 fn run(f: &Fixture, inputs: &Inputs) -> Run {
     let cfg = config(f);
-    let params = Params::from_tensors(0, load(f)).unwrap();
+    let params = Params::placed(0, load(f), candle_core::DType::F32, &super::device()).unwrap();
     let out = GroundingDino::new(&cfg, params.builder()).unwrap().forward(inputs, None).unwrap();
     Run { cfg, params, out }
 }

@@ -27,7 +27,11 @@ mod swin;
 pub fn device() -> Device {
     match std::env::var("VALOR_DEVICE").as_deref() {
         Err(_) | Ok("cpu") => Device::Cpu,
-        Ok("cuda") => valor::nn::gpu(0).expect("VALOR_DEVICE=cuda"),
+        Ok("cuda") => {
+            // The fixtures are f32's.
+            valor::nn::set_tf32(false);
+            valor::nn::gpu(0).expect("VALOR_DEVICE=cuda")
+        }
         Ok(other) => panic!("VALOR_DEVICE={other}: expected cpu or cuda"),
     }
 }

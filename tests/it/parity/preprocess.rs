@@ -120,7 +120,12 @@ fn detector_input_is_the_originals_and_hfs() {
                 // HF's torchvision path rounds one 8-bit step away, at most.
                 let step = 1.001 / 255. / ip.std.iter().fold(1., |m: f32, s| m.min(*s)) as f64;
                 let tv = fx.output(&format!("{name}.hf_tv_ds"));
-                let worst = (sample(&x) - tv).unwrap().abs().unwrap().flatten_all().unwrap();
+                let worst = (sample(&x) - tv.to_device(&candle_core::Device::Cpu).unwrap())
+                    .unwrap()
+                    .abs()
+                    .unwrap()
+                    .flatten_all()
+                    .unwrap();
                 let worst = worst.to_vec1::<f32>().unwrap().into_iter().fold(0., f32::max);
                 assert!((worst as f64) <= step, "{name}: {worst} over {step}");
             }
