@@ -42,6 +42,20 @@ pub(super) fn tf32() -> bool {
     TF32.load(Ordering::Relaxed)
 }
 
+/// Whether the sums of deformable attention's gradients on a GPU are the same at each run, whatever the order in which
+/// they are made; else they differ in their last bits, and take half the time.
+static EXACT_SUMS: AtomicBool = AtomicBool::new(true);
+
+/// Sets that for this process; it is on at first.
+pub fn set_exact_sums(on: bool) {
+    EXACT_SUMS.store(on, Ordering::Relaxed);
+}
+
+#[cfg(feature = "cuda")]
+pub(super) fn exact_sums() -> bool {
+    EXACT_SUMS.load(Ordering::Relaxed)
+}
+
 /// Keeps freed memory with this process for what comes next: else the driver takes it back whenever a result is
 /// waited for, which is once a generated token, and the next allocations are slow.
 #[cfg(feature = "cuda")]

@@ -1,7 +1,7 @@
 //! Ops that only a GPU has of its own, each with what runs elsewhere beside it in its caller.
 
 use super::kernels::{self, Finish, Held, Memory, Seen, Window};
-use super::{Mask, on_gpu};
+use super::{Mask, Taps, on_gpu};
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp2, DType, Device, DeviceLocation, Layout, Result, Shape,
     Tensor,
@@ -270,16 +270,8 @@ pub(super) fn conv2d(
     }
     let (Some(oh), Some(ow)) = (window.places(h), window.places(w)) else { return Ok(None) };
     let x = x.contiguous()?;
-    let columns = match (k, window.stride, window.padding, relu) {
-        (1, 1, 0, false) => x.reshape((b, c, h * w))?,
-        _ => {
-            let held = Held::new(&x)?;
-            let columns = kernels::columns(held.get()?, (b, c, h, w), window, (oh, ow), relu)?;
-            columns.tensor((b, c * k * k, oh * ow))
-        }
-    };
     let weight = weight.contiguous()?.reshape((out, c * k * k))?;
-    let y = kernels::weigh(&weight, &columns, super::gpu::tf32())?;
+    let y = kernels::convolve(&x, &weight, window, (oh, ow), relu, super::gpu::tf32())?;
     let y = match bias {
         None => y,
         Some(b) => match finish(&y, Finish { bias, ..Finish::default() }, (out, oh * ow))? {
@@ -288,6 +280,18 @@ pub(super) fn conv2d(
         },
     };
     y.reshape((b, out, oh, ow)).map(Some)
+}
+
+/// `x` `[.., h, w]` of so many planes resampled to `[planes, h', w']`; `None` where gradients are wanted or it is not on a GPU.
+pub(super) fn resize(x: &Tensor, planes: usize, rows: &Taps, columns: &Taps) -> Result<Option<Tensor>> {
+    if x.track_op() || !on_gpu(&[x]) || x.elem_count() == 0 {
+        return Ok(None);
+    }
+    let x = x.contiguous()?;
+    let (held, r, c) = (Held::new(&x)?, rows.on(x.device())?, columns.on(x.device())?);
+    let (rows, columns) = ((rows.inp, rows.out()), (columns.inp, columns.out()));
+    let y = kernels::resize(held.get()?, planes, r.side(rows), c.side(columns))?;
+    Ok(Some(y.tensor((planes, rows.1, columns.1))))
 }
 
 /// Numbers on the device, uploaded once: what many calls ask for again, such as the sizes of feature levels.

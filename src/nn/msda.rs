@@ -480,7 +480,8 @@ impl CustomOp3 for Msda {
         if value.device().is_cuda() {
             let d = self.deformable(value.shape(), place.shape())?;
             let levels = self.levels(value.device())?;
-            let (dv, dp, dm) = kernels::msda_back(value, place, mass, &levels, grad, d)?;
+            let (dv, dp, dm) =
+                kernels::msda_back([value, place, mass], &levels, grad, d, super::gpu::exact_sums())?;
             return Ok((Some(dv), Some(dp), Some(dm)));
         }
         let d = self.dims(value.shape(), place.shape())?;

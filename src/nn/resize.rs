@@ -24,7 +24,7 @@ pub enum Filter {
 /// One axis of a resize: a sparse `[out, in]` matrix in row-compressed form.
 #[derive(Clone, Debug)]
 pub struct Taps {
-    inp: usize,
+    pub(super) inp: usize,
     starts: Vec<usize>,
     index: Vec<usize>,
     weight: Vec<f32>,
@@ -71,7 +71,7 @@ impl Taps {
         Ok(taps)
     }
 
-    fn out(&self) -> usize {
+    pub(super) fn out(&self) -> usize {
         self.starts.len() - 1
     }
 
@@ -87,6 +87,25 @@ impl Taps {
             self.row(i).for_each(|(j, w)| row[j] += w);
         }
         Tensor::from_vec(m, (out, self.inp), like.device())?.to_dtype(like.dtype())
+    }
+
+    /// As the GPU's kernel reads it.
+    #[cfg(any(feature = "cuda", test))]
+    pub(super) fn on(&self, device: &candle_core::Device) -> Result<TapsThere> {
+        let numbers = |v: &[usize]| v.iter().map(|n| *n as u32).collect::<Vec<u32>>();
+        let bits: Vec<u32> = self.weight.iter().map(|w| w.to_bits()).collect();
+        let there = |v: &[u32]| {
+            #[cfg(feature = "cuda")]
+            if device.is_cuda() {
+                return super::gpu_ops::constant(v, device);
+            }
+            Tensor::new(v, device)
+        };
+        Ok(TapsThere {
+            starts: there(&numbers(&self.starts))?,
+            index: there(&numbers(&self.index))?,
+            weight: there(&bits)?,
+        })
     }
 
     fn transposed(&self) -> Self {
@@ -136,6 +155,21 @@ fn wide(i: usize, inp: usize, step: f64, radius: f64, kernel: impl Fn(f64) -> f6
     let raw: Vec<f64> = (lo..hi).map(|j| kernel((j as f64 - centre + 0.5) / stretch)).collect();
     let total: f64 = raw.iter().sum();
     raw.iter().enumerate().map(|(k, w)| (lo + k, w / total)).collect()
+}
+
+/// [`Taps`] where a kernel reads them.
+#[cfg(any(feature = "cuda", test))]
+pub(super) struct TapsThere {
+    starts: Tensor,
+    index: Tensor,
+    weight: Tensor,
+}
+
+#[cfg(any(feature = "cuda", test))]
+impl TapsThere {
+    pub fn side(&self, (from, to): (usize, usize)) -> super::kernels::Side<'_> {
+        super::kernels::Side { starts: &self.starts, index: &self.index, weight: &self.weight, from, to }
+    }
 }
 
 struct Resize {
@@ -191,12 +225,16 @@ impl CustomOp1 for Resize {
 /// Applies one matrix per axis to `[.., h, w]`.
 pub fn resize_taps(x: &Tensor, rows: Taps, cols: Taps) -> Result<Tensor> {
     if !super::cpu::fused(&[x]) {
-        // Two products with mostly empty matrices: a GPU's way to a sparse one.
+        // Two products with mostly empty matrices, which have gradients.
         let (lead, hw) = x.dims().split_at(x.rank().saturating_sub(2));
         if hw != [rows.inp, cols.inp] {
             candle_core::bail!("resize: expected [.., {}, {}], got {:?}", rows.inp, cols.inp, x.shape())
         }
         let planes = lead.iter().product::<usize>();
+        #[cfg(feature = "cuda")]
+        if let Some(y) = super::gpu_ops::resize(x, planes, &rows, &cols)? {
+            return y.reshape([lead, &[rows.out(), cols.out()]].concat());
+        }
         let x = x.reshape((planes, hw[0], hw[1]))?;
         let right = x.reshape((planes * hw[0], hw[1]))?.matmul(&cols.matrix(&x)?.t()?)?;
         let y = rows.matrix(&x)?.broadcast_matmul(&right.reshape((planes, hw[0], cols.out()))?)?;

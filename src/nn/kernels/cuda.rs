@@ -1,10 +1,13 @@
 //! Launches on the GPU.
 
 use super::Arg;
+use candle_core::cuda_backend::DeviceId;
 use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::driver::{DevicePtr, LaunchConfig, PushKernelArg};
+use candle_core::cuda_backend::cudarc::driver::{CudaFunction, DevicePtr, LaunchConfig, PushKernelArg};
 use candle_core::{CudaDevice, CudaStorage, DType, Result};
 use half::{bf16, f16};
+use std::collections::HashMap;
+use std::sync::RwLock;
 
 const PTX: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.ptx"));
 
@@ -51,15 +54,38 @@ pub fn alloc(device: &CudaDevice, dtype: DType, len: usize, zeroed: bool) -> Res
     })
 }
 
+/// A kernel for a type, looked up once: the driver takes about as long for that as for a launch.
+fn function(device: &CudaDevice, kernel: &'static str, dtype: DType) -> Result<CudaFunction> {
+    type Found = HashMap<(DeviceId, &'static str, DType), CudaFunction>;
+    static FOUND: RwLock<Option<Found>> = RwLock::new(None);
+    let key = (device.id(), kernel, dtype);
+    let found = FOUND.read().unwrap_or_else(|e| e.into_inner());
+    if let Some(f) = found.as_ref().and_then(|found| found.get(&key)) {
+        return Ok(f.clone());
+    }
+    drop(found);
+    let kind = match dtype {
+        DType::F32 => "f32",
+        DType::F16 => "f16",
+        DType::BF16 => "bf16",
+        _ => candle_core::bail!("{kernel}: no kernel for {dtype:?}"),
+    };
+    let f = device.get_or_load_custom_func(&format!("{kernel}_{kind}"), "valor", PTX)?.into_cuda_function();
+    let mut found = FOUND.write().unwrap_or_else(|e| e.into_inner());
+    found.get_or_insert_default().insert(key, f.clone());
+    Ok(f)
+}
+
 pub fn launch(
     device: &CudaDevice,
-    kernel: &str,
+    kernel: &'static str,
+    dtype: DType,
     (columns, rows): (u32, u32),
     threads: u32,
     args: &[Arg],
 ) -> Result<()> {
-    let f = device.get_or_load_custom_func(kernel, "valor", PTX)?;
-    let mut launch = f.builder();
+    let (f, stream) = (function(device, kernel, dtype)?, device.cuda_stream());
+    let mut launch = stream.launch_builder(&f);
     for arg in args {
         match arg {
             Arg::Pointer(v) | Arg::Size(v) => launch.arg(v),

@@ -48,7 +48,7 @@ pub fn available() -> bool {
 
 pub fn launch(kernel: &str, (columns, rows): (u32, u32), threads: u32, args: &[Arg]) -> Result<()> {
     let Some(library) = library() else { candle_core::bail!("no C++ compiler") };
-    let name = CString::new(kernel).map_err(candle_core::Error::wrap)?;
+    let name = CString::new(format!("{kernel}_f32")).map_err(candle_core::Error::wrap)?;
     // SAFETY: the handle is of a loaded library, the name a C string.
     let f = unsafe { libc::dlsym(library.0, name.as_ptr()) };
     if f.is_null() {

@@ -34,6 +34,7 @@ DEVICE void put(__nv_bfloat16 *p, float v) { *p = __float2bfloat16(v); }
 DEVICE void add_whole(long long *p, long long v) {
   atomicAdd(reinterpret_cast<unsigned long long *>(p), static_cast<unsigned long long>(v));
 }
+DEVICE void add_float(float *p, float v) { atomicAdd(p, v); }
 
 // Eight numbers as they lie, at an address that is a multiple of their size.
 template <class T> struct Eight {
@@ -142,6 +143,7 @@ static void every_block(void (*body)(A...), unsigned columns, unsigned rows, uns
 DEVICE float get(const float *p) { return *p; }
 DEVICE void put(float *p, float v) { *p = v; }
 DEVICE void add_whole(long long *p, long long v) { *p += v; }
+DEVICE void add_float(float *p, float v) { *p += v; }
 
 template <class T> struct Eight {
   const T *at;
@@ -518,7 +520,8 @@ template <class T> DEVICE void finish_body(finish_PARAMS(T)) {
   THREADS(t) {
     size_t i = static_cast<size_t>(blockIdx.x) * blockDim.x + t;
     if (i < n) {
-      size_t c = (inner == 1 ? i : i / inner) % channels;
+      // Division of 64 bits is slow, and seldom needed.
+      size_t c = n >> 32 ? i / inner % channels : static_cast<unsigned>(i) / inner % channels;
       float v = get(x + i) + (b ? get(b + c) : 0.f);
       if (act == 1) v = 0.5f * v * (1.f + erff(v * 0.70710678118654752f));
       // Not fmaxf, which would make a number of what is none.
@@ -538,8 +541,11 @@ EACH(finish)
   const T *x, const float *bias, const unsigned *own, T *y, unsigned m, unsigned heads, unsigned queries,    \
       size_t of_batch, size_t of_head, size_t of_query, int first, unsigned prefix, float scale
 #define softmax_ARGS x, bias, own, y, m, heads, queries, of_batch, of_head, of_query, first, prefix, scale
+// Scores of a row that are kept between its three passes; longer rows are read again.
+const unsigned KEPT = 4096;
+
 template <class T> DEVICE void softmax_body(softmax_PARAMS(T)) {
-  SHARED float scratch[MOST_WARPS];
+  SHARED float scratch[MOST_WARPS], kept[KEPT];
   size_t row = blockIdx.x, query = row % queries, head = row / queries % heads, batch = row / queries / heads;
   const T *from = x + row * m;
   const float *plus = bias ? bias + batch * of_batch + head * of_head + query * of_query : nullptr;
@@ -549,20 +555,32 @@ template <class T> DEVICE void softmax_body(softmax_PARAMS(T)) {
     bool seen = i < prefix || i >= begin || i == last;
     return seen ? scale * get(from + i) + (plus ? plus[i] : 0.f) : -INFINITY;
   };
+  bool keep = last < KEPT;
   float top = block_max(scratch, [&](unsigned t) {
     float v = -INFINITY;
-    for (unsigned i = t; i <= last; i += blockDim.x) v = fmaxf(v, score(i));
+    for (unsigned i = t; i <= last; i += blockDim.x) {
+      float s = score(i);
+      if (keep) kept[i] = s;
+      v = fmaxf(v, s);
+    }
     return v;
   });
   float base = top == -INFINITY ? 0.f : top;
   float sum = block_sum(scratch, [&](unsigned t) {
     float s = 0.f;
-    for (unsigned i = t; i <= last; i += blockDim.x) s += expf(score(i) - base);
+    for (unsigned i = t; i <= last; i += blockDim.x) {
+      float e = expf((keep ? kept[i] : score(i)) - base);
+      if (keep) kept[i] = e;
+      s += e;
+    }
     return s;
   });
   float inv = sum == 0.f ? 0.f : 1.f / sum;
   THREADS(t) {
-    for (unsigned i = t; i < m; i += blockDim.x) put(y + row * m + i, i <= last ? expf(score(i) - base) * inv : 0.f);
+    for (unsigned i = t; i < m; i += blockDim.x) {
+      float e = i > last ? 0.f : keep ? kept[i] : expf(score(i) - base);
+      put(y + row * m + i, e * inv);
+    }
   }
 }
 EACH(softmax)
@@ -585,35 +603,68 @@ template <class T> DEVICE void softmax_back_body(softmax_back_PARAMS(T)) {
 }
 EACH(softmax_back)
 
-// ---- What a convolution multiplies its weights with: columns [batch, channels * kh * kw, oh * ow]. Outside of the
+// ---- What a convolution multiplies its weights with: columns [batch, channels * kh * kw, n], of n places of oh * ow
+// from the first on. Outside of the
 // picture [batch, channels, h, w] are zeros, or its border again; `relu` takes what is below zero for zero. A thread
-// per number.
+// per place, a grid row per tap.
 
 #define columns_PARAMS(T)                                                                                    \
-  const T *x, T *y, size_t n, unsigned h, unsigned w, unsigned kernel, unsigned stride, unsigned padding,    \
-      unsigned replicate, unsigned oh, unsigned ow, unsigned relu
-#define columns_ARGS x, y, n, h, w, kernel, stride, padding, replicate, oh, ow, relu
+  const T *x, T *y, unsigned taps, unsigned h, unsigned w, unsigned kernel, unsigned stride,                 \
+      unsigned padding, unsigned replicate, unsigned ow, unsigned relu, unsigned first, unsigned n
+#define columns_ARGS x, y, taps, h, w, kernel, stride, padding, replicate, ow, relu, first, n
 template <class T> DEVICE void columns_body(columns_PARAMS(T)) {
   THREADS(t) {
-    size_t i = static_cast<size_t>(blockIdx.x) * blockDim.x + t;
+    unsigned i = blockIdx.x * blockDim.x + t, at = first + i;
     if (i < n) {
-      unsigned out = oh * ow, at = i % out;
-      size_t tap = i / out; // (batch, channel, ky, kx)
-      int px = static_cast<int>(at % ow * stride + tap % kernel) - static_cast<int>(padding);
-      int py = static_cast<int>(at / ow * stride + tap / kernel % kernel) - static_cast<int>(padding);
+      int left = static_cast<int>(at % ow * stride) - static_cast<int>(padding);
+      int above = static_cast<int>(at / ow * stride) - static_cast<int>(padding);
       int last_x = static_cast<int>(w) - 1, last_y = static_cast<int>(h) - 1;
-      if (replicate) {
-        px = px < 0 ? 0 : px > last_x ? last_x : px;
-        py = py < 0 ? 0 : py > last_y ? last_y : py;
+      // A tap is (batch, channel, ky, kx).
+      for (unsigned tap = blockIdx.y; tap < taps; tap += gridDim.y) {
+        int px = left + static_cast<int>(tap % kernel), py = above + static_cast<int>(tap / kernel % kernel);
+        if (replicate) {
+          px = px < 0 ? 0 : px > last_x ? last_x : px;
+          py = py < 0 ? 0 : py > last_y ? last_y : py;
+        }
+        bool inside = px >= 0 && py >= 0 && px <= last_x && py <= last_y;
+        size_t plane = tap / (kernel * kernel);
+        float v = inside ? get(x + (plane * h + py) * w + px) : 0.f;
+        put(y + static_cast<size_t>(tap) * n + i, relu && v < 0.f ? 0.f : v);
       }
-      bool inside = px >= 0 && py >= 0 && px <= last_x && py <= last_y;
-      size_t plane = tap / (kernel * kernel);
-      float v = inside ? get(x + (plane * h + py) * w + px) : 0.f;
-      put(y + i, relu && v < 0.f ? 0.f : v);
     }
   }
 }
 EACH(columns)
+
+// ---- Planes [.., h, w] resampled to [.., oh, ow]: each row and column of the result is a weighted sum of few of what
+// was. Of both, `starts` says where the sums' parts begin (one more than there are sums), `index` of what each part is,
+// `weight` how much. A thread per number.
+
+#define resize_PARAMS(T)                                                                                     \
+  const T *x, T *y, unsigned planes, unsigned h, unsigned w, unsigned oh, unsigned ow,                       \
+      const unsigned *row_starts, const unsigned *row_index, const float *row_weight,                        \
+      const unsigned *starts, const unsigned *index, const float *weight
+#define resize_ARGS x, y, planes, h, w, oh, ow, row_starts, row_index, row_weight, starts, index, weight
+template <class T> DEVICE void resize_body(resize_PARAMS(T)) {
+  THREADS(t) {
+    unsigned at = blockIdx.x * blockDim.x + t;
+    if (at < oh * ow) {
+      unsigned i = at / ow, j = at % ow;
+      for (unsigned plane = blockIdx.y; plane < planes; plane += gridDim.y) {
+        const T *from = x + static_cast<size_t>(plane) * h * w;
+        float sum = 0.f;
+        for (unsigned r = row_starts[i]; r < row_starts[i + 1]; ++r) {
+          const T *row = from + static_cast<size_t>(row_index[r]) * w;
+          float part = 0.f;
+          for (unsigned c = starts[j]; c < starts[j + 1]; ++c) part += weight[c] * get(row + index[c]);
+          sum += row_weight[r] * part;
+        }
+        put(y + static_cast<size_t>(plane) * oh * ow + at, sum);
+      }
+    }
+  }
+}
+EACH(resize)
 
 // ---- Multi-scale deformable attention (Zhu et al. 2021, eq. 3).
 // value [batch, tokens, heads, dim], place [batch, queries, heads, levels, points, 2] in 0..1, mass without
@@ -724,51 +775,37 @@ DEVICE float whole_scale(float most, float terms) {
   return exp2f(static_cast<float>(e < -120 ? -120 : e > 120 ? 120 : e));
 }
 
-// Eight lanes per reader, each with W channels in turn, 4 or 1. The value's gradient is added up in whole numbers,
-// `most[0]` being the largest gradient, `most[1]` the largest mass.
-const unsigned READER_LANES = 8;
+// How the value's gradient is added up: in whole numbers, `scale` to one, so that the order does not matter, or as it
+// comes, which is half of the memory traffic.
+DEVICE void add_to(long long *p, float v) { add_whole(p, llrintf(v)); }
+DEVICE void add_to(float *p, float v) { add_float(p, v); }
 
-#define msda_back_PARAMS(T)                                                                                  \
-  const T *value, const T *place, const T *mass, const unsigned *shapes, const T *g, const float *most,      \
-      long long *dvalue, T *dplace, T *dmass, size_t readers, unsigned tokens, unsigned queries,             \
-      unsigned heads, unsigned dim, unsigned levels, unsigned points
-#define msda_back_ARGS                                                                                       \
-  value, place, mass, shapes, g, most, dvalue, dplace, dmass, readers, tokens, queries, heads, dim, levels,  \
-      points
-template <class T, int W> DEVICE void msda_back_by(msda_back_PARAMS(T)) {
-  size_t begin = static_cast<size_t>(blockIdx.x) * (blockDim.x / READER_LANES);
-  float scale = whole_scale(most[0] * most[1], static_cast<float>(queries) * levels * points);
-  auto some = [](const T *from, float *v) {
-    if (W == 4)
-      get4(from, v);
-    else
-      v[0] = get(from);
-  };
+// A warp per reader, a lane per channel in turn, so that what a warp adds lies together.
+template <class T, class Sum>
+DEVICE void msda_back_by(const T *value, const T *place, const T *mass, const unsigned *shapes, const T *g, float scale,
+                         Sum *dvalue, T *dplace, T *dmass, size_t readers, unsigned tokens, unsigned queries,
+                         unsigned heads, unsigned dim, unsigned levels, unsigned points) {
+  size_t begin = static_cast<size_t>(blockIdx.x) * (blockDim.x / 32);
   for (unsigned l = 0; l < levels; ++l) {
     int h = shapes[3 * l], w = shapes[3 * l + 1], first = shapes[3 * l + 2];
     for (unsigned p = 0; p < points; ++p)
       // Sums over channels of g times the corner's value, weighed as mass and place need it.
-      lane_sums<3, READER_LANES>(
+      lane_sums<3, 32>(
           [&](unsigned t, float *sums) {
-            size_t reader = begin + t / READER_LANES, sample = (reader * levels + l) * points + p;
+            size_t reader = begin + t / 32, sample = (reader * levels + l) * points + p;
             for (int i = 0; i < 3; ++i) sums[i] = 0.f;
             if (reader >= readers) return;
             Corners k;
             corners_of(get(place + 2 * sample), get(place + 2 * sample + 1), h, w, first, &k);
             size_t from = (reader / heads / queries * tokens * heads + reader % heads) * dim;
-            float m = get(mass + sample);
-            for (unsigned c = t % READER_LANES * W; c < dim; c += READER_LANES * W) {
-              float grad[4], seen[4];
-              some(g + reader * dim + c, grad);
+            float m = get(mass + sample) * scale;
+            for (unsigned c = t % 32; c < dim; c += 32) {
+              float grad = get(g + reader * dim + c);
               for (int q = 0; q < 4; ++q) {
                 if (k.at[q] < 0) continue;
                 size_t at = from + static_cast<size_t>(k.at[q]) * heads * dim + c;
-                some(value + at, seen);
-                float add = m * k.share[q] * scale, read = 0.f;
-                for (int i = 0; i < W; ++i) {
-                  add_whole(dvalue + at + i, llrintf(grad[i] * add));
-                  read += grad[i] * seen[i];
-                }
+                add_to(dvalue + at, grad * m * k.share[q]);
+                float read = grad * get(value + at);
                 sums[0] += k.share[q] * read;
                 sums[1] += k.right[q] * read;
                 sums[2] += k.down[q] * read;
@@ -786,13 +823,32 @@ template <class T, int W> DEVICE void msda_back_by(msda_back_PARAMS(T)) {
   }
 }
 
+// `most[0]` is the largest gradient, `most[1]` the largest mass.
+#define msda_back_PARAMS(T)                                                                                  \
+  const T *value, const T *place, const T *mass, const unsigned *shapes, const T *g, const float *most,      \
+      long long *dvalue, T *dplace, T *dmass, size_t readers, unsigned tokens, unsigned queries,             \
+      unsigned heads, unsigned dim, unsigned levels, unsigned points
+#define msda_back_ARGS                                                                                       \
+  value, place, mass, shapes, g, most, dvalue, dplace, dmass, readers, tokens, queries, heads, dim, levels,  \
+      points
 template <class T> DEVICE void msda_back_body(msda_back_PARAMS(T)) {
-  if (dim % 4 == 0)
-    msda_back_by<T, 4>(msda_back_ARGS);
-  else
-    msda_back_by<T, 1>(msda_back_ARGS);
+  float scale = whole_scale(most[0] * most[1], static_cast<float>(queries) * levels * points);
+  msda_back_by(value, place, mass, shapes, g, scale, dvalue, dplace, dmass, readers, tokens, queries, heads, dim,
+                         levels, points);
 }
 EACH(msda_back)
+
+#define msda_back_loose_PARAMS(T)                                                                            \
+  const T *value, const T *place, const T *mass, const unsigned *shapes, const T *g, float *dvalue,          \
+      T *dplace, T *dmass, size_t readers, unsigned tokens, unsigned queries, unsigned heads, unsigned dim,  \
+      unsigned levels, unsigned points
+#define msda_back_loose_ARGS                                                                                 \
+  value, place, mass, shapes, g, dvalue, dplace, dmass, readers, tokens, queries, heads, dim, levels, points
+template <class T> DEVICE void msda_back_loose_body(msda_back_loose_PARAMS(T)) {
+  msda_back_by(value, place, mass, shapes, g, 1.f, dvalue, dplace, dmass, readers, tokens, queries, heads, dim,
+                         levels, points);
+}
+EACH(msda_back_loose)
 
 // The whole numbers of msda_back as what they stand for.
 #define from_whole_PARAMS(T) const long long *x, const float *most, T *y, size_t n, float terms
@@ -820,9 +876,13 @@ const unsigned MOST_GROUP = 8, MOST_DIM = 256, KEYS = 64, KEY_LANES = 8;
   const T *q, const T *keys, const T *values, const unsigned *own, float *stats, float *sums, unsigned len,  \
       size_t row_stride, unsigned kv_heads, unsigned group, unsigned dim, unsigned prefix, float scale
 #define decode_ARGS q, keys, values, own, stats, sums, len, row_stride, kv_heads, group, dim, prefix, scale
-template <class T> DEVICE void decode_body(decode_PARAMS(T)) {
-  SHARED float query[MOST_GROUP * MOST_DIM], sum[MOST_GROUP * MOST_DIM], score[MOST_GROUP * KEYS];
-  SHARED float top[MOST_GROUP], total[MOST_GROUP], fade[MOST_GROUP];
+struct DecodeRoom {
+  float query[MOST_GROUP * MOST_DIM], sum[MOST_GROUP * MOST_DIM], score[MOST_GROUP * KEYS];
+  float top[MOST_GROUP], total[MOST_GROUP], fade[MOST_GROUP];
+};
+
+template <class T, unsigned GROUP> DEVICE void decode_by(DecodeRoom &room, decode_PARAMS(T)) {
+  float *query = room.query, *sum = room.sum, *score = room.score, *top = room.top, *total = room.total, *fade = room.fade;
   unsigned row = blockIdx.x / kv_heads, head = blockIdx.x % kv_heads, width = kv_heads * dim;
   const T *k = keys + row * row_stride + head * dim, *v = values + row * row_stride + head * dim;
   unsigned share = (len + gridDim.y - 1) / gridDim.y, first = own[row];
@@ -844,11 +904,10 @@ template <class T> DEVICE void decode_body(decode_PARAMS(T)) {
     // The token itself is always seen, so that no row is empty.
     auto seen = [&](unsigned at) { return at < prefix || at >= first || at + 1 == len; };
     for (unsigned j0 = 0; j0 < n; j0 += blockDim.x / KEY_LANES)
-      lane_sums<MOST_GROUP, KEY_LANES>(
+      lane_sums<GROUP, KEY_LANES>(
           [&](unsigned t, float *dots) {
             unsigned j = j0 + t / KEY_LANES;
-            // Loops of fixed length, so that the sums stay in registers.
-            for (unsigned h = 0; h < MOST_GROUP; ++h) dots[h] = 0.f;
+            for (unsigned h = 0; h < GROUP; ++h) dots[h] = 0.f;
             if (j >= n || !seen(tile + j)) return;
             const T *key = k + static_cast<size_t>(tile + j) * width;
             for (unsigned c = t % KEY_LANES * 8; c < dim; c += KEY_LANES * 8) {
@@ -857,7 +916,7 @@ template <class T> DEVICE void decode_body(decode_PARAMS(T)) {
                 widen(eight(key + c), values);
               else
                 for (unsigned i = 0; i < 8; ++i) values[i] = c + i < dim ? get(key + c + i) : 0.f;
-              for (unsigned h = 0; h < MOST_GROUP; ++h)
+              for (unsigned h = 0; h < GROUP; ++h)
                 if (h < group)
                   for (unsigned i = 0; i < 8; ++i)
                     if (by_eights || c + i < dim) dots[h] += query[h * dim + c + i] * values[i];
@@ -866,7 +925,7 @@ template <class T> DEVICE void decode_body(decode_PARAMS(T)) {
           [&](unsigned key, const float *dots) {
             unsigned j = j0 + key;
             if (j < n)
-              for (unsigned h = 0; h < MOST_GROUP; ++h)
+              for (unsigned h = 0; h < GROUP; ++h)
                 if (h < group) score[h * KEYS + j] = seen(tile + j) ? dots[h] : -INFINITY;
           });
     SYNC;
@@ -894,17 +953,17 @@ template <class T> DEVICE void decode_body(decode_PARAMS(T)) {
         total[t] = s;
       }
       for (unsigned c = t; c < dim; c += blockDim.x) {
-        float s[MOST_GROUP];
-        for (unsigned h = 0; h < MOST_GROUP; ++h) s[h] = h < group ? sum[h * dim + c] * fade[h] : 0.f;
+        float s[GROUP];
+        for (unsigned h = 0; h < GROUP; ++h) s[h] = h < group ? sum[h * dim + c] * fade[h] : 0.f;
 #ifdef __CUDACC__
 #pragma unroll 8
 #endif
         for (unsigned j = 0; j < n; ++j) {
           float value = get(v + static_cast<size_t>(tile + j) * width + c);
-          for (unsigned h = 0; h < MOST_GROUP; ++h)
+          for (unsigned h = 0; h < GROUP; ++h)
             if (h < group) s[h] += score[h * KEYS + j] * value;
         }
-        for (unsigned h = 0; h < MOST_GROUP; ++h)
+        for (unsigned h = 0; h < GROUP; ++h)
           if (h < group) sum[h * dim + c] = s[h];
       }
     }
@@ -921,6 +980,19 @@ template <class T> DEVICE void decode_body(decode_PARAMS(T)) {
       for (unsigned c = t; c < dim; c += blockDim.x) sums[part * dim + c] = sum[h * dim + c];
     }
   }
+}
+
+template <class T> DEVICE void decode_body(decode_PARAMS(T)) {
+  SHARED DecodeRoom room;
+  // Loops of known length, so that the sums stay in registers.
+  if (group == 1)
+    decode_by<T, 1>(room, decode_ARGS);
+  else if (group == 2)
+    decode_by<T, 2>(room, decode_ARGS);
+  else if (group <= 4)
+    decode_by<T, 4>(room, decode_ARGS);
+  else
+    decode_by<T, MOST_GROUP>(room, decode_ARGS);
 }
 EACH(decode)
 

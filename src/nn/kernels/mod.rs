@@ -136,29 +136,25 @@ impl<'a> Memory<'a> {
     /// Starts `kernel` on a grid of blocks.
     fn launch(
         self,
-        kernel: &str,
+        kernel: &'static str,
         dtype: DType,
         grid: (usize, usize),
         threads: usize,
         args: &[Arg],
     ) -> Result<()> {
-        let kind = match dtype {
-            DType::F32 => "f32",
-            DType::F16 => "f16",
-            DType::BF16 => "bf16",
-            _ => candle_core::bail!("{kernel}: no kernel for {dtype:?}"),
-        };
         if grid.0 == 0 || grid.1 == 0 {
             return Ok(());
         }
-        let (name, threads) = (format!("{kernel}_{kind}"), threads as u32);
+        let threads = threads as u32;
         let Ok(columns) = i32::try_from(grid.0) else { candle_core::bail!("{kernel}: {} blocks", grid.0) };
         let grid = (columns as u32, grid.1 as u32);
         match self {
             #[cfg(feature = "cuda")]
-            Self::Cuda(s, _) => cuda::launch(&s.device, &name, grid, threads, args),
+            Self::Cuda(s, _) => cuda::launch(&s.device, kernel, dtype, grid, threads, args),
             #[cfg(test)]
-            Self::Host(..) => host::launch(&name, grid, threads, args),
+            Self::Host(..) if dtype == DType::F32 => host::launch(kernel, grid, threads, args),
+            #[cfg(test)]
+            Self::Host(..) => candle_core::bail!("{kernel}: no kernel for {dtype:?} on the host"),
         }
     }
 }
@@ -247,9 +243,9 @@ impl<'a> Held<'a> {
     }
 }
 
-/// Threads for a row of `n` values: a power of two, at least a warp, as all blocks have.
+/// Threads for a row of `n` values, of which each has four: a power of two, at least a warp, as all blocks have.
 fn threads(n: usize) -> usize {
-    n.next_power_of_two().clamp(32, 256)
+    n.div_ceil(4).next_power_of_two().clamp(32, 1024)
 }
 
 /// Threads of a block, and elements of a pointwise kernel that it does.
@@ -585,7 +581,7 @@ fn softmax_to(
         unsigned(before)?,
         Arg::Float(scale),
     ];
-    x.launch("softmax", x.dtype(), (batch * heads * queries, 1), threads(keys), &args)
+    x.launch("softmax", x.dtype(), (batch * heads * queries, 1), threads(keys).min(512), &args)
 }
 
 /// `softmax(scale · q kᵀ) v` of `q` `[batch, n, heads · dim]` over `k`, `v` `[batch, m, kv_heads · dim]` (views with dense
@@ -636,19 +632,41 @@ pub(super) fn attention(
     Ok(out.tensor(q.shape()))
 }
 
-/// `w x` for `w` `[out, k]` and `x` `[batch, k, n]`, both contiguous.
+/// A convolution as products of `weight` `[out, channels · kernel²]` with parts of the unfolded input `x`
+/// `[batch, channels, h, w]` (or `relu(x)`): `[batch, out, oh · ow]`. A part is so small that the card's cache holds it.
 #[cfg(feature = "cuda")]
-pub(super) fn weigh(w: &Tensor, x: &Tensor, tf32: bool) -> Result<Tensor> {
+pub(super) fn convolve(
+    x: &Tensor,
+    weight: &Tensor,
+    window: Window,
+    (oh, ow): (usize, usize),
+    relu: bool,
+    tf32: bool,
+) -> Result<Tensor> {
     use product::{Into, Rows, Sizes, product};
-    let ((out, k), (batch, _, n)) = (w.dims2()?, x.dims3()?);
-    let (hw, hx) = (Held::new(w)?, Held::new(x)?);
-    let (mw, mx) = (hw.get()?, hx.get()?);
-    let mut y = mx.beside(x.dtype(), batch * out * n)?;
-    let a = Rows { memory: mw, from: 0, row: k, matrix: 0 };
-    let b = Rows { memory: mx, from: 0, row: n, matrix: k * n };
-    let c = Into { memory: &mut y, from: 0, row: n, matrix: out * n };
-    product(c, a, b, false, Sizes { batch, m: out, n, k }, tf32)?;
-    Ok(y.tensor((batch, out, n)))
+    /// Bytes of a part.
+    const PART: usize = 16 << 20;
+    let (dims @ (batch, ..), (out, k), places) = (x.dims4()?, weight.dims2()?, oh * ow);
+    let (hx, hw) = (Held::new(x)?, Held::new(weight)?);
+    let (mx, mw) = (hx.get()?, hw.get()?);
+    let mut y = mx.beside(x.dtype(), batch * out * places)?;
+    let mut multiply = |columns: Memory, first: usize, n: usize| {
+        let a = Rows { memory: mw, from: 0, row: k, matrix: 0 };
+        let b = Rows { memory: columns, from: 0, row: n, matrix: k * n };
+        let c = Into { memory: &mut y, from: first, row: places, matrix: out * places };
+        product(c, a, b, false, Sizes { batch, m: out, n, k }, tf32)
+    };
+    if (window.kernel, window.stride, window.padding, relu) == (1, 1, 0, false) {
+        multiply(mx, 0, places)?;
+        return Ok(y.tensor((batch, out, places)));
+    }
+    // A multiple of what products go by.
+    let part = (PART / (batch * k * x.dtype().size_in_bytes()).max(1)).next_multiple_of(256);
+    for first in (0..places).step_by(part) {
+        let n = part.min(places - first);
+        multiply(columns(mx, dims, window, ow, relu, (first, n))?.read(), first, n)?;
+    }
+    Ok(y.tensor((batch, out, places)))
 }
 
 /// The gradient of [`softmax`] at `x`, from its result `y`.
@@ -678,31 +696,64 @@ impl Window {
     }
 }
 
-/// What each place of a window sees of `x` (or of `relu(x)`) `[batch, channels, h, w]`: `[batch, channels · kernel², oh · ow]`.
+/// What `n` places of a window, row after row from the `first` on, see of `x` (or of `relu(x)`) `[batch, channels, h, w]`:
+/// `[batch, channels · kernel², n]`. The window has `ow` places in a row.
 pub(super) fn columns(
     x: Memory,
     (batch, channels, h, w): (usize, usize, usize, usize),
     window: Window,
-    (oh, ow): (usize, usize),
+    ow: usize,
     relu: bool,
+    (first, n): (usize, usize),
 ) -> Result<Owned> {
-    let len = batch * channels * window.kernel * window.kernel * oh * ow;
-    let mut y = x.beside(x.dtype(), len)?;
+    let taps = batch * channels * window.kernel * window.kernel;
+    let mut y = x.beside(x.dtype(), taps * n)?;
     let args = [
         x.arg()?,
         y.arg()?,
-        Arg::Size(len as u64),
+        unsigned(taps)?,
         unsigned(h)?,
         unsigned(w)?,
         unsigned(window.kernel)?,
         unsigned(window.stride)?,
         unsigned(window.padding)?,
         Arg::Unsigned(window.replicate.into()),
-        unsigned(oh)?,
         unsigned(ow)?,
         Arg::Unsigned(relu.into()),
+        unsigned(first)?,
+        unsigned(n)?,
     ];
-    x.launch("columns", x.dtype(), (len.div_ceil(BLOCK), 1), BLOCK, &args)?;
+    x.launch("columns", x.dtype(), (n.div_ceil(BLOCK), taps.min(MOST_GRID_ROWS)), BLOCK, &args)?;
+    Ok(y)
+}
+
+/// The largest grid has so many rows; the kernels take more in turns.
+const MOST_GRID_ROWS: usize = 65_535;
+
+/// One side's weights of a [`resize`]: where each sum's parts begin (u32), of what they are (u32), and how much, f32 as
+/// its bits.
+pub(super) struct Side<'a> {
+    pub starts: &'a Tensor,
+    pub index: &'a Tensor,
+    pub weight: &'a Tensor,
+    pub from: usize,
+    pub to: usize,
+}
+
+/// `x` `[planes, h, w]` resampled.
+pub(super) fn resize(x: Memory, planes: usize, rows: Side, columns: Side) -> Result<Owned> {
+    let held = [&rows, &columns].map(|s| [s.starts, s.index, s.weight].map(Held::new));
+    let mut y = x.beside(x.dtype(), planes * rows.to * columns.to)?;
+    let mut args = vec![x.arg()?, y.arg()?, unsigned(planes)?];
+    for n in [rows.from, columns.from, rows.to, columns.to] {
+        args.push(unsigned(n)?);
+    }
+    let held = held.into_iter().flatten().collect::<Result<Vec<_>>>()?;
+    for h in &held {
+        args.push(h.get()?.arg()?);
+    }
+    let grid = ((rows.to * columns.to).div_ceil(BLOCK), planes.min(MOST_GRID_ROWS));
+    x.launch("resize", x.dtype(), grid, BLOCK, &args)?;
     Ok(y)
 }
 
@@ -755,15 +806,6 @@ pub(super) fn msda(
     Ok(y)
 }
 
-/// Threads of [`msda_back`] that share a reader.
-const READER_LANES: usize = 8;
-
-/// Contiguous, from a multiple of four on.
-fn fours(t: &Tensor) -> Result<Tensor> {
-    let t = t.contiguous()?;
-    if t.layout().start_offset().is_multiple_of(4) { Ok(t) } else { t.force_contiguous() }
-}
-
 /// f32 `[1]`: the largest absolute value; not a number if one of them is none.
 pub(super) fn largest(x: &Tensor) -> Result<Tensor> {
     let x = x.contiguous()?;
@@ -776,37 +818,49 @@ pub(super) fn largest(x: &Tensor) -> Result<Tensor> {
     Ok(most.tensor(1))
 }
 
-/// Gradients of [`msda`] at value, place and mass. Equal whatever the order in which blocks run.
+/// Gradients of [`msda`] at value, place and mass; `exact` ones are equal whatever the order in which blocks run, and
+/// take twice the time.
 pub(super) fn msda_back(
-    value: &Tensor,
-    place: &Tensor,
-    mass: &Tensor,
+    [value, place, mass]: [&Tensor; 3],
     levels: &Tensor,
     g: &Tensor,
     d: Deformable,
+    exact: bool,
 ) -> Result<(Tensor, Tensor, Tensor)> {
-    // The kernel reads four values at once.
-    let (value, g, dtype) = (&fours(value)?, fours(g)?, value.dtype());
-    let most = Tensor::cat(&[largest(&g)?, largest(mass)?], 0)?;
-    let held = [value, place, mass, levels, &g, &most].map(Held::new);
-    let [v, p, m, l, hg, hmost] = held.each_ref().map(|h| match h {
-        Ok(h) => h.get(),
-        Err(e) => candle_core::bail!("{e}"),
-    });
-    let (v, most) = (v?, hmost?);
-    let mut whole = v.beside_zeroed(DType::I64, value.elem_count(), true)?;
+    /// Readers of a block, a warp for each.
+    const READERS: usize = BLOCK / 32;
+    let (g, dtype, n) = (g.contiguous()?, value.dtype(), value.elem_count());
+    let held = [value, place, mass, levels, &g].map(Held::new);
+    let mut read = Vec::new();
+    for h in &held {
+        match h {
+            Ok(h) => read.push(h.get()?),
+            Err(e) => candle_core::bail!("{e}"),
+        }
+    }
+    let v = read[0];
+    let mut args = read.iter().map(|m| m.arg()).collect::<Result<Vec<_>>>()?;
     let (mut dplace, mut dmass) = (v.beside(dtype, place.elem_count())?, v.beside(dtype, mass.elem_count())?);
-    let mut args = vec![v.arg()?, p?.arg()?, m?.arg()?, l?.arg()?, hg?.arg()?, most.arg()?];
-    args.extend([whole.arg()?, dplace.arg()?, dmass.arg()?, Arg::Size(d.readers() as u64)]);
+    let mut sum = v.beside_zeroed(if exact { DType::I64 } else { DType::F32 }, n, true)?;
+    let most = if exact { Some(Tensor::cat(&[largest(&g)?, largest(mass)?], 0)?) } else { None };
+    let most = most.as_ref().map(Held::new).transpose()?;
+    if let Some(most) = &most {
+        args.push(most.get()?.arg()?);
+    }
+    args.extend([sum.arg()?, dplace.arg()?, dmass.arg()?, Arg::Size(d.readers() as u64)]);
     args.extend(d.args()?);
-    v.launch("msda_back", dtype, (d.readers().div_ceil(BLOCK / READER_LANES), 1), BLOCK, &args)?;
-    let mut dvalue = v.beside(dtype, value.elem_count())?;
+    let kernel = if exact { "msda_back" } else { "msda_back_loose" };
+    v.launch(kernel, dtype, (d.readers().div_ceil(READERS), 1), BLOCK, &args)?;
+    let (dplace, dmass) = (dplace.tensor(place.shape()), dmass.tensor(mass.shape()));
+    let Some(most) = most else {
+        return Ok((sum.tensor(value.shape()).to_dtype(dtype)?, dplace, dmass));
+    };
+    let mut dvalue = v.beside(dtype, n)?;
     // As the kernel counts them.
     let terms = d.queries as f32 * d.levels as f32 * d.points as f32;
-    let (n, args) = (value.elem_count(), [whole.read().arg()?, most.arg()?, dvalue.arg()?]);
-    let args: Vec<Arg> = args.into_iter().chain([Arg::Size(n as u64), Arg::Float(terms)]).collect();
+    let args = [sum.read().arg()?, most.get()?.arg()?, dvalue.arg()?, Arg::Size(n as u64), Arg::Float(terms)];
     v.launch("from_whole", dtype, (n.div_ceil(BLOCK), 1), BLOCK, &args)?;
-    Ok((dvalue.tensor(value.shape()), dplace.tensor(place.shape()), dmass.tensor(mass.shape())))
+    Ok((dvalue.tensor(value.shape()), dplace, dmass))
 }
 
 /// What [`decode`] can take: query heads that share keys, and values of a head.
@@ -825,7 +879,7 @@ pub(super) fn decode(
     scale: f32,
 ) -> Result<Tensor> {
     /// Keys that are worth a block of their own, and blocks that fill a large GPU.
-    const KEYS: usize = 64;
+    const KEYS: usize = 32;
     const BLOCKS: usize = 1536;
     let ((batch, _, width), len) = (q.dims3()?, k.dim(1)?);
     let dim = width / (kv_heads * group);

@@ -246,8 +246,12 @@ fn columns_of_a_convolution() -> Result<()> {
         let window = Window { kernel, stride, padding, replicate };
         let (oh, ow) = (window.places(h).unwrap(), window.places(w).unwrap());
         for relu in [false, true] {
-            let columns = on([&x], |[x]| columns(x, dims, window, (oh, ow), relu))?;
-            let columns = columns.tensor((b, c * kernel * kernel, oh * ow)).to_device(&Device::Cpu)?;
+            // In two parts.
+            let part = |first, n| -> Result<Tensor> {
+                let columns = on([&x], |[x]| columns(x, dims, window, ow, relu, (first, n)))?;
+                columns.tensor((b, c * kernel * kernel, n)).to_device(&Device::Cpu)
+            };
+            let columns = Tensor::cat(&[part(0, 5)?, part(5, oh * ow - 5)?], 2)?;
             let w = weight.reshape((1, 4, ()))?.broadcast_as((b, 4, c * kernel * kernel))?;
             let y = w.matmul(&columns)?.reshape((b, 4, oh, ow))?;
             let x = if relu { x.relu()? } else { x.clone() };
@@ -259,6 +263,24 @@ fn columns_of_a_convolution() -> Result<()> {
         }
     }
     assert_eq!(Window { kernel: 9, stride: 1, padding: 0, replicate: false }.places(5), None);
+    Ok(())
+}
+
+#[test]
+fn resampling() -> Result<()> {
+    if skip() {
+        return Ok(());
+    }
+    let x = random((3, 7, 5), 1)?.as_tensor().detach();
+    for filter in [nn::Filter::Bilinear { antialias: false }, nn::Filter::Bicubic { antialias: true }] {
+        for (h, w) in [(14, 10), (3, 4), (7, 11)] {
+            let want = nn::resize(&x, h, w, filter)?;
+            let of = |from, to| nn::Taps::new(filter, from, to)?.on(&device());
+            let (rows, columns) = (of(7, h)?, of(5, w)?);
+            let y = on([&x], |[x]| resize(x, 3, rows.side((7, h)), columns.side((5, w))))?;
+            same(&y.tensor((3, h, w)), &want);
+        }
+    }
     Ok(())
 }
 
@@ -319,11 +341,13 @@ fn deformable_attention() -> Result<()> {
         same(&got.tensor(y.shape()), &y);
         for size in [1e-12, 1., 1e12] {
             let g = (random(y.dims(), 4)?.as_tensor().detach() * size)?;
-            let (dv, dp, dm) =
-                msda_back(&there(&value), &there(&place), &there(&mass), &there(&levels), &there(&g), d)?;
             let want = gradients(&[&value, &place, &mass], &y, &g)?;
-            for (got, want) in [dv, dp, dm].iter().zip(&want) {
-                same(&(got / size)?, &(want / size)?);
+            let args = [value.as_tensor(), place.as_tensor(), mass.as_tensor()].map(there);
+            for exact in [true, false] {
+                let (dv, dp, dm) = msda_back(args.each_ref(), &there(&levels), &there(&g), d, exact)?;
+                for (got, want) in [dv, dp, dm].iter().zip(&want) {
+                    same(&(got / size)?, &(want / size)?);
+                }
             }
         }
     }
