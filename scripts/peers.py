@@ -527,6 +527,14 @@ def gpu_row(case, runs, ceilings):
     return "| " + " | ".join(cells) + " |"
 
 
+def detector_note(versions):
+    """transformers 5.17 makes other numbers of the detector than 5.24 does of the same weights, on the CPU too."""
+    if all(tuple(int(n) for n in v.split(".")[:2]) >= (5, 24) for v in versions):
+        return []
+    return ["- transformers 5.17 makes other numbers of GroundingDINO than 5.24 does of the same weights, on the CPU as well; valor's are 5.24's "
+            "(speed.md). So the detector's results differ here, by more than rounding, though the work is the same; it has no ratio."]
+
+
 def grpo_steps(metrics):
     """Of a GRPO run's metrics: the parts of a step, medians of all but the first (which starts what the others find)."""
     steps = [m for m in map(json.loads, open(metrics)) if isinstance(m.get("seconds"), dict) and "rollouts" in m][1:]
@@ -561,7 +569,6 @@ def gpu_table(a, runs):
             known.setdefault(name, []).append(version)
     found = runs.of("peer", "ceilings")
     ceilings = {key: statistics.median(r[key] for r in found) for key in CEILINGS} if found else None
-    settings = [r["settings"] for r in all if "settings" in r]
     attention = {}
     for r in all:
         if used := r.get("attention"):
@@ -590,6 +597,7 @@ def gpu_table(a, runs):
         f"convolutions (TF32) and {F32:g} in f32 there is no ratio. Language models in bf16 are held against f32 on the same weights, "
         "beside PyTorch's own distance from it, of which half as much again is allowed; deformable attention in bf16 against f32 on the same "
         "rounded numbers.",
+        *detector_note(known.get("transformers", [])),
         "- Memory is what was taken of the GPU at most, weights included. Ratios are peer / valor: above 1, valor is faster.", "",
         "| case | type | peer s | valor s | ratio | goal | limit s | peer's share | valor's share | peer MB | valor MB | apart "
         "| peer tokens/s | valor tokens/s | runs |",

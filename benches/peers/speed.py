@@ -246,7 +246,7 @@ class Bench:
         suffix = "_reference" if self.who == "reference" else ""
         probe = getattr(self, method.removesuffix("8") + suffix)(*rest)
         if self.gpu:
-            self.out["gpu_mb"] = torch.cuda.max_memory_allocated() / 2**20
+            self.out.setdefault("gpu_mb", torch.cuda.max_memory_allocated() / 2**20)
             self.out["settings"] = dict(matmul_tf32=torch.backends.cuda.matmul.allow_tf32, conv_tf32=torch.backends.cudnn.allow_tf32)
         return dict(self.out, probe=probe)
 
@@ -413,6 +413,8 @@ class Bench:
         """What f32 makes of the same weights, against which two results in bf16 are held."""
         if self.dtype == torch.float32:
             return
+        if self.gpu:
+            self.out["gpu_mb"] = torch.cuda.max_memory_allocated() / 2**20
         # Forth and back without loss; a buffer of the model's would not come back.
         for p in model.parameters():
             p.data = p.data.float()

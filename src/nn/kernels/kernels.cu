@@ -552,7 +552,7 @@ template <class T> DEVICE void softmax_body(softmax_PARAMS(T)) {
   unsigned last = first < 0 ? m - 1 : static_cast<unsigned>(first) + static_cast<unsigned>(query);
   unsigned begin = first >= 0 && own ? own[batch] : 0;
   auto score = [&](unsigned i) {
-    bool seen = i < prefix || i >= begin || i == last;
+    bool seen = i >= begin || i < prefix || i == last;
     return seen ? scale * get(from + i) + (plus ? plus[i] : 0.f) : -INFINITY;
   };
   bool keep = last < KEPT;
@@ -606,30 +606,33 @@ EACH(softmax_back)
 // ---- What a convolution multiplies its weights with: columns [batch, channels * kh * kw, n], of n places of oh * ow
 // from the first on. Outside of the
 // picture [batch, channels, h, w] are zeros, or its border again; `relu` takes what is below zero for zero. A thread
-// per place, a grid row per tap.
+// per place, a grid row per channel.
 
 #define columns_PARAMS(T)                                                                                    \
-  const T *x, T *y, unsigned taps, unsigned h, unsigned w, unsigned kernel, unsigned stride,                 \
+  const T *x, T *y, unsigned planes, unsigned h, unsigned w, unsigned kernel, unsigned stride,               \
       unsigned padding, unsigned replicate, unsigned ow, unsigned relu, unsigned first, unsigned n
-#define columns_ARGS x, y, taps, h, w, kernel, stride, padding, replicate, ow, relu, first, n
+#define columns_ARGS x, y, planes, h, w, kernel, stride, padding, replicate, ow, relu, first, n
 template <class T> DEVICE void columns_body(columns_PARAMS(T)) {
   THREADS(t) {
     unsigned i = blockIdx.x * blockDim.x + t, at = first + i;
     if (i < n) {
       int left = static_cast<int>(at % ow * stride) - static_cast<int>(padding);
       int above = static_cast<int>(at / ow * stride) - static_cast<int>(padding);
-      int last_x = static_cast<int>(w) - 1, last_y = static_cast<int>(h) - 1;
-      // A tap is (batch, channel, ky, kx).
-      for (unsigned tap = blockIdx.y; tap < taps; tap += gridDim.y) {
-        int px = left + static_cast<int>(tap % kernel), py = above + static_cast<int>(tap / kernel % kernel);
-        if (replicate) {
-          px = px < 0 ? 0 : px > last_x ? last_x : px;
-          py = py < 0 ? 0 : py > last_y ? last_y : py;
-        }
-        bool inside = px >= 0 && py >= 0 && px <= last_x && py <= last_y;
-        size_t plane = tap / (kernel * kernel);
-        float v = inside ? get(x + (plane * h + py) * w + px) : 0.f;
-        put(y + static_cast<size_t>(tap) * n + i, relu && v < 0.f ? 0.f : v);
+      int last_x = static_cast<int>(w) - 1, last_y = static_cast<int>(h) - 1, side = static_cast<int>(kernel);
+      for (unsigned plane = blockIdx.y; plane < planes; plane += gridDim.y) {
+        const T *from = x + static_cast<size_t>(plane) * h * w;
+        T *to = y + static_cast<size_t>(plane) * kernel * kernel * n + i;
+        for (int ky = 0; ky < side; ++ky)
+          for (int kx = 0; kx < side; ++kx, to += n) {
+            int px = left + kx, py = above + ky;
+            if (replicate) {
+              px = px < 0 ? 0 : px > last_x ? last_x : px;
+              py = py < 0 ? 0 : py > last_y ? last_y : py;
+            }
+            bool inside = px >= 0 && py >= 0 && px <= last_x && py <= last_y;
+            float v = inside ? get(from + static_cast<size_t>(py) * w + px) : 0.f;
+            put(to, relu && v < 0.f ? 0.f : v);
+          }
       }
     }
   }

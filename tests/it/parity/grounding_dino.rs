@@ -1,7 +1,7 @@
 //! Forward passes against HF's and the original's, and text masks, names, options.
 
 use super::{Fixture, assert_close, relative_error};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use std::collections::HashMap;
 use valor::models::grounding_dino::{Config, GroundingDino, Inputs, Outputs, Trace, names, text_masks};
@@ -252,7 +252,8 @@ pub fn original_every_case() {
         let inputs = original_inputs(&f, case);
         let (cfg, out, trace) = traced(&f, &inputs);
         let key = |what: &str| format!("{name}.{what}");
-        let as_f32 = |t: &Tensor| t.to_dtype(DType::F32).unwrap();
+        // candle's GPU knows no 32-bit integers with a sign.
+        let as_f32 = |t: &Tensor| t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
         for (got, what) in [
             (&inputs.text_self_mask, "text_self_attention_masks"),
             (&inputs.position_ids, "text_position_ids"),
@@ -419,7 +420,7 @@ fn strange_names_and_unshared_heads_are_errors() {
 fn fresh(f: &Fixture, change: impl FnOnce(&mut Config)) -> (Config, Params, GroundingDino) {
     let mut cfg = config(f);
     change(&mut cfg);
-    let params = Params::from_tensors(0, load(f)).unwrap();
+    let params = Params::placed(0, load(f), DType::F32, &super::device()).unwrap();
     let model = GroundingDino::new(&cfg, params.builder()).unwrap();
     (cfg, params, model)
 }

@@ -1,0 +1,113 @@
+//! Products with few rows, and what follows a product.
+
+use super::*;
+
+/// Rows that [`few_rows`] takes: for more, a product reads its weights no oftener than this does.
+pub(in crate::nn) const MOST_ROWS: usize = 4;
+
+/// Threads of a block of [`few_rows`]: few, so that the last blocks end together.
+const FEW_BLOCK: usize = 128;
+
+/// Whether [`few_rows`] takes weights `[out, k]` of these.
+pub(in crate::nn) fn takes_few_rows(x: &Tensor, weights: &[&Tensor]) -> bool {
+    let by_eights = |t: &Tensor| t.is_contiguous() && t.layout().start_offset().is_multiple_of(8);
+    let k = x.dims().last().copied().unwrap_or(0);
+    k > 0
+        && k.is_multiple_of(8)
+        && x.elem_count() <= MOST_ROWS * k
+        && by_eights(x)
+        && weights.iter().all(|w| w.rank() == 2 && w.dims()[1] == k && by_eights(w))
+}
+
+/// `x wᵀ` of up to three weights, side by side: `[rows, Σ out]`; plus `plus`, of that shape, where it is given. No
+/// gradient. Only what [`takes_few_rows`].
+pub(in crate::nn) fn few_rows(x: &Tensor, weights: &[&Tensor], plus: Option<&Tensor>) -> Result<Tensor> {
+    let k = x.dim(candle_core::D::Minus1)?;
+    let rows = x.elem_count() / k;
+    let out = |i: usize| weights.get(i).map_or(0, |w| w.dims()[0]);
+    let (hx, hw) = (Held::new(x)?, weights.iter().map(|w| Held::new(w)).collect::<Result<Vec<_>>>()?);
+    let plus = plus.map(Held::new).transpose()?;
+    let pointer = |h: Option<&Held>| h.map_or(Ok(Arg::Pointer(0)), |h| h.get()?.arg());
+    let (mx, n) = (hx.get()?, out(0) + out(1) + out(2));
+    let mut y = mx.beside(x.dtype(), rows * n)?;
+    let args = [
+        mx.arg()?,
+        pointer(hw.first())?,
+        pointer(hw.get(1))?,
+        pointer(hw.get(2))?,
+        pointer(plus.as_ref())?,
+        y.arg()?,
+        unsigned(rows)?,
+        unsigned(out(0))?,
+        unsigned(out(1))?,
+        unsigned(out(2))?,
+        unsigned(k)?,
+    ];
+    // A warp for two outputs.
+    mx.launch("few_rows", x.dtype(), (n.div_ceil(FEW_BLOCK / 16), 1), FEW_BLOCK, &args)?;
+    Ok(y.tensor((rows, n)))
+}
+
+/// `silu(x gateᵀ) · x upᵀ`, `[rows, out]`. As [`few_rows`].
+pub(in crate::nn) fn few_rows_gated(x: &Tensor, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    let (n, k) = gate.dims2()?;
+    let rows = x.elem_count() / k;
+    let (hx, hg, hu) = (Held::new(x)?, Held::new(gate)?, Held::new(up)?);
+    let mx = hx.get()?;
+    let mut y = mx.beside(x.dtype(), rows * n)?;
+    let args = [
+        mx.arg()?,
+        hg.get()?.arg()?,
+        hu.get()?.arg()?,
+        y.arg()?,
+        unsigned(rows)?,
+        unsigned(n)?,
+        unsigned(k)?,
+    ];
+    mx.launch("few_rows_gated", x.dtype(), (n.div_ceil(FEW_BLOCK / 32), 1), FEW_BLOCK, &args)?;
+    Ok(y.tensor((rows, n)))
+}
+
+/// What follows a product, one pass over it: `act(x + bias) · scale + plus`.
+#[derive(Clone, Copy, Default)]
+pub(in crate::nn) struct Finish<'a> {
+    /// `[channels]`.
+    pub bias: Option<&'a Tensor>,
+    pub act: Act,
+    /// `[channels]`.
+    pub scale: Option<&'a Tensor>,
+    /// Of the product's shape.
+    pub plus: Option<&'a Tensor>,
+}
+
+/// [`Finish`] of `x`, `[.., channels, inner]`; what it holds is contiguous and of x's type.
+pub(in crate::nn) fn finish(x: Memory, len: usize, f: Finish, sizes: (usize, usize)) -> Result<Owned> {
+    let [bias, scale, plus] = [f.bias, f.scale, f.plus].map(|t| t.map(Held::new).transpose());
+    // As the kernel numbers them.
+    let act = match f.act {
+        Act::None => 0,
+        Act::Gelu => 1,
+        Act::Relu => 2,
+    };
+    let pointer = |h: &Option<Held>| h.as_ref().map_or(Ok(Arg::Pointer(0)), |h| h.get()?.arg());
+    finish_with(x, len, [pointer(&bias?)?, pointer(&scale?)?, pointer(&plus?)?], act, sizes)
+}
+
+fn finish_with(
+    x: Memory,
+    len: usize,
+    [bias, scale, plus]: [Arg; 3],
+    act: u32,
+    (channels, inner): (usize, usize),
+) -> Result<Owned> {
+    let mut y = x.beside(x.dtype(), len)?;
+    let (n, channels, inner) = (Arg::Size(len as u64), unsigned(channels)?, unsigned(inner)?);
+    let args = [x.arg()?, bias, scale, plus, y.arg()?, n, channels, inner, Arg::Unsigned(act)];
+    x.launch("finish", x.dtype(), (len.div_ceil(BLOCK), 1), BLOCK, &args)?;
+    Ok(y)
+}
+
+/// `x + b` for rows of `channels` values.
+pub(in crate::nn) fn add_bias(x: Memory, b: Memory, len: usize, channels: usize) -> Result<Owned> {
+    finish_with(x, len, [b.arg()?, Arg::Pointer(0), Arg::Pointer(0)], 0, (channels, 1))
+}
