@@ -16,7 +16,7 @@ use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::safetensors::MmapedSafetensors;
-use candle_core::{CpuStorage, CudaStorage, CustomOp1, D, DType, Device, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, D, DType, Device, Layout, Shape, Tensor, Var};
 use candle_nn::VarBuilder;
 use serde_json::{Map, Value as Json, json};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -34,7 +34,7 @@ use valor::nn::msda::msda;
 use valor::nn::optim::Group;
 use valor::nn::{self, AdamW, AdamWConfig, Mask, Params, TrainCtx};
 use valor::train::grounding::{BACKBONE, TEXT_BACKBONE, losses};
-use valor::train::grounding_loss::{LossConfig, Target, total};
+use valor::train::grounding_loss::{LossConfig, Target, layer_loss, total};
 use valor::weights::{Checkpoint, ModelFiles, is_unused};
 
 const USAGE: &str = "skipped: needs a case and a work folder; run scripts/peers.py, which makes one";
@@ -74,6 +74,8 @@ fn main() -> anyhow::Result<()> {
         language: Language { folder: LANGUAGE, dtype: DType::F32, packing: None },
         kept: None,
         started: Instant::now(),
+        loaded_mb: 0.,
+        peak_at_load: 0.,
         line: Map::new(),
     };
     let mut failed = Vec::new();
@@ -103,6 +105,9 @@ struct Bench {
     /// The language model loaded last, for the next case.
     kept: Option<(Language, Config, Qwen3)>,
     started: Instant,
+    /// Memory in use as the work began, and the most until then.
+    loaded_mb: f64,
+    peak_at_load: f64,
     line: Map<String, Json>,
 }
 
@@ -123,7 +128,10 @@ impl Bench {
         self.line = Map::new();
         let probe = self.case(case).with_context(|| format!("{case} on {}", self.work.display()))?;
         let mut line = json!({ "who": "valor", "case": case, "threads": rayon::current_num_threads() });
-        line["peak_mb"] = peak_mb()?.into();
+        let peak = status_mb("VmHWM")?;
+        line["peak_mb"] = peak.max(self.peak_at_load).into();
+        // What the work itself took, beside weights and inputs.
+        line["work_mb"] = (peak - self.loaded_mb).max(0.).into();
         if let Some(mb) = gpu_peak_mb(&self.device)? {
             line["gpu_mb"] = mb.into();
         }
@@ -171,7 +179,14 @@ impl Bench {
         valor::nn::set_tf32(kind != "gdino");
         valor::nn::set_exact_sums(!rest.ends_with("_loose"));
         match (kind, rest) {
-            ("gdino", "fwd") => self.gdino_forward(),
+            ("gdino", "fwd") => self.gdino_forward(None),
+            ("gdino", size) if size.starts_with("fwd_") => {
+                let side = |i: usize| size[4..].split('x').nth(i).and_then(|s| s.parse().ok());
+                let of =
+                    |i: usize| side(i).with_context(|| format!("{case:?}: expected gdino_fwd_HEIGHTxWIDTH"));
+                self.gdino_forward(Some((of(0)?, of(1)?)))
+            }
+            ("boxes", _) => self.boxes(n()?),
             ("gdino", "train") => self.gdino_train(),
             ("vitl", _) => self.vitl(n()?),
             ("moge", _) => self.moge(n()?),
@@ -211,6 +226,9 @@ impl Bench {
     fn loaded(&mut self) -> anyhow::Result<()> {
         self.device.synchronize()?;
         self.line.insert("load_s".into(), self.started.elapsed().as_secs_f64().into());
+        (self.loaded_mb, self.peak_at_load) = (status_mb("VmRSS")?, status_mb("VmHWM")?);
+        // From here on the kernel counts the peak anew, where it lets us.
+        let _ = std::fs::write("/proc/self/clear_refs", "5");
         Ok(())
     }
 
@@ -281,7 +299,8 @@ impl Bench {
         Ok(Inputs::new(self.input(name)?, None, ids, mask, &SPECIAL_TOKENS)?)
     }
 
-    fn gdino_forward(&mut self) -> anyhow::Result<Json> {
+    /// Of the picture's corner of that size, if one is given.
+    fn gdino_forward(&mut self, size: Option<(usize, usize)>) -> anyhow::Result<Json> {
         let cfg = self.gdino_config()?;
         let net = self.checkpoint("gdino-swint")?.build(
             DType::F32,
@@ -289,7 +308,10 @@ impl Bench {
             grounding_dino::UNUSED,
             |vb| GroundingDino::new(&cfg, vb),
         )?;
-        let x = self.gdino_inputs("gdino_fwd")?;
+        let mut x = self.gdino_inputs("gdino_fwd")?;
+        if let Some((h, w)) = size {
+            x.pixel_values = x.pixel_values.narrow(2, 0, h)?.narrow(3, 0, w)?.contiguous()?;
+        }
         self.loaded()?;
         let out = self.run(|| {
             let mut out = net.forward(&x, None)?;
@@ -303,6 +325,32 @@ impl Bench {
         };
         let logits = logits.narrow(2, 0, x.input_ids.dim(1)?)?;
         Ok(json!({ "boxes": ordered(&boxes)?, "logits": ordered(&logits)? }))
+    }
+
+    /// Matching and losses of one decoder layer's 900 queries with so many true boxes.
+    fn boxes(&mut self, n: usize) -> anyhow::Result<Json> {
+        const QUERIES: usize = 900;
+        const TOKENS: usize = 256;
+        let wave = |i: usize, step: f32| (i as f32 * step).sin() * 0.5 + 0.5;
+        let logits: Vec<f32> = (0..QUERIES * TOKENS).map(|i| wave(i, 0.37) * 8. - 6.).collect();
+        let logits = Var::from_vec(logits, (1, QUERIES, TOKENS), &self.device)?;
+        let boxes: Vec<f32> = (0..QUERIES * 4).map(|i| 0.1 + 0.5 * wave(i, 0.71)).collect();
+        let boxes = Var::from_vec(boxes, (1, QUERIES, 4), &self.device)?;
+        let of = |i: usize| [0.3, 1.1, 1.7, 2.3].map(|step| 0.15 + 0.5 * wave(i + 1, step));
+        let target = Target {
+            boxes: (0..n).map(of).collect(),
+            columns: (0..n).map(|i| vec![i % TOKENS]).collect(),
+            ignore: Vec::new(),
+        };
+        let cfg = LossConfig::hf();
+        self.loaded()?;
+        let loss = self.run(|| {
+            let loss = layer_loss(&cfg, &logits, &boxes, &[TOKENS], std::slice::from_ref(&target))?;
+            let loss = total(&cfg, &[loss])?;
+            loss.backward()?;
+            Ok(loss.to_scalar::<f32>()?)
+        })?;
+        Ok(json!({ "loss": [loss] }))
     }
 
     fn gdino_train(&mut self) -> anyhow::Result<Json> {
@@ -548,7 +596,7 @@ impl Bench {
             let out = self.run_short(|| Ok(msda(&value, &LEVELS, &at, &weights)?))?;
             return Ok(json!({ "out": sample(&out)? }));
         }
-        let var = |t: &Tensor| candle_core::Var::from_tensor(t);
+        let var = |t: &Tensor| Var::from_tensor(t);
         let (value, at, weights) = (var(&value)?, var(&at)?, var(&weights)?);
         self.loaded()?;
         let on_cpu = self.device.is_cpu();
@@ -561,7 +609,7 @@ impl Bench {
             };
             Ok((out, grads))
         })?;
-        let of = |v: &candle_core::Var| sample(grads.get(v).context("no gradient")?);
+        let of = |v: &Var| sample(grads.get(v).context("no gradient")?);
         Ok(json!({ "out": sample(&out)?, "value": of(&value)?, "at": of(&at)?, "weights": of(&weights)? }))
     }
 }
@@ -688,10 +736,11 @@ fn cpu_seconds() -> f64 {
 }
 
 /// Peak resident memory of this process.
-fn peak_mb() -> anyhow::Result<f64> {
+fn status_mb(key: &str) -> anyhow::Result<f64> {
     let status = std::fs::read_to_string("/proc/self/status")?;
-    let line = status.lines().find(|l| l.starts_with("VmHWM")).context("/proc/self/status has no VmHWM")?;
-    let kb: f64 = line.split_whitespace().nth(1).context("an empty VmHWM")?.parse()?;
+    let line = status.lines().find(|l| l.starts_with(key));
+    let line = line.with_context(|| format!("/proc/self/status has no {key}"))?;
+    let kb: f64 = line.split_whitespace().nth(1).context("an empty line of it")?.parse()?;
     Ok(kb / 1024.)
 }
 

@@ -193,18 +193,28 @@ fn composed(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) -> Resu
     };
     let (k, v) = (repeat(k)?, repeat(v)?);
     // On a GPU scores are scaled where the softmax reads them, and products take transposed keys as they lie.
-    let there = !q.device().is_cpu();
-    let (q, k) = match there {
-        true => (q.contiguous()?, k.t()?),
-        false => ((q.contiguous()? * scale)?, k.t()?.contiguous()?),
-    };
+    // (Not of f16, which has no room for them.)
+    let there = !q.device().is_cpu() && q.dtype() != DType::F16;
+    let (q, scale) = if there { (q.contiguous()?, scale) } else { ((q.contiguous()? * scale)?, 1.) };
+    let k = if q.device().is_cpu() { k.t()?.contiguous()? } else { k.t()? };
+    let queries = (SCORES / (b * h * m).max(1)).clamp(1, n.max(1));
     #[cfg(feature = "cuda")]
-    if b * h * n * m <= SCORES
-        && super::gpu_ops::takes_mask(mask)
+    if super::gpu_ops::takes_mask(mask)
         && super::on_gpu(&[&q, &k])
-        && let Some(p) = super::gpu_ops::softmax(&q.matmul(&k)?, mask, scale)?
+        && (queries >= n || matches!(mask, Mask::Causal { .. }))
     {
-        return p.matmul(&v);
+        // A part of the queries sees the keys up to its last one's own: for it, too, the mask ends with the keys.
+        let part = |from: usize| -> Result<Option<Tensor>> {
+            let len = queries.min(n - from);
+            let seen = if queries >= n { m } else { m - n + from + len };
+            let s = q.narrow(2, from, len)?.matmul(&k.narrow(3, 0, seen)?)?;
+            let p = super::gpu_ops::softmax(&s, mask, scale)?;
+            p.map(|p| p.matmul(&v.narrow(2, 0, seen)?)).transpose()
+        };
+        let parts: Option<Vec<Tensor>> = (0..n).step_by(queries).map(part).collect::<Result<_>>()?;
+        if let Some(parts) = parts {
+            return if parts.len() == 1 { Ok(parts[0].clone()) } else { Tensor::cat(&parts, 2) };
+        }
     }
     let bias = mask.additive(b, n, m, &q)?;
     let some = |from: usize, len: usize| -> Result<Tensor> {
@@ -222,7 +232,6 @@ fn composed(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) -> Resu
         };
         super::softmax(&s)?.to_dtype(v.dtype())?.matmul(&v)
     };
-    let queries = (SCORES / (b * h * m).max(1)).clamp(1, n.max(1));
     if queries >= n {
         return some(0, n);
     }
@@ -258,7 +267,8 @@ fn decode(
         && group <= kernels::MOST_GROUP
         && w / heads <= kernels::MOST_DIM
         && k.stride()[1..] == [w / group, 1]
-        && k.stride() == v.stride();
+        && k.stride() == v.stride()
+        && [k, v].iter().all(|t| t.layout().start_offset().is_multiple_of(8));
     if !takes {
         return Ok(None);
     }

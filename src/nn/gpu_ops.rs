@@ -2,9 +2,9 @@
 
 use super::kernels::{self, Finish, Held, Memory, Seen, Window};
 use super::{Mask, Taps, on_gpu};
+use candle_core::cuda_backend::DeviceId;
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp2, DType, Device, DeviceLocation, Layout, Result, Shape,
-    Tensor,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, DType, Device, Layout, Result, Shape, Tensor,
 };
 use std::collections::HashMap;
 use std::sync::Mutex;
@@ -12,7 +12,12 @@ use std::sync::Mutex;
 /// `x wᵀ` of up to three weights `[out, k]`, side by side, plus `plus`: `[rows, Σ out]`; `None` unless it is a product
 /// with few rows, without gradients, on a GPU.
 pub(super) fn few_rows(x: &Tensor, weights: &[&Tensor], plus: Option<&Tensor>) -> Result<Option<Tensor>> {
+    let fits = |p: &Tensor| {
+        let out: usize = weights.iter().map(|w| w.dims()[0]).sum();
+        p.elem_count() * x.dims().last().unwrap_or(&0) == x.elem_count() * out
+    };
     let takes = takes_few_rows(x, weights)
+        && plus.is_none_or(fits)
         && plus.is_none_or(|p| !p.track_op() && p.is_contiguous() && on_gpu(&[x, p]));
     if takes { kernels::few_rows(x, weights, plus).map(Some) } else { Ok(None) }
 }
@@ -232,7 +237,7 @@ pub(super) fn attention(
     most: usize,
 ) -> Result<Option<Tensor>> {
     let ((b, n, _), m) = (q.dims3()?, k.dim(1)?);
-    let dense = |t: &Tensor| t.stride()[2] == 1;
+    let dense = |t: &Tensor| t.stride()[2] == 1 && t.stride()[1] >= t.dims()[2];
     let takes = on_gpu(&[q, k, v])
         && [q, k, v].iter().all(|t| !t.track_op() && dense(t) && t.elem_count() > 0)
         && k.stride() == v.stride();
@@ -265,7 +270,7 @@ pub(super) fn conv2d(
     let (b, c, h, w) = x.dims4()?;
     let (out, inp, k, k2) = weight.dims4()?;
     let tracked = [Some(x), Some(weight), bias].into_iter().flatten().any(Tensor::track_op);
-    if tracked || !on_gpu(&[x, weight]) || inp != c || k != k2 || x.elem_count() == 0 {
+    if tracked || !on_gpu(&[x, weight]) || inp != c || k != k2 || k != window.kernel || x.elem_count() == 0 {
         return Ok(None);
     }
     let (Some(oh), Some(ow)) = (window.places(h), window.places(w)) else { return Ok(None) };
@@ -296,13 +301,14 @@ pub(super) fn resize(x: &Tensor, planes: usize, rows: &Taps, columns: &Taps) -> 
 
 /// Numbers on the device, uploaded once: what many calls ask for again, such as the sizes of feature levels.
 pub(super) fn constant(values: &[u32], device: &Device) -> Result<Tensor> {
-    type Kept = HashMap<(DeviceLocation, Vec<u32>), Tensor>;
+    type Kept = HashMap<(DeviceId, Vec<u32>), Tensor>;
     /// Beyond which all are forgotten.
     const MOST: usize = 256;
     static KEPT: Mutex<Option<Kept>> = Mutex::new(None);
     let mut kept = KEPT.lock().unwrap_or_else(|e| e.into_inner());
     let kept = kept.get_or_insert_default();
-    let key = (device.location(), values.to_vec());
+    let Device::Cuda(cuda) = device else { return Tensor::new(values, device) };
+    let key = (cuda.id(), values.to_vec());
     if let Some(t) = kept.get(&key) {
         return Ok(t.clone());
     }

@@ -42,7 +42,10 @@ impl GatedMlp {
         let [gate, up, down] = [layers[0].weight()?, layers[1].weight()?, layers[2].weight()?];
         #[cfg(feature = "cuda")]
         if let Some(h) = super::gpu_ops::few_rows_gated(x, gate, up)? {
-            return self.down_proj.forward_residual(&h, residual);
+            let mut shape = x.dims().to_vec();
+            shape.pop();
+            shape.push(gate.dim(0)?);
+            return self.down_proj.forward_residual(&h.reshape(shape)?, residual);
         }
         let trained = gate.track_op() && up.track_op() && down.track_op();
         if !(trained && cpu::fused(&[x, residual, gate, up, down])) {

@@ -74,7 +74,7 @@ pub(in crate::nn) fn attention(
     most: usize,
     seen: impl Fn(usize, &mut dyn FnMut(Seen) -> Result<()>) -> Result<()>,
 ) -> Result<Tensor> {
-    use gemm::{Into, Rows, Sizes, product};
+    use super::gemm::{Into, Rows, Sizes, product};
     let ((b, n, width), m) = (q.dims3()?, k.dim(1)?);
     let (dim, group) = (width / heads, heads / kv_heads);
     let (hq, hk, hv) = (Held::strided(q), Held::strided(k), Held::strided(v));
@@ -93,11 +93,12 @@ pub(in crate::nn) fn attention(
             let b = Rows { memory: mk, from: k.stride()[0] * row, row: k.stride()[1], matrix: dim };
             let to = (row * heads + member) * some * m;
             let c = Into { memory: &mut scores, from: to, row: m, matrix: group * some * m };
-            product(c, a, b, true, sizes(m, dim), false)?;
+            // Scaled here, where half precision has room for it.
+            product(c, scale, a, b, true, sizes(m, dim), false)?;
         }
         seen(from, &mut |seen| {
             let to = scores.arg()?;
-            softmax_to(scores.read(), to, seen, (b, heads, some, m), scale)
+            softmax_to(scores.read(), to, seen, (b, heads, some, m), 1.)
         })?;
         for (row, member) in each {
             let a = (row * heads + member) * some * m;
@@ -105,7 +106,7 @@ pub(in crate::nn) fn attention(
             let b = Rows { memory: mv, from: v.stride()[0] * row, row: v.stride()[1], matrix: dim };
             let to = (row * n + from) * width + member * dim;
             let c = Into { memory: &mut out, from: to, row: width, matrix: group * dim };
-            product(c, a, b, false, sizes(dim, m), false)?;
+            product(c, 1., a, b, false, sizes(dim, m), false)?;
         }
     }
     Ok(out.tensor(q.shape()))

@@ -41,9 +41,9 @@ fn there(m: Memory<'_>) -> Result<(&CudaStorage, usize)> {
     }
 }
 
-/// `c = a · b`, or `a · bᵀ` where `transposed`: a `[m, k]`, b `[k, n]` or `[n, k]`, c `[m, n]`; all of one type. f32 is
+/// `c = alpha · a · b`, or `alpha · a · bᵀ` where `transposed`: a `[m, k]`, b `[k, n]` or `[n, k]`, c `[m, n]`; all of one type. f32 is
 /// rounded to TF32 in the products if `tf32`.
-pub fn product(c: Into, a: Rows, b: Rows, transposed: bool, s: Sizes, tf32: bool) -> Result<()> {
+pub fn product(c: Into, alpha: f32, a: Rows, b: Rows, transposed: bool, s: Sizes, tf32: bool) -> Result<()> {
     let (on, dtype) = (there(a.memory)?.0, a.memory.dtype());
     let kind = match dtype {
         DType::F32 => sys::cudaDataType_t::CUDA_R_32F,
@@ -64,7 +64,7 @@ pub fn product(c: Into, a: Rows, b: Rows, transposed: bool, s: Sizes, tf32: bool
     let pc = cuda::address(there(c.memory.read())?.0)? + (c.from * size) as u64;
     let int = |n: usize| i32::try_from(n).map_err(candle_core::Error::wrap);
     let wide = |n: usize| n as i64;
-    let (alpha, beta) = (1f32, 0f32);
+    let beta = 0f32;
     // cuBLAS thinks in columns: a row-major matrix is its transpose there, and cᵀ = bᵀ aᵀ.
     let op =
         if transposed { sys::cublasOperation_t::CUBLAS_OP_T } else { sys::cublasOperation_t::CUBLAS_OP_N };

@@ -60,7 +60,7 @@ pub(in crate::nn) fn convolve(
     relu: bool,
     tf32: bool,
 ) -> Result<Tensor> {
-    use gemm::{Into, Rows, Sizes, product};
+    use super::gemm::{Into, Rows, Sizes, product};
     /// Bytes of a part.
     const PART: usize = 16 << 20;
     let (dims @ (batch, ..), (out, k), places) = (x.dims4()?, weight.dims2()?, oh * ow);
@@ -71,7 +71,7 @@ pub(in crate::nn) fn convolve(
         let a = Rows { memory: mw, from: 0, row: k, matrix: 0 };
         let b = Rows { memory: columns, from: 0, row: n, matrix: k * n };
         let c = Into { memory: &mut y, from: first, row: places, matrix: out * places };
-        product(c, a, b, false, Sizes { batch, m: out, n, k }, tf32)
+        product(c, 1., a, b, false, Sizes { batch, m: out, n, k }, tf32)
     };
     if (window.kernel, window.stride, window.padding, relu) == (1, 1, 0, false) {
         multiply(mx, 0, places)?;

@@ -14,7 +14,7 @@ pub(in crate::nn) fn takes_few_rows(x: &Tensor, weights: &[&Tensor]) -> bool {
     let k = x.dims().last().copied().unwrap_or(0);
     k > 0
         && k.is_multiple_of(8)
-        && x.elem_count() <= MOST_ROWS * k
+        && (1..=MOST_ROWS * k).contains(&x.elem_count())
         && by_eights(x)
         && weights.iter().all(|w| w.rank() == 2 && w.dims()[1] == k && by_eights(w))
 }
