@@ -5,8 +5,9 @@
 #
 #   scripts/cuda_build.sh [CARGO'S ARGUMENTS, default: build --release]
 #
-# The toolkit is kept in VALOR_CUDA_TOOLKIT (default ~/.cache/valor-cuda13). CUDA_COMPUTE_CAP is the GPU's compute capability (default 90; 80 for A100, 89 for RTX 40). The binary wants
-# at run time libcuda.so.1, libcurand.so.10, libcublas.so.13 and libcudart.so.13.
+# The toolkit is kept in VALOR_CUDA_TOOLKIT (default ~/.cache/valor-cuda13). CUDA_COMPUTE_CAP is the GPU's compute
+# capability (default 90; 80 for A100, 89 for RTX 40). The binary wants at run time libcuda.so.1, libcurand.so.10,
+# libcublas.so.13 and libcudart.so.13.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 home=${VALOR_CUDA_TOOLKIT:-$HOME/.cache/valor-cuda13}

@@ -535,6 +535,16 @@ def detector_note(versions):
             "(speed.md). So the detector's results differ here, by more than rounding, though the work is the same; it has no ratio."]
 
 
+def sessions_note(runs):
+    """Cases whose two sides were measured in different sessions of the card (--side, --anew)."""
+    when = lambda all: [datetime.datetime.fromisoformat(r["date"]) for r in all]
+    names = [c.name for c in GPU_CASES if (p := when(runs.of(c.beside, c.peer))) and (v := when(runs.of("valor", c.name)))
+             and abs(max(p) - max(v)) > datetime.timedelta(minutes=15)]
+    if not names:
+        return []
+    return [f"- Of these cases the peer was measured earlier than valor, on a card of the same kind: {', '.join(dict.fromkeys(names))}."]
+
+
 def grpo_steps(metrics):
     """Of a GRPO run's metrics: the parts of a step, medians of all but the first (which starts what the others find)."""
     steps = [m for m in map(json.loads, open(metrics)) if isinstance(m.get("seconds"), dict) and "rollouts" in m][1:]
@@ -597,6 +607,7 @@ def gpu_table(a, runs):
         f"convolutions (TF32) and {F32:g} in f32 there is no ratio. Language models in bf16 are held against f32 on the same weights, "
         "beside PyTorch's own distance from it, of which half as much again is allowed; deformable attention in bf16 against f32 on the same "
         "rounded numbers.",
+        *sessions_note(runs),
         *detector_note(known.get("transformers", [])),
         "- Memory is what was taken of the GPU at most, weights included. Ratios are peer / valor: above 1, valor is faster.", "",
         "| case | type | peer s | valor s | ratio | goal | limit s | peer's share | valor's share | peer MB | valor MB | apart "

@@ -64,7 +64,7 @@ pub(in crate::nn) fn largest(x: &Tensor) -> Result<Tensor> {
 }
 
 /// Gradients of [`msda`] at value, place and mass; `exact` ones are equal whatever the order in which blocks run, and
-/// take twice the time.
+/// take more time and memory (data/results/gpu.md).
 pub(in crate::nn) fn msda_back(
     [value, place, mass]: [&Tensor; 3],
     levels: &Tensor,
