@@ -36,6 +36,9 @@ pub struct Reasoner {
     pub micro_tokens: usize,
     /// Gradient checkpointing: layers run again in the backward pass, and activations of one at a time are held.
     pub recompute: bool,
+    /// Moments, summed gradients and master weights of what is trained on a GPU in the host's memory, 12 to 16 bytes a
+    /// weight, in place of the GPU's.
+    pub offload: bool,
     /// Of matrix products on the processor; on a GPU `bf16` is what weights and activations are.
     pub precision: Precision,
     /// A run stops where a larger share of a step's rewards is missing.

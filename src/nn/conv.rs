@@ -39,7 +39,7 @@ impl Conv2d {
         #[cfg(feature = "cuda")]
         {
             let (window, bias) = (self.cfg.window(&self.weight)?, self.bias.as_ref());
-            if let Some(y) = super::gpu_ops::conv2d(x, &self.weight, bias, window, false)? {
+            if let Some(y) = super::gpu_ops::conv2d(x, &self.weight, bias, window, false, None)? {
                 return Ok(y);
             }
         }

@@ -274,17 +274,32 @@ impl CustomOp3 for ConvSame {
 }
 
 /// `x [batch, in, h, w]`, `weight [out, in, k, k]`, `bias [out]` → `[batch, out, h, w]`: the
-/// convolution of `x`, or of `relu(x)`, with the border repeated.
-pub fn conv_same(x: &Tensor, weight: &Tensor, bias: &Tensor, relu: bool) -> Result<Tensor> {
+/// convolution of `x`, or of `relu(x)`, with the border repeated; plus `plus`, if any, of the result's shape.
+pub fn conv_same(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    relu: bool,
+    plus: Option<&Tensor>,
+) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    {
+        let p = weight.dim(2)? / 2;
+        let window = super::kernels::Window { kernel: 2 * p + 1, stride: 1, padding: p, replicate: true };
+        if let Some(y) = super::gpu_ops::conv2d(x, weight, Some(bias), window, relu, plus)? {
+            return Ok(y);
+        }
+    }
+    let y = convolved(x, weight, bias, relu)?;
+    match plus {
+        Some(plus) => plus + y,
+        None => Ok(y),
+    }
+}
+
+fn convolved(x: &Tensor, weight: &Tensor, bias: &Tensor, relu: bool) -> Result<Tensor> {
     if !super::cpu::fused(&[x, weight, bias]) {
         let p = weight.dim(2)? / 2;
-        #[cfg(feature = "cuda")]
-        {
-            let window = super::kernels::Window { kernel: 2 * p + 1, stride: 1, padding: p, replicate: true };
-            if let Some(y) = super::gpu_ops::conv2d(x, weight, Some(bias), window, relu)? {
-                return Ok(y);
-            }
-        }
         let x = if relu { x.relu()? } else { x.clone() };
         let x = x.pad_with_same(2, p, p)?.pad_with_same(3, p, p)?;
         return x.conv2d(weight, 0, 1, 1, 1)?.broadcast_add(&bias.reshape((1, (), 1, 1))?);
@@ -314,7 +329,7 @@ mod tests {
         for (h, w, k) in [(40, 31, 3), (3, 700, 3), (1, 1, 3), (2, 1, 5), (9, 8, 1)] {
             let (x, weight, bias) = (wave((2, 3, h, w), 0.7)?, wave((4, 3, k, k), 1.3)?, wave(4, 2.1)?);
             for relu in [false, true] {
-                let got = conv_same(&x, &weight, &bias, relu)?;
+                let got = conv_same(&x, &weight, &bias, relu, None)?;
                 let p = k / 2;
                 let padded = if relu { x.relu()? } else { x.as_tensor().clone() };
                 let padded = padded.pad_with_same(2, p, p)?.pad_with_same(3, p, p)?;
@@ -333,7 +348,7 @@ mod tests {
             for relu in [false, true] {
                 let e = max_gradient_error(&vars, 1e-2, 60, || {
                     let x = vars[0].affine(1., 0.)?;
-                    conv_same(&x, &vars[1], &vars[2], relu)
+                    conv_same(&x, &vars[1], &vars[2], relu, None)
                 })?;
                 assert!(e < 1e-3, "{h}×{w}, kernel {k}, relu {relu}: {e}");
             }

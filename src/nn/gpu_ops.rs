@@ -259,17 +259,18 @@ pub(super) fn attention(
 }
 
 /// A convolution of `x` `[batch, in, h, w]` (or of `relu(x)`) with `weight` `[out, in, k, k]` as one product with its
-/// unfolded input, plus `bias`. `None` where gradients are wanted or it is not on a GPU.
+/// unfolded input, plus `bias`, plus `plus` (of the result's shape). `None` where gradients are wanted or it is not on a GPU.
 pub(super) fn conv2d(
     x: &Tensor,
     weight: &Tensor,
     bias: Option<&Tensor>,
     window: Window,
     relu: bool,
+    plus: Option<&Tensor>,
 ) -> Result<Option<Tensor>> {
     let (b, c, h, w) = x.dims4()?;
     let (out, inp, k, k2) = weight.dims4()?;
-    let tracked = [Some(x), Some(weight), bias].into_iter().flatten().any(Tensor::track_op);
+    let tracked = [Some(x), Some(weight), bias, plus].into_iter().flatten().any(Tensor::track_op);
     if tracked || !on_gpu(&[x, weight]) || inp != c || k != k2 || k != window.kernel || x.elem_count() == 0 {
         return Ok(None);
     }
@@ -277,14 +278,20 @@ pub(super) fn conv2d(
     let x = x.contiguous()?;
     let weight = weight.contiguous()?.reshape((out, c * k * k))?;
     let y = kernels::convolve(&x, &weight, window, (oh, ow), relu, super::gpu::tf32())?;
-    let y = match bias {
-        None => y,
-        Some(b) => match finish(&y, Finish { bias, ..Finish::default() }, (out, oh * ow))? {
-            Some(y) => y,
-            None => y.broadcast_add(&b.reshape((1, (), 1))?)?,
-        },
+    let finished = match (bias, plus) {
+        (None, None) => Some(y.clone()),
+        _ => finish(&y, Finish { bias, plus, ..Finish::default() }, (out, oh * ow))?,
     };
-    y.reshape((b, out, oh, ow)).map(Some)
+    let shape = (b, out, oh, ow);
+    if let Some(y) = finished {
+        return y.reshape(shape).map(Some);
+    }
+    let y = match bias {
+        Some(b) => y.broadcast_add(&b.reshape((1, (), 1))?)?,
+        None => y,
+    };
+    let y = y.reshape(shape)?;
+    plus.map_or(Ok(y.clone()), |plus| plus + y).map(Some)
 }
 
 /// `x` `[.., h, w]` of so many planes resampled to `[planes, h', w']`; `None` where gradients are wanted or it is not on a GPU.
@@ -318,4 +325,35 @@ pub(super) fn constant(values: &[u32], device: &Device) -> Result<Tensor> {
     }
     kept.insert(key, t.clone());
     Ok(t)
+}
+
+/// Each element of `x` is zeroed with probability `p`, the same ones for the same seed.
+pub(super) fn dropout(x: &Tensor, p: f64, seed: u64) -> Result<Tensor> {
+    if x.elem_count() == 0 {
+        return Ok(x.clone());
+    }
+    x.contiguous()?.apply_op1(DropoutOp { p, seed })
+}
+
+struct DropoutOp {
+    p: f64,
+    seed: u64,
+}
+
+impl CustomOp1 for DropoutOp {
+    fn name(&self) -> &'static str {
+        "dropout"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        candle_core::bail!("{}: for tensors on a GPU", self.name())
+    }
+
+    fn cuda_fwd(&self, x: &CudaStorage, l: &Layout) -> Result<(CudaStorage, Shape)> {
+        kernels::dropout(Memory::cuda(x, l)?, l.shape().elem_count(), self.p, self.seed)?.cuda(l.shape())
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, g: &Tensor) -> Result<Option<Tensor>> {
+        dropout(g, self.p, self.seed).map(Some)
+    }
 }

@@ -2,9 +2,15 @@
 //! merging are each one parallel copy, forward and backward.
 
 use super::graft::graft;
+#[cfg(feature = "cuda")]
+use super::kernels::{self, Memory};
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+#[cfg(feature = "cuda")]
+use candle_core::{CudaStorage, Device};
 use rayon::prelude::*;
 use std::sync::Arc;
+#[cfg(feature = "cuda")]
+use std::sync::OnceLock;
 
 /// Source of a row that is filled with zeros.
 const ZERO: u32 = u32::MAX;
@@ -13,8 +19,40 @@ const ZERO: u32 = u32::MAX;
 /// map, which the backward needs, is a map too.
 #[derive(Clone, Debug)]
 pub struct RowMap {
-    from: Arc<[u32]>,
-    back: Arc<[u32]>,
+    from: Arc<Way>,
+    back: Arc<Way>,
+}
+
+/// One direction of a map.
+#[derive(Debug)]
+struct Way {
+    rows: Vec<u32>,
+    /// The same on the first GPU that asked.
+    #[cfg(feature = "cuda")]
+    there: OnceLock<Tensor>,
+}
+
+impl Way {
+    fn new(rows: Vec<u32>) -> Arc<Self> {
+        Arc::new(Self {
+            rows,
+            #[cfg(feature = "cuda")]
+            there: OnceLock::new(),
+        })
+    }
+
+    #[cfg(feature = "cuda")]
+    fn on(&self, device: &Device) -> Result<Tensor> {
+        let make = || Tensor::from_slice(&self.rows, self.rows.len(), device);
+        let kept = match self.there.get() {
+            Some(kept) => kept,
+            None => {
+                let made = make()?;
+                self.there.get_or_init(|| made)
+            }
+        };
+        if kept.device().same_device(device) { Ok(kept.clone()) } else { make() }
+    }
 }
 
 impl RowMap {
@@ -28,7 +66,7 @@ impl RowMap {
                 _ => candle_core::bail!("row map: source {s} of {sources} is out of range or used twice"),
             }
         }
-        Ok(Self { from: from.into(), back: back.into() })
+        Ok(Self { from: Way::new(from), back: Way::new(back) })
     }
 
     /// Puts rows back where they came from; sources that were not used become zeros.
@@ -39,10 +77,10 @@ impl RowMap {
     /// `[batch, sources, dim]` → `[batch, rows, dim]`.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         let n = x.dim(1)?;
-        if x.rank() != 3 || n != self.back.len() {
-            candle_core::bail!("row map: {n} rows, expected {}", self.back.len())
+        if x.rank() != 3 || n != self.back.rows.len() {
+            candle_core::bail!("row map: {n} rows, expected {}", self.back.rows.len())
         }
-        if super::cpu::fused(&[x]) {
+        if super::fused(&[x]) && x.elem_count() > 0 {
             return x.contiguous()?.apply_op1(self.clone());
         }
         let back = self.transpose();
@@ -53,8 +91,8 @@ impl RowMap {
     /// By candle's ops.
     fn selected(&self, x: &Tensor) -> Result<Tensor> {
         let (b, n, c) = x.dims3()?;
-        let index: Vec<u32> = self.from.iter().map(|&s| if s == ZERO { n as u32 } else { s }).collect();
-        let index = Tensor::from_vec(index, self.from.len(), x.device())?;
+        let index = self.from.rows.iter().map(|&s| if s == ZERO { n as u32 } else { s }).collect();
+        let index = Tensor::from_vec(index, self.from.rows.len(), x.device())?;
         let zero = Tensor::zeros((b, 1, c), x.dtype(), x.device())?;
         Tensor::cat(&[x, &zero], 1)?.index_select(&index, 1)
     }
@@ -69,15 +107,23 @@ impl CustomOp1 for RowMap {
         let (b, n, c) = l.shape().dims3()?;
         let Some((lo, hi)) = l.contiguous_offsets() else { candle_core::bail!("row map: not contiguous") };
         let x = &s.as_slice::<f32>()?[lo..hi];
-        let m = self.from.len();
+        let from = &self.from.rows;
+        let m = from.len();
         let mut out = vec![0f32; b * m * c];
         out.par_chunks_mut(c.max(1)).with_min_len(256).enumerate().for_each(|(i, out)| {
-            let s = self.from[i % m];
+            let s = from[i % m];
             if s != ZERO {
                 out.copy_from_slice(&x[(i / m * n + s as usize) * c..][..c]);
             }
         });
         Ok((CpuStorage::F32(out), (b, m, c).into()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, s: &CudaStorage, l: &Layout) -> Result<(CudaStorage, Shape)> {
+        let (b, n, c) = l.shape().dims3()?;
+        let from = self.from.on(&Device::Cuda(s.device.clone()))?;
+        kernels::move_rows(Memory::cuda(s, l)?, &from, (b, n, c))?.cuda((b, self.from.rows.len(), c))
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {

@@ -28,6 +28,8 @@ impl TrainCtx {
 /// Each element is zeroed with probability `p` (Srivastava et al. 2014); identity without a context.
 pub fn dropout(x: &Tensor, p: f64, train: &mut Option<&mut TrainCtx>) -> Result<Tensor> {
     match train {
+        #[cfg(feature = "cuda")]
+        Some(ctx) if p > 0. && super::on_gpu(&[x]) => super::gpu_ops::dropout(x, p, ctx.rng.random()),
         Some(ctx) if p > 0. => x * ctx.keep(x.dims().to_vec(), p, x)?,
         _ => Ok(x.clone()),
     }

@@ -41,11 +41,9 @@ pub fn window_attention(qkv: &Tensor, bias: &Tensor, regions: Option<&Regions>) 
         |i: usize| qkv.reshape((windows, n, 3, heads, dim))?.narrow(2, i, 1)?.squeeze(2)?.transpose(1, 2);
     let mut mask = bias.unsqueeze(0)?;
     if let Some(regions) = regions {
-        let apart: Vec<f32> = regions
-            .chunks(n)
-            .flat_map(|r| r.iter().flat_map(|a| r.iter().map(move |b| if a == b { 0. } else { APART })))
-            .collect();
-        let apart = Tensor::from_vec(apart, (1, pattern, 1, n, n), qkv.device())?.to_dtype(qkv.dtype())?;
+        let regions = Tensor::from_slice(regions, (pattern, n), qkv.device())?;
+        let apart = regions.unsqueeze(2)?.broadcast_ne(&regions.unsqueeze(1)?)?.to_dtype(qkv.dtype())?;
+        let apart = (apart * APART as f64)?.reshape((1, pattern, 1, n, n))?;
         let apart = apart.expand((windows / pattern, pattern, 1, n, n))?.reshape((windows, 1, n, n))?;
         mask = mask.broadcast_add(&apart)?;
     }

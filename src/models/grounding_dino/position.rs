@@ -5,6 +5,7 @@
 
 use crate::nn::stochastic::additive;
 use candle_core::{D, DType, Device, Result, Tensor};
+use std::collections::HashMap;
 use std::f32::consts::TAU;
 
 /// 1 / temperature^(2⌊i/2⌋/n) for the pairs (sin, cos) of `n` features.
@@ -102,6 +103,22 @@ impl Plane {
     }
 }
 
+/// Numbers, each once.
+#[derive(Default)]
+struct Places {
+    distinct: Vec<f32>,
+    index: HashMap<u32, u32>,
+}
+
+impl Places {
+    fn index(&mut self, place: f32) -> u32 {
+        *self.index.entry(place.to_bits()).or_insert_with(|| {
+            self.distinct.push(place);
+            self.distinct.len() as u32 - 1
+        })
+    }
+}
+
 impl Levels {
     /// `mask` is not zero where the canvas is real, `[batch, height, width]`.
     pub fn new(
@@ -127,7 +144,8 @@ impl Levels {
         let n = shapes.len();
         let half = d_model / 2;
         let freq = frequencies(half, temperature);
-        let mut sine = Vec::with_capacity(b * tokens * d_model);
+        // Places differ by row and by column alone, so their sines are few, and are spread where they are used.
+        let (mut places, mut place_of) = (Places::default(), Vec::with_capacity(b * tokens * 2));
         let (mut ratios, mut reference) = (Vec::new(), Vec::with_capacity(b * tokens * n * 2));
         let (mut proposals, mut proposable) = (Vec::new(), Vec::new());
         let mut real = Vec::with_capacity(b * tokens);
@@ -140,9 +158,7 @@ impl Levels {
                 let (vw, vh) = (p.valid_width() as f32, p.valid_height() as f32);
                 let size = 0.05 * 2f32.powi(level as i32);
                 for (i, at) in p.relative().into_iter().enumerate() {
-                    for place in at {
-                        sine.extend(freq.iter().flat_map(|f| [(place * f).sin(), (place * f).cos()]));
-                    }
+                    place_of.extend(at.map(|place| places.index(place)));
                     let (x, y) = ((i % p.w) as f32 + 0.5, (i / p.w) as f32 + 0.5);
                     let own = [x / (ratio[level][0] * p.w as f32), y / (ratio[level][1] * p.h as f32)];
                     reference.extend(ratio.iter().flat_map(|r| [own[0] * r[0], own[1] * r[1]]));
@@ -155,6 +171,13 @@ impl Levels {
             }
             ratios.extend(ratio.into_iter().flatten());
         }
+        let sine: Vec<f32> = places
+            .distinct
+            .iter()
+            .flat_map(|p| freq.iter().flat_map(move |f| [(p * f).sin(), (p * f).cos()]))
+            .collect();
+        let sine = Tensor::from_vec(sine, (places.distinct.len(), half), dev)?;
+        let place_of = Tensor::from_vec(place_of, b * tokens * 2, dev)?;
         let padded = real.contains(&0);
         let real = Tensor::from_vec(real, (b, tokens), dev)?;
         Ok(Self {
@@ -162,7 +185,7 @@ impl Levels {
             key_mask: if padded { Some(additive(&real)?.reshape((b, 1, 1, tokens))?) } else { None },
             valid_ratios: Tensor::from_vec(ratios, (b, n, 2), dev)?,
             reference: Tensor::from_vec(reference, (b, tokens, n, 2), dev)?,
-            sine: Tensor::from_vec(sine, (b, tokens, d_model), dev)?,
+            sine: sine.index_select(&place_of, 0)?.reshape((b, tokens, d_model))?,
             proposals: Tensor::from_vec(proposals, (b, tokens, 4), dev)?,
             proposable: Tensor::from_vec(proposable, (b, tokens, 1), dev)?,
             shapes,

@@ -111,11 +111,12 @@ impl Conv {
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        conv_same(x, &self.weight, &self.bias, false)
+        conv_same(x, &self.weight, &self.bias, false, None)
     }
 
-    fn forward_relu_in(&self, x: &Tensor) -> Result<Tensor> {
-        conv_same(x, &self.weight, &self.bias, true)
+    /// Of `relu(x)`, plus `plus`.
+    fn forward_relu_in(&self, x: &Tensor, plus: Option<&Tensor>) -> Result<Tensor> {
+        conv_same(x, &self.weight, &self.bias, true, plus)
     }
 }
 
@@ -176,12 +177,13 @@ impl ResBlock {
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let mut y = x.clone();
-        for (norm, conv) in self.norms.iter().zip(&self.convs) {
+        for (i, (norm, conv)) in self.norms.iter().zip(&self.convs).enumerate() {
             if let Some(norm) = norm {
                 y = norm.forward(&y)?;
             }
             y = match self.activation {
-                Activation::Relu => conv.forward_relu_in(&y)?,
+                Activation::Relu if i == 1 => return conv.forward_relu_in(&y, Some(x)),
+                Activation::Relu => conv.forward_relu_in(&y, None)?,
                 Activation::LeakyRelu => conv.forward(&(y.relu()? - (y.neg()?.relu()? * 0.2)?)?)?,
                 Activation::Silu => conv.forward(&silu(&y)?)?,
                 Activation::Elu => conv.forward(&y.elu(1.)?)?,
@@ -232,7 +234,7 @@ impl Resample {
                 let out = conv.bias.dim(0)?;
                 let weight = conv.weight.permute((1, 2, 3, 0))?.reshape((4 * out, c, 1, 1))?;
                 let bias = conv.bias.unsqueeze(1)?.expand((out, 4))?.reshape(4 * out)?;
-                pixel_shuffle(&conv_same(x, &weight, &bias, false)?)?
+                pixel_shuffle(&conv_same(x, &weight, &bias, false, None)?)?
             }
             (Resampler::Nearest, None) => resize(x, 2 * h, 2 * w, Filter::Nearest)?,
             (_, None) => resize(x, 2 * h, 2 * w, Filter::Bilinear { antialias: false })?,

@@ -80,7 +80,9 @@ pub(in crate::nn) fn attention(
     let (hq, hk, hv) = (Held::strided(q), Held::strided(k), Held::strided(v));
     let (mq, mk, mv) = (hq.get()?, hk.get()?, hv.get()?);
     let mut out = mq.beside(q.dtype(), b * n * width)?;
-    let part = (most / (b * heads * m).max(1)).clamp(1, n.max(1));
+    let mb: usize = std::env::var("VALOR_PART_MB").ok().and_then(|v| v.parse().ok()).unwrap_or(24);
+    let fits = (mb << 20) / (b * heads * m * q.dtype().size_in_bytes()).max(1);
+    let part = fits.max(1).next_multiple_of(128).min(most / (b * heads * m).max(1)).clamp(1, n.max(1));
     for from in (0..n).step_by(part) {
         let some = part.min(n - from);
         let mut scores = mq.beside(q.dtype(), b * heads * some * m)?;

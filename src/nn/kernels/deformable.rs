@@ -51,16 +51,15 @@ pub(in crate::nn) fn msda(
     Ok(y)
 }
 
-/// f32 `[1]`: the largest absolute value; not a number if one of them is none.
-pub(in crate::nn) fn largest(x: &Tensor) -> Result<Tensor> {
-    let x = x.contiguous()?;
-    let (hx, n) = (Held::new(&x)?, x.elem_count());
-    let mx = hx.get()?;
-    let mut most = mx.beside_zeroed(DType::F32, 1, true)?;
-    let args = [mx.arg()?, most.arg()?, Arg::Size(n as u64)];
-    // Threads do several each, so that few blocks meet at the one result.
-    mx.launch("largest", x.dtype(), (n.div_ceil(BLOCK * 16).min(1024), 1), BLOCK, &args)?;
-    Ok(most.tensor(1))
+/// f32, one for each of `xs`: the largest absolute value of its so many numbers; not a number if one of them is none.
+pub(in crate::nn) fn largest(xs: &[(Memory, usize)]) -> Result<Owned> {
+    let mut most = xs[0].0.beside_zeroed(DType::F32, xs.len(), true)?;
+    for (i, (x, n)) in xs.iter().enumerate() {
+        let args = [x.arg()?, most.arg_at(i)?, Arg::Size(*n as u64)];
+        // Threads do several each, so that few blocks meet at the one result.
+        x.launch("largest", x.dtype(), (n.div_ceil(BLOCK * 16).min(1024), 1), BLOCK, &args)?;
+    }
+    Ok(most)
 }
 
 /// Gradients of [`msda`] at value, place and mass; `exact` ones are equal whatever the order in which blocks run, and
@@ -72,8 +71,8 @@ pub(in crate::nn) fn msda_back(
     d: Deformable,
     exact: bool,
 ) -> Result<(Tensor, Tensor, Tensor)> {
-    /// Readers of a block, a warp for each.
-    const READERS: usize = BLOCK / 32;
+    /// Readers of a block, eight threads for each.
+    const READERS: usize = BLOCK / 8;
     let (g, dtype, n) = (g.contiguous()?, value.dtype(), value.elem_count());
     let held = [value, place, mass, levels, &g].map(Held::new);
     let mut read = Vec::new();
@@ -87,13 +86,20 @@ pub(in crate::nn) fn msda_back(
     let mut args = read.iter().map(|m| m.arg()).collect::<Result<Vec<_>>>()?;
     let (mut dplace, mut dmass) = (v.beside(dtype, place.elem_count())?, v.beside(dtype, mass.elem_count())?);
     let mut sum = v.beside_zeroed(if exact { DType::I64 } else { DType::F32 }, n, true)?;
-    let most = if exact { Some(Tensor::cat(&[largest(&g)?, largest(mass)?], 0)?) } else { None };
-    let most = most.as_ref().map(Held::new).transpose()?;
+    let most = match exact {
+        true => Some(largest(&[(read[4], g.elem_count()), (read[2], mass.elem_count())])?),
+        false => None,
+    };
     if let Some(most) = &most {
-        args.push(most.get()?.arg()?);
+        args.push(most.read().arg()?);
     }
+    let fours = d.dim.is_multiple_of(4)
+        && [read[0], read[4]].iter().all(|m| m.arg().is_ok_and(|a| a.is_even(4 * dtype.size_in_bytes())));
     args.extend([sum.arg()?, dplace.arg()?, dmass.arg()?, Arg::Size(d.readers() as u64)]);
     args.extend(d.args()?);
+    if !exact {
+        args.push(Arg::Unsigned(fours.into()));
+    }
     let kernel = if exact { "msda_back" } else { "msda_back_loose" };
     v.launch(kernel, dtype, (d.readers().div_ceil(READERS), 1), BLOCK, &args)?;
     let (dplace, dmass) = (dplace.tensor(place.shape()), dmass.tensor(mass.shape()));
@@ -103,7 +109,7 @@ pub(in crate::nn) fn msda_back(
     let mut dvalue = v.beside(dtype, n)?;
     // As the kernel counts them.
     let terms = d.queries as f32 * d.levels as f32 * d.points as f32;
-    let args = [sum.read().arg()?, most.get()?.arg()?, dvalue.arg()?, Arg::Size(n as u64), Arg::Float(terms)];
+    let args = [sum.read().arg()?, most.read().arg()?, dvalue.arg()?, Arg::Size(n as u64), Arg::Float(terms)];
     v.launch("from_whole", dtype, (n.div_ceil(BLOCK), 1), BLOCK, &args)?;
     Ok((dvalue.tensor(value.shape()), dplace, dmass))
 }

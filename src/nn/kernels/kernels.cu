@@ -1,7 +1,8 @@
 // valor's CUDA kernels: what candle has no kernel for, or none with a backward pass.
 //
 // Each body is written in phases. THREADS(t) runs what follows for every thread of the block and SYNC
-// ends a phase; nothing that one thread knows outlives a phase but in shared memory. So the same text
+// ends a phase; nothing that one thread knows outlives a phase but in shared memory, or in n numbers of its OWN
+// (registers, if they are only ever indexed by constants), which thread t finds by OF. So the same text
 // compiles as C++ on the host (see the second half of the macros), where a test runs every kernel
 // against the processor's own ops: a machine without a GPU proves all but the launch.
 //
@@ -21,6 +22,9 @@
 #define SHARED __shared__
 #define THREADS(t) for (unsigned t = threadIdx.x, once_ = 1; once_; once_ = 0)
 #define SYNC __syncthreads()
+#define UNROLL _Pragma("unroll")
+#define OWN(name, n) float name[n]
+#define OF(name, n, t) (name)
 #define DEFINE(name, type, T)                                                                                \
   extern "C" __global__ void name##_##type(name##_PARAMS(T)) { name##_body<T>(name##_ARGS); }
 #define EACH(name) DEFINE(name, f32, float) DEFINE(name, f16, __half) DEFINE(name, bf16, __nv_bfloat16)
@@ -35,6 +39,16 @@ DEVICE void add_whole(long long *p, long long v) {
   atomicAdd(reinterpret_cast<unsigned long long *>(p), static_cast<unsigned long long>(v));
 }
 DEVICE void add_float(float *p, float v) { atomicAdd(p, v); }
+// Four in a row, the first at a multiple of their size.
+DEVICE void add_floats(float *p, const float *v) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)),
+               "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
+               : "memory");
+#else
+  for (int i = 0; i < 4; ++i) atomicAdd(p + i, v[i]);
+#endif
+}
 
 // Eight numbers as they lie, at an address that is a multiple of their size.
 template <class T> struct Eight {
@@ -78,6 +92,16 @@ DEVICE void get4(const __half *p, float *v) {
   const __half2 *w = reinterpret_cast<const __half2 *>(&a);
   float2 f = __half22float2(w[0]), g = __half22float2(w[1]);
   v[0] = f.x, v[1] = f.y, v[2] = g.x, v[3] = g.y;
+}
+
+DEVICE void put4(float *p, const float *v) { *reinterpret_cast<float4 *>(p) = make_float4(v[0], v[1], v[2], v[3]); }
+DEVICE void put4(__nv_bfloat16 *p, const float *v) {
+  __nv_bfloat162 w[2] = {__floats2bfloat162_rn(v[0], v[1]), __floats2bfloat162_rn(v[2], v[3])};
+  *reinterpret_cast<uint2 *>(p) = *reinterpret_cast<const uint2 *>(w);
+}
+DEVICE void put4(__half *p, const float *v) {
+  __half2 w[2] = {__floats2half2_rn(v[0], v[1]), __floats2half2_rn(v[2], v[3])};
+  *reinterpret_cast<uint2 *>(p) = *reinterpret_cast<const uint2 *>(w);
 }
 
 DEVICE unsigned bits(float v) { return __float_as_uint(v); }
@@ -134,6 +158,9 @@ static void every_block(void (*body)(A...), unsigned columns, unsigned rows, uns
 #define SHARED static thread_local
 #define THREADS(t) for (unsigned t = 0; t < blockDim.x; ++t)
 #define SYNC
+#define UNROLL
+#define OWN(name, n) static thread_local float name[1024 * (n)]
+#define OF(name, n, t) (name + (t) * (n))
 #define DEFINE(name, type, T)                                                                                \
   extern "C" void name##_##type(unsigned columns, unsigned rows, unsigned threads, void **args) {            \
     every_block(&name##_body<T>, columns, rows, threads, args);                                              \
@@ -144,6 +171,9 @@ DEVICE float get(const float *p) { return *p; }
 DEVICE void put(float *p, float v) { *p = v; }
 DEVICE void add_whole(long long *p, long long v) { *p += v; }
 DEVICE void add_float(float *p, float v) { *p += v; }
+DEVICE void add_floats(float *p, const float *v) {
+  for (int i = 0; i < 4; ++i) p[i] += v[i];
+}
 
 template <class T> struct Eight {
   const T *at;
@@ -155,6 +185,10 @@ DEVICE void widen(const Eight<float> &e, float *v) {
 
 DEVICE void get4(const float *p, float *v) {
   for (int i = 0; i < 4; ++i) v[i] = p[i];
+}
+
+DEVICE void put4(float *p, const float *v) {
+  for (int i = 0; i < 4; ++i) p[i] = v[i];
 }
 
 DEVICE unsigned bits(float v) {
@@ -513,22 +547,57 @@ EACH(few_rows_gated)
 // ---- What follows a product: act(x + b) s + plus, where x is [outer, channels, inner], b and s are [channels], and
 // plus has x's shape; each of the three may be missing. act: 0 none, 1 GELU (Hendrycks & Gimpel 2016, exact), 2 ReLU.
 
+// A thread does four numbers where `fours`: n and the numbers of a channel in a row are multiples of it then.
+
 #define finish_PARAMS(T)                                                                                     \
-  const T *x, const T *b, const T *s, const T *plus, T *y, size_t n, unsigned channels, unsigned inner, unsigned act
-#define finish_ARGS x, b, s, plus, y, n, channels, inner, act
-template <class T> DEVICE void finish_body(finish_PARAMS(T)) {
+  const T *x, const T *b, const T *s, const T *plus, T *y, size_t n, unsigned channels, unsigned inner,      \
+      unsigned act, unsigned fours
+#define finish_ARGS x, b, s, plus, y, n, channels, inner, act, fours
+template <class T, int W> DEVICE void finish_by(finish_PARAMS(T)) {
+  (void)fours;
+  auto read = [](const T *p, float *v) {
+    if (W == 4)
+      get4(p, v);
+    else
+      v[0] = get(p);
+  };
+  // Of a channel's number, or of four channels that follow each other.
+  auto read_channels = [&](const T *p, size_t c, float *v) {
+    if (inner == 1)
+      read(p + c, v);
+    else
+      for (int k = 0; k < W; ++k) v[k] = get(p + c);
+  };
   THREADS(t) {
-    size_t i = static_cast<size_t>(blockIdx.x) * blockDim.x + t;
+    size_t i = (static_cast<size_t>(blockIdx.x) * blockDim.x + t) * W;
     if (i < n) {
       // Division of 64 bits is slow, and seldom needed.
       size_t c = n >> 32 ? i / inner % channels : static_cast<unsigned>(i) / inner % channels;
-      float v = get(x + i) + (b ? get(b + c) : 0.f);
-      if (act == 1) v = 0.5f * v * (1.f + erff(v * 0.70710678118654752f));
-      // Not fmaxf, which would make a number of what is none.
-      if (act == 2) v = v < 0.f ? 0.f : v;
-      put(y + i, v * (s ? get(s + c) : 1.f) + (plus ? get(plus + i) : 0.f));
+      float v[4], bias[4] = {0.f, 0.f, 0.f, 0.f}, scale[4] = {1.f, 1.f, 1.f, 1.f}, more[4] = {0.f, 0.f, 0.f, 0.f};
+      read(x + i, v);
+      if (b) read_channels(b, c, bias);
+      if (s) read_channels(s, c, scale);
+      if (plus) read(plus + i, more);
+      for (int k = 0; k < W; ++k) {
+        v[k] += bias[k];
+        if (act == 1) v[k] = 0.5f * v[k] * (1.f + erff(v[k] * 0.70710678118654752f));
+        // Not fmaxf, which would make a number of what is none.
+        if (act == 2) v[k] = v[k] < 0.f ? 0.f : v[k];
+        v[k] = v[k] * scale[k] + more[k];
+      }
+      if (W == 4)
+        put4(y + i, v);
+      else
+        put(y + i, v[0]);
     }
   }
+}
+
+template <class T> DEVICE void finish_body(finish_PARAMS(T)) {
+  if (fours)
+    finish_by<T, 4>(finish_ARGS);
+  else
+    finish_by<T, 1>(finish_ARGS);
 }
 EACH(finish)
 
@@ -541,46 +610,98 @@ EACH(finish)
   const T *x, const float *bias, const unsigned *own, T *y, unsigned m, unsigned heads, unsigned queries,    \
       size_t of_batch, size_t of_head, size_t of_query, int first, unsigned prefix, float scale
 #define softmax_ARGS x, bias, own, y, m, heads, queries, of_batch, of_head, of_query, first, prefix, scale
-// Scores of a row that are kept between its three passes; longer rows are read again.
-const unsigned KEPT = 4096;
+// One row, and what its query sees of the keys: those up to `last` that lie before `prefix` or from `begin` on.
+template <class T> struct Scores {
+  const T *from;
+  const float *plus;
+  unsigned last, begin, prefix;
+  float scale;
+};
 
-template <class T> DEVICE void softmax_body(softmax_PARAMS(T)) {
-  SHARED float scratch[MOST_WARPS], kept[KEPT];
-  size_t row = blockIdx.x, query = row % queries, head = row / queries % heads, batch = row / queries / heads;
-  const T *from = x + row * m;
-  const float *plus = bias ? bias + batch * of_batch + head * of_head + query * of_query : nullptr;
-  unsigned last = first < 0 ? m - 1 : static_cast<unsigned>(first) + static_cast<unsigned>(query);
-  unsigned begin = first >= 0 && own ? own[batch] : 0;
-  auto score = [&](unsigned i) {
-    bool seen = i >= begin || i < prefix || i == last;
-    return seen ? scale * get(from + i) + (plus ? plus[i] : 0.f) : -INFINITY;
-  };
-  bool keep = last < KEPT;
+template <class T> DEVICE float score(const Scores<T> &row, unsigned i, float x) {
+  bool seen = i <= row.last && (i >= row.begin || i < row.prefix || i == row.last);
+  return seen ? row.scale * x + (row.plus ? row.plus[i] : 0.f) : -INFINITY;
+}
+
+// A row of at most 4 K numbers for each thread, which keeps them between the passes. `even`: they are read and written
+// in fours.
+template <class T, int K> DEVICE void softmax_kept(const Scores<T> &row, T *y, unsigned m, bool even, float *scratch) {
+  OWN(kept, 4 * K);
   float top = block_max(scratch, [&](unsigned t) {
-    float v = -INFINITY;
-    for (unsigned i = t; i <= last; i += blockDim.x) {
-      float s = score(i);
-      if (keep) kept[i] = s;
-      v = fmaxf(v, s);
+    float *v = OF(kept, 4 * K, t), most = -INFINITY;
+    UNROLL for (int k = 0; k < K; ++k) {
+      unsigned i = 4 * (t + k * blockDim.x);
+      float four[4] = {0.f, 0.f, 0.f, 0.f};
+      if (even) {
+        if (i <= row.last) get4(row.from + i, four);
+      } else {
+        UNROLL for (int j = 0; j < 4; ++j) if (i + j <= row.last) four[j] = get(row.from + i + j);
+      }
+      UNROLL for (int j = 0; j < 4; ++j) {
+        v[4 * k + j] = score(row, i + j, four[j]);
+        most = fmaxf(most, v[4 * k + j]);
+      }
     }
-    return v;
+    return most;
   });
   float base = top == -INFINITY ? 0.f : top;
   float sum = block_sum(scratch, [&](unsigned t) {
-    float s = 0.f;
-    for (unsigned i = t; i <= last; i += blockDim.x) {
-      float e = expf((keep ? kept[i] : score(i)) - base);
-      if (keep) kept[i] = e;
-      s += e;
+    float *v = OF(kept, 4 * K, t), s = 0.f;
+    UNROLL for (int k = 0; k < 4 * K; ++k) {
+      v[k] = expf(v[k] - base);
+      s += v[k];
     }
     return s;
   });
   float inv = sum == 0.f ? 0.f : 1.f / sum;
   THREADS(t) {
-    for (unsigned i = t; i < m; i += blockDim.x) {
-      float e = i > last ? 0.f : keep ? kept[i] : expf(score(i) - base);
-      put(y + row * m + i, e * inv);
+    float *v = OF(kept, 4 * K, t);
+    UNROLL for (int k = 0; k < K; ++k) {
+      unsigned i = 4 * (t + k * blockDim.x);
+      float four[4];
+      UNROLL for (int j = 0; j < 4; ++j) four[j] = v[4 * k + j] * inv;
+      if (even) {
+        if (i < m) put4(y + i, four);
+      } else {
+        UNROLL for (int j = 0; j < 4; ++j) if (i + j < m) put(y + i + j, four[j]);
+      }
     }
+  }
+}
+
+template <class T> DEVICE void softmax_body(softmax_PARAMS(T)) {
+  SHARED float scratch[MOST_WARPS];
+  size_t at = blockIdx.x, query = at % queries, head = at / queries % heads, batch = at / queries / heads;
+  Scores<T> row;
+  row.from = x + at * m;
+  row.plus = bias ? bias + batch * of_batch + head * of_head + query * of_query : nullptr;
+  row.last = first < 0 ? m - 1 : static_cast<unsigned>(first) + static_cast<unsigned>(query);
+  row.begin = first >= 0 && own ? own[batch] : 0;
+  row.prefix = prefix;
+  row.scale = scale;
+  T *to = y + at * m;
+  // Four numbers lie at a multiple of their size.
+  bool even = m % 4 == 0 && (reinterpret_cast<size_t>(x) | reinterpret_cast<size_t>(y)) % (4 * sizeof(T)) == 0;
+  unsigned each = (m + blockDim.x - 1) / blockDim.x;
+  if (each <= 4) return softmax_kept<T, 1>(row, to, m, even, scratch);
+  if (each <= 8) return softmax_kept<T, 2>(row, to, m, even, scratch);
+  if (each <= 16) return softmax_kept<T, 4>(row, to, m, even, scratch);
+  // A longer row is read again at each pass.
+  float top = block_max(scratch, [&](unsigned t) {
+    float v = -INFINITY;
+    for (unsigned i = t; i <= row.last; i += blockDim.x) v = fmaxf(v, score(row, i, get(row.from + i)));
+    return v;
+  });
+  float base = top == -INFINITY ? 0.f : top;
+  float sum = block_sum(scratch, [&](unsigned t) {
+    float s = 0.f;
+    for (unsigned i = t; i <= row.last; i += blockDim.x) s += expf(score(row, i, get(row.from + i)) - base);
+    return s;
+  });
+  float inv = sum == 0.f ? 0.f : 1.f / sum;
+  THREADS(t) {
+    for (unsigned i = t; i < m; i += blockDim.x)
+      put(to + i, i > row.last ? 0.f : expf(score(row, i, get(row.from + i)) - base) * inv);
   }
 }
 EACH(softmax)
@@ -612,30 +733,50 @@ EACH(softmax_back)
   const T *x, T *y, unsigned planes, unsigned h, unsigned w, unsigned kernel, unsigned stride,               \
       unsigned padding, unsigned replicate, unsigned ow, unsigned relu, unsigned first, unsigned n
 #define columns_ARGS x, y, planes, h, w, kernel, stride, padding, replicate, ow, relu, first, n
-template <class T> DEVICE void columns_body(columns_PARAMS(T)) {
+// SIDE is the kernel's, if it is known here, so that a place's taps stay in registers from plane to plane.
+template <class T, int SIDE> DEVICE void columns_of(columns_PARAMS(T)) {
   THREADS(t) {
-    unsigned i = blockIdx.x * blockDim.x + t, at = first + i;
+    unsigned i = blockIdx.x * blockDim.x + t, place = first + i;
     if (i < n) {
-      int left = static_cast<int>(at % ow * stride) - static_cast<int>(padding);
-      int above = static_cast<int>(at / ow * stride) - static_cast<int>(padding);
-      int last_x = static_cast<int>(w) - 1, last_y = static_cast<int>(h) - 1, side = static_cast<int>(kernel);
+      int left = static_cast<int>(place % ow * stride) - static_cast<int>(padding);
+      int above = static_cast<int>(place / ow * stride) - static_cast<int>(padding);
+      int last_x = static_cast<int>(w) - 1, last_y = static_cast<int>(h) - 1;
+      int side = SIDE ? SIDE : static_cast<int>(kernel);
+      // Where in a plane a tap lies, or -1.
+      auto tap = [&](int ky, int kx) {
+        int px = left + kx, py = above + ky;
+        if (replicate) {
+          px = px < 0 ? 0 : px > last_x ? last_x : px;
+          py = py < 0 ? 0 : py > last_y ? last_y : py;
+        }
+        bool inside = px >= 0 && py >= 0 && px <= last_x && py <= last_y;
+        return inside ? py * static_cast<int>(w) + px : -1;
+      };
+      auto see = [&](const T *from, int at) {
+        float v = at < 0 ? 0.f : get(from + at);
+        return relu && v < 0.f ? 0.f : v;
+      };
+      int taps[SIDE ? SIDE * SIDE : 1];
+      UNROLL for (int k = 0; k < SIDE * SIDE; ++k) taps[k] = tap(k / (SIDE ? SIDE : 1), k % (SIDE ? SIDE : 1));
       for (unsigned plane = blockIdx.y; plane < planes; plane += gridDim.y) {
         const T *from = x + static_cast<size_t>(plane) * h * w;
-        T *to = y + static_cast<size_t>(plane) * kernel * kernel * n + i;
-        for (int ky = 0; ky < side; ++ky)
-          for (int kx = 0; kx < side; ++kx, to += n) {
-            int px = left + kx, py = above + ky;
-            if (replicate) {
-              px = px < 0 ? 0 : px > last_x ? last_x : px;
-              py = py < 0 ? 0 : py > last_y ? last_y : py;
-            }
-            bool inside = px >= 0 && py >= 0 && px <= last_x && py <= last_y;
-            float v = inside ? get(from + static_cast<size_t>(py) * w + px) : 0.f;
-            put(to, relu && v < 0.f ? 0.f : v);
-          }
+        T *to = y + static_cast<size_t>(plane) * side * side * n + i;
+        if (SIDE) {
+          UNROLL for (int k = 0; k < SIDE * SIDE; ++k) put(to + static_cast<size_t>(k) * n, see(from, taps[k]));
+        } else {
+          for (int ky = 0; ky < side; ++ky)
+            for (int kx = 0; kx < side; ++kx, to += n) put(to, see(from, tap(ky, kx)));
+        }
       }
     }
   }
+}
+
+template <class T> DEVICE void columns_body(columns_PARAMS(T)) {
+  if (kernel == 3)
+    columns_of<T, 3>(columns_ARGS);
+  else
+    columns_of<T, 0>(columns_ARGS);
 }
 EACH(columns)
 
@@ -783,35 +924,55 @@ DEVICE float whole_scale(float most, float terms) {
 DEVICE void add_to(long long *p, float v) { add_whole(p, llrintf(v)); }
 DEVICE void add_to(float *p, float v) { add_float(p, v); }
 
-// A warp per reader, a lane per channel in turn, so that what a warp adds lies together.
-template <class T, class Sum>
+// Eight threads a reader, each with four channels of every 32: neighbours where FOURS (which wants a multiple of four of
+// them, and memory at multiples of four numbers), else every eighth, so that what threads add together lies together.
+const unsigned READER_LANES = 8;
+
+template <class T, class Sum, bool FOURS>
 DEVICE void msda_back_by(const T *value, const T *place, const T *mass, const unsigned *shapes, const T *g, float scale,
                          Sum *dvalue, T *dplace, T *dmass, size_t readers, unsigned tokens, unsigned queries,
                          unsigned heads, unsigned dim, unsigned levels, unsigned points) {
-  size_t begin = static_cast<size_t>(blockIdx.x) * (blockDim.x / 32);
+  size_t begin = static_cast<size_t>(blockIdx.x) * (blockDim.x / READER_LANES);
   for (unsigned l = 0; l < levels; ++l) {
     int h = shapes[3 * l], w = shapes[3 * l + 1], first = shapes[3 * l + 2];
     for (unsigned p = 0; p < points; ++p)
       // Sums over channels of g times the corner's value, weighed as mass and place need it.
-      lane_sums<3, 32>(
+      lane_sums<3, READER_LANES>(
           [&](unsigned t, float *sums) {
-            size_t reader = begin + t / 32, sample = (reader * levels + l) * points + p;
+            size_t reader = begin + t / READER_LANES, sample = (reader * levels + l) * points + p;
             for (int i = 0; i < 3; ++i) sums[i] = 0.f;
             if (reader >= readers) return;
             Corners k;
             corners_of(get(place + 2 * sample), get(place + 2 * sample + 1), h, w, first, &k);
             size_t from = (reader / heads / queries * tokens * heads + reader % heads) * dim;
             float m = get(mass + sample) * scale;
-            for (unsigned c = t % 32; c < dim; c += 32) {
-              float grad = get(g + reader * dim + c);
+            const unsigned apart = FOURS ? 1 : READER_LANES;
+            for (unsigned c = FOURS ? t % READER_LANES * 4 : t % READER_LANES; c < dim; c += 4 * READER_LANES) {
+              float grad[4], read[4];
+              auto four = [&](const T *x, float *v) {
+                if (FOURS)
+                  get4(x, v);
+                else
+                  for (unsigned i = 0; i < 4; ++i) v[i] = c + i * apart < dim ? get(x + i * apart) : 0.f;
+              };
+              four(g + reader * dim + c, grad);
               for (int q = 0; q < 4; ++q) {
                 if (k.at[q] < 0) continue;
                 size_t at = from + static_cast<size_t>(k.at[q]) * heads * dim + c;
-                add_to(dvalue + at, grad * m * k.share[q]);
-                float read = grad * get(value + at);
-                sums[0] += k.share[q] * read;
-                sums[1] += k.right[q] * read;
-                sums[2] += k.down[q] * read;
+                four(value + at, read);
+                float dot = 0.f, add[4];
+                for (int i = 0; i < 4; ++i) {
+                  dot += grad[i] * read[i];
+                  add[i] = grad[i] * m * k.share[q];
+                }
+                if constexpr (FOURS)
+                  add_floats(dvalue + at, add);
+                else
+                  for (unsigned i = 0; i < 4; ++i)
+                    if (c + i * apart < dim) add_to(dvalue + at + i * apart, add[i]);
+                sums[0] += k.share[q] * dot;
+                sums[1] += k.right[q] * dot;
+                sums[2] += k.down[q] * dot;
               }
             }
           },
@@ -836,20 +997,24 @@ DEVICE void msda_back_by(const T *value, const T *place, const T *mass, const un
       points
 template <class T> DEVICE void msda_back_body(msda_back_PARAMS(T)) {
   float scale = whole_scale(most[0] * most[1], static_cast<float>(queries) * levels * points);
-  msda_back_by(value, place, mass, shapes, g, scale, dvalue, dplace, dmass, readers, tokens, queries, heads, dim,
-                         levels, points);
+  msda_back_by<T, long long, false>(value, place, mass, shapes, g, scale, dvalue, dplace, dmass, readers, tokens, queries,
+                                    heads, dim, levels, points);
 }
 EACH(msda_back)
 
 #define msda_back_loose_PARAMS(T)                                                                            \
   const T *value, const T *place, const T *mass, const unsigned *shapes, const T *g, float *dvalue,          \
       T *dplace, T *dmass, size_t readers, unsigned tokens, unsigned queries, unsigned heads, unsigned dim,  \
-      unsigned levels, unsigned points
+      unsigned levels, unsigned points, unsigned fours
 #define msda_back_loose_ARGS                                                                                 \
-  value, place, mass, shapes, g, dvalue, dplace, dmass, readers, tokens, queries, heads, dim, levels, points
+  value, place, mass, shapes, g, dvalue, dplace, dmass, readers, tokens, queries, heads, dim, levels, points, fours
 template <class T> DEVICE void msda_back_loose_body(msda_back_loose_PARAMS(T)) {
-  msda_back_by(value, place, mass, shapes, g, 1.f, dvalue, dplace, dmass, readers, tokens, queries, heads, dim,
-                         levels, points);
+  if (fours)
+    msda_back_by<T, float, true>(value, place, mass, shapes, g, 1.f, dvalue, dplace, dmass, readers, tokens, queries,
+                                 heads, dim, levels, points);
+  else
+    msda_back_by<T, float, false>(value, place, mass, shapes, g, 1.f, dvalue, dplace, dmass, readers, tokens, queries,
+                                  heads, dim, levels, points);
 }
 EACH(msda_back_loose)
 
@@ -1137,3 +1302,88 @@ template <class T> DEVICE void log_prob_back_body(log_prob_back_PARAMS(T)) {
   }
 }
 EACH(log_prob_back)
+
+// ---- Rows that move: y's row i of a batch's `rows` is x's from[i] of its `sources`, or zeros. A block per row.
+
+#define move_rows_PARAMS(T)                                                                                  \
+  const T *x, const unsigned *from, T *y, unsigned sources, unsigned rows, unsigned dim
+#define move_rows_ARGS x, from, y, sources, rows, dim
+template <class T> DEVICE void move_rows_body(move_rows_PARAMS(T)) {
+  unsigned source = from[blockIdx.x % rows];
+  const T *row = x + (static_cast<size_t>(blockIdx.x / rows) * sources + source) * dim;
+  T *to = y + static_cast<size_t>(blockIdx.x) * dim;
+  THREADS(t) {
+    for (unsigned c = t; c < dim; c += blockDim.x) put(to + c, source < sources ? get(row + c) : 0.f);
+  }
+}
+EACH(move_rows)
+
+// ---- Dropout (Srivastava et al. 2014): element i stays, times `scale`, where the i-th number of SplitMix64 (Steele et
+// al. 2014) from `seed` is `least` or more of 2^32. Forward and backward are the same.
+
+#define dropout_PARAMS(T) const T *x, T *y, size_t n, size_t seed, unsigned least, float scale
+#define dropout_ARGS x, y, n, seed, least, scale
+template <class T> DEVICE void dropout_body(dropout_PARAMS(T)) {
+  THREADS(t) {
+    size_t i = static_cast<size_t>(blockIdx.x) * blockDim.x + t;
+    if (i < n) {
+      size_t z = seed + (i + 1) * 0x9e3779b97f4a7c15ull;
+      z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
+      z = (z ^ z >> 27) * 0x94d049bb133111ebull;
+      unsigned drawn = static_cast<unsigned>((z ^ z >> 31) >> 32);
+      put(y + i, drawn < least ? 0.f : get(x + i) * scale);
+    }
+  }
+}
+EACH(dropout)
+
+// ---- The optimiser. Gradients are added up in f32, in place of what was there where `first`.
+
+#define add_gradient_PARAMS(T) const T *g, float *sum, size_t n, float weight, unsigned first
+#define add_gradient_ARGS g, sum, n, weight, first
+template <class T> DEVICE void add_gradient_body(add_gradient_PARAMS(T)) {
+  THREADS(t) {
+    size_t i = static_cast<size_t>(blockIdx.x) * blockDim.x + t;
+    if (i < n) sum[i] = (first ? 0.f : sum[i]) + get(g + i) * weight;
+  }
+}
+EACH(add_gradient)
+
+// A block's share of the sum of squares.
+#define sum_squares_PARAMS(T) const T *x, double *partial, size_t n
+#define sum_squares_ARGS x, partial, n
+template <class T> DEVICE void sum_squares_body(sum_squares_PARAMS(T)) {
+  SHARED float scratch[MOST_WARPS];
+  size_t step = static_cast<size_t>(gridDim.x) * blockDim.x;
+  float sum = block_sum(scratch, [&](unsigned t) {
+    float s = 0.f;
+    for (size_t i = static_cast<size_t>(blockIdx.x) * blockDim.x + t; i < n; i += step) s += get(x + i) * get(x + i);
+    return s;
+  });
+  THREADS(t) {
+    if (t == 0) partial[blockIdx.x] = sum;
+  }
+}
+EACH(sum_squares)
+
+// AdamW (Loshchilov & Hutter 2019): nn::optim has the rule and its numbers. The weights in full are `master`, where
+// there is one.
+#define adamw_PARAMS(T)                                                                                      \
+  T *w, float *master, float *m, float *v, const float *g, size_t n, float clip, float beta1, float beta2,   \
+      float keep, float step, float root, float eps
+#define adamw_ARGS w, master, m, v, g, n, clip, beta1, beta2, keep, step, root, eps
+template <class T> DEVICE void adamw_body(adamw_PARAMS(T)) {
+  THREADS(t) {
+    size_t i = static_cast<size_t>(blockIdx.x) * blockDim.x + t;
+    if (i < n) {
+      float grad = g[i] * clip;
+      float first = beta1 * m[i] + (1.f - beta1) * grad, second = beta2 * v[i] + (1.f - beta2) * grad * grad;
+      float weight = (master ? master[i] : get(w + i)) * keep - step * first / (sqrtf(second * root) + eps);
+      m[i] = first;
+      v[i] = second;
+      if (master) master[i] = weight;
+      put(w + i, weight);
+    }
+  }
+}
+EACH(adamw)

@@ -20,6 +20,7 @@ mod norms;
 mod pictures;
 mod products;
 mod tokens;
+mod training;
 
 pub(super) use self::attention::*;
 pub(super) use self::deformable::*;
@@ -27,11 +28,13 @@ pub(super) use self::norms::*;
 pub(super) use self::pictures::*;
 pub(super) use self::products::*;
 pub(super) use self::tokens::*;
+pub(super) use self::training::*;
 
-#[cfg(test)]
 use candle_core::CpuStorage;
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
+#[cfg(feature = "cuda")]
+use candle_core::backend::BackendDevice;
 use candle_core::backend::BackendStorage;
 use candle_core::op::BackpropOp;
 use candle_core::{DType, Layout, Result, Shape, Storage, StorageRef, Tensor};
@@ -50,6 +53,11 @@ enum Arg {
 }
 
 impl Arg {
+    /// Whether it is an address that is a multiple of so many bytes.
+    fn is_even(&self, bytes: usize) -> bool {
+        matches!(self, Self::Pointer(v) if v.is_multiple_of(bytes as u64))
+    }
+
     #[cfg_attr(not(test), allow(dead_code))]
     fn address(&self) -> *const c_void {
         match self {
@@ -75,6 +83,12 @@ impl<'a> Memory<'a> {
     #[cfg(feature = "cuda")]
     pub fn cuda(s: &'a CudaStorage, l: &Layout) -> Result<Self> {
         Ok(Self::Cuda(s, start(l)?))
+    }
+
+    /// On the processor.
+    #[cfg(test)]
+    pub fn host(s: &'a CpuStorage, l: &Layout) -> Result<Self> {
+        Ok(Self::Host(s, start(l)?))
     }
 
     /// Of any strides, from the first element on.
@@ -132,7 +146,7 @@ impl<'a> Memory<'a> {
     }
 
     #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
-    fn beside_zeroed(self, dtype: DType, len: usize, zeroed: bool) -> Result<Owned> {
+    pub fn beside_zeroed(self, dtype: DType, len: usize, zeroed: bool) -> Result<Owned> {
         Ok(match self {
             #[cfg(feature = "cuda")]
             Self::Cuda(s, _) => Owned::Cuda(cuda::alloc(&s.device, dtype, len, zeroed)?),
@@ -188,6 +202,28 @@ pub(super) enum Owned {
 }
 
 impl Owned {
+    /// Of `like`'s device, holding `values`.
+    pub fn of(like: Memory, values: Vec<f32>) -> Result<Self> {
+        Ok(match like {
+            #[cfg(feature = "cuda")]
+            Memory::Cuda(s, _) => {
+                Self::Cuda(s.device.storage_from_cpu_storage_owned(CpuStorage::F32(values))?)
+            }
+            #[cfg(test)]
+            Memory::Host(..) => Self::Host(CpuStorage::F32(values)),
+        })
+    }
+
+    /// On the processor.
+    pub fn values(&self) -> Result<CpuStorage> {
+        match self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(s) => s.to_cpu_storage(),
+            #[cfg(test)]
+            Self::Host(s) => Ok(s.clone()),
+        }
+    }
+
     /// For `CustomOp::cuda_fwd`.
     #[cfg(feature = "cuda")]
     pub fn cuda(self, shape: impl Into<Shape>) -> Result<(CudaStorage, Shape)> {
@@ -209,12 +245,21 @@ impl Owned {
         Tensor::from_storage(storage, shape, BackpropOp::none(), false)
     }
 
-    fn read(&self) -> Memory<'_> {
+    pub fn read(&self) -> Memory<'_> {
         match self {
             #[cfg(feature = "cuda")]
             Self::Cuda(s) => Memory::Cuda(s, 0),
             #[cfg(test)]
             Self::Host(s) => Memory::Host(s, 0),
+        }
+    }
+
+    /// [`Owned::arg`] of what lies from element `at` on.
+    fn arg_at(&mut self, at: usize) -> Result<Arg> {
+        let bytes = (at * self.read().dtype().size_in_bytes()) as u64;
+        match self.arg()? {
+            Arg::Pointer(first) => Ok(Arg::Pointer(first + bytes)),
+            arg => Ok(arg),
         }
     }
 
@@ -269,4 +314,4 @@ fn unsigned(n: usize) -> Result<Arg> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -14,7 +14,7 @@ fn difference(a: &Tensor, b: &Tensor) -> Result<f32> {
 }
 
 /// Where kernels run.
-fn device() -> Device {
+pub(in crate::nn) fn device() -> Device {
     match std::env::var("VALOR_DEVICE").as_deref() {
         Ok("cuda") => nn::gpu(0).expect("VALOR_DEVICE=cuda"),
         _ => Device::Cpu,
@@ -44,7 +44,7 @@ fn gradients(vars: &[&Var], y: &Tensor, g: &Tensor) -> Result<Vec<Tensor>> {
     Ok(vars.iter().map(|v| store.get(v).unwrap().clone()).collect())
 }
 
-fn skip() -> bool {
+pub(in crate::nn) fn skip() -> bool {
     device().is_cpu() && !host::available()
 }
 
@@ -76,6 +76,45 @@ fn norms() -> Result<()> {
         same(&dx, &want[0]);
         same(&dw.unwrap(), &want[1]);
         same(&db.unwrap(), &want[2]);
+    }
+    Ok(())
+}
+
+#[test]
+fn rows_that_move() -> Result<()> {
+    if skip() {
+        return Ok(());
+    }
+    let (b, sources, dim) = (3, 5, 70);
+    let x = random((b, sources, dim), 1)?;
+    let map = nn::rows::RowMap::new([Some(4), None, Some(0), Some(2), None, None], sources)?;
+    let want = map.apply(&x)?;
+    let from = there(&Tensor::new(&[4u32, u32::MAX, 0, 2, u32::MAX, u32::MAX], &Device::Cpu)?);
+    same(&on([&x], |[x]| move_rows(x, &from, (b, sources, dim)))?.tensor((b, 6, dim)), &want);
+    Ok(())
+}
+
+#[test]
+fn dropout_of_a_seed() -> Result<()> {
+    if skip() {
+        return Ok(());
+    }
+    let x = Tensor::ones(100_000, DType::F32, &Device::Cpu)?;
+    let draw = |seed| on([&x], |[x]| dropout(x, 100_000, 0.25, seed))?.values();
+    let flat = |seed| Ok::<_, candle_core::Error>(draw(seed)?.as_slice::<f32>()?.to_vec());
+    let (a, b) = (flat(1)?, flat(2)?);
+    assert!(a == flat(1)? && a != b);
+    for y in [&a, &b] {
+        assert!(y.iter().all(|y| *y == 0. || (y * 0.75 - 1.).abs() < 1e-6));
+        let kept = y.iter().filter(|y| **y > 0.).count() as f64 / 1e5;
+        assert!((kept - 0.75).abs() < 0.007, "{kept}");
+    }
+    // Neighbours, and the same place under another seed, are drawn apart.
+    let both = |pairs: &mut dyn Iterator<Item = (&f32, &f32)>| {
+        pairs.filter(|(a, b)| **a > 0. && **b > 0.).count() as f64 / 1e5
+    };
+    for share in [both(&mut a.iter().zip(&a[1..])), both(&mut a.iter().zip(&b))] {
+        assert!((share - 0.5625).abs() < 0.007, "{share}");
     }
     Ok(())
 }
@@ -167,7 +206,7 @@ fn what_follows_a_product() -> Result<()> {
     if skip() {
         return Ok(());
     }
-    for (outer, channels, inner) in [(70, 5, 1), (2, 3, 35)] {
+    for (outer, channels, inner) in [(70, 5, 1), (2, 3, 35), (70, 8, 1), (2, 3, 36)] {
         let (dims, len) = ((outer, channels, inner), outer * channels * inner);
         let (x, b, s, plus) =
             (random(dims, 1)?, random(channels, 2)?, random(channels, 3)?, random(dims, 4)?);
@@ -196,7 +235,18 @@ fn softmax_of_scores() -> Result<()> {
     if skip() {
         return Ok(());
     }
-    let dims @ (b, h, n, m) = (2, 3, 4, 70);
+    // Rows that threads keep in fours, or otherwise, or that are too long for it.
+    for m in [70, 72, 2050, 5000, 9001] {
+        softmax_of_rows(m)?;
+    }
+    let blind = Tensor::new(&[[f32::NEG_INFINITY; 5], [0.2; 5]], &Device::Cpu)?;
+    let y = on([&blind], |[x]| softmax(x, Seen::All, (1, 1, 2, 5), 1.))?.tensor((2, 5));
+    assert_eq!(y.to_vec2::<f32>()?, [[0.; 5], [0.2; 5]]);
+    Ok(())
+}
+
+fn softmax_of_rows(m: usize) -> Result<()> {
+    let dims @ (b, h, n, _) = (2, 3, 4, m);
     let x = random(dims, 1)?;
     let scaled = (x.as_tensor() * 0.7)?;
     let g = random(dims, 5)?.as_tensor().detach();
@@ -226,9 +276,6 @@ fn softmax_of_scores() -> Result<()> {
         let seen = Seen::Causal { first, prefix, own: own.as_ref() };
         check(seen, &nn::softmax(&scaled.broadcast_add(&bias)?)?)?;
     }
-    let blind = Tensor::full(f32::NEG_INFINITY, (1, 1, 2, 5), &Device::Cpu)?;
-    let y = on([&blind], |[x]| softmax(x, Seen::All, (1, 1, 2, 5), 1.))?.tensor((2, 5));
-    assert_eq!(y.to_vec2::<f32>()?, [[0.; 5]; 2]);
     Ok(())
 }
 
@@ -291,7 +338,11 @@ fn the_largest_value() -> Result<()> {
     }
     let most = |v: Vec<f32>| -> Result<f32> {
         let n = v.len();
-        largest(&there(&Tensor::from_vec(v, n, &Device::Cpu)?))?.to_vec1::<f32>().map(|v| v[0])
+        let zeros = Tensor::zeros(3, DType::F32, &Device::Cpu)?;
+        let all = on([&Tensor::from_vec(v, n, &Device::Cpu)?, &zeros], |[x, z]| largest(&[(z, 3), (x, n)]))?;
+        let all = all.values()?.as_slice::<f32>()?.to_vec();
+        assert_eq!((all.len(), all[0]), (2, 0.));
+        Ok(all[1])
     };
     let mut values: Vec<f32> = (0..70_000).map(|i| (i as f32 * 0.37).sin()).collect();
     values[33_333] = -7.5;

@@ -107,7 +107,8 @@ impl Training<'_> {
     /// What a resumed run may not change. Limits on memory and what is written when are one's own.
     fn settings(&self, policy: &Policy) -> Result<Value> {
         let mut of_run = json!(self.cfg());
-        for free in ["micro_tokens", "recompute", "save_every", "keep", "missing_limit", "servers"] {
+        for free in ["micro_tokens", "recompute", "offload", "save_every", "keep", "missing_limit", "servers"]
+        {
             of_run.as_object_mut().expect("a table").remove(free);
         }
         // Of the instructions what they say, too: files under one name can change.

@@ -43,6 +43,7 @@ pub fn optimiser(policy: &Policy, cfg: &Reasoner) -> Result<AdamW> {
     let adamw = AdamWConfig {
         weight_decay: cfg.weight_decay,
         max_grad_norm: Some(cfg.max_grad_norm),
+        offload: cfg.offload,
         ..AdamWConfig::default()
     };
     Ok(AdamW::new(policy.trained().named(), adamw, |_, var| Some(Group::usual(var)))?)
