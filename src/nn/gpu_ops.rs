@@ -34,6 +34,16 @@ fn takes_few_rows(x: &Tensor, weights: &[&Tensor]) -> bool {
     on_gpu(&all) && all.iter().all(untracked) && kernels::takes_few_rows(x, weights)
 }
 
+/// `x wᵀ`, or `x w` unless `transposed`, of matrices without gradients; in f32 where they are f32, and as fast as may be.
+pub(super) fn matmul(x: &Tensor, w: &Tensor, transposed: bool) -> Result<Tensor> {
+    if on_gpu(&[x, w])
+        && let Some(y) = kernels::product_of_parts(x, w, transposed)?
+    {
+        return Ok(y);
+    }
+    if transposed { x.matmul(&w.t()?) } else { x.matmul(w) }
+}
+
 /// [`kernels::sample`]; `None` if the logits are not on a GPU.
 pub(super) fn sample(logits: &Tensor, drawn: &[f64], temperature: f64) -> Result<Option<Vec<(u32, f32)>>> {
     if !on_gpu(&[logits]) || logits.elem_count() == 0 {

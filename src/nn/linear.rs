@@ -129,7 +129,7 @@ impl Linear {
         } else {
             // candle's product would make the weight's gradient as well, and keep it.
             let (w, back) = (w.clone(), w.clone());
-            graft(&x, move |x| x.matmul(&w.t()?), move |g| g.contiguous()?.matmul(&back))?
+            graft(&x, move |x| by_weight(x, &w, true), move |g| by_weight(&g.contiguous()?, &back, false))?
         };
         let y = match &self.bias {
             Some(b) => plus_bias(&y, b)?,
@@ -203,6 +203,15 @@ impl Linear {
             Err(_) => candle_core::bail!("linear: as many outputs as layers"),
         }
     }
+}
+
+/// `x wᵀ`, or `x w` unless `transposed`.
+fn by_weight(x: &Tensor, w: &Tensor, transposed: bool) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return gpu_ops::matmul(x, w, transposed);
+    }
+    if transposed { x.matmul(&w.t()?) } else { x.matmul(w) }
 }
 
 /// `y + b` over the last dimension.

@@ -43,7 +43,7 @@ pub(in crate::nn) fn msda(
     let (levels, len) = (Held::new(levels)?, d.readers() * d.dim);
     let mut y = value.beside(value.dtype(), len)?;
     let mut args = vec![value.arg()?, place.arg()?, mass.arg()?, levels.get()?.arg()?, y.arg()?];
-    args.push(Arg::Size(len as u64));
+    args.push(unsigned(len)?);
     args.extend(d.args()?);
     let by = if d.dim.is_multiple_of(4) && value.start().is_multiple_of(4) { 4 } else { 1 };
     args.push(unsigned(by)?);
@@ -51,14 +51,44 @@ pub(in crate::nn) fn msda(
     Ok(y)
 }
 
-/// f32, one for each of `xs`: the largest absolute value of its so many numbers; not a number if one of them is none.
-pub(in crate::nn) fn largest(xs: &[(Memory, usize)]) -> Result<Owned> {
-    let mut most = xs[0].0.beside_zeroed(DType::F32, xs.len(), true)?;
-    for (i, (x, n)) in xs.iter().enumerate() {
-        let args = [x.arg()?, most.arg_at(i)?, Arg::Size(*n as u64)];
-        // Threads do several each, so that few blocks meet at the one result.
-        x.launch("largest", x.dtype(), (n.div_ceil(BLOCK * 16).min(1024), 1), BLOCK, &args)?;
-    }
+/// f32 `[1]`: the largest absolute value of `n` numbers; not a number if one of them is none.
+pub(in crate::nn) fn largest(x: Memory, n: usize) -> Result<Owned> {
+    let mut most = x.beside_zeroed(DType::F32, 1, true)?;
+    largest_to(x, n, &mut most)?;
+    Ok(most)
+}
+
+fn largest_to(x: Memory, n: usize, most: &mut Owned) -> Result<()> {
+    let args = [x.arg()?, most.arg()?, Arg::Size(n as u64)];
+    // Threads do several each, so that few blocks meet at the one result.
+    x.launch("largest", x.dtype(), (n.div_ceil(BLOCK * 16).min(1024), 1), BLOCK, &args)
+}
+
+/// f32 `[2]`: the largest mass, and the largest sum of masses that read one token.
+fn most_read(place: Memory, mass: Memory, levels: Memory, d: Deformable) -> Result<Owned> {
+    let samples = d.readers() * d.levels * d.points;
+    let weights = d.batch * d.tokens * d.heads;
+    let mut most = mass.beside_zeroed(DType::F32, 2, true)?;
+    largest_to(mass, samples, &mut most)?;
+    let mut sums = mass.beside_zeroed(DType::I64, weights, true)?;
+    let args = [
+        place.arg()?,
+        mass.arg()?,
+        levels.arg()?,
+        most.arg()?,
+        sums.arg()?,
+        unsigned(samples)?,
+        unsigned(d.tokens)?,
+        unsigned(d.queries)?,
+        unsigned(d.heads)?,
+        unsigned(d.levels)?,
+        unsigned(d.points)?,
+    ];
+    mass.launch("msda_weights", mass.dtype(), (samples.div_ceil(BLOCK), 1), BLOCK, &args)?;
+    // As the kernel before counts them.
+    let terms = d.queries as f32 * d.levels as f32 * d.points as f32;
+    let args = [sums.read().arg()?, most.arg()?, Arg::Size(weights as u64), Arg::Float(terms)];
+    mass.launch("largest_weight", mass.dtype(), (weights.div_ceil(BLOCK * 16).min(256), 1), BLOCK, &args)?;
     Ok(most)
 }
 
@@ -85,17 +115,21 @@ pub(in crate::nn) fn msda_back(
     let v = read[0];
     let mut args = read.iter().map(|m| m.arg()).collect::<Result<Vec<_>>>()?;
     let (mut dplace, mut dmass) = (v.beside(dtype, place.elem_count())?, v.beside(dtype, mass.elem_count())?);
-    let mut sum = v.beside_zeroed(if exact { DType::I64 } else { DType::F32 }, n, true)?;
-    let most = match exact {
-        true => Some(largest(&[(read[4], g.elem_count()), (read[2], mass.elem_count())])?),
+    let readers = unsigned(d.readers())?;
+    let mut sum = match exact {
+        true => v.beside_zeroed(DType::I64, n / d.dim.max(1) * d.dim.div_ceil(2), true)?,
+        false => v.beside_zeroed(DType::F32, n, true)?,
+    };
+    let bounds = match exact {
+        true => Some((largest(read[4], g.elem_count())?, most_read(read[1], read[2], read[3], d)?)),
         false => None,
     };
-    if let Some(most) = &most {
-        args.push(most.read().arg()?);
+    if let Some((most, weight)) = &bounds {
+        args.extend([most.read().arg()?, weight.read().arg()?]);
     }
     let fours = d.dim.is_multiple_of(4)
         && [read[0], read[4]].iter().all(|m| m.arg().is_ok_and(|a| a.is_even(4 * dtype.size_in_bytes())));
-    args.extend([sum.arg()?, dplace.arg()?, dmass.arg()?, Arg::Size(d.readers() as u64)]);
+    args.extend([sum.arg()?, dplace.arg()?, dmass.arg()?, readers]);
     args.extend(d.args()?);
     if !exact {
         args.push(Arg::Unsigned(fours.into()));
@@ -103,13 +137,18 @@ pub(in crate::nn) fn msda_back(
     let kernel = if exact { "msda_back" } else { "msda_back_loose" };
     v.launch(kernel, dtype, (d.readers().div_ceil(READERS), 1), BLOCK, &args)?;
     let (dplace, dmass) = (dplace.tensor(place.shape()), dmass.tensor(mass.shape()));
-    let Some(most) = most else {
+    let Some((most, weight)) = bounds else {
         return Ok((sum.tensor(value.shape()).to_dtype(dtype)?, dplace, dmass));
     };
     let mut dvalue = v.beside(dtype, n)?;
-    // As the kernel counts them.
-    let terms = d.queries as f32 * d.levels as f32 * d.points as f32;
-    let args = [sum.read().arg()?, most.read().arg()?, dvalue.arg()?, Arg::Size(n as u64), Arg::Float(terms)];
-    v.launch("from_whole", dtype, (n.div_ceil(BLOCK), 1), BLOCK, &args)?;
+    let args = [
+        sum.read().arg()?,
+        most.read().arg()?,
+        weight.read().arg()?,
+        dvalue.arg()?,
+        unsigned(n)?,
+        unsigned(d.dim)?,
+    ];
+    v.launch("from_pairs", dtype, (n.div_ceil(BLOCK), 1), BLOCK, &args)?;
     Ok((dvalue.tensor(value.shape()), dplace, dmass))
 }

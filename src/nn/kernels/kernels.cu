@@ -105,6 +105,7 @@ DEVICE void put4(__half *p, const float *v) {
 }
 
 DEVICE unsigned bits(float v) { return __float_as_uint(v); }
+DEVICE float from_bits(unsigned b) { return __uint_as_float(b); }
 DEVICE void take_most(unsigned *p, unsigned v) { atomicMax(p, v); }
 
 // f(t, v) gives N numbers of thread t; g(k, v) takes their sums over the k-th LANES threads.
@@ -195,6 +196,11 @@ DEVICE unsigned bits(float v) {
   unsigned b;
   memcpy(&b, &v, sizeof b);
   return b;
+}
+DEVICE float from_bits(unsigned b) {
+  float v;
+  memcpy(&v, &b, sizeof v);
+  return v;
 }
 DEVICE void take_most(unsigned *p, unsigned v) { *p = *p < v ? v : *p; }
 
@@ -369,7 +375,7 @@ EACH(norm_weight_back)
       float sign
 #define rope_ARGS x, cosine, sine, y, width, half, period, sign
 template <class T> DEVICE void rope_body(rope_PARAMS(T)) {
-  size_t token = blockIdx.x, angle = (token % period) * half;
+  size_t token = blockIdx.x, angle = static_cast<size_t>(blockIdx.x % period) * half;
   THREADS(t) {
     for (unsigned i = t; i < width / 2; i += blockDim.x) {
       unsigned head = i / half, k = i % half;
@@ -391,7 +397,8 @@ EACH(rope)
 #define norm_rope_ARGS x, w, cosine, sine, y, heads, stride, half, period, eps
 template <class T> DEVICE void norm_rope_body(norm_rope_PARAMS(T)) {
   SHARED float scratch[MOST_WARPS];
-  size_t token = blockIdx.x / heads, head = blockIdx.x % heads, angle = (token % period) * half;
+  unsigned at = blockIdx.x / heads;
+  size_t token = at, head = blockIdx.x % heads, angle = static_cast<size_t>(at % period) * half;
   const T *from = x + token * stride + head * 2 * half;
   T *to = y + static_cast<size_t>(blockIdx.x) * 2 * half;
   float inv = inverse_rms(from, 2 * half, eps, scratch);
@@ -434,6 +441,36 @@ template <class T> DEVICE void swiglu_back_body(swiglu_back_PARAMS(T)) {
   }
 }
 EACH(swiglu_back)
+
+// ---- Products of f32 on units that round factors to TF32 (11 bits): a b is hi hi + lo hi + hi lo, where hi is a factor
+// rounded and lo what that leaves, rounded; what is left out is 2^-22 of it. So one product of sums three times as long is f32's
+// (Ootomo & Yokota 2022). Rows of `width` numbers, `row` apart, become hi, lo, hi (or hi, hi, lo for the other factor), each
+// `dim` of them thrice in a row, or the whole thrice, `apart`.
+
+DEVICE float tf32(float v) { return from_bits((bits(v) + 0x1000u) & 0xffffe000u); }
+
+#define split_PARAMS(T)                                                                                      \
+  const T *x, T *y, unsigned n, unsigned width, unsigned dim, size_t row, size_t apart, unsigned other
+#define split_ARGS x, y, n, width, dim, row, apart, other
+template <class T> DEVICE void split_body(split_PARAMS(T)) {
+  THREADS(t) {
+    unsigned i = blockIdx.x * blockDim.x + t;
+    if (i < n) {
+      unsigned r = i / width, c = i % width;
+      float v = get(x + r * row + c), hi = tf32(v);
+      // Beyond the largest number, or none: whole, as it is.
+      bool whole = !(fabsf(hi) < 3e38f);
+      float lo = whole ? 0.f : tf32(v - hi);
+      if (whole) hi = v;
+      size_t at = apart ? i : (static_cast<size_t>(r) * (width / dim) + c / dim) * 3 * dim + c % dim;
+      size_t step = apart ? apart : dim;
+      put(y + at, hi);
+      put(y + at + step, other ? hi : lo);
+      put(y + at + 2 * step, other ? lo : hi);
+    }
+  }
+}
+DEFINE(split, f32, float)
 
 // ---- Products with few rows: y = x W^T, memory-bound by the weights, which are read once. A warp sums two output
 // numbers of every row, so that what it reads of x serves both; k is a multiple of 8, so that sixteen bytes are read
@@ -671,11 +708,13 @@ template <class T, int K> DEVICE void softmax_kept(const Scores<T> &row, T *y, u
 
 template <class T> DEVICE void softmax_body(softmax_PARAMS(T)) {
   SHARED float scratch[MOST_WARPS];
-  size_t at = blockIdx.x, query = at % queries, head = at / queries % heads, batch = at / queries / heads;
+  // Division of 64 bits is slow.
+  unsigned query = blockIdx.x % queries, head = blockIdx.x / queries % heads, batch = blockIdx.x / queries / heads;
+  size_t at = blockIdx.x;
   Scores<T> row;
   row.from = x + at * m;
   row.plus = bias ? bias + batch * of_batch + head * of_head + query * of_query : nullptr;
-  row.last = first < 0 ? m - 1 : static_cast<unsigned>(first) + static_cast<unsigned>(query);
+  row.last = first < 0 ? m - 1 : static_cast<unsigned>(first) + query;
   row.begin = first >= 0 && own ? own[batch] : 0;
   row.prefix = prefix;
   row.scale = scale;
@@ -868,16 +907,15 @@ DEVICE void read_points(const T *v, const T *place, const T *mass, const unsigne
 
 // A thread per `by` output numbers, 4 or 1; 4 only where dim is a multiple of it.
 #define msda_PARAMS(T)                                                                                       \
-  const T *value, const T *place, const T *mass, const unsigned *shapes, T *y, size_t n, unsigned tokens,    \
+  const T *value, const T *place, const T *mass, const unsigned *shapes, T *y, unsigned n, unsigned tokens,  \
       unsigned queries, unsigned heads, unsigned dim, unsigned levels, unsigned points, unsigned by
 #define msda_ARGS value, place, mass, shapes, y, n, tokens, queries, heads, dim, levels, points, by
 template <class T> DEVICE void msda_body(msda_PARAMS(T)) {
   THREADS(t) {
-    size_t i = (static_cast<size_t>(blockIdx.x) * blockDim.x + t) * by;
+    unsigned i = (blockIdx.x * blockDim.x + t) * by;
     if (i < n) {
-      unsigned c = i % dim;
-      size_t reader = i / dim; // (batch, query, head)
-      size_t batch = reader / heads / queries, sample = reader * levels * points;
+      unsigned c = i % dim, reader = i / dim; // (batch, query, head)
+      size_t batch = reader / heads / queries, sample = static_cast<size_t>(reader) * levels * points;
       const T *v = value + (batch * tokens * heads + reader % heads) * dim + c;
       if (by == 4)
         read_points<T, 4>(v, place, mass, shapes, sample, heads * dim, levels, points, y + i);
@@ -911,65 +949,128 @@ template <class T> DEVICE void largest_body(largest_PARAMS(T)) {
 }
 EACH(largest)
 
-// Of a whole number to add up: a power of two so large that no sum of `terms` terms of at most
-// `most` overflows 63 bits.
-DEVICE float whole_scale(float most, float terms) {
-  if (!(most > 0.f) || !(most < 3e38f)) return 1.f;
-  int e = 60 - static_cast<int>(ceilf(log2f(most))) - static_cast<int>(ceilf(log2f(terms)));
+// Sums over readers are made of whole numbers where they have to be exact, so that the order does not matter. Of
+// those that one token receives, two channels share 64 bits: the lower half is the even one's, and what it borrows
+// is given back when they are parted. `scale` whole numbers make one.
+DEVICE void add_pair(long long *p, float even, float odd) {
+  add_whole(p, llrintf(odd) * (1ll << 32) + llrintf(even));
+}
+DEVICE long long of_pair(long long pair, unsigned odd) {
+  long long even = static_cast<int>(static_cast<unsigned>(pair));
+  return odd ? (pair - even) >> 32 : even;
+}
+
+// A power of two so large that no sum of numbers overflows `bits` bits, whose sizes add up to no more than a * b.
+DEVICE float whole_scale(int bits, float a, float b) {
+  if (!(a > 0.f) || !(b > 0.f) || !(a < 3e38f) || !(b < 3e38f)) return 1.f;
+  int e = bits - static_cast<int>(ceilf(log2f(a))) - static_cast<int>(ceilf(log2f(b)));
   return exp2f(static_cast<float>(e < -120 ? -120 : e > 120 ? 120 : e));
 }
 
-// How the value's gradient is added up: in whole numbers, `scale` to one, so that the order does not matter, or as it
-// comes, which is half of the memory traffic.
-DEVICE void add_to(long long *p, float v) { add_whole(p, llrintf(v)); }
-DEVICE void add_to(float *p, float v) { add_float(p, v); }
+// Of each token and head the masses of all that reads it, in whole numbers; `most` is the largest mass, of `terms`. A
+// thread per reader, level and point.
+#define msda_weights_PARAMS(T)                                                                               \
+  const T *place, const T *mass, const unsigned *shapes, const float *most, long long *weights, unsigned n,  \
+      unsigned tokens, unsigned queries, unsigned heads, unsigned levels, unsigned points
+#define msda_weights_ARGS place, mass, shapes, most, weights, n, tokens, queries, heads, levels, points
+template <class T> DEVICE void msda_weights_body(msda_weights_PARAMS(T)) {
+  float scale = whole_scale(60, most[0], static_cast<float>(queries) * levels * points);
+  THREADS(t) {
+    unsigned i = blockIdx.x * blockDim.x + t;
+    if (i < n) {
+      unsigned l = i / points % levels, reader = i / points / levels, head = reader % heads;
+      Corners k;
+      corners_of(get(place + 2 * static_cast<size_t>(i)), get(place + 2 * static_cast<size_t>(i) + 1), shapes[3 * l],
+                 shapes[3 * l + 1], shapes[3 * l + 2], &k);
+      long long *to = weights + static_cast<size_t>(reader / heads / queries) * tokens * heads + head;
+      float m = fabsf(get(mass + i)) * scale;
+      for (int q = 0; q < 4; ++q)
+        if (k.at[q] >= 0) add_whole(to + static_cast<size_t>(k.at[q]) * heads, llrintf(m * k.share[q]));
+    }
+  }
+}
+EACH(msda_weights)
 
-// Eight threads a reader, each with four channels of every 32: neighbours where FOURS (which wants a multiple of four of
-// them, and memory at multiples of four numbers), else every eighth, so that what threads add together lies together.
+// The largest of them as an f32, in most[1].
+#define largest_weight_PARAMS(T) const long long *weights, float *most, size_t n, float terms
+#define largest_weight_ARGS weights, most, n, terms
+template <class T> DEVICE void largest_weight_body(largest_weight_PARAMS(T)) {
+  SHARED float scratch[MOST_WARPS];
+  float top = block_max(scratch, [&](unsigned t) {
+    float m = 0.f;
+    for (size_t i = static_cast<size_t>(blockIdx.x) * blockDim.x + t; i < n; i += static_cast<size_t>(gridDim.x) * blockDim.x)
+      m = fmaxf(m, static_cast<float>(weights[i]));
+    return m;
+  });
+  float scale = whole_scale(60, most[0], terms);
+  THREADS(t) {
+    // A mass that is no number stays what the bound is.
+    if (t == 0) take_most(reinterpret_cast<unsigned *>(most) + 1, bits(most[0] < 3e38f ? top / scale : most[0]));
+  }
+}
+EACH(largest_weight)
+
+// Eight threads a reader. In fours: each has four channels of every 32 that follow each other, and adds them at once
+// (which wants memory at multiples of four numbers). Exact: it has every eighth pair. Otherwise every eighth channel. What
+// the eight add together lies together.
 const unsigned READER_LANES = 8;
+enum Adding { FOURS, PAIRS, SINGLES };
 
-template <class T, class Sum, bool FOURS>
+template <class T, class Sum, Adding BY>
 DEVICE void msda_back_by(const T *value, const T *place, const T *mass, const unsigned *shapes, const T *g, float scale,
-                         Sum *dvalue, T *dplace, T *dmass, size_t readers, unsigned tokens, unsigned queries,
+                         Sum *dvalue, T *dplace, T *dmass, unsigned readers, unsigned tokens, unsigned queries,
                          unsigned heads, unsigned dim, unsigned levels, unsigned points) {
-  size_t begin = static_cast<size_t>(blockIdx.x) * (blockDim.x / READER_LANES);
+  unsigned begin = blockIdx.x * (blockDim.x / READER_LANES), half = (dim + 1) / 2;
   for (unsigned l = 0; l < levels; ++l) {
     int h = shapes[3 * l], w = shapes[3 * l + 1], first = shapes[3 * l + 2];
     for (unsigned p = 0; p < points; ++p)
       // Sums over channels of g times the corner's value, weighed as mass and place need it.
       lane_sums<3, READER_LANES>(
           [&](unsigned t, float *sums) {
-            size_t reader = begin + t / READER_LANES, sample = (reader * levels + l) * points + p;
+            unsigned reader = begin + t / READER_LANES, lane = t % READER_LANES;
             for (int i = 0; i < 3; ++i) sums[i] = 0.f;
             if (reader >= readers) return;
+            size_t sample = (static_cast<size_t>(reader) * levels + l) * points + p;
             Corners k;
             corners_of(get(place + 2 * sample), get(place + 2 * sample + 1), h, w, first, &k);
-            size_t from = (reader / heads / queries * tokens * heads + reader % heads) * dim;
+            size_t row = static_cast<size_t>(reader / heads / queries) * tokens * heads + reader % heads;
+            const T *own = g + static_cast<size_t>(reader) * dim;
             float m = get(mass + sample) * scale;
-            const unsigned apart = FOURS ? 1 : READER_LANES;
-            for (unsigned c = FOURS ? t % READER_LANES * 4 : t % READER_LANES; c < dim; c += 4 * READER_LANES) {
+            for (unsigned from = 0; from < dim; from += 4 * READER_LANES) {
+              unsigned channel[4];
+              for (unsigned i = 0; i < 4; ++i)
+                channel[i] = from + (BY == FOURS ? 4 * lane + i
+                        : BY == PAIRS ? i / 2 * 2 * READER_LANES + 2 * lane + i % 2
+                                      : i * READER_LANES + lane);
+              if (channel[0] >= dim) continue;
               float grad[4], read[4];
               auto four = [&](const T *x, float *v) {
-                if (FOURS)
-                  get4(x, v);
+                if (BY == FOURS)
+                  get4(x + channel[0], v);
                 else
-                  for (unsigned i = 0; i < 4; ++i) v[i] = c + i * apart < dim ? get(x + i * apart) : 0.f;
+                  for (unsigned i = 0; i < 4; ++i) v[i] = channel[i] < dim ? get(x + channel[i]) : 0.f;
               };
-              four(g + reader * dim + c, grad);
+              four(own, grad);
               for (int q = 0; q < 4; ++q) {
                 if (k.at[q] < 0) continue;
-                size_t at = from + static_cast<size_t>(k.at[q]) * heads * dim + c;
-                four(value + at, read);
+                size_t at = row + static_cast<size_t>(k.at[q]) * heads;
+                four(value + at * dim, read);
                 float dot = 0.f, add[4];
                 for (int i = 0; i < 4; ++i) {
                   dot += grad[i] * read[i];
                   add[i] = grad[i] * m * k.share[q];
                 }
-                if constexpr (FOURS)
-                  add_floats(dvalue + at, add);
+                if constexpr (BY == FOURS)
+                  add_floats(dvalue + at * dim + channel[0], add);
                 else
-                  for (unsigned i = 0; i < 4; ++i)
-                    if (c + i * apart < dim) add_to(dvalue + at + i * apart, add[i]);
+                  for (unsigned i = 0; i < 4; ++i) {
+                    if (channel[i] >= dim) continue;
+                    if constexpr (BY == PAIRS) {
+                      if (i % 2 == 0) add_pair(dvalue + at * half + channel[i] / 2, add[i], add[i + 1]);
+                    } else {
+                      add_float(dvalue + at * dim + channel[i], add[i]);
+                    }
+                  }
                 sums[0] += k.share[q] * dot;
                 sums[1] += k.right[q] * dot;
                 sums[2] += k.down[q] * dot;
@@ -977,8 +1078,9 @@ DEVICE void msda_back_by(const T *value, const T *place, const T *mass, const un
             }
           },
           [&](unsigned member, const float *sums) {
-            size_t reader = begin + member, sample = (reader * levels + l) * points + p;
+            unsigned reader = begin + member;
             if (reader >= readers) return;
+            size_t sample = (static_cast<size_t>(reader) * levels + l) * points + p;
             float m = get(mass + sample);
             put(dmass + sample, sums[0]);
             put(dplace + 2 * sample, m * sums[1]);
@@ -987,50 +1089,57 @@ DEVICE void msda_back_by(const T *value, const T *place, const T *mass, const un
   }
 }
 
-// `most[0]` is the largest gradient, `most[1]` the largest mass.
+// Bits of a sum of whole numbers, which may round up at each term.
+const int PAIR_BITS = 29;
+
+// `most` is the largest gradient, `weight[1]` the largest sum of masses at a token.
 #define msda_back_PARAMS(T)                                                                                  \
   const T *value, const T *place, const T *mass, const unsigned *shapes, const T *g, const float *most,      \
-      long long *dvalue, T *dplace, T *dmass, size_t readers, unsigned tokens, unsigned queries,             \
-      unsigned heads, unsigned dim, unsigned levels, unsigned points
+      const float *weight, long long *dvalue, T *dplace, T *dmass, unsigned readers, unsigned tokens,        \
+      unsigned queries, unsigned heads, unsigned dim, unsigned levels, unsigned points
 #define msda_back_ARGS                                                                                       \
-  value, place, mass, shapes, g, most, dvalue, dplace, dmass, readers, tokens, queries, heads, dim, levels,  \
-      points
+  value, place, mass, shapes, g, most, weight, dvalue, dplace, dmass, readers, tokens, queries, heads, dim,  \
+      levels, points
 template <class T> DEVICE void msda_back_body(msda_back_PARAMS(T)) {
-  float scale = whole_scale(most[0] * most[1], static_cast<float>(queries) * levels * points);
-  msda_back_by<T, long long, false>(value, place, mass, shapes, g, scale, dvalue, dplace, dmass, readers, tokens, queries,
+  float scale = whole_scale(PAIR_BITS, most[0], weight[1]);
+  msda_back_by<T, long long, PAIRS>(value, place, mass, shapes, g, scale, dvalue, dplace, dmass, readers, tokens, queries,
                                     heads, dim, levels, points);
 }
 EACH(msda_back)
 
 #define msda_back_loose_PARAMS(T)                                                                            \
   const T *value, const T *place, const T *mass, const unsigned *shapes, const T *g, float *dvalue,          \
-      T *dplace, T *dmass, size_t readers, unsigned tokens, unsigned queries, unsigned heads, unsigned dim,  \
+      T *dplace, T *dmass, unsigned readers, unsigned tokens, unsigned queries, unsigned heads, unsigned dim, \
       unsigned levels, unsigned points, unsigned fours
 #define msda_back_loose_ARGS                                                                                 \
   value, place, mass, shapes, g, dvalue, dplace, dmass, readers, tokens, queries, heads, dim, levels, points, fours
 template <class T> DEVICE void msda_back_loose_body(msda_back_loose_PARAMS(T)) {
   if (fours)
-    msda_back_by<T, float, true>(value, place, mass, shapes, g, 1.f, dvalue, dplace, dmass, readers, tokens, queries,
-                                 heads, dim, levels, points);
-  else
-    msda_back_by<T, float, false>(value, place, mass, shapes, g, 1.f, dvalue, dplace, dmass, readers, tokens, queries,
+    msda_back_by<T, float, FOURS>(value, place, mass, shapes, g, 1.f, dvalue, dplace, dmass, readers, tokens, queries,
                                   heads, dim, levels, points);
+  else
+    msda_back_by<T, float, SINGLES>(value, place, mass, shapes, g, 1.f, dvalue, dplace, dmass, readers, tokens, queries,
+                                    heads, dim, levels, points);
 }
 EACH(msda_back_loose)
 
-// The whole numbers of msda_back as what they stand for.
-#define from_whole_PARAMS(T) const long long *x, const float *most, T *y, size_t n, float terms
-#define from_whole_ARGS x, most, y, n, terms
-template <class T> DEVICE void from_whole_body(from_whole_PARAMS(T)) {
-  float scale = whole_scale(most[0] * most[1], terms);
+// The pairs of msda_back as what they stand for, rows of dim numbers.
+#define from_pairs_PARAMS(T) const long long *x, const float *most, const float *weight, T *y, unsigned n, unsigned dim
+#define from_pairs_ARGS x, most, weight, y, n, dim
+template <class T> DEVICE void from_pairs_body(from_pairs_PARAMS(T)) {
+  float scale = whole_scale(PAIR_BITS, most[0], weight[1]);
+  // What was no number has left none behind.
+  bool finite = most[0] < 3e38f && weight[1] < 3e38f;
   THREADS(t) {
-    size_t i = static_cast<size_t>(blockIdx.x) * blockDim.x + t;
-    // What was no number has left none behind.
-    float whole = most[0] * most[1] < 3e38f ? static_cast<float>(static_cast<double>(x[i]) / scale) : NAN;
-    if (i < n) put(y + i, whole);
+    unsigned i = blockIdx.x * blockDim.x + t;
+    if (i < n) {
+      unsigned row = i / dim, c = i % dim;
+      long long whole = of_pair(x[static_cast<size_t>(row) * ((dim + 1) / 2) + c / 2], c % 2);
+      put(y + i, finite ? static_cast<float>(whole) / scale : NAN);
+    }
   }
 }
-EACH(from_whole)
+EACH(from_pairs)
 
 // ---- Attention of one new token per row over keys and values in a preallocated cache (split over keys
 // as in Flash-Decoding, Dao et al. 2023). Grid (batch x kv_heads, splits); a block reads its share of

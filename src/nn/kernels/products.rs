@@ -116,3 +116,76 @@ fn finish_with(
 pub(in crate::nn) fn add_bias(x: Memory, b: Memory, len: usize, channels: usize) -> Result<Owned> {
     finish_with(x, len, [b.arg()?, Arg::Pointer(0), Arg::Pointer(0)], 0, (channels, 1))
 }
+
+/// How a factor of a product of sums of k, of f32, becomes one of sums of 3 k whose numbers are TF32's (see the kernel).
+#[derive(Clone, Copy)]
+pub(in crate::nn) enum Thrice {
+    /// Each `dim` numbers of a row three times in a row: the factor's sums go along its rows.
+    Along { dim: usize },
+    /// The whole three times: they go over its rows.
+    Over,
+}
+
+/// `rows` of `width` numbers, which lie `apart`; `other` is for the product's second factor.
+pub(in crate::nn) fn split(
+    x: Memory,
+    (rows, width): (usize, usize),
+    apart: usize,
+    how: Thrice,
+    other: bool,
+) -> Result<Owned> {
+    let n = rows * width;
+    let mut y = x.beside(DType::F32, 3 * n)?;
+    let (dim, copies) = match how {
+        Thrice::Along { dim } => (dim, 0),
+        Thrice::Over => (width, n),
+    };
+    let args = [
+        x.arg()?,
+        y.arg()?,
+        unsigned(n)?,
+        unsigned(width)?,
+        unsigned(dim)?,
+        Arg::Size(apart as u64),
+        Arg::Size(copies as u64),
+        Arg::Unsigned(other.into()),
+    ];
+    x.launch("split", DType::F32, (n.div_ceil(BLOCK), 1), BLOCK, &args)?;
+    Ok(y)
+}
+
+/// Whether a product `[m, k] · [k, n]` of f32 takes less time in three parts than as it is.
+#[cfg(feature = "cuda")]
+pub(super) fn is_worth_splitting(m: usize, n: usize, k: usize) -> bool {
+    // Where what the parts cost is less than what they save, by both rates of an H100; and nowhere near where all is small.
+    k >= 32 && m * n >= 300 * (m + n)
+}
+
+/// `x wᵀ` of `[m, k]` and `[n, k]`, or `x w` of `[m, k]` and `[k, n]`, of f32: the precision is f32's though the products are
+/// of TF32. `None` where it would gain nothing.
+#[cfg(feature = "cuda")]
+pub(in crate::nn) fn product_of_parts(x: &Tensor, w: &Tensor, transposed: bool) -> Result<Option<Tensor>> {
+    use super::gemm::{Into, Rows, Sizes, product};
+    let ((m, k), (rows, width)) = (x.dims2()?, w.dims2()?);
+    let n = if transposed { rows } else { width };
+    let takes = x.dtype() == DType::F32 && x.is_contiguous() && w.is_contiguous();
+    if !takes || !is_worth_splitting(m, n, k) {
+        return Ok(None);
+    }
+    let (hx, hw) = (Held::new(x)?, Held::new(w)?);
+    let a = split(hx.get()?, (m, k), k, Thrice::Along { dim: k }, false)?;
+    let how = if transposed { Thrice::Along { dim: k } } else { Thrice::Over };
+    let b = split(hw.get()?, (rows, width), width, how, true)?;
+    let mut y = hx.get()?.beside(DType::F32, m * n)?;
+    let row = if transposed { 3 * k } else { n };
+    product(
+        Into { memory: &mut y, from: 0, row: n, matrix: 0 },
+        1.,
+        Rows { memory: a.read(), from: 0, row: 3 * k, matrix: 0 },
+        Rows { memory: b.read(), from: 0, row, matrix: 0 },
+        transposed,
+        Sizes { batch: 1, m, n, k: 3 * k },
+        true,
+    )?;
+    Ok(Some(y.tensor((m, n))))
+}
