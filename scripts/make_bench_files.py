@@ -167,6 +167,38 @@ def main():
         compression="zstd",
     )
 
+    # Training splits. Of Omni3D-Bench the last 400 rows; row 450 has the picture of the first ones.
+    tiny = []
+    for shade in range(6):
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 8), (40 * shade, 120, 60)).save(buffer, "PNG")
+        tiny.append(buffer.getvalue())
+    write(
+        out / "training/omni3d-bench/data/train-00000-of-00001.parquet",
+        omni,
+        [
+            (picture(tiny[0 if i < 101 or i == 450 else 1 + i % 5]), f"What is in row {i}?", str(i), "int")
+            for i in range(501)
+        ],
+        compression="zstd",
+    )
+    write(
+        out / "training/gqa/train_balanced_instructions/train-00000-of-00001.parquet",
+        [("id", pa.string()), ("imageId", pa.string()), ("question", pa.string()), ("answer", pa.string())],
+        [(str(i), f"n{i % 3}", f"What is beside the bed, {i}?", "lamp") for i in range(7)],
+    )
+    for i in range(2):
+        write(
+            out / f"training/gqa/train_balanced_images/train-0000{i}-of-00002.parquet",
+            [("id", pa.string()), ("image", PICTURE)],
+            [(f"n{i}", picture(tiny[i]))],
+        )
+    write(
+        out / "training/tallyqa/data/train-00000-of-00001.parquet",
+        [("image", PICTURE), ("question", pa.string()), ("answer", pa.int64())],
+        [(picture(tiny[i] if i < 4 else b"none"), f"How many lamps are in {i}?", i) for i in range(5)],
+    )
+
 
 if __name__ == "__main__":
     main()

@@ -1,23 +1,37 @@
-//! `valor make-queries`: questions about unlabelled pictures, to train on.
+//! `valor make-queries`: questions about pictures, to train on.
 
 use super::ModelArgs;
+use crate::data::Links;
+use crate::data::training::{TrainingSet, draw};
+use crate::files::write_atomic;
 use crate::llm::ChatModels;
 use crate::train::reasoner::make::{make, pictures};
-use anyhow::{Result, ensure};
-use indicatif::{ProgressBar, ProgressStyle};
-use std::path::PathBuf;
+use crate::weights::hub::Hub;
+use anyhow::{Context, Result, ensure};
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-/// Have a VLM write spatial questions about unlabelled pictures
+/// Gather questions about pictures to train on: written by a VLM, or of published training splits
 #[derive(Debug, clap::Args)]
 pub struct MakeQueriesArgs {
-    /// Folder of pictures
-    #[arg(long, value_name = "DIR")]
-    images: PathBuf,
+    /// Folder of unlabelled pictures, about which the VLM writes spatial questions
+    #[arg(long, value_name = "DIR", required_unless_present = "from", conflicts_with = "from")]
+    images: Option<PathBuf>,
+    /// Training splits to draw questions from, as many of each; their pictures are written to images/ beside --out
+    #[arg(long, value_name = "SETS", value_delimiter = ',')]
+    from: Vec<TrainingSet>,
+    /// Folder that holds the training splits' files, each set's in one of its name, in place of the hub's cache
+    #[arg(long, value_name = "DIR", requires = "from")]
+    data: Option<PathBuf>,
+    /// Fetch training splits that are not in the hub's cache
+    #[arg(long, requires = "from", conflicts_with = "data")]
+    pull: bool,
     /// Questions in all
     #[arg(long, default_value_t = 800)]
     n: usize,
-    /// JSON lines {"image", "question"}; a file that is there is gone on with
+    /// JSON lines {"image", "question"}; of --images a file that is there is gone on with
     #[arg(long, value_name = "FILE", default_value = "queries.jsonl")]
     out: PathBuf,
     #[arg(long, default_value_t = 1)]
@@ -31,8 +45,16 @@ pub struct MakeQueriesArgs {
 
 pub fn run(args: &MakeQueriesArgs) -> Result<ExitCode> {
     ensure!(args.n > 0, "--n must be at least 1");
+    match &args.images {
+        Some(images) => written(args, images),
+        None => drawn(args),
+    }
+}
+
+/// By a VLM.
+fn written(args: &MakeQueriesArgs, images: &Path) -> Result<ExitCode> {
     let (config, device) = (args.models.config()?, args.models.device()?);
-    let pictures = pictures(&args.images)?;
+    let pictures = pictures(images)?;
     ensure!(
         config.vlm.model != crate::config::EMBEDDED,
         "vlm.model: the embedded VLM answers about crops and writes no questions; name another, such as with \
@@ -63,4 +85,64 @@ pub fn run(args: &MakeQueriesArgs) -> Result<ExitCode> {
     );
     println!("{}", args.out.display());
     Ok(if made.questions >= args.n { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Of training splits.
+fn drawn(args: &MakeQueriesArgs) -> Result<ExitCode> {
+    /// Reasons that are printed; the rest are counted.
+    const REASONS: usize = 5;
+    ensure!(!args.out.exists(), "--out {}: is there; name a new file", args.out.display());
+    let hub = Hub::from_env()?;
+    let links = Links::new(match &args.data {
+        Some(data) => data.join("fetched"),
+        None => hub.cache_folder().join("valor-pictures"),
+    });
+    let out = args.out.parent().unwrap_or(Path::new(""));
+    let mut queries = Vec::new();
+    for (i, set) in args.from.iter().enumerate() {
+        let folder = match &args.data {
+            Some(data) => set.local(data)?,
+            None if args.pull => {
+                let bar = ProgressBar::new(0);
+                bar.set_style(ProgressStyle::with_template(
+                    "{msg} {bar:30} {bytes}/{total_bytes} eta {eta}",
+                )?);
+                let say = |missing| eprintln!("valor: {}: {} to fetch", set.repo(), HumanBytes(missing));
+                let folder = set.pull(&hub, say, |file, done, all| {
+                    bar.set_message(file.to_owned());
+                    bar.set_length(all);
+                    bar.set_position(done);
+                })?;
+                bar.finish_and_clear();
+                folder
+            }
+            None => set.cached(&hub)?,
+        };
+        let share = args.n / args.from.len() + usize::from(i < args.n % args.from.len());
+        let bar = ProgressBar::new(0);
+        bar.set_style(ProgressStyle::with_template("{msg} {bar:30} {pos}/{len} rows eta {eta}")?);
+        bar.set_message(set.name());
+        let drawn = draw(*set, &folder, (share, args.seed), &links, out, |row, of| {
+            bar.set_length(of as u64);
+            bar.set_position(row as u64);
+        })?;
+        bar.finish_and_clear();
+        eprintln!("valor: {}: {} questions of {}", set.name(), drawn.queries.len(), folder.display());
+        for why in drawn.passed_over.iter().take(REASONS) {
+            eprintln!("valor: passed over: {why}");
+        }
+        if drawn.passed_over.len() > REASONS {
+            eprintln!("valor: passed over: {} more", drawn.passed_over.len() - REASONS);
+        }
+        queries.extend(drawn.queries);
+    }
+    ensure!(!queries.is_empty(), "no question could be used");
+    write_atomic(&args.out, |w| {
+        queries
+            .iter()
+            .try_for_each(|q| writeln!(w, "{}", serde_json::to_string(q).map_err(std::io::Error::other)?))
+    })
+    .with_context(|| format!("--out {}", args.out.display()))?;
+    println!("{}", args.out.display());
+    Ok(if queries.len() >= args.n { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

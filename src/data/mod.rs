@@ -6,8 +6,10 @@
 //! are a stranger's: columns and types are checked before the first row, a row that cannot be used is
 //! one refused question, a file that cannot be read further ends its bench and no other.
 //!
-//! Memory holds one row group's pages and the rows in flight, never a whole file. What is not read:
-//! the training splits, and parquet files of other compressions than Snappy, Zstandard and gzip.
+//! [`training`] draws pictures with questions from the training splits.
+//!
+//! Memory holds one row group's pages and the rows in flight, never a whole file. What is not read: parquet files of
+//! other compressions than Snappy, Zstandard and gzip.
 
 pub mod items;
 mod lines;
@@ -16,6 +18,7 @@ pub mod odvg;
 pub mod queries;
 pub mod source;
 mod table;
+pub mod training;
 pub mod transform;
 
 use std::path::PathBuf;
@@ -172,4 +175,6 @@ pub enum DataError {
     File { file: String, message: String },
     #[error("{bench}: {message}")]
     Source { bench: Bench, message: String },
+    #[error("{set}: {message}")]
+    Training { set: &'static str, message: String },
 }

@@ -74,8 +74,7 @@ impl Source {
 
     fn in_folder(bench: Bench, folder: PathBuf, origin: String) -> Result<Self, DataError> {
         let fail = |message: String| DataError::Source { bench, message };
-        let mut found = Vec::new();
-        walk(&folder, &folder, 0, &mut found).map_err(|e| fail(format!("{}: {e}", folder.display())))?;
+        let found = files_below(&folder).map_err(|e| fail(format!("{}: {e}", folder.display())))?;
         let mut files: Vec<(usize, String)> =
             found.into_iter().filter_map(|path| Some((part(bench, &path)?, path))).collect();
         files.sort();
@@ -106,7 +105,7 @@ impl Source {
 }
 
 /// Of files that count themselves ("-00000-of-00003") all must be there.
-fn complete(files: &[&str]) -> Result<(), String> {
+pub(super) fn complete(files: &[&str]) -> Result<(), String> {
     let counted = |path: &str| -> Option<(usize, usize)> {
         let (head, of) = path.strip_suffix(".parquet")?.rsplit_once("-of-")?;
         // Duplicated conversions end in a hash: "-00000-of-00001-0123456789abcdef".
@@ -123,6 +122,13 @@ fn complete(files: &[&str]) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// Relative paths of the files below a folder.
+pub(super) fn files_below(folder: &Path) -> std::io::Result<Vec<String>> {
+    let mut found = Vec::new();
+    walk(folder, folder, 0, &mut found)?;
+    Ok(found)
 }
 
 /// Relative paths of the files below a folder; a loop of links is not followed for ever.

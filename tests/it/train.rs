@@ -317,6 +317,57 @@ fn make_queries(images: &Path, out: &Path, server: &Server, n: usize) -> Output 
         .unwrap()
 }
 
+/// `valor make-queries --from` on the training fixtures; what it wrote.
+fn draw_queries(dir: &Path, sets: &str, n: usize) -> (Output, Vec<(String, String)>) {
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/benches/training");
+    let out = dir.join("q.jsonl");
+    let o = Command::new(env!("CARGO_BIN_EXE_valor"))
+        .args(["make-queries", "--from", sets, "--n", &n.to_string(), "--data"])
+        .arg(&data)
+        .arg("--out")
+        .arg(&out)
+        .env("HF_HUB_OFFLINE", "1")
+        .output()
+        .unwrap();
+    let text = std::fs::read_to_string(&out).unwrap_or_default();
+    let read = |l: &str| {
+        let q: serde_json::Value = serde_json::from_str(l).unwrap();
+        (q["image"].as_str().unwrap().to_owned(), q["question"].as_str().unwrap().to_owned())
+    };
+    (o, text.lines().map(read).collect())
+}
+
+#[test]
+fn questions_of_training_splits_come_with_their_pictures_and_without_the_tests() {
+    let dir = tempfile::tempdir().unwrap();
+    let (o, all) = draw_queries(dir.path(), "omni3d-bench", 600);
+    assert_eq!(o.status.code(), Some(1), "{}", stderr(&o));
+    assert!(stderr(&o).contains("row 450"), "{}", stderr(&o));
+    let numbers: std::collections::BTreeSet<usize> =
+        all.iter().map(|(_, q)| q["What is in row ".len()..q.len() - 1].parse().unwrap()).collect();
+    assert_eq!(numbers, (101..501).filter(|i| *i != 450).collect());
+    let pictures: std::collections::BTreeSet<&String> = all.iter().map(|(p, _)| p).collect();
+    assert_eq!(pictures.len(), 5);
+    assert!(pictures.iter().all(|p| image::open(dir.path().join(p)).is_ok()));
+
+    // Questions and pictures in files of their own; a picture that is no picture, and one that is missing.
+    let dir = tempfile::tempdir().unwrap();
+    let (o, all) = draw_queries(dir.path(), "gqa,tallyqa", 14);
+    let said = stderr(&o);
+    assert_eq!((o.status.code(), all.len()), (Some(1), 5 + 4), "{said}");
+    assert!(said.contains("the picture n2 is missing") && said.contains("tallyqa, row 4"), "{said}");
+    let own: Vec<&str> = all.iter().filter(|(_, q)| q.ends_with(", 3?")).map(|(p, _)| p.as_str()).collect();
+    let first: Vec<&str> = all.iter().filter(|(_, q)| q.ends_with(", 0?")).map(|(p, _)| p.as_str()).collect();
+    assert!(own.len() == 1 && own == first, "both are about n0: {all:?}");
+
+    // A file that is there is not written over; what is not there is an error.
+    let (o, _) = draw_queries(dir.path(), "gqa", 1);
+    assert!(o.status.code() == Some(2) && stderr(&o).contains("name a new file"), "{}", stderr(&o));
+    std::fs::remove_file(dir.path().join("q.jsonl")).unwrap();
+    let (o, _) = draw_queries(dir.path(), "vsr", 1);
+    assert!(o.status.code() == Some(2) && stderr(&o).contains("vsr: there is no folder"), "{}", stderr(&o));
+}
+
 #[test]
 fn questions_about_pictures_are_new_ones_and_gone_on_with() {
     let dir = tempfile::tempdir().unwrap();

@@ -60,7 +60,13 @@ fn softmax_to(
         unsigned(before)?,
         Arg::Float(scale),
     ];
-    x.launch("softmax", x.dtype(), (batch * heads * queries, 1), threads(keys).min(512), &args)
+    // Numbers that a thread keeps, and threads of a row.
+    let (kernel, threads) = match keys {
+        0..=512 => ("softmax_4", threads(keys)),
+        513..=32_768 => ("softmax_32", keys.div_ceil(32).next_power_of_two().max(32)),
+        _ => ("softmax", 1024),
+    };
+    x.launch(kernel, x.dtype(), (batch * heads * queries, 1), threads, &args)
 }
 
 /// `softmax(scale · q kᵀ) v` of `q` `[batch, n, heads · dim]` over `k`, `v` `[batch, m, kv_heads · dim]` (views with dense
@@ -81,20 +87,6 @@ pub(in crate::nn) fn attention(
     let (mq, mk, mv) = (hq.get()?, hk.get()?, hv.get()?);
     let mut out = mq.beside(q.dtype(), b * n * width)?;
     let part = (most / (b * heads * m).max(1)).clamp(1, n.max(1));
-    // Scores of f32 by units that take TF32, in its precision.
-    let parts = q.dtype() == DType::F32 && is_worth_splitting(n, m, dim);
-    let split_rows = |t: &Tensor, memory: Memory, heads: usize, other: bool| -> Result<Vec<Owned>> {
-        let (b, n, width) = t.dims3()?;
-        let each = |row: usize| {
-            let from = memory.after(t.stride()[0] * row);
-            split(from, (n, width), t.stride()[1], Thrice::Along { dim: width / heads }, other)
-        };
-        (0..b).map(each).collect()
-    };
-    let (q3, k3) = match parts {
-        true => (split_rows(q, mq, heads, false)?, split_rows(k, mk, kv_heads, true)?),
-        false => (vec![], vec![]),
-    };
     for from in (0..n).step_by(part) {
         let some = part.min(n - from);
         let mut scores = mq.beside(q.dtype(), b * heads * some * m)?;
@@ -104,13 +96,6 @@ pub(in crate::nn) fn attention(
         for (row, member) in each.clone() {
             let to = (row * heads + member) * some * m;
             let c = Into { memory: &mut scores, from: to, row: m, matrix: group * some * m };
-            if let (Some(q), Some(k)) = (q3.get(row), k3.get(row)) {
-                let a = (from * heads + member) * 3 * dim;
-                let a = Rows { memory: q.read(), from: a, row: 3 * width, matrix: 3 * group * dim };
-                let b = Rows { memory: k.read(), from: 0, row: 3 * kv_heads * dim, matrix: 3 * dim };
-                product(c, scale, a, b, true, sizes(m, 3 * dim), true)?;
-                continue;
-            }
             let a = q.stride()[0] * row + q.stride()[1] * from + member * dim;
             let a = Rows { memory: mq, from: a, row: q.stride()[1], matrix: group * dim };
             let b = Rows { memory: mk, from: k.stride()[0] * row, row: k.stride()[1], matrix: dim };

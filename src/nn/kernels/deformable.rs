@@ -116,8 +116,9 @@ pub(in crate::nn) fn msda_back(
     let mut args = read.iter().map(|m| m.arg()).collect::<Result<Vec<_>>>()?;
     let (mut dplace, mut dmass) = (v.beside(dtype, place.elem_count())?, v.beside(dtype, mass.elem_count())?);
     let readers = unsigned(d.readers())?;
+    let pairs = n / d.dim.max(1) * d.dim.div_ceil(2);
     let mut sum = match exact {
-        true => v.beside_zeroed(DType::I64, n / d.dim.max(1) * d.dim.div_ceil(2), true)?,
+        true => v.beside_zeroed(DType::I64, pairs, true)?,
         false => v.beside_zeroed(DType::F32, n, true)?,
     };
     let bounds = match exact {
@@ -146,9 +147,9 @@ pub(in crate::nn) fn msda_back(
         most.read().arg()?,
         weight.read().arg()?,
         dvalue.arg()?,
-        unsigned(n)?,
+        unsigned(pairs)?,
         unsigned(d.dim)?,
     ];
-    v.launch("from_pairs", dtype, (n.div_ceil(BLOCK), 1), BLOCK, &args)?;
+    v.launch("from_pairs", dtype, (pairs.div_ceil(BLOCK), 1), BLOCK, &args)?;
     Ok((dvalue.tensor(value.shape()), dplace, dmass))
 }

@@ -449,26 +449,48 @@ EACH(swiglu_back)
 
 DEVICE float tf32(float v) { return from_bits((bits(v) + 0x1000u) & 0xffffe000u); }
 
+// A thread does four numbers where `fours`: widths, dims and rows are multiples of it then.
 #define split_PARAMS(T)                                                                                      \
-  const T *x, T *y, unsigned n, unsigned width, unsigned dim, size_t row, size_t apart, unsigned other
-#define split_ARGS x, y, n, width, dim, row, apart, other
-template <class T> DEVICE void split_body(split_PARAMS(T)) {
+  const T *x, T *y, unsigned n, unsigned width, unsigned dim, size_t row, size_t apart, unsigned other,      \
+      unsigned fours
+#define split_ARGS x, y, n, width, dim, row, apart, other, fours
+template <class T, int W> DEVICE void split_by(split_PARAMS(T)) {
+  (void)fours;
   THREADS(t) {
-    unsigned i = blockIdx.x * blockDim.x + t;
+    unsigned i = (blockIdx.x * blockDim.x + t) * W;
     if (i < n) {
       unsigned r = i / width, c = i % width;
-      float v = get(x + r * row + c), hi = tf32(v);
-      // Beyond the largest number, or none: whole, as it is.
-      bool whole = !(fabsf(hi) < 3e38f);
-      float lo = whole ? 0.f : tf32(v - hi);
-      if (whole) hi = v;
+      float v[4], hi[4], lo[4];
+      if (W == 4)
+        get4(x + r * row + c, v);
+      else
+        v[0] = get(x + r * row + c);
+      for (int k = 0; k < W; ++k) {
+        hi[k] = tf32(v[k]);
+        // Beyond the largest number, or none: whole, as it is.
+        bool whole = !(fabsf(hi[k]) < 3e38f);
+        lo[k] = whole ? 0.f : tf32(v[k] - hi[k]);
+        if (whole) hi[k] = v[k];
+      }
       size_t at = apart ? i : (static_cast<size_t>(r) * (width / dim) + c / dim) * 3 * dim + c % dim;
       size_t step = apart ? apart : dim;
-      put(y + at, hi);
-      put(y + at + step, other ? hi : lo);
-      put(y + at + 2 * step, other ? lo : hi);
+      auto write = [&](T *to, const float *from) {
+        if (W == 4)
+          put4(to, from);
+        else
+          put(to, from[0]);
+      };
+      write(y + at, hi);
+      write(y + at + step, other ? hi : lo);
+      write(y + at + 2 * step, other ? lo : hi);
     }
   }
+}
+template <class T> DEVICE void split_body(split_PARAMS(T)) {
+  if (fours)
+    split_by<T, 4>(split_ARGS);
+  else
+    split_by<T, 1>(split_ARGS);
 }
 DEFINE(split, f32, float)
 
@@ -706,8 +728,8 @@ template <class T, int K> DEVICE void softmax_kept(const Scores<T> &row, T *y, u
   }
 }
 
-template <class T> DEVICE void softmax_body(softmax_PARAMS(T)) {
-  SHARED float scratch[MOST_WARPS];
+template <class T> DEVICE Scores<T> row_of(softmax_PARAMS(T)) {
+  (void)y;
   // Division of 64 bits is slow.
   unsigned query = blockIdx.x % queries, head = blockIdx.x / queries % heads, batch = blockIdx.x / queries / heads;
   size_t at = blockIdx.x;
@@ -718,14 +740,33 @@ template <class T> DEVICE void softmax_body(softmax_PARAMS(T)) {
   row.begin = first >= 0 && own ? own[batch] : 0;
   row.prefix = prefix;
   row.scale = scale;
-  T *to = y + at * m;
+  return row;
+}
+
+// Rows of at most 4 numbers, or 32, for each thread. Few threads with many numbers each let more rows of a card's be under
+// way at once, which is what hides the time that memory takes.
+template <class T, int K> DEVICE void softmax_by(softmax_PARAMS(T)) {
+  SHARED float scratch[MOST_WARPS];
   // Four numbers lie at a multiple of their size.
   bool even = m % 4 == 0 && (reinterpret_cast<size_t>(x) | reinterpret_cast<size_t>(y)) % (4 * sizeof(T)) == 0;
-  unsigned each = (m + blockDim.x - 1) / blockDim.x;
-  if (each <= 4) return softmax_kept<T, 1>(row, to, m, even, scratch);
-  if (each <= 8) return softmax_kept<T, 2>(row, to, m, even, scratch);
-  if (each <= 16) return softmax_kept<T, 4>(row, to, m, even, scratch);
-  // A longer row is read again at each pass.
+  softmax_kept<T, K>(row_of(softmax_ARGS), y + static_cast<size_t>(blockIdx.x) * m, m, even, scratch);
+}
+
+#define softmax_4_PARAMS(T) softmax_PARAMS(T)
+#define softmax_4_ARGS softmax_ARGS
+template <class T> DEVICE void softmax_4_body(softmax_PARAMS(T)) { softmax_by<T, 1>(softmax_ARGS); }
+EACH(softmax_4)
+
+#define softmax_32_PARAMS(T) softmax_PARAMS(T)
+#define softmax_32_ARGS softmax_ARGS
+template <class T> DEVICE void softmax_32_body(softmax_PARAMS(T)) { softmax_by<T, 8>(softmax_ARGS); }
+EACH(softmax_32)
+
+// Longer rows are read again at each pass.
+template <class T> DEVICE void softmax_body(softmax_PARAMS(T)) {
+  SHARED float scratch[MOST_WARPS];
+  Scores<T> row = row_of(softmax_ARGS);
+  T *to = y + static_cast<size_t>(blockIdx.x) * m;
   float top = block_max(scratch, [&](unsigned t) {
     float v = -INFINITY;
     for (unsigned i = t; i <= row.last; i += blockDim.x) v = fmaxf(v, score(row, i, get(row.from + i)));
@@ -967,8 +1008,9 @@ DEVICE float whole_scale(int bits, float a, float b) {
   return exp2f(static_cast<float>(e < -120 ? -120 : e > 120 ? 120 : e));
 }
 
-// Of each token and head the masses of all that reads it, in whole numbers; `most` is the largest mass, of `terms`. A
-// thread per reader, level and point.
+// Of each token and head the masses of all readers between it and its neighbours to the right and below (or left of or
+// above the picture's first ones), in whole numbers; `most` is the largest mass. What a token receives is at most the
+// masses of four of them. A thread per reader, level and point.
 #define msda_weights_PARAMS(T)                                                                               \
   const T *place, const T *mass, const unsigned *shapes, const float *most, long long *weights, unsigned n,  \
       unsigned tokens, unsigned queries, unsigned heads, unsigned levels, unsigned points
@@ -979,19 +1021,21 @@ template <class T> DEVICE void msda_weights_body(msda_weights_PARAMS(T)) {
     unsigned i = blockIdx.x * blockDim.x + t;
     if (i < n) {
       unsigned l = i / points % levels, reader = i / points / levels, head = reader % heads;
-      Corners k;
-      corners_of(get(place + 2 * static_cast<size_t>(i)), get(place + 2 * static_cast<size_t>(i) + 1), shapes[3 * l],
-                 shapes[3 * l + 1], shapes[3 * l + 2], &k);
-      long long *to = weights + static_cast<size_t>(reader / heads / queries) * tokens * heads + head;
-      float m = fabsf(get(mass + i)) * scale;
-      for (int q = 0; q < 4; ++q)
-        if (k.at[q] >= 0) add_whole(to + static_cast<size_t>(k.at[q]) * heads, llrintf(m * k.share[q]));
+      float h = shapes[3 * l], w = shapes[3 * l + 1];
+      float x = floorf(get(place + 2 * static_cast<size_t>(i)) * w - 0.5f);
+      float y = floorf(get(place + 2 * static_cast<size_t>(i) + 1) * h - 0.5f);
+      if (x >= -1.f && y >= -1.f && x < w && y < h) {
+        size_t token = shapes[3 * l + 2] + static_cast<unsigned>(fmaxf(y, 0.f)) * shapes[3 * l + 1]
+            + static_cast<unsigned>(fmaxf(x, 0.f));
+        size_t at = (static_cast<size_t>(reader / heads / queries) * tokens + token) * heads + head;
+        add_whole(weights + at, llrintf(fabsf(get(mass + i)) * scale));
+      }
     }
   }
 }
 EACH(msda_weights)
 
-// The largest of them as an f32, in most[1].
+// Four times the largest of them as an f32, in most[1].
 #define largest_weight_PARAMS(T) const long long *weights, float *most, size_t n, float terms
 #define largest_weight_ARGS weights, most, n, terms
 template <class T> DEVICE void largest_weight_body(largest_weight_PARAMS(T)) {
@@ -1005,7 +1049,7 @@ template <class T> DEVICE void largest_weight_body(largest_weight_PARAMS(T)) {
   float scale = whole_scale(60, most[0], terms);
   THREADS(t) {
     // A mass that is no number stays what the bound is.
-    if (t == 0) take_most(reinterpret_cast<unsigned *>(most) + 1, bits(most[0] < 3e38f ? top / scale : most[0]));
+    if (t == 0) take_most(reinterpret_cast<unsigned *>(most) + 1, bits(most[0] < 3e38f ? 4.f * top / scale : most[0]));
   }
 }
 EACH(largest_weight)
@@ -1028,7 +1072,7 @@ DEVICE void msda_back_by(const T *value, const T *place, const T *mass, const un
       lane_sums<3, READER_LANES>(
           [&](unsigned t, float *sums) {
             unsigned reader = begin + t / READER_LANES, lane = t % READER_LANES;
-            for (int i = 0; i < 3; ++i) sums[i] = 0.f;
+            sums[0] = sums[1] = sums[2] = 0.f;
             if (reader >= readers) return;
             size_t sample = (static_cast<size_t>(reader) * levels + l) * points + p;
             Corners k;
@@ -1060,9 +1104,10 @@ DEVICE void msda_back_by(const T *value, const T *place, const T *mass, const un
                   dot += grad[i] * read[i];
                   add[i] = grad[i] * m * k.share[q];
                 }
-                if constexpr (BY == FOURS)
+                // Braces, as nvcc 13.0 drops the statement behind an `else` that is discarded without them.
+                if constexpr (BY == FOURS) {
                   add_floats(dvalue + at * dim + channel[0], add);
-                else
+                } else {
                   for (unsigned i = 0; i < 4; ++i) {
                     if (channel[i] >= dim) continue;
                     if constexpr (BY == PAIRS) {
@@ -1071,6 +1116,7 @@ DEVICE void msda_back_by(const T *value, const T *place, const T *mass, const un
                       add_float(dvalue + at * dim + channel[i], add[i]);
                     }
                   }
+                }
                 sums[0] += k.share[q] * dot;
                 sums[1] += k.right[q] * dot;
                 sums[2] += k.down[q] * dot;
@@ -1123,19 +1169,23 @@ template <class T> DEVICE void msda_back_loose_body(msda_back_loose_PARAMS(T)) {
 }
 EACH(msda_back_loose)
 
-// The pairs of msda_back as what they stand for, rows of dim numbers.
+// The n pairs of msda_back as what they stand for, rows of dim numbers.
 #define from_pairs_PARAMS(T) const long long *x, const float *most, const float *weight, T *y, unsigned n, unsigned dim
 #define from_pairs_ARGS x, most, weight, y, n, dim
 template <class T> DEVICE void from_pairs_body(from_pairs_PARAMS(T)) {
   float scale = whole_scale(PAIR_BITS, most[0], weight[1]);
   // What was no number has left none behind.
   bool finite = most[0] < 3e38f && weight[1] < 3e38f;
+  float inverse = finite ? 1.f / scale : NAN;
+  unsigned half = (dim + 1) / 2;
   THREADS(t) {
     unsigned i = blockIdx.x * blockDim.x + t;
     if (i < n) {
-      unsigned row = i / dim, c = i % dim;
-      long long whole = of_pair(x[static_cast<size_t>(row) * ((dim + 1) / 2) + c / 2], c % 2);
-      put(y + i, finite ? static_cast<float>(whole) / scale : NAN);
+      unsigned row = i / half, c = i % half * 2;
+      long long pair = x[i];
+      T *to = y + static_cast<size_t>(row) * dim + c;
+      put(to, static_cast<float>(of_pair(pair, 0)) * inverse);
+      if (c + 1 < dim) put(to + 1, static_cast<float>(of_pair(pair, 1)) * inverse);
     }
   }
 }

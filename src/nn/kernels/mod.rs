@@ -102,16 +102,6 @@ impl<'a> Memory<'a> {
         }
     }
 
-    /// From its element `at` on.
-    #[cfg(feature = "cuda")]
-    fn after(self, at: usize) -> Self {
-        match self {
-            Self::Cuda(s, from) => Self::Cuda(s, from + at),
-            #[cfg(test)]
-            Self::Host(s, from) => Self::Host(s, from + at),
-        }
-    }
-
     /// Its first element.
     fn start(self) -> usize {
         match self {

@@ -255,15 +255,6 @@ fn products_of_parts() -> Result<()> {
         eprintln!("products of parts: {e:.1e} from the truth, of f32 {plain:.1e}");
         assert!(e < 4. * plain + 1e-6, "{e} {plain}");
     }
-    // Attention that is large enough, two queries' heads to one of keys.
-    let (heads, kv_heads, dim) = (4, 2, 40);
-    let q = random((2, m, heads * dim), 3)?.as_tensor().detach();
-    let (kk, v) = (random((2, n, kv_heads * dim), 4)?, random((2, n, kv_heads * dim), 5)?);
-    let (kk, v) = (kk.as_tensor().detach(), v.as_tensor().detach());
-    let run = |q: &Tensor, k: &Tensor, v: &Tensor| {
-        nn::attention_packed(q, k, v, heads, kv_heads, 0.3, &nn::Mask::None)
-    };
-    same(&run(&there(&q), &there(&kk), &there(&v))?, &run(&q, &kk, &v)?);
     Ok(())
 }
 
@@ -301,8 +292,8 @@ fn softmax_of_scores() -> Result<()> {
     if skip() {
         return Ok(());
     }
-    // Rows that threads keep in fours, or otherwise, or that are too long for it.
-    for m in [70, 72, 2050, 5000, 9001] {
+    // Rows of which threads keep few numbers or many, in fours or not, or none.
+    for m in [70, 72, 2050, 5000, 33_001] {
         softmax_of_rows(m)?;
     }
     let blind = Tensor::new(&[[f32::NEG_INFINITY; 5], [0.2; 5]], &Device::Cpu)?;

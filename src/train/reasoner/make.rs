@@ -4,11 +4,12 @@
 //! begin with and what it has already written. What it replies is kept if it is a question, new, and not
 //! nearly one that is there. Nothing checks that a question can be answered: verifiers judge replies.
 
+use crate::data::queries::Query;
 use crate::llm::{ChatError, ChatModel, ChatRequest, Message, SamplingOptions, Schema};
 use crate::tools::Picture;
 use anyhow::{Context, Result, ensure};
 use image::RgbImage;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::json;
 use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
@@ -33,13 +34,6 @@ const ROUNDS: usize = 3;
 /// Questions with this share of their words in common are one.
 const ALIKE: f64 = 0.8;
 const LONGEST: usize = 400;
-
-/// A line of the output: also what `infer --batch` and `reasoner.queries` read.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Query {
-    pub image: String,
-    pub question: String,
-}
 
 /// How it went.
 #[derive(Clone, Debug, Default, PartialEq)]
