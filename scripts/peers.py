@@ -596,7 +596,8 @@ def gpu_table(a, runs):
             f"{ceilings['bandwidth'] / 1e12:.2f} TB/s of a copy (4 GB, bytes read and written), {ceilings['bf16'] / 1e12:.0f} TFLOP/s of a "
             f"product 8192³ in bf16, {ceilings['f32'] / 1e12:.1f} in f32"),
         f"- PyTorch is eager with its defaults: TF32 is off in products and on in convolutions, of both sides; off there too for the "
-        "detector, which would choose other queries for it. "
+        "detector, which would choose other queries for it. (valor's large products of f32 with frozen weights are made of three TF32 ones, "
+        "to f32's precision: a case's share of the limit of plain f32 can pass 100 % too.) "
         f"Attention is sdpa{'; '.join(['', *eager])}.",
         "- A figure is the median of repetitions after three warm-ups, the clock read when the GPU is done. Decoding reads each "
         "step's choice back, as serving does. Deformable attention is timed 20 calls together, so that its inputs are mostly in "
@@ -608,7 +609,7 @@ def gpu_table(a, runs):
         "beside PyTorch's own distance from it, of which half as much again is allowed; deformable attention in bf16 against f32 on the same "
         "rounded numbers.",
         *sessions_note(runs),
-        *detector_note(known.get("transformers", [])),
+        *detector_note([r["versions"]["transformers"] for r in all if r["case"].startswith("gdino") and "transformers" in r.get("versions", {})]),
         "- Memory is what was taken of the GPU at most, weights included. Ratios are peer / valor: above 1, valor is faster.", "",
         "| case | type | peer s | valor s | ratio | goal | limit s | peer's share | valor's share | peer MB | valor MB | apart "
         "| peer tokens/s | valor tokens/s | runs |",

@@ -62,8 +62,7 @@ pub(in crate::nn) fn convolve(
 ) -> Result<Tensor> {
     use super::gemm::{Into, Rows, Sizes, product};
     /// Bytes of a part.
-    let part_bytes: usize =
-        std::env::var("VALOR_CONV_MB").ok().and_then(|v| v.parse::<usize>().ok()).unwrap_or(16) << 20;
+    const PART: usize = 64 << 20;
     let (dims @ (batch, ..), (out, k), places) = (x.dims4()?, weight.dims2()?, oh * ow);
     let (hx, hw) = (Held::new(x)?, Held::new(weight)?);
     let (mx, mw) = (hx.get()?, hw.get()?);
@@ -79,7 +78,7 @@ pub(in crate::nn) fn convolve(
         return Ok(y.tensor((batch, out, places)));
     }
     // A multiple of what products go by.
-    let part = (part_bytes / (batch * k * x.dtype().size_in_bytes()).max(1)).max(1).next_multiple_of(256);
+    let part = (PART / (batch * k * x.dtype().size_in_bytes()).max(1)).max(1).next_multiple_of(256);
     for first in (0..places).step_by(part) {
         let n = part.min(places - first);
         multiply(columns(mx, dims, window, ow, relu, (first, n))?.read(), first, n)?;
