@@ -47,3 +47,7 @@ export CUDA_HOME=$cuda CUDA_PATH=$cuda CUDA_ROOT=$cuda PATH="$cuda/bin:$PATH"
 export CUDA_COMPUTE_CAP=${CUDA_COMPUTE_CAP:-90} CUDARC_CUDA_VERSION=13000 CUDAFORGE_THREADS=${JOBS:-2}
 [ $# -gt 0 ] || set -- build --release
 cargo "$@" -j "${JOBS:-2}" --features cuda
+
+# Drivers assemble PTX where it runs; once done here, what they would refuse shows now.
+ptx=$(find "${CARGO_TARGET_DIR:-target}" -path '*/valor-*/out/kernels.ptx' -printf '%T@ %p\n' | sort -n | tail -1 | cut -d' ' -f2-)
+"$cuda/bin/ptxas" -arch="$(sed -n 's/^\.target \(sm_[0-9a-z]*\).*/\1/p' "$ptx")" -o /dev/null "$ptx"

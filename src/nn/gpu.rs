@@ -43,7 +43,7 @@ pub(super) fn tf32() -> bool {
 }
 
 /// Whether the sums of deformable attention's gradients on a GPU are the same at each run, whatever the order in which
-/// they are made; else they differ in their last bits, and take a little less time (data/results/gpu.md).
+/// they are made; else they differ in their last bits, and take a quarter less time (data/results/gpu.md).
 static EXACT_SUMS: AtomicBool = AtomicBool::new(true);
 
 /// Sets that for this process; it is on at first.

@@ -50,7 +50,7 @@ pub(in crate::nn) fn columns(
 }
 
 /// A convolution as products of `weight` `[out, channels · kernel²]` with parts of the unfolded input `x`
-/// `[batch, channels, h, w]` (or `relu(x)`): `[batch, out, oh · ow]`. A part is so small that the card's cache holds it.
+/// `[batch, channels, h, w]` (or `relu(x)`): `[batch, out, oh · ow]`. A part is about what the card's cache holds.
 #[cfg(feature = "cuda")]
 pub(in crate::nn) fn convolve(
     x: &Tensor,

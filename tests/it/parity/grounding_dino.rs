@@ -472,7 +472,8 @@ fn frozen_parts_get_no_gradient_and_change_no_output() {
         c.freeze.text = true;
     });
     let out = model.forward(&x, None).unwrap();
-    within("boxes", &out.boxes[1], &plain.forward(&x, None).unwrap().boxes[1], 1e-7);
+    // What is frozen goes by other kernels on a GPU, which round otherwise.
+    within("boxes", &out.boxes[1], &plain.forward(&x, None).unwrap().boxes[1], 1e-6);
     let grads = out.boxes[1].sum_all().unwrap().backward().unwrap();
     let has = |part: &str| params.named().iter().any(|(n, v)| n.contains(part) && grads.get(v).is_some());
     assert!(!has("model.backbone.") && !has("model.text_backbone."));
