@@ -2,13 +2,16 @@
 
 use super::ModelArgs;
 use crate::data::Links;
-use crate::data::training::{TrainingSet, draw};
+use crate::data::training::{Split, TrainingSet};
 use crate::files::write_atomic;
 use crate::llm::ChatModels;
+use crate::tools::Picture;
+use crate::tools::picture::DecodeOptions;
 use crate::train::reasoner::make::{make, pictures};
 use crate::weights::hub::Hub;
 use anyhow::{Context, Result, ensure};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -19,7 +22,8 @@ pub struct MakeQueriesArgs {
     /// Folder of unlabelled pictures, about which the VLM writes spatial questions
     #[arg(long, value_name = "DIR", required_unless_present = "from", conflicts_with = "from")]
     images: Option<PathBuf>,
-    /// Training splits to draw questions from, as many of each; their pictures are written to images/ beside --out
+    /// Training splits to draw questions from, as many of each as they have; their pictures are written to images/ beside
+    /// --out. VSR's are fetched from the web
     #[arg(long, value_name = "SETS", value_delimiter = ',')]
     from: Vec<TrainingSet>,
     /// Folder that holds the training splits' files, each set's in one of its name, in place of the hub's cache
@@ -98,36 +102,42 @@ fn drawn(args: &MakeQueriesArgs) -> Result<ExitCode> {
         None => hub.cache_folder().join("valor-pictures"),
     });
     let out = args.out.parent().unwrap_or(Path::new(""));
-    let mut queries = Vec::new();
-    for (i, set) in args.from.iter().enumerate() {
-        let folder = match &args.data {
-            Some(data) => set.local(data)?,
-            None if args.pull => {
-                let bar = ProgressBar::new(0);
-                bar.set_style(ProgressStyle::with_template(
-                    "{msg} {bar:30} {bytes}/{total_bytes} eta {eta}",
-                )?);
-                let say = |missing| eprintln!("valor: {}: {} to fetch", set.repo(), HumanBytes(missing));
-                let folder = set.pull(&hub, say, |file, done, all| {
-                    bar.set_message(file.to_owned());
-                    bar.set_length(all);
-                    bar.set_position(done);
-                })?;
-                bar.finish_and_clear();
-                folder
-            }
-            None => set.cached(&hub)?,
+    // All are opened before the first is read: a long pass is not to end with another set's missing file.
+    let sets: BTreeSet<TrainingSet> = args.from.iter().copied().collect();
+    let mut splits = Vec::new();
+    for set in sets {
+        let split = match &args.data {
+            Some(data) => set.local(data).and_then(|folder| Split::open(set, &folder))?,
+            None => match set.cached(&hub).and_then(|folder| Split::open(set, &folder)) {
+                Ok(split) => split,
+                Err(_) if args.pull => Split::open(set, &pulled(set, &hub)?)?,
+                Err(e) => return Err(e.into()),
+            },
         };
-        let share = args.n / args.from.len() + usize::from(i < args.n % args.from.len());
+        splits.push(split);
+    }
+    // What small sets cannot give falls to the larger ones.
+    splits.sort_by_key(Split::questions);
+    let (mut queries, mut left) = (Vec::new(), splits.len());
+    let check = |bytes: &[u8]| {
+        Picture::decode(bytes, "its picture", DecodeOptions::default()).map(|_| ()).map_err(|e| e.to_string())
+    };
+    for split in splits {
+        let share = (args.n - queries.len()) / left;
+        left -= 1;
+        if share == 0 {
+            continue;
+        }
+        let name = split.set().name();
         let bar = ProgressBar::new(0);
         bar.set_style(ProgressStyle::with_template("{msg} {bar:30} {pos}/{len} rows eta {eta}")?);
-        bar.set_message(set.name());
-        let drawn = draw(*set, &folder, (share, args.seed), &links, out, |row, of| {
+        bar.set_message(name);
+        let drawn = split.draw((share, args.seed), &links, out, &check, |row, of| {
             bar.set_length(of as u64);
             bar.set_position(row as u64);
         })?;
         bar.finish_and_clear();
-        eprintln!("valor: {}: {} questions of {}", set.name(), drawn.queries.len(), folder.display());
+        eprintln!("valor: {name}: {} questions of {share}", drawn.queries.len());
         for why in drawn.passed_over.iter().take(REASONS) {
             eprintln!("valor: passed over: {why}");
         }
@@ -136,13 +146,28 @@ fn drawn(args: &MakeQueriesArgs) -> Result<ExitCode> {
         }
         queries.extend(drawn.queries);
     }
-    ensure!(!queries.is_empty(), "no question could be used");
+    ensure!(!queries.is_empty(), "no question of --from could be used; the reasons are above");
     write_atomic(&args.out, |w| {
         queries
             .iter()
             .try_for_each(|q| writeln!(w, "{}", serde_json::to_string(q).map_err(std::io::Error::other)?))
     })
     .with_context(|| format!("--out {}", args.out.display()))?;
+    eprintln!("valor: {} holds {} questions of {}", args.out.display(), queries.len(), args.n);
     println!("{}", args.out.display());
     Ok(if queries.len() >= args.n { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// A set's files, fetched.
+fn pulled(set: TrainingSet, hub: &Hub) -> Result<PathBuf> {
+    let bar = ProgressBar::new(0);
+    bar.set_style(ProgressStyle::with_template("{msg} {bar:30} {bytes}/{total_bytes} eta {eta}")?);
+    let say = |missing| eprintln!("valor: {}: {} to fetch", set.repo(), HumanBytes(missing));
+    let folder = set.pull(hub, say, |file, done, all| {
+        bar.set_message(file.to_owned());
+        bar.set_length(all);
+        bar.set_position(done);
+    })?;
+    bar.finish_and_clear();
+    Ok(folder)
 }

@@ -49,7 +49,7 @@ enum Command {
     Doctor(doctor::DoctorArgs),
     /// Measure planners and tools on benches
     Eval(eval::EvalArgs),
-    /// Have a VLM write spatial questions about unlabelled pictures, to train on
+    /// Gather questions about pictures to train on: written by a VLM, or of published training splits
     MakeQueries(make_queries::MakeQueriesArgs),
     /// Print the manual page (roff), for man -l -
     Man,

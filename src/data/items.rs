@@ -65,7 +65,7 @@ impl Items {
         for (_, file) in &source.files {
             total += match source.bench.files() {
                 Files::Parquet(_) => Table::open(file, columns(source.bench))?.rows(),
-                Files::Lines(_) => checked_lines(source.bench, file)?.rows(),
+                Files::Lines(_) => checked_lines(file, keys(source.bench))?.rows(),
             };
         }
         let waiting = source.files.iter().cloned().collect();
@@ -222,12 +222,12 @@ impl Items {
     }
 }
 
-/// A file of lines of which the first has what is needed.
-fn checked_lines(bench: Bench, file: &std::path::Path) -> Result<Lines, DataError> {
+/// A file of lines of which the first has what is needed: of each set of names one.
+pub(super) fn checked_lines(file: &std::path::Path, keys: &[&[&str]]) -> Result<Lines, DataError> {
     let fail = |message: String| DataError::File { file: file.display().to_string(), message };
     let first = Lines::open(file)?.next().ok_or_else(|| fail("is empty; fetch it again".into()))??;
     let first = first.map_err(|e| fail(format!("line 1 {e}; fetch it again")))?;
-    for names in keys(bench) {
+    for names in keys {
         if !names.iter().any(|n| first.contains_key(*n)) {
             let have: Vec<&str> = first.keys().map(String::as_str).collect();
             return Err(fail(format!(

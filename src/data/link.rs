@@ -22,6 +22,18 @@ const TRIES: u32 = 3;
 pub struct LinkError {
     pub link: String,
     pub message: String,
+    pub cause: LinkCause,
+}
+
+/// Whose fault it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinkCause {
+    /// The link's, or of what lies behind it.
+    Link,
+    /// The network's: no other link may work either.
+    Network,
+    /// This machine's: what was fetched cannot be kept.
+    Here,
 }
 
 /// A folder of pictures by the hashes of their links.
@@ -46,7 +58,8 @@ impl Links {
 
     /// The file behind a link, from the folder or fetched into it.
     pub fn get(&self, link: &str) -> Result<Vec<u8>, LinkError> {
-        let fail = |message: String| LinkError { link: link.to_owned(), message };
+        let of = |cause, message| LinkError { link: link.to_owned(), message, cause };
+        let fail = |message: String| of(LinkCause::Link, message);
         if !link.starts_with("http://") && !link.starts_with("https://") {
             return Err(fail("is no http or https address".into()));
         }
@@ -55,10 +68,10 @@ impl Links {
         match std::fs::read(&place) {
             Ok(bytes) => return Ok(bytes),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-            Err(e) => return Err(fail(format!("{}: {e}", place.display()))),
+            Err(e) => return Err(of(LinkCause::Here, format!("{}: {e}", place.display()))),
         }
         if self.offline {
-            return Err(fail("is not here, and HF_HUB_OFFLINE forbids to fetch it".into()));
+            return Err(of(LinkCause::Network, "is not here, and HF_HUB_OFFLINE forbids to fetch it".into()));
         }
         let mut tried = 0;
         let bytes = loop {
@@ -67,12 +80,13 @@ impl Links {
                 Ok(bytes) => break bytes,
                 Err((passing, message)) if !passing || tried == TRIES => {
                     let tries = if tried > 1 { format!(" (tried {tried} times)") } else { String::new() };
-                    return Err(fail(format!("{message}{tries}")));
+                    let cause = if passing { LinkCause::Network } else { LinkCause::Link };
+                    return Err(of(cause, format!("{message}{tries}")));
                 }
                 Err(_) => std::thread::sleep(Duration::from_millis(250 << tried)),
             }
         };
-        write_atomic(&place, |w| w.write_all(&bytes)).map_err(|e| fail(e.to_string()))?;
+        write_atomic(&place, |w| w.write_all(&bytes)).map_err(|e| of(LinkCause::Here, e.to_string()))?;
         Ok(bytes)
     }
 

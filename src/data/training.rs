@@ -11,17 +11,15 @@ use std::path::{Path, PathBuf};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
+use super::items::checked_lines;
 use super::lines::Lines;
 use super::queries::Query;
 use super::table::{Cell, Column, Row, Table};
 use super::transform::caption;
-use super::{DataError, Links};
+use super::{DataError, LinkCause, Links, OMNI3D_MINED, OMNI3D_PUBLISHED};
 use crate::files::{sha256_hex, write_atomic};
 use crate::weights::hub::{Hub, HubError, Listing, RemoteFile};
 use crate::weights::source::HubSource;
-
-/// Rows of Omni3D-Bench, the last ones, that are mined from (the first 100 are its released test).
-const OMNI3D_MINED: usize = 400;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, clap::ValueEnum)]
 pub enum TrainingSet {
@@ -52,14 +50,21 @@ impl TrainingSet {
         }
     }
 
+    /// Its files, in words.
+    fn wanted(self) -> &'static str {
+        match self {
+            Self::Vsr => "train.jsonl",
+            Self::Gqa => "train_balanced_instructions/*.parquet and train_balanced_images/*.parquet",
+            Self::Omni3d | Self::Tallyqa => "data/train-*.parquet",
+        }
+    }
+
     /// Whether a file, by its path in the data set, belongs to the training split.
     fn holds(self, path: &str) -> bool {
         match self {
             Self::Vsr => path == "train.jsonl",
             Self::Gqa => {
-                path.ends_with(".parquet")
-                    && (path.starts_with("train_balanced_instructions/")
-                        || path.starts_with("train_balanced_images/"))
+                path.ends_with(".parquet") && (path.starts_with(QUESTIONS) || path.starts_with(PICTURES))
             }
             Self::Omni3d | Self::Tallyqa => {
                 let file = path.rsplit('/').next().unwrap_or(path);
@@ -116,14 +121,26 @@ impl TrainingSet {
             .map_err(|e| self.fail(format!("{}: {e}", folder.display())))?;
         all.retain(|path| self.holds(path));
         all.sort();
-        super::source::complete(&all.iter().map(String::as_str).collect::<Vec<_>>())
-            .map_err(|message| self.fail(message))?;
-        if all.is_empty() {
-            return Err(self.fail(format!("{} holds no file of its training split", folder.display())));
+        let of =
+            |part: &str| all.iter().map(String::as_str).filter(|f| f.starts_with(part)).collect::<Vec<_>>();
+        let parts = if self == Self::Gqa { &[QUESTIONS, PICTURES][..] } else { &[""] };
+        for part in parts.iter().map(|part| of(part)) {
+            if part.is_empty() {
+                let message = format!(
+                    "{} lacks {}; give --pull to fetch them, or put them there",
+                    folder.display(),
+                    self.wanted()
+                );
+                return Err(self.fail(message));
+            }
+            super::source::complete(&part).map_err(|message| self.fail(message))?;
         }
         Ok(all.into_iter().map(|path| folder.join(path)).collect())
     }
 }
+
+const QUESTIONS: &str = "train_balanced_instructions/";
+const PICTURES: &str = "train_balanced_images/";
 
 /// What a drawing gave.
 #[derive(Debug, Default)]
@@ -136,98 +153,178 @@ pub struct Drawn {
 const PICTURE: (&str, Column) = ("image", Column::Picture);
 const QUESTION: (&str, Column) = ("question", Column::Text);
 
-/// Draws `n` questions of a set whose files are in `folder`, the same ones for the same seed, and writes their
-/// pictures to `images` below `out`. `progress` hears how many rows it has behind it, of how many.
-pub fn draw(
+/// The files of a training split, whose columns have been checked.
+pub struct Split {
     set: TrainingSet,
-    folder: &Path,
-    (n, seed): (usize, u64),
-    links: &Links,
-    out: &Path,
-    mut progress: impl FnMut(usize, usize),
-) -> Result<Drawn, DataError> {
-    let files = set.files(folder)?;
-    let (questions, pictures): (Vec<&PathBuf>, Vec<&PathBuf>) = match set {
-        TrainingSet::Gqa => {
-            files.iter().partition(|f| !f.components().any(|c| c.as_os_str() == "train_balanced_images"))
-        }
-        _ => (files.iter().collect(), vec![]),
-    };
-    if set == TrainingSet::Gqa && (questions.is_empty() || pictures.is_empty()) {
-        return Err(set.fail("needs the files of train_balanced_instructions and of train_balanced_images"));
-    }
-    let columns: &[(&str, Column)] = match set {
-        TrainingSet::Gqa => &[("imageId", Column::Text), QUESTION],
-        _ => &[PICTURE, QUESTION],
-    };
-    let mut readers = Vec::new();
-    let mut total = 0;
-    for file in questions {
-        let reader = match set {
-            TrainingSet::Vsr => Reader::Lines(Lines::open(file)?),
-            _ => Reader::Table(Box::new(Table::open(file, columns)?)),
-        };
-        total += reader.rows();
-        readers.push(reader);
-    }
-    let first = if set == TrainingSet::Omni3d { total.saturating_sub(OMNI3D_MINED) } else { 0 };
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let chosen = rand::seq::index::sample(&mut rng, total - first, n.min(total - first));
-    let chosen: BTreeSet<usize> = chosen.into_iter().map(|i| first + i).collect();
+    readers: Vec<Reader>,
+    /// Files of pictures, where those are apart.
+    pictures: Vec<Table>,
+    /// Rows, of which the first ones are no part of the split.
+    total: usize,
+    first: usize,
+}
 
-    let album = Album { folder: out.to_owned() };
-    let mut drawn = Drawn::default();
-    // Omni3D-Bench has several questions to a picture: one of its other rows' is none to learn from.
-    let mut forbidden = BTreeSet::new();
-    let mut waiting: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    for (index, row) in readers.into_iter().flatten().enumerate() {
-        let row = row?;
-        progress(index, total);
-        if index < first {
-            if let Ok(Found { picture: Place::Bytes(bytes), .. }) = found(set, &row) {
-                forbidden.insert(sha256_hex(&bytes, 16));
+impl Split {
+    /// # Errors
+    /// The first file that is missing, cannot be read, or lacks a column.
+    pub fn open(set: TrainingSet, folder: &Path) -> Result<Self, DataError> {
+        let columns: &[(&str, Column)] = match set {
+            TrainingSet::Gqa => &[("imageId", Column::Text), QUESTION],
+            _ => &[PICTURE, QUESTION],
+        };
+        let (mut readers, mut pictures, mut total) = (Vec::new(), Vec::new(), 0);
+        for file in set.files(folder)? {
+            if set == TrainingSet::Gqa && file.starts_with(folder.join(PICTURES)) {
+                pictures.push(Table::open(&file, &[("id", Column::Text), PICTURE])?);
+                continue;
             }
-            continue;
+            let reader = match set {
+                TrainingSet::Vsr => Reader::Lines(checked_lines(&file, &[&["caption"], &["image_link"]])?),
+                _ => Reader::Table(Box::new(Table::open(&file, columns)?)),
+            };
+            total += reader.rows();
+            readers.push(reader);
         }
-        if !chosen.contains(&index) {
-            continue;
+        // Of the one split of Omni3D-Bench neither the released test's rows nor any but the last.
+        let first = match set {
+            TrainingSet::Omni3d => total.saturating_sub(OMNI3D_MINED).max(OMNI3D_PUBLISHED),
+            _ => 0,
+        };
+        if first >= total {
+            let message = format!("{} has {total} rows, of which none is for training", folder.display());
+            return Err(set.fail(message));
         }
-        let kept = found(set, &row).and_then(|f| {
-            let bytes = match f.picture {
-                Place::Bytes(bytes) => bytes,
-                Place::Link(link) => links.get(&link).map_err(|e| e.to_string())?,
-                Place::Id(id) => {
-                    waiting.entry(id).or_default().push(f.question);
-                    return Ok(None);
+        Ok(Self { set, readers, pictures, total, first })
+    }
+
+    pub fn set(&self) -> TrainingSet {
+        self.set
+    }
+
+    /// Questions that can be drawn.
+    pub fn questions(&self) -> usize {
+        self.total - self.first
+    }
+
+    /// Draws `n` questions, the same ones for the same seed, and writes their pictures to `images` below `out`.
+    /// `check` says what is wrong with the bytes of a picture; `progress` hears how many rows are behind, of how many.
+    pub fn draw(
+        self,
+        (n, seed): (usize, u64),
+        links: &Links,
+        out: &Path,
+        check: &dyn Fn(&[u8]) -> Result<(), String>,
+        mut progress: impl FnMut(usize, usize),
+    ) -> Result<Drawn, DataError> {
+        /// Links in a row that the network does not reach, after which it is taken to be gone.
+        const UNREACHED: usize = 16;
+        let Self { set, readers, pictures, total, first } = self;
+        let n = n.min(total - first);
+        // Some more, for those that cannot be used.
+        let spare = (n + n / 10 + 16).min(total - first);
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let order = rand::seq::index::sample(&mut rng, total - first, spare);
+        let chosen: BTreeMap<usize, usize> =
+            order.into_iter().enumerate().map(|(rank, i)| (first + i, rank)).collect();
+        let last = chosen.keys().next_back().copied().unwrap_or(0);
+        let all = total + pictures.iter().map(Table::rows).sum::<usize>();
+
+        let album = Album { folder: out.to_owned(), check };
+        let mut queries: BTreeMap<usize, Query> = BTreeMap::new();
+        let mut passed_over = Vec::new();
+        // A picture that rows of a test have, too, is none to learn from.
+        let mut forbidden = BTreeSet::new();
+        let mut waiting: BTreeMap<String, Vec<(usize, String)>> = BTreeMap::new();
+        let mut unreached = 0;
+        for (index, row) in readers.into_iter().flatten().enumerate() {
+            let row = row?;
+            progress(index, all);
+            if index < first {
+                if let Raw::Row(row) = &row
+                    && let Ok(bytes) = bytes(row)
+                {
+                    forbidden.insert(sha256_hex(&bytes, 16));
+                }
+                continue;
+            }
+            if index > last {
+                break;
+            }
+            let Some(rank) = chosen.get(&index).copied() else { continue };
+            let found = match found(set, &row) {
+                Ok(found) => found,
+                Err(why) => {
+                    passed_over.push(format!("{}, row {index}: {why}", set.name()));
+                    continue;
                 }
             };
+            let bytes = match found.picture {
+                Place::Bytes(bytes) => bytes,
+                Place::Id(id) => {
+                    waiting.entry(id).or_default().push((rank, found.question));
+                    continue;
+                }
+                Place::Link(link) => match links.get(&link) {
+                    Ok(bytes) => {
+                        unreached = 0;
+                        bytes
+                    }
+                    Err(e) if e.cause == LinkCause::Here => return Err(set.fail(e.to_string())),
+                    Err(e) => {
+                        unreached = if e.cause == LinkCause::Network { unreached + 1 } else { 0 };
+                        if unreached == UNREACHED {
+                            let message = format!(
+                                "{e}, nor can {} more; leave {} out, or try later",
+                                UNREACHED - 1,
+                                set.name()
+                            );
+                            return Err(set.fail(message));
+                        }
+                        passed_over.push(format!("{}, row {index}: {e}", set.name()));
+                        continue;
+                    }
+                },
+            };
             if forbidden.contains(&sha256_hex(&bytes, 16)) {
-                return Err("its picture is one of the rows' that are not mined".into());
+                let why = "its picture is one of the rows' that are not for training";
+                passed_over.push(format!("{}, row {index}: {why}", set.name()));
+                continue;
             }
-            Ok(Some(Query { image: album.keep(&bytes)?, question: f.question }))
-        });
-        match kept {
-            Ok(query) => drawn.queries.extend(query),
-            Err(why) => drawn.passed_over.push(format!("{}, row {index}: {why}", set.name())),
-        }
-    }
-    for file in pictures {
-        if waiting.is_empty() {
-            break;
-        }
-        for row in Table::open(file, &[("id", Column::Text), PICTURE])? {
-            let row = row?;
-            let Some(questions) = text(&row, "id").ok().and_then(|id| waiting.remove(&id)) else { continue };
-            match bytes(&row).and_then(|bytes| album.keep(&bytes)) {
-                Ok(image) => drawn
-                    .queries
-                    .extend(questions.into_iter().map(|question| Query { image: image.clone(), question })),
-                Err(why) => drawn.passed_over.push(format!("gqa, {}: {why}", questions.join(" "))),
+            match album.keep(&bytes)? {
+                Ok(image) => {
+                    queries.insert(rank, Query { image, question: found.question });
+                }
+                Err(why) => passed_over.push(format!("{}, row {index}: {why}", set.name())),
             }
         }
+        let mut behind = total;
+        'files: for file in pictures {
+            for row in file {
+                let row = row?;
+                behind += 1;
+                progress(behind, all);
+                let Some(asked) = text(&row, "id").ok().and_then(|id| waiting.remove(&id)) else { continue };
+                let kept = match bytes(&row) {
+                    Ok(bytes) => album.keep(&bytes)?,
+                    Err(why) => Err(why),
+                };
+                match kept {
+                    Ok(image) => queries.extend(
+                        asked
+                            .into_iter()
+                            .map(|(rank, question)| (rank, Query { image: image.clone(), question })),
+                    ),
+                    Err(why) => passed_over.push(format!("{}, {}: {why}", set.name(), asked[0].1)),
+                }
+                if waiting.is_empty() {
+                    break 'files;
+                }
+            }
+        }
+        passed_over
+            .extend(waiting.into_keys().map(|id| format!("{}: the picture {id} is missing", set.name())));
+        Ok(Drawn { queries: queries.into_values().take(n).collect(), passed_over })
     }
-    drawn.passed_over.extend(waiting.into_keys().map(|id| format!("gqa: the picture {id} is missing")));
-    Ok(drawn)
 }
 
 enum Reader {
@@ -311,22 +408,27 @@ fn bytes(row: &Row) -> Result<Vec<u8>, String> {
 }
 
 /// Pictures by the hashes of their files.
-struct Album {
+struct Album<'a> {
     folder: PathBuf,
+    check: &'a dyn Fn(&[u8]) -> Result<(), String>,
 }
 
-impl Album {
-    /// The picture's path below the folder, where it is now.
-    fn keep(&self, bytes: &[u8]) -> Result<String, String> {
-        let format =
-            image::guess_format(bytes).map_err(|_| "its picture is of no known format".to_owned())?;
-        let ending = format.extensions_str().first().ok_or("its picture is of no known format")?;
+impl Album<'_> {
+    /// The picture's path below the folder, where it is now; or what is wrong with it.
+    fn keep(&self, bytes: &[u8]) -> Result<Result<String, String>, DataError> {
+        let Some(ending) = image::guess_format(bytes).ok().and_then(|f| f.extensions_str().first()) else {
+            return Ok(Err("its picture is of no known format".into()));
+        };
         let name = format!("images/{}.{ending}", sha256_hex(bytes, 16));
         let path = self.folder.join(&name);
         if !path.is_file() {
-            write_atomic(&path, |w| w.write_all(bytes)).map_err(|e| format!("{}: {e}", path.display()))?;
+            if let Err(why) = (self.check)(bytes) {
+                return Ok(Err(why));
+            }
+            write_atomic(&path, |w| w.write_all(bytes))
+                .map_err(|e| DataError::File { file: path.display().to_string(), message: e.to_string() })?;
         }
-        Ok(name)
+        Ok(Ok(name))
     }
 }
 
@@ -359,27 +461,33 @@ mod tests {
         let line = |i: usize| {
             format!("{{\"caption\": \"The cat is on mat {i}.\", \"image_link\": \"no-link-{i}\"}}\n")
         };
-        std::fs::write(at.join("train.jsonl"), (0..9).map(line).collect::<String>() + "{}\n").unwrap();
+        std::fs::write(at.join("train.jsonl"), (0..90).map(line).collect::<String>() + "{}\n").unwrap();
         let links = Links::new(dir.path().join("links"));
-        let draw = |n, seed| draw(TrainingSet::Vsr, &at, (n, seed), &links, dir.path(), |_, _| {}).unwrap();
+        let draw = |n, seed| {
+            let split = Split::open(TrainingSet::Vsr, &at).unwrap();
+            assert_eq!(split.questions(), 91);
+            split.draw((n, seed), &links, dir.path(), &|_| Ok(()), |_, _| {}).unwrap()
+        };
         let drawn = draw(4, 1);
-        assert!(drawn.queries.is_empty() && drawn.passed_over.len() == 4, "{:?}", drawn.passed_over);
+        assert!(drawn.queries.is_empty() && drawn.passed_over.len() == 20, "{:?}", drawn.passed_over);
         assert!(drawn.passed_over[0].contains("no-link"), "{:?}", drawn.passed_over);
         assert_eq!(draw(4, 1).passed_over, drawn.passed_over);
         assert_ne!(draw(4, 2).passed_over, drawn.passed_over);
-        let all = draw(50, 1).passed_over;
-        assert!(all.len() == 10 && all[9].contains("caption is empty"), "{all:?}");
+        let all = draw(500, 1).passed_over;
+        assert!(all.len() == 91 && all[90].contains("caption is empty"), "{all:?}");
     }
 
     #[test]
-    fn a_set_that_is_not_there_says_so() {
+    fn what_is_not_there_or_another_file_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         let e = TrainingSet::Gqa.local(dir.path()).unwrap_err().to_string();
         assert!(e.contains("gqa: there is no folder"), "{e}");
-        std::fs::create_dir(dir.path().join("gqa")).unwrap();
-        let links = Links::new(dir.path().join("links"));
-        let at = TrainingSet::Gqa.local(dir.path()).unwrap();
-        let e = draw(TrainingSet::Gqa, &at, (1, 1), &links, dir.path(), |_, _| {}).unwrap_err().to_string();
-        assert!(e.contains("no file of its training split"), "{e}");
+        let error = |set| Split::open(set, dir.path()).map(|_| ()).unwrap_err().to_string();
+        let e = error(TrainingSet::Gqa);
+        assert!(e.contains("lacks train_balanced_instructions") && e.contains("--pull"), "{e}");
+        std::fs::write(dir.path().join("train.jsonl"), "{\"caption\": \"x\", \"image_url\": \"y\"}\n")
+            .unwrap();
+        let e = error(TrainingSet::Vsr);
+        assert!(e.contains("train.jsonl") && e.contains("image_link"), "{e}");
     }
 }

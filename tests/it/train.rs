@@ -350,12 +350,26 @@ fn questions_of_training_splits_come_with_their_pictures_and_without_the_tests()
     assert_eq!(pictures.len(), 5);
     assert!(pictures.iter().all(|p| image::open(dir.path().join(p)).is_ok()));
 
-    // Questions and pictures in files of their own; a picture that is no picture, and one that is missing.
+    // Of Omni3D-Bench with fewer rows nothing is left beside its test.
+    let o = Command::new(env!("CARGO_BIN_EXE_valor"))
+        .args(["make-queries", "--from", "omni3d-bench", "--data", "tests/fixtures/benches", "--out"])
+        .arg(dir.path().join("none.jsonl"))
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .unwrap();
+    assert_eq!(o.status.code(), Some(2));
+    assert!(stderr(&o).contains("9 rows, of which none is for training"), "{}", stderr(&o));
+
+    // Questions and pictures in files of their own; pictures that are none or cut off, and one that is missing.
     let dir = tempfile::tempdir().unwrap();
-    let (o, all) = draw_queries(dir.path(), "gqa,tallyqa", 14);
+    let (o, all) = draw_queries(dir.path(), "gqa,tallyqa,gqa", 14);
     let said = stderr(&o);
     assert_eq!((o.status.code(), all.len()), (Some(1), 5 + 4), "{said}");
-    assert!(said.contains("the picture n2 is missing") && said.contains("tallyqa, row 4"), "{said}");
+    assert!(said.contains("the picture n2 is missing"), "{said}");
+    assert!(said.contains("tallyqa, row 4") && said.contains("tallyqa, row 5"), "{said}");
+    // What one set lacks the other gives.
+    let two = tempfile::tempdir().unwrap();
+    assert_eq!(draw_queries(two.path(), "tallyqa,gqa", 9).0.status.code(), Some(0));
     let own: Vec<&str> = all.iter().filter(|(_, q)| q.ends_with(", 3?")).map(|(p, _)| p.as_str()).collect();
     let first: Vec<&str> = all.iter().filter(|(_, q)| q.ends_with(", 0?")).map(|(p, _)| p.as_str()).collect();
     assert!(own.len() == 1 && own == first, "both are about n0: {all:?}");

@@ -14,10 +14,7 @@ use crate::eval::rooms::questions;
 use crate::rooms::questions::AnswerType;
 use crate::rooms::{Look, Question, View};
 
-/// Rows of Omni3D-Bench that the released code tests on.
-pub const OMNI3D_PUBLISHED: usize = 100;
-/// Its last rows are what mining takes (method.md 8): whoever trained on them cannot be tested on them.
-pub const OMNI3D_MINED: usize = 400;
+pub use crate::data::{OMNI3D_MINED, OMNI3D_PUBLISHED};
 
 /// Is a row of Omni3D-Bench none of those that mining takes?
 pub fn is_untrained(index: usize, rows: usize) -> bool {

@@ -94,7 +94,9 @@ pub fn make(
     for (at, path) in pictures.iter().enumerate() {
         // The first pictures take what is left over.
         let share = n / pictures.len() + usize::from(at < n % pictures.len());
-        let name = path.display().to_string();
+        // Readers look beside the file of questions.
+        let name =
+            std::path::absolute(path).with_context(|| path.display().to_string())?.display().to_string();
         let mut own: Vec<String> =
             all.iter().filter(|q| q.image == name).map(|q| q.question.clone()).collect();
         progress(all.len());
