@@ -49,5 +49,5 @@ export CUDA_COMPUTE_CAP=${CUDA_COMPUTE_CAP:-90} CUDARC_CUDA_VERSION=13000 CUDAFO
 cargo "$@" -j "${JOBS:-2}" --features cuda
 
 # Drivers assemble PTX where it runs; once done here, what they would refuse shows now.
-ptx=$(find "${CARGO_TARGET_DIR:-target}" -path '*/valor-*/out/kernels.ptx' -printf '%T@ %p\n' | sort -n | tail -1 | cut -d' ' -f2-)
-"$cuda/bin/ptxas" -arch="$(sed -n 's/^\.target \(sm_[0-9a-z]*\).*/\1/p' "$ptx")" -o /dev/null "$ptx"
+ptx=$(find "${CARGO_TARGET_DIR:-target}/release" -path '*/valor-*/out/kernels.ptx' -size +0 -printf '%T@ %p\n' 2>/dev/null | sort -n | tail -1 | cut -d' ' -f2-)
+[ -z "$ptx" ] || "$cuda/bin/ptxas" -arch="$(sed -n 's/^\.target \(sm_[0-9a-z]*\).*/\1/p' "$ptx")" -o /dev/null "$ptx"

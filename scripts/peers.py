@@ -597,7 +597,7 @@ def gpu_table(a, runs):
             f"product 8192³ in bf16, {ceilings['f32'] / 1e12:.1f} in f32"),
         f"- PyTorch is eager with its defaults: TF32 is off in products and on in convolutions, of both sides; off there too for the "
         "detector, which would choose other queries for it. (valor's large products of f32 with frozen weights are made of three TF32 ones, "
-        "to f32's precision: a case's share of the limit of plain f32 can pass 100 % too.) "
+        "nearly to f32's precision: a case's share of the limit of plain f32 can pass 100 % too.) "
         f"Attention is sdpa{'; '.join(['', *eager])}.",
         "- A figure is the median of repetitions after three warm-ups, the clock read when the GPU is done. Decoding reads each "
         "step's choice back, as serving does. Deformable attention is timed 20 calls together, so that its inputs are mostly in "

@@ -29,7 +29,8 @@ pub fn gpu(ordinal: usize) -> Result<Device> {
 }
 
 /// Whether convolutions of f32 on a GPU may round their factors to TF32 (11 bits; the sums are f32's), which is many times
-/// as fast and PyTorch's default too. Other products never do.
+/// as fast and PyTorch's default too. Other products never do (large ones of f32 with frozen weights are made of three of
+/// TF32, which keep 22 bits of a factor, and sum in f32).
 static TF32: AtomicBool = AtomicBool::new(true);
 
 /// Sets that for this process; it is on at first.
@@ -43,7 +44,8 @@ pub(super) fn tf32() -> bool {
 }
 
 /// Whether the sums of deformable attention's gradients on a GPU are the same at each run, whatever the order in which
-/// they are made; else they differ in their last bits, and take a quarter less time (data/results/gpu.md).
+/// they are made: whole numbers of 31 bits, of which the largest sum takes all. Else they are of f32, differ in their last
+/// bits from run to run, and take a quarter less time (data/results/gpu.md).
 static EXACT_SUMS: AtomicBool = AtomicBool::new(true);
 
 /// Sets that for this process; it is on at first.

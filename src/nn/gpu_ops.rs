@@ -34,7 +34,7 @@ fn takes_few_rows(x: &Tensor, weights: &[&Tensor]) -> bool {
     on_gpu(&all) && all.iter().all(untracked) && kernels::takes_few_rows(x, weights)
 }
 
-/// `x wᵀ`, or `x w` unless `transposed`, of matrices without gradients; in f32 where they are f32, and as fast as may be.
+/// `x wᵀ`, or `x w` unless `transposed`, of matrices without gradients.
 pub(super) fn matmul(x: &Tensor, w: &Tensor, transposed: bool) -> Result<Tensor> {
     if on_gpu(&[x, w])
         && let Some(y) = kernels::product_of_parts(x, w, transposed)?

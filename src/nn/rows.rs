@@ -80,7 +80,7 @@ impl RowMap {
         if x.rank() != 3 || n != self.back.rows.len() {
             candle_core::bail!("row map: {n} rows, expected {}", self.back.rows.len())
         }
-        if super::fused(&[x]) && x.elem_count() > 0 {
+        if super::cpu::fused(&[x]) || (super::on_gpu(&[x]) && x.elem_count() > 0) {
             return x.contiguous()?.apply_op1(self.clone());
         }
         let back = self.transpose();

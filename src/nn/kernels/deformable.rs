@@ -92,8 +92,9 @@ fn most_read(place: Memory, mass: Memory, levels: Memory, d: Deformable) -> Resu
     Ok(most)
 }
 
-/// Gradients of [`msda`] at value, place and mass; `exact` ones are equal whatever the order in which blocks run, and
-/// take more time and memory (data/results/gpu.md).
+/// Gradients of [`msda`] at value, place and mass; `exact` ones are equal whatever the order in which blocks run; at the
+/// value they are whole numbers of 31 bits, of which the sums at the busiest token take all: data/results/gpu.md has how
+/// near they come, and the time.
 pub(in crate::nn) fn msda_back(
     [value, place, mass]: [&Tensor; 3],
     levels: &Tensor,

@@ -7,8 +7,8 @@
 // against the processor's own ops: a machine without a GPU proves all but the launch.
 //
 // Numbers are computed in f32 whatever their type in memory. Grids are (x, y); blocks are one row of
-// threads, a power of two of them. No kernel here depends on the order in which threads run: sums are
-// trees or, where many blocks add to one place, integers. Threads add up over a block (block_sum) or over
+// threads, a power of two of them. No kernel here but msda_back_loose depends on the order in which threads
+// run: sums are trees or, where many blocks add to one place, integers. Threads add up over a block (block_sum) or over
 // groups of a warp's lanes (lane_sums), which both halves of the macros have in their own way.
 
 #include <math.h>
@@ -443,37 +443,32 @@ template <class T> DEVICE void swiglu_back_body(swiglu_back_PARAMS(T)) {
 EACH(swiglu_back)
 
 // ---- Products of f32 on units that round factors to TF32 (11 bits): a b is hi hi + lo hi + hi lo, where hi is a factor
-// rounded and lo what that leaves, rounded; what is left out is 2^-22 of it. So one product of sums three times as long is f32's
-// (Ootomo & Yokota 2022). Rows of `width` numbers, `row` apart, become hi, lo, hi (or hi, hi, lo for the other factor), each
-// `dim` of them thrice in a row, or the whole thrice, `apart`.
+// rounded and lo what that leaves, rounded; what is left out is 2^-22 of it (Ootomo & Yokota 2022, though sums stay in the
+// units here). So one product of sums three times as long is nearly f32's. Rows of `width` numbers become hi, lo, hi (or
+// hi, hi, lo for the other factor): each row three times in a row, or all of them three times, `apart`. A thread does four
+// numbers where `fours`: the width is a multiple of it then.
 
 DEVICE float tf32(float v) { return from_bits((bits(v) + 0x1000u) & 0xffffe000u); }
 
-// A thread does four numbers where `fours`: widths, dims and rows are multiples of it then.
-#define split_PARAMS(T)                                                                                      \
-  const T *x, T *y, unsigned n, unsigned width, unsigned dim, size_t row, size_t apart, unsigned other,      \
-      unsigned fours
-#define split_ARGS x, y, n, width, dim, row, apart, other, fours
+#define split_PARAMS(T) const T *x, T *y, unsigned n, unsigned width, size_t apart, unsigned other, unsigned fours
+#define split_ARGS x, y, n, width, apart, other, fours
 template <class T, int W> DEVICE void split_by(split_PARAMS(T)) {
   (void)fours;
   THREADS(t) {
     unsigned i = (blockIdx.x * blockDim.x + t) * W;
     if (i < n) {
-      unsigned r = i / width, c = i % width;
       float v[4], hi[4], lo[4];
       if (W == 4)
-        get4(x + r * row + c, v);
+        get4(x + i, v);
       else
-        v[0] = get(x + r * row + c);
+        v[0] = get(x + i);
       for (int k = 0; k < W; ++k) {
-        hi[k] = tf32(v[k]);
-        // Beyond the largest number, or none: whole, as it is.
-        bool whole = !(fabsf(hi[k]) < 3e38f);
+        // Near the largest number, beyond it, or none: whole, as it is. (Rounding can make a number of what is none.)
+        bool whole = !(fabsf(v[k]) < 3e38f);
+        hi[k] = whole ? v[k] : tf32(v[k]);
         lo[k] = whole ? 0.f : tf32(v[k] - hi[k]);
-        if (whole) hi[k] = v[k];
       }
-      size_t at = apart ? i : (static_cast<size_t>(r) * (width / dim) + c / dim) * 3 * dim + c % dim;
-      size_t step = apart ? apart : dim;
+      size_t at = apart ? i : static_cast<size_t>(i / width) * 3 * width + i % width, step = apart ? apart : width;
       auto write = [&](T *to, const float *from) {
         if (W == 4)
           put4(to, from);
@@ -1004,7 +999,7 @@ DEVICE long long of_pair(long long pair, unsigned odd) {
 // A power of two so large that no sum of numbers overflows `bits` bits, whose sizes add up to no more than a * b.
 DEVICE float whole_scale(int bits, float a, float b) {
   if (!(a > 0.f) || !(b > 0.f) || !(a < 3e38f) || !(b < 3e38f)) return 1.f;
-  int e = bits - static_cast<int>(ceilf(log2f(a))) - static_cast<int>(ceilf(log2f(b)));
+  int e = bits - static_cast<int>(ceilf(log2f(a) + log2f(b)));
   return exp2f(static_cast<float>(e < -120 ? -120 : e > 120 ? 120 : e));
 }
 
@@ -1028,7 +1023,8 @@ template <class T> DEVICE void msda_weights_body(msda_weights_PARAMS(T)) {
         size_t token = shapes[3 * l + 2] + static_cast<unsigned>(fmaxf(y, 0.f)) * shapes[3 * l + 1]
             + static_cast<unsigned>(fmaxf(x, 0.f));
         size_t at = (static_cast<size_t>(reader / heads / queries) * tokens + token) * heads + head;
-        add_whole(weights + at, llrintf(fabsf(get(mass + i)) * scale));
+        // Rounded up, so that the sums bound what they stand for.
+        add_whole(weights + at, llrintf(ceilf(fabsf(get(mass + i)) * scale)));
       }
     }
   }
@@ -1135,8 +1131,8 @@ DEVICE void msda_back_by(const T *value, const T *place, const T *mass, const un
   }
 }
 
-// Bits of a sum of whole numbers, which may round up at each term.
-const int PAIR_BITS = 29;
+// Bits of a sum of whole numbers, of 31; the rest is for terms that round up.
+const int PAIR_BITS = 30;
 
 // `most` is the largest gradient, `weight[1]` the largest sum of masses at a token.
 #define msda_back_PARAMS(T)                                                                                  \

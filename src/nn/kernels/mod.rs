@@ -1,7 +1,7 @@
 //! The project's own CUDA kernels and what launches them.
 //!
-//! A function here takes the memory of its arguments, allocates its results beside them and starts one
-//! or two kernels; shapes are the callers' (the ops of [`super`]), who have checked them. On a GPU the
+//! A function here takes the memory of its arguments, allocates its results beside them (the optimiser's write what
+//! they are given) and starts a few kernels; shapes are the callers' (the ops of [`super`]), who have checked them. On a GPU the
 //! memory is candle's and so is the stream. In tests it is the processor's, and the same source, compiled
 //! as C++, runs there: every kernel is held against the op that the processor has for it.
 //!

@@ -29,6 +29,10 @@ pub(in crate::nn) fn columns(
     (first, n): (usize, usize),
 ) -> Result<Owned> {
     let planes = batch * channels;
+    // As the kernel counts within a plane.
+    if i32::try_from(h * w).is_err() {
+        candle_core::bail!("convolution: a picture of {h} × {w}")
+    }
     let mut y = x.beside(x.dtype(), planes * window.kernel * window.kernel * n)?;
     let args = [
         x.arg()?,
@@ -50,7 +54,7 @@ pub(in crate::nn) fn columns(
 }
 
 /// A convolution as products of `weight` `[out, channels · kernel²]` with parts of the unfolded input `x`
-/// `[batch, channels, h, w]` (or `relu(x)`): `[batch, out, oh · ow]`. A part is about what the card's cache holds.
+/// `[batch, channels, h, w]` (or `relu(x)`): `[batch, out, oh · ow]`. A part takes little memory beside the whole.
 #[cfg(feature = "cuda")]
 pub(in crate::nn) fn convolve(
     x: &Tensor,

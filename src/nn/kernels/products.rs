@@ -118,38 +118,31 @@ pub(in crate::nn) fn add_bias(x: Memory, b: Memory, len: usize, channels: usize)
 }
 
 /// How a factor of a product of sums of k, of f32, becomes one of sums of 3 k whose numbers are TF32's (see the kernel).
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 pub(in crate::nn) enum Thrice {
-    /// Each `dim` numbers of a row three times in a row: the factor's sums go along its rows.
-    Along { dim: usize },
+    /// Each row three times in a row: the factor's sums go along its rows.
+    Along,
     /// The whole three times: they go over its rows.
     Over,
 }
 
-/// `rows` of `width` numbers, which lie `apart`; `other` is for the product's second factor.
+/// `rows` of `width` numbers thrice; `other` is for the product's second factor.
 pub(in crate::nn) fn split(
     x: Memory,
     (rows, width): (usize, usize),
-    apart: usize,
     how: Thrice,
     other: bool,
 ) -> Result<Owned> {
     let n = rows * width;
     let mut y = x.beside(DType::F32, 3 * n)?;
-    let (dim, copies) = match how {
-        Thrice::Along { dim } => (dim, 0),
-        Thrice::Over => (width, n),
-    };
     let even = [&x.arg()?, &y.arg()?].iter().all(|a| a.is_even(16));
-    let fours = even && [width, dim, apart, copies].iter().all(|n| n.is_multiple_of(4));
+    let fours = even && width.is_multiple_of(4);
     let args = [
         x.arg()?,
         y.arg()?,
         unsigned(n)?,
         unsigned(width)?,
-        unsigned(dim)?,
-        Arg::Size(apart as u64),
-        Arg::Size(copies as u64),
+        Arg::Size(if how == Thrice::Over { n as u64 } else { 0 }),
         Arg::Unsigned(other.into()),
         Arg::Unsigned(fours.into()),
     ];
@@ -160,26 +153,42 @@ pub(in crate::nn) fn split(
 
 /// Whether a product `[m, k] · [k, n]` of f32 takes less time in three parts than as it is.
 #[cfg(feature = "cuda")]
-pub(super) fn is_worth_splitting(m: usize, n: usize, k: usize) -> bool {
+fn is_worth_splitting(m: usize, n: usize, k: usize) -> bool {
     // Where what the parts cost is less than what they save, by both rates of an H100; and nowhere near where all is small.
-    k >= 32 && m * n >= 300 * (m + n)
+    let fits = [m * k, n * k].iter().all(|n| u32::try_from(*n).is_ok());
+    fits && k >= 32 && m * n >= 300 * (m + n)
 }
 
-/// `x wᵀ` of `[m, k]` and `[n, k]`, or `x w` of `[m, k]` and `[k, n]`, of f32: the precision is f32's though the products are
-/// of TF32. `None` where it would gain nothing.
+/// Whether a card's rate of TF32 is several times its rate of f32: compute capability 8.0 (A100), 9.0 and 10.0, not
+/// those of desktops.
+#[cfg(feature = "cuda")]
+fn has_fast_tf32(device: &candle_core::CudaDevice) -> bool {
+    use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute_enum as Attribute;
+    let context = device.cuda_stream().context().clone();
+    let version = [
+        Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+        Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+    ]
+    .map(|a| context.attribute(a).unwrap_or(0));
+    matches!(version, [8 | 9 | 10, 0])
+}
+
+/// `x wᵀ` of `[m, k]` and `[n, k]`, or `x w` of `[m, k]` and `[k, n]`, of f32: nearly as precise as f32's though the products
+/// are of TF32. `None` where it would gain nothing.
 #[cfg(feature = "cuda")]
 pub(in crate::nn) fn product_of_parts(x: &Tensor, w: &Tensor, transposed: bool) -> Result<Option<Tensor>> {
     use super::gemm::{Into, Rows, Sizes, product};
     let ((m, k), (rows, width)) = (x.dims2()?, w.dims2()?);
     let n = if transposed { rows } else { width };
     let takes = x.dtype() == DType::F32 && x.is_contiguous() && w.is_contiguous();
-    if !takes || !is_worth_splitting(m, n, k) {
+    let fast = |d: &candle_core::Device| d.as_cuda_device().is_ok_and(has_fast_tf32);
+    if !takes || !is_worth_splitting(m, n, k) || !fast(x.device()) {
         return Ok(None);
     }
     let (hx, hw) = (Held::new(x)?, Held::new(w)?);
-    let a = split(hx.get()?, (m, k), k, Thrice::Along { dim: k }, false)?;
-    let how = if transposed { Thrice::Along { dim: k } } else { Thrice::Over };
-    let b = split(hw.get()?, (rows, width), width, how, true)?;
+    let a = split(hx.get()?, (m, k), Thrice::Along, false)?;
+    let how = if transposed { Thrice::Along } else { Thrice::Over };
+    let b = split(hw.get()?, (rows, width), how, true)?;
     let mut y = hx.get()?.beside(DType::F32, m * n)?;
     let row = if transposed { 3 * k } else { n };
     product(

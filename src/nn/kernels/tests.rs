@@ -206,29 +206,34 @@ fn numbers_in_parts() -> Result<()> {
     if skip() {
         return Ok(());
     }
-    let (rows, width, apart) = (5, 12, 20);
-    let x = random((rows, apart), 1)?.as_tensor().detach();
     let flat = |o: Owned| Ok::<_, candle_core::Error>(o.values()?.as_slice::<f32>()?.to_vec());
-    let at = |r: usize, c: usize| x.get(r)?.get(c)?.to_scalar::<f32>();
-    let along = |other| on([&x], |[x]| split(x, (rows, width), apart, Thrice::Along { dim: 4 }, other));
-    let over = |other| on([&x], |[x]| split(x, (rows, width), apart, Thrice::Over, other));
-    for (i, (r, c)) in (0..rows * width).map(|i| (i, (i / width, i % width))) {
-        let v = at(r, c)?;
+    // In fours, and not.
+    for (rows, width) in [(5, 12), (5, 7)] {
+        let n = rows * width;
+        let x = random((rows, width), 1)?.as_tensor().detach();
+        let values: Vec<f32> = x.flatten_all()?.to_vec1()?;
         for other in [false, true] {
-            let (a, b) = (flat(along(other)?)?, flat(over(other)?)?);
-            let from = (r * 3 + c / 4) * 12 + c % 4;
-            let three = [a[from], a[from + 4], a[from + 8]];
-            assert_eq!(three, [b[i], b[i + rows * width], b[i + 2 * rows * width]]);
-            let (hi, lo) = if other { (three[0], three[2]) } else { (three[0], three[1]) };
-            assert_eq!(three[if other { 1 } else { 2 }], hi);
-            // Both have eleven bits, and together twice as many.
-            assert!([hi, lo].iter().all(|p| p.to_bits() & 0x1fff == 0), "{hi} {lo}");
-            assert!((v - hi - lo).abs() <= v.abs() * 2f32.powi(-22), "{v} {hi} {lo}");
+            let [along, over] = [Thrice::Along, Thrice::Over]
+                .map(|how| on([&x], |[x]| split(x, (rows, width), how, other)).and_then(flat));
+            let (along, over) = (along?, over?);
+            for (i, v) in values.iter().enumerate() {
+                let from = i / width * 3 * width + i % width;
+                let three = [over[i], over[i + n], over[i + 2 * n]];
+                assert_eq!(three, [along[from], along[from + width], along[from + 2 * width]]);
+                let (hi, lo) = if other { (three[0], three[2]) } else { (three[0], three[1]) };
+                assert_eq!(three[if other { 1 } else { 2 }], hi);
+                // Both have eleven bits, and together twice as many.
+                assert!([hi, lo].iter().all(|p| p.to_bits() & 0x1fff == 0), "{hi} {lo}");
+                assert!((v - hi - lo).abs() <= v.abs() * 2f32.powi(-22), "{v} {hi} {lo}");
+            }
         }
     }
-    let strange = Tensor::new(&[[f32::NAN, f32::INFINITY, f32::MAX, 0.]], &Device::Cpu)?;
-    let y = flat(on([&strange], |[x]| split(x, (1, 4), 4, Thrice::Over, false))?)?;
-    assert!(y[0].is_nan() && y[1..4] == [f32::INFINITY, f32::MAX, 0.] && y[4..8] == [0.; 4], "{y:?}");
+    // What is no number stays none, however it is written.
+    let none = [f32::NAN, f32::from_bits(0x7fff_ffff), f32::from_bits(0xffff_ffff)];
+    let strange = Tensor::new(&[[none[0], none[1], none[2], f32::INFINITY, f32::MAX, 0.]], &Device::Cpu)?;
+    let y = flat(on([&strange], |[x]| split(x, (1, 6), Thrice::Over, false))?)?;
+    assert!(y[..3].iter().all(|v| v.is_nan()) && y[3..6] == [f32::INFINITY, f32::MAX, 0.], "{y:?}");
+    assert!(y[6..12] == [0.; 6], "{y:?}");
     Ok(())
 }
 
@@ -250,7 +255,10 @@ fn products_of_parts() -> Result<()> {
     };
     let plain = error(&there(&x).matmul(&there(&w).t()?)?)?;
     for (w, transposed) in [(&w, true), (&back, false)] {
-        let y = product_of_parts(&there(&x), &there(w), transposed)?.expect("large enough");
+        let Some(y) = product_of_parts(&there(&x), &there(w), transposed)? else {
+            eprintln!("this card's TF32 is not fast: products of parts are not tested");
+            return Ok(());
+        };
         let e = error(&y)?;
         eprintln!("products of parts: {e:.1e} from the truth, of f32 {plain:.1e}");
         assert!(e < 4. * plain + 1e-6, "{e} {plain}");
@@ -293,7 +301,7 @@ fn softmax_of_scores() -> Result<()> {
         return Ok(());
     }
     // Rows of which threads keep few numbers or many, in fours or not, or none.
-    for m in [70, 72, 2050, 5000, 33_001] {
+    for m in [70, 72, 2050, 5000, 20_000, 33_001] {
         softmax_of_rows(m)?;
     }
     let blind = Tensor::new(&[[f32::NEG_INFINITY; 5], [0.2; 5]], &Device::Cpu)?;

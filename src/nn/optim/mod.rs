@@ -39,7 +39,9 @@ pub struct AdamWConfig {
     pub weight_decay: f64,
     /// Scales gradients down to this global L2 norm.
     pub max_grad_norm: Option<f64>,
-    /// Keeps moments and summed gradients of parameters on a GPU in the host's memory.
+    /// Keeps moments and summed gradients of parameters on a GPU in the host's memory. Where they are is no part of what
+    /// is trained.
+    #[serde(skip)]
     pub offload: bool,
 }
 
@@ -63,7 +65,7 @@ pub struct Group {
     pub lr: f64,
     /// Whether weight decay applies.
     pub decay: bool,
-    /// Whether the step is Muon's: the momentum made orthogonal (see [`orthogonal`]), in place of
+    /// Whether the step is Muon's: the momentum made orthogonal (see `muon`), in place of
     /// AdamW's. For matrices between hidden layers.
     pub muon: bool,
 }
