@@ -170,7 +170,7 @@ fn has_fast_tf32(device: &candle_core::CudaDevice) -> bool {
         Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
     ]
     .map(|a| context.attribute(a).unwrap_or(0));
-    matches!(version, [8 | 9 | 10, 0])
+    matches!(version, [8..=10, 0])
 }
 
 /// `x wᵀ` of `[m, k]` and `[n, k]`, or `x w` of `[m, k]` and `[k, n]`, of f32: nearly as precise as f32's though the products

@@ -107,7 +107,7 @@ struct Slot {
 enum Moments {
     Here(Here),
     #[cfg(any(feature = "cuda", test))]
-    There(There),
+    There(Box<There>),
 }
 
 /// What a saved state holds of a parameter.
@@ -147,7 +147,7 @@ impl Slot {
         }
         #[cfg(any(feature = "cuda", test))]
         if there {
-            let moments = Moments::There(There::new(&var)?);
+            let moments = Moments::There(Box::new(There::new(&var)?));
             return Ok(Self { name, var, group, moments });
         }
         let moments = Moments::Here(Here::new(&var, group.muon)?);
@@ -274,7 +274,7 @@ impl AdamW {
             match &s.moments {
                 Moments::Here(m) => sum += m.squares(),
                 #[cfg(any(feature = "cuda", test))]
-                Moments::There(m) => there.push(m),
+                Moments::There(m) => there.push(&**m),
             }
         }
         #[cfg(any(feature = "cuda", test))]
