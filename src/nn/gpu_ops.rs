@@ -34,14 +34,9 @@ fn takes_few_rows(x: &Tensor, weights: &[&Tensor]) -> bool {
     on_gpu(&all) && all.iter().all(untracked) && kernels::takes_few_rows(x, weights)
 }
 
-/// `x wᵀ`, or `x w` unless `transposed`, of matrices without gradients.
-pub(super) fn matmul(x: &Tensor, w: &Tensor, transposed: bool) -> Result<Tensor> {
-    if on_gpu(&[x, w])
-        && let Some(y) = kernels::product_of_parts(x, w, transposed)?
-    {
-        return Ok(y);
-    }
-    if transposed { x.matmul(&w.t()?) } else { x.matmul(w) }
+/// `x wᵀ`, or `x w` unless `transposed`, of matrices without gradients; `None` where candle's product is as good.
+pub(super) fn matmul(x: &Tensor, w: &Tensor, transposed: bool) -> Result<Option<Tensor>> {
+    if on_gpu(&[x, w]) { kernels::product_of_parts(x, w, transposed) } else { Ok(None) }
 }
 
 /// [`kernels::sample`]; `None` if the logits are not on a GPU.

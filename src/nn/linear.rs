@@ -208,8 +208,8 @@ impl Linear {
 /// `x wᵀ`, or `x w` unless `transposed`.
 fn by_weight(x: &Tensor, w: &Tensor, transposed: bool) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
-    if x.device().is_cuda() {
-        return gpu_ops::matmul(x, w, transposed);
+    if let Some(y) = gpu_ops::matmul(x, w, transposed)? {
+        return Ok(y);
     }
     if transposed { x.matmul(&w.t()?) } else { x.matmul(w) }
 }
