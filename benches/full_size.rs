@@ -17,6 +17,8 @@ use valor::nn::Mask;
 use valor::weights::Checkpoint;
 
 fn main() -> anyhow::Result<()> {
+    // As the program itself does.
+    valor::nn::keep_freed_memory();
     let args: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["gdino", dir] => gdino(Path::new(dir)),

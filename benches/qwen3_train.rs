@@ -21,6 +21,8 @@ fn cpu_seconds() -> f64 {
 }
 
 fn main() -> anyhow::Result<()> {
+    // As the program itself does.
+    valor::nn::keep_freed_memory();
     let (b, s) = (16, 384);
     let steps = std::env::var("QWEN3_STEPS").ok().and_then(|v| v.parse().ok()).unwrap_or(3);
     let cfg: Config = serde_json::from_str(CONFIG)?;

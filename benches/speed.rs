@@ -50,7 +50,33 @@ const GPU_WARM_UPS: usize = 3;
 /// Calls between two readings of the clock, of work that takes a GPU less time than it takes to ask for it.
 const GPU_CALLS: usize = 20;
 
+fn without_dropout(cfg: grounding_dino::Config) -> grounding_dino::Config {
+    let mut text = cfg.text_config.clone();
+    (text.hidden_dropout_prob, text.attention_probs_dropout_prob) = (0., 0.);
+    let mut backbone = cfg.backbone_config.clone();
+    (backbone.hidden_dropout_prob, backbone.drop_path_rate) = (0., 0.);
+    grounding_dino::Config {
+        text_config: text,
+        backbone_config: backbone,
+        dropout: 0.,
+        attention_dropout: 0.,
+        activation_dropout: 0.,
+        text_enhancer_dropout: 0.,
+        fusion_dropout: 0.,
+        fusion_droppath: 0.,
+        ..cfg
+    }
+}
+
+/// HEIGHTxWIDTH.
+fn sides(size: &str) -> anyhow::Result<(usize, usize)> {
+    let of = size.split_once('x').and_then(|(h, w)| Some((h.parse().ok()?, w.parse().ok()?)));
+    of.with_context(|| format!("{size:?}: expected HEIGHTxWIDTH"))
+}
+
 fn main() -> anyhow::Result<()> {
+    // As the program itself does.
+    nn::keep_freed_memory();
     let args: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
     let [cases, work, rest @ ..] = args.as_slice() else {
         eprintln!("{USAGE}");
@@ -179,15 +205,19 @@ impl Bench {
         valor::nn::set_tf32(kind != "gdino");
         valor::nn::set_exact_sums(!rest.ends_with("_loose"));
         match (kind, rest) {
-            ("gdino", "fwd") => self.gdino_forward(None),
-            ("gdino", size) if size.starts_with("fwd_") => {
-                let side = |i: usize| size[4..].split('x').nth(i).and_then(|s| s.parse().ok());
-                let of =
-                    |i: usize| side(i).with_context(|| format!("{case:?}: expected gdino_fwd_HEIGHTxWIDTH"));
-                self.gdino_forward(Some((of(0)?, of(1)?)))
+            ("gdino", what) => {
+                let parts: Vec<&str> = what.split('_').collect();
+                match parts[..] {
+                    ["fwd"] => self.gdino_forward(None),
+                    ["fwd", size] => self.gdino_forward(Some(sides(size)?)),
+                    ["train"] => self.gdino_train(false, None),
+                    ["train", "recompute"] => self.gdino_train(true, None),
+                    ["train", size] => self.gdino_train(false, Some(sides(size)?)),
+                    ["train", "recompute", size] => self.gdino_train(true, Some(sides(size)?)),
+                    _ => bail!("no case is called {case:?}"),
+                }
             }
             ("boxes", _) => self.boxes(n()?),
-            ("gdino", "train") => self.gdino_train(),
             ("vitl", _) => self.vitl(n()?),
             ("moge", _) => self.moge(n()?),
             ("prefill", _) => self.prefill(n()?),
@@ -225,6 +255,12 @@ impl Bench {
 
     fn loaded(&mut self) -> anyhow::Result<()> {
         self.device.synchronize()?;
+        // What loading has freed is no weight.
+        #[cfg(all(target_os = "linux", target_env = "gnu"))]
+        // SAFETY: gives free memory back, nothing else.
+        unsafe {
+            libc::malloc_trim(0);
+        }
         self.line.insert("load_s".into(), self.started.elapsed().as_secs_f64().into());
         (self.loaded_mb, self.peak_at_load) = (status_mb("VmRSS")?, status_mb("VmHWM")?);
         // From here on the kernel counts the peak anew, where it lets us.
@@ -299,7 +335,14 @@ impl Bench {
         Ok(Inputs::new(self.input(name)?, None, ids, mask, &SPECIAL_TOKENS)?)
     }
 
-    /// Of the picture's corner of that size, if one is given.
+    /// [`Self::gdino_inputs`] of one case, or the corner of that size of the forward pass's picture.
+    fn gdino_sized(&self, name: &str, size: Option<(usize, usize)>) -> anyhow::Result<Inputs> {
+        let Some((h, w)) = size else { return self.gdino_inputs(name) };
+        let mut x = self.gdino_inputs("gdino_fwd")?;
+        x.pixel_values = x.pixel_values.narrow(2, 0, h)?.narrow(3, 0, w)?.contiguous()?;
+        Ok(x)
+    }
+
     fn gdino_forward(&mut self, size: Option<(usize, usize)>) -> anyhow::Result<Json> {
         let cfg = self.gdino_config()?;
         let net = self.checkpoint("gdino-swint")?.build(
@@ -308,10 +351,7 @@ impl Bench {
             grounding_dino::UNUSED,
             |vb| GroundingDino::new(&cfg, vb),
         )?;
-        let mut x = self.gdino_inputs("gdino_fwd")?;
-        if let Some((h, w)) = size {
-            x.pixel_values = x.pixel_values.narrow(2, 0, h)?.narrow(3, 0, w)?.contiguous()?;
-        }
+        let x = self.gdino_sized("gdino_fwd", size)?;
         self.loaded()?;
         let out = self.run(|| {
             let mut out = net.forward(&x, None)?;
@@ -353,7 +393,7 @@ impl Bench {
         Ok(json!({ "loss": [loss] }))
     }
 
-    fn gdino_train(&mut self) -> anyhow::Result<Json> {
+    fn gdino_train(&mut self, recompute: bool, size: Option<(usize, usize)>) -> anyhow::Result<Json> {
         let freeze = Freeze { backbone: true, text: true };
         let cfg = grounding_dino::Config { freeze, ..self.gdino_config()? };
         let mut tensors = self.checkpoint("gdino-swint")?.tensors()?;
@@ -364,7 +404,7 @@ impl Bench {
         let adamw = AdamWConfig { max_grad_norm: None, ..AdamWConfig::default() };
         let mut optimiser =
             AdamW::new(params.named(), adamw, |name, var| (!frozen(name)).then(|| Group::usual(var)))?;
-        let x = self.gdino_inputs("gdino_train")?;
+        let x = self.gdino_sized("gdino_train", size)?;
         let target = Target {
             boxes: vec![[0.3, 0.4, 0.2, 0.3], [0.6, 0.5, 0.3, 0.2], [0.7, 0.2, 0.1, 0.1]],
             columns: vec![vec![1], vec![3, 4], vec![6, 7]],
@@ -373,14 +413,18 @@ impl Bench {
         let (loss_of, lens) = (LossConfig::hf(), [x.input_ids.dim(1)?]);
         self.loaded()?;
         let mut ctx = TrainCtx::new(0);
+        if recompute {
+            ctx = ctx.recomputing(params.tensors().into_values().collect());
+        }
         // The first step has no dropout, so that its loss can be compared.
+        let still = GroundingDino::new(&without_dropout(cfg), params.builder())?;
         let mut first = true;
         let (loss, norm) = self.run(|| {
-            let out = net.forward(&x, if first { None } else { Some(&mut ctx) })?;
+            let out = if first { &still } else { &net }.forward(&x, Some(&mut ctx))?;
             first = false;
             let loss = total(&loss_of, &losses(&loss_of, &out, &lens, std::slice::from_ref(&target))?)?;
             let value = loss.to_scalar::<f32>()?;
-            optimiser.accumulate(&loss.backward()?, 1.)?;
+            optimiser.accumulate(&nn::backward(&loss)?, 1.)?;
             Ok((value, optimiser.step(RATE)?.grad_norm))
         })?;
         Ok(json!({ "loss": [loss], "gradient": [norm] }))

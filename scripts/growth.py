@@ -5,7 +5,7 @@
 
 Runs cases of benches/speed.rs on the work folder that scripts/peers.py makes, one size after another, each in a process of its
 own, and fits time ~ size^a by least squares of the logarithms. Time is a median after a warm-up; memory is what the work took
-beside weights and inputs. Goes on where it stopped (the raw file keeps each run). About six minutes on two cores.
+beside weights and inputs. Goes on where it stopped (the raw file keeps each run). About ten minutes on two cores.
 """
 import argparse, json, math, os, subprocess, sys
 from dataclasses import dataclass
@@ -26,10 +26,17 @@ class Series:
     cases: list
 
 
+# Shortest sides as the paper's fine-tuning draws them, and half of the least.
+TRAINED = [(240, 320), (480, 640), (640, 853), (800, 1066)]
+
 SERIES = [
     Series("picture", "GroundingDINO Swin-T, forward", "pixels",
            "1: windows and sampled points are as many as pixels; what is per query or per word does not grow",
            [(f"gdino_fwd_{h}x{w}", h * w) for h, w in [(200, 266), (283, 376), (400, 533), (566, 754), (800, 1066)]]),
+    Series("training", "GroundingDINO Swin-T, training step (backbone and BERT frozen)", "pixels", "1: as forward",
+           [(f"gdino_train_{h}x{w}", h * w) for h, w in TRAINED]),
+    Series("recomputed", "the same with gradient checkpointing", "pixels", "1: as forward",
+           [(f"gdino_train_recompute_{h}x{w}", h * w) for h, w in TRAINED]),
     Series("prompt", "Qwen3-0.6B f32, prefill", "tokens",
            "1 to 2: products with weights grow as tokens, attention as their square (at 3,000 tokens over a quarter of all operations)",
            [(f"prefill_{n}", n) for n in [192, 384, 768, 1536, 3000]]),
@@ -74,7 +81,7 @@ def measure(a, runs):
 
 
 def plot(found):
-    """Four panels, time and memory over size on logarithmic axes, each measured point and the fitted line."""
+    """A panel for each work: time and memory over size on logarithmic axes, each measured point and the fitted line."""
     w, h, out = 420, 300, []
     text = lambda x, y, s, more="": out.append(f'<text x="{x:.0f}" y="{y:.0f}" {more}>{s}</text>')
     for k, (s, points) in enumerate(found):
@@ -103,7 +110,7 @@ def plot(found):
                 side = f'x="{x0 - 6}" text-anchor="end"' if dx else f'x="{x0 + w + 6}"'
                 out.append(f'<text {side} y="{ly(v) + 4:.0f}" fill="{colour}">{v:.3g}</text>')
             text(x0 + 10, y0 + 18 * column, f"{'time' if unit == 's' else 'memory'} ({unit}): exponent {fit[0]:.2f}", f'fill="{colour}"')
-    width, height = 2 * w + 180, 2 * h + 190
+    width, height = 2 * w + 180, (len(found) + 1) // 2 * (h + 90) + 10
     PLOT.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" font-size="12">\n'
                     f'<rect width="{width}" height="{height}" fill="white"/>\n' + "\n".join(out) + "\n</svg>\n")
 

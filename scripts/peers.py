@@ -76,6 +76,8 @@ def language():
 CASES = [
     Case("gdino_fwd", "GroundingDINO Swin-T, forward, 800×1066", "gdino_fwd", 1.3, 2e-2),
     Case("gdino_train", "GroundingDINO Swin-T, training step, 480×640 (backbone and BERT frozen, AdamW)", "gdino_train", 1.0, 2e-2),
+    Case("gdino_train_recompute", "the same with gradient checkpointing (`grounding.training.recompute`), beside the peer without",
+         "gdino_train", None, 2e-2),
     Case("vitl_1800", "DINOv2 ViT-L/14 encoder, 1,800 tokens", "vitl_1800", 1.2),
     Case("vitl_3600", "DINOv2 ViT-L/14 encoder, 3,600 tokens", "vitl_3600", 1.2),
     Case("moge_1800", "MoGe-2 ViT-L, whole, 480×640, 1,800 tokens", "moge_1800"),

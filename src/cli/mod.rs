@@ -140,24 +140,9 @@ impl ModelArgs {
     }
 }
 
-/// Networks allocate and free the same large buffers at every step. Giving each back to the kernel
-/// and faulting it in again cost a quarter of a training step's time (detector, two cores).
-#[cfg(all(target_os = "linux", target_env = "gnu"))]
-fn keep_freed_memory() {
-    // SAFETY: mallopt only sets the allocator's thresholds; no other thread runs yet.
-    unsafe {
-        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 30);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
-        libc::mallopt(libc::M_TOP_PAD, 256 << 20);
-    }
-}
-
-#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
-fn keep_freed_memory() {}
-
 /// Parses the command line, runs what it asks for, gives the exit code.
 pub fn main() -> ExitCode {
-    keep_freed_memory();
+    crate::nn::keep_freed_memory();
     let result = match Cli::parse().command {
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "valor", &mut std::io::stdout());

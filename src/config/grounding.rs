@@ -77,6 +77,8 @@ pub struct DetectorTraining {
     pub hyphens: bool,
     /// Parameters whose names begin with one of these are not trained.
     pub freeze: Vec<String>,
+    /// Gradient checkpointing: layers run again in the backward pass, and activations of one at a time are held.
+    pub recompute: bool,
     pub flip: f64,
     /// Probability of a crop, least share of each side that it keeps, and whether it keeps the shape.
     pub crop: f64,

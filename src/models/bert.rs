@@ -161,7 +161,15 @@ impl Bert {
         let x = dropout(&self.norm.forward(&x)?, self.dropout, &mut train)?;
         let mut states = vec![x];
         for layer in &self.layers {
-            states.push(layer.forward(&states[states.len() - 1], &mask, &mut train)?);
+            let x = &states[states.len() - 1];
+            let y = match train.as_deref_mut() {
+                Some(ctx) if ctx.recomputes() => {
+                    let (layer, mask) = (layer.clone(), mask.clone());
+                    ctx.part(&[x], move |x, train| layer.forward(&x[0], &mask, train))?
+                }
+                _ => layer.forward(x, &mask, &mut train)?,
+            };
+            states.push(y);
         }
         Ok(states)
     }

@@ -438,7 +438,8 @@ impl Qwen3 {
             x = match &cache {
                 None if self.recomputed => {
                     let (layer, rope, mask) = (layer.clone(), rope.clone(), mask.clone());
-                    nn::recompute(&x, layer.parameters(), move |x| layer.forward(x, &rope, &mask, None))?
+                    let parameters = layer.parameters().into();
+                    nn::recompute(&[&x], parameters, move |x| layer.forward(&x[0], &rope, &mask, None))?
                 }
                 cache => layer.forward(&x, rope, mask, cache.as_deref().map(|c| (c, i)))?,
             };

@@ -12,6 +12,7 @@ use crate::nn::{self, LayerNorm, Linear};
 use candle_core::{Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 
 /// Mirrors the checkpoint's JSON; defaults are Swin-T's, with the stages a detector uses.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -334,10 +335,17 @@ impl Swin {
         let mut out = Vec::new();
         for stage in &self.stages {
             let size = self.cfg.window_size;
-            let plain = Windows::new(height, width, size, 0)?;
-            let shifted = Windows::new(height, width, size, size / 2)?;
+            let plain = Arc::new(Windows::new(height, width, size, 0)?);
+            let shifted = Arc::new(Windows::new(height, width, size, size / 2)?);
             for block in &stage.blocks {
-                x = block.forward(&x, if block.shift > 0 { &shifted } else { &plain }, &mut train)?;
+                let windows = if block.shift > 0 { &shifted } else { &plain };
+                x = match train.as_deref_mut() {
+                    Some(ctx) if ctx.recomputes() => {
+                        let (block, windows) = (block.clone(), windows.clone());
+                        ctx.part(&[&x], move |x, train| block.forward(&x[0], &windows, train))?
+                    }
+                    _ => block.forward(&x, windows, &mut train)?,
+                };
             }
             if let Some(norm) = &stage.norm {
                 out.push(FeatureMap { tokens: norm.forward(&x)?, height, width });

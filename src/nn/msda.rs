@@ -10,9 +10,10 @@
 //! Positions are relative to a level's full extent (0 and 1 are its outer edges, pixel centres
 //! lie at (i + 0.5) / size); what lies outside reads as zero. f32 only on the fused path.
 
-use super::cpu;
+use super::cpu::{self, Out};
 #[cfg(feature = "cuda")]
 use super::kernels::{self, Memory};
+use super::simd::{self, madd, wide};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor};
@@ -188,9 +189,12 @@ struct Samples {
     weight: Vec<f32>,
     /// d location / d offset.
     scale: Vec<[f32; 2]>,
+    /// `None` of what lies outside.
+    corners: Vec<Option<Corners>>,
 }
 
-/// A bilinear sample: token index of each corner inside the level (or `NONE`), and the fractions.
+/// A bilinear sample: token index of each corner (or `NONE`), and the fractions.
+#[derive(Clone)]
 struct Corners {
     token: [usize; 4],
     fx: f32,
@@ -200,8 +204,9 @@ struct Corners {
 const NONE: usize = usize::MAX;
 
 impl Corners {
-    /// Corners in the order (y0,x0), (y0,x1), (y1,x0), (y1,x1). `None` if all lie outside.
-    fn new([x, y]: [f32; 2], (h, w): (usize, usize)) -> Option<Self> {
+    /// Corners in the order (y0,x0), (y0,x1), (y1,x0), (y1,x1), the level's tokens beginning at `start`. `None`
+    /// if all lie outside.
+    fn new([x, y]: [f32; 2], (h, w): (usize, usize), start: usize) -> Option<Self> {
         let (x, y) = (x * w as f32 - 0.5, y * h as f32 - 0.5);
         // Written so that a NaN counts as outside.
         if !(x > -1. && y > -1. && x < w as f32 && y < h as f32) {
@@ -211,7 +216,7 @@ impl Corners {
         let (xi, yi) = (x0 as isize, y0 as isize);
         let token = |yi: isize, xi: isize| {
             let inside = yi >= 0 && xi >= 0 && yi < h as isize && xi < w as isize;
-            if inside { yi as usize * w + xi as usize } else { NONE }
+            if inside { start + yi as usize * w + xi as usize } else { NONE }
         };
         let token = [token(yi, xi), token(yi, xi + 1), token(yi + 1, xi), token(yi + 1, xi + 1)];
         Some(Self { token, fx: x - x0, fy: y - y0 })
@@ -268,7 +273,23 @@ impl Msda {
 
     fn buffers(&self) -> Samples {
         let n = self.shapes.len() * self.points;
-        Samples { at: vec![[0.; 2]; n], weight: vec![0.; n], scale: vec![[1.; 2]; n] }
+        Samples { at: vec![[0.; 2]; n], weight: vec![0.; n], scale: vec![[1.; 2]; n], corners: vec![None; n] }
+    }
+
+    /// Finds the corners of what [`Self::prepare`] has placed. Queries look all over the picture, so waiting for
+    /// memory is most of the work: `soon` hears of each token before any is needed.
+    fn find(&self, s: &mut Samples, soon: impl Fn(usize)) {
+        let mut start = 0;
+        for (level, &(h, w)) in self.shapes.iter().enumerate() {
+            for j in level * self.points..(level + 1) * self.points {
+                let corners = Corners::new(s.at[j], (h, w), start);
+                if let Some(c) = &corners {
+                    c.token.into_iter().filter(|t| *t != NONE).for_each(&soon);
+                }
+                s.corners[j] = corners;
+            }
+            start += h * w;
+        }
     }
 
     /// `place` and `mass` are this head's part of the second and third argument.
@@ -315,18 +336,14 @@ impl Msda {
                 for (h, out) in out.chunks_exact_mut(d.dim).enumerate() {
                     let k = (i * d.heads + h) * d.samples;
                     self.prepare(b, q, &place[2 * k..][..2 * d.samples], &mass[k..][..d.samples], s);
-                    let mut start = 0;
-                    for (level, &(lh, lw)) in self.shapes.iter().enumerate() {
-                        for j in level * self.points..(level + 1) * self.points {
-                            let Some(c) = Corners::new(s.at[j], (lh, lw)) else { continue };
-                            for (t, w) in c.token.into_iter().zip(c.weights()) {
-                                if t != NONE {
-                                    let v = &value[(start + t) * row + h * d.dim..][..d.dim];
-                                    axpy(w * s.weight[j], v, out);
-                                }
+                    self.find(s, |t| cpu::prefetch(value, t * row + h * d.dim, d.dim));
+                    for (c, mass) in s.corners.iter().zip(&s.weight) {
+                        let Some(c) = c else { continue };
+                        for (t, w) in c.token.into_iter().zip(c.weights()) {
+                            if t != NONE {
+                                axpy(w * mass, &value[t * row + h * d.dim..][..d.dim], out);
                             }
                         }
-                        start += lh * lw;
                     }
                 }
             },
@@ -334,8 +351,7 @@ impl Msda {
         out
     }
 
-    /// Gradients of value, second and third argument, each with the head before the token or
-    /// query: `[batch, heads, n, ..]`.
+    /// Gradients of value, second and third argument, laid out as these are.
     fn backward(
         &self,
         value: &[f32],
@@ -345,85 +361,74 @@ impl Msda {
         d: &Dims,
     ) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
         let row = d.heads * d.dim;
-        let n = d.batch * d.heads;
-        let mut gv = vec![0f32; n * d.tokens * d.dim];
-        let mut gp = vec![0f32; n * d.queries * d.samples * 2];
-        let mut gm = vec![0f32; n * d.queries * d.samples];
-        gv.par_chunks_mut(d.tokens * d.dim)
-            .zip(gp.par_chunks_mut((d.queries * d.samples * 2).max(1)))
-            .zip(gm.par_chunks_mut((d.queries * d.samples).max(1)))
-            .enumerate()
-            .for_each(|(i, ((gv, gp), gm))| {
-                let (b, h) = (i / d.heads, i % d.heads);
-                let value = &value[b * d.tokens * row..][..d.tokens * row];
-                let mut s = self.buffers();
-                for q in 0..d.queries {
-                    let g = &grad[(b * d.queries + q) * row + h * d.dim..][..d.dim];
-                    let k = ((b * d.queries + q) * d.heads + h) * d.samples;
-                    self.prepare(b, q, &place[2 * k..][..2 * d.samples], &mass[k..][..d.samples], &mut s);
-                    let gp = &mut gp[q * d.samples * 2..][..d.samples * 2];
-                    let gm = &mut gm[q * d.samples..][..d.samples];
-                    let mut start = 0;
-                    for (level, &(lh, lw)) in self.shapes.iter().enumerate() {
-                        for j in level * self.points..(level + 1) * self.points {
-                            let Some(c) = Corners::new(s.at[j], (lh, lw)) else { continue };
-                            let (cw, a) = (c.weights(), s.weight[j]);
-                            let mut dots = [0f32; 4];
-                            for (k, t) in c.token.into_iter().enumerate() {
-                                if t != NONE {
-                                    dots[k] = dot(&value[(start + t) * row + h * d.dim..][..d.dim], g);
-                                    axpy(a * cw[k], g, &mut gv[(start + t) * d.dim..][..d.dim]);
-                                }
+        let mut gv = vec![0f32; d.batch * d.tokens * row];
+        let mut gp = vec![0f32; d.batch * d.queries * d.heads * d.samples * 2];
+        let mut gm = vec![0f32; d.batch * d.queries * d.heads * d.samples];
+        let (of_value, of_place, of_mass) = (Out::new(&mut gv), Out::new(&mut gp), Out::new(&mut gm));
+        let plane = || vec![0f32; d.tokens * d.dim];
+        let buffers = || (plane(), plane(), self.buffers());
+        (0..d.batch * d.heads).into_par_iter().for_each_init(buffers, |(v, gv, s), i| {
+            let (b, h) = (i / d.heads, i % d.heads);
+            // One head's tokens side by side fit caches better than every eighth part of a row, by more than the
+            // two copies cost.
+            for (v, row) in v.chunks_exact_mut(d.dim).zip(value[b * d.tokens * row..].chunks_exact(row)) {
+                v.copy_from_slice(&row[h * d.dim..][..d.dim]);
+            }
+            gv.fill(0.);
+            for q in b * d.queries..(b + 1) * d.queries {
+                let g = &grad[q * row + h * d.dim..][..d.dim];
+                let k = (q * d.heads + h) * d.samples;
+                let (place, mass) = (&place[2 * k..][..2 * d.samples], &mass[k..][..d.samples]);
+                self.prepare(b, q % d.queries, place, mass, s);
+                self.find(s, |t| cpu::prefetch(v, t * d.dim, d.dim));
+                // SAFETY: this head of this picture is worked on here alone, and no part is held twice.
+                let (gp, gm) = unsafe { (of_place.part(2 * k, 2 * d.samples), of_mass.part(k, d.samples)) };
+                for (level, &(lh, lw)) in self.shapes.iter().enumerate() {
+                    for j in level * self.points..(level + 1) * self.points {
+                        let Some(c) = &s.corners[j] else { continue };
+                        let (cw, a) = (c.weights(), s.weight[j]);
+                        let mut dots = [0f32; 4];
+                        for (k, t) in c.token.into_iter().enumerate() {
+                            if t != NONE {
+                                let at = t * d.dim..(t + 1) * d.dim;
+                                dots[k] = dot_add(&v[at.clone()], g, a * cw[k], &mut gv[at]);
                             }
-                            let [v00, v01, v10, v11] = dots;
-                            gm[j] = dots.iter().zip(cw).map(|(v, w)| v * w).sum();
-                            let gx = (v01 - v00) * (1. - c.fy) + (v11 - v10) * c.fy;
-                            let gy = (v10 - v00) * (1. - c.fx) + (v11 - v01) * c.fx;
-                            gp[2 * j] = a * gx * lw as f32 * s.scale[j][0];
-                            gp[2 * j + 1] = a * gy * lh as f32 * s.scale[j][1];
                         }
-                        start += lh * lw;
-                    }
-                    if self.reference.is_some() {
-                        let mean: f32 = gm.iter().zip(&s.weight).map(|(g, w)| g * w).sum();
-                        gm.iter_mut().zip(&s.weight).for_each(|(g, w)| *g = w * (*g - mean));
+                        let [v00, v01, v10, v11] = dots;
+                        gm[j] = dots.iter().zip(cw).map(|(v, w)| v * w).sum();
+                        let gx = (v01 - v00) * (1. - c.fy) + (v11 - v10) * c.fy;
+                        let gy = (v10 - v00) * (1. - c.fx) + (v11 - v01) * c.fx;
+                        gp[2 * j] = a * gx * lw as f32 * s.scale[j][0];
+                        gp[2 * j + 1] = a * gy * lh as f32 * s.scale[j][1];
                     }
                 }
-            });
+                if self.reference.is_some() {
+                    let mean: f32 = gm.iter().zip(&s.weight).map(|(g, w)| g * w).sum();
+                    gm.iter_mut().zip(&s.weight).for_each(|(g, w)| *g = w * (*g - mean));
+                }
+            }
+            for (t, gv) in gv.chunks_exact(d.dim).enumerate() {
+                // SAFETY: as above.
+                unsafe { of_value.part((b * d.tokens + t) * row + h * d.dim, d.dim) }.copy_from_slice(gv);
+            }
+        });
         (gv, gp, gm)
     }
 }
 
-fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
-    y.iter_mut().zip(x).for_each(|(y, x)| *y += a * x);
+wide! {
+    /// `y += a x`.
+    fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
+        y.iter_mut().zip(x).for_each(|(y, x)| *y = madd::<FMA>(a, *x, *y));
+    }
 }
 
-/// Eight partial sums, so that the compiler may use vector registers.
-fn dot(x: &[f32], y: &[f32]) -> f32 {
-    let mut acc = [0f32; 8];
-    let (cx, cy) = (x.chunks_exact(8), y.chunks_exact(8));
-    let tail: f32 = cx.remainder().iter().zip(cy.remainder()).map(|(a, b)| a * b).sum();
-    for (a, b) in cx.zip(cy) {
-        for k in 0..8 {
-            acc[k] += a[k] * b[k];
-        }
+wide! {
+    /// `x · g`, and `y += a g`.
+    fn dot_add(x: &[f32], g: &[f32], a: f32, y: &mut [f32]) -> f32 {
+        y.iter_mut().zip(g).for_each(|(y, g)| *y = madd::<FMA>(a, *g, *y));
+        simd::dot::<FMA>(x, g)
     }
-    acc.iter().sum::<f32>() + tail
-}
-
-/// `[batch, heads, n, dim]` → `[batch, n, heads, dim]`.
-fn heads_inside(x: &[f32], heads: usize, n: usize, dim: usize) -> Vec<f32> {
-    let mut out = vec![0f32; x.len()];
-    if x.is_empty() {
-        return out;
-    }
-    out.par_chunks_mut(heads * dim).with_min_len(64).enumerate().for_each(|(i, out)| {
-        let (b, t) = (i / n, i % n);
-        for (h, out) in out.chunks_exact_mut(dim).enumerate() {
-            out.copy_from_slice(&x[((b * heads + h) * n + t) * dim..][..dim]);
-        }
-    });
-    out
 }
 
 fn slice<'a>(s: &'a CpuStorage, l: &Layout) -> Result<&'a [f32]> {
@@ -496,15 +501,8 @@ impl CustomOp3 for Msda {
             let [v, p, m, g] = slices;
             self.backward(v?, p?, m?, g?, &d)
         };
-        let tensor = |x: Vec<f32>, n: usize, dim: usize, like: &Tensor| -> Result<Option<Tensor>> {
-            let x = heads_inside(&x, d.heads, n, dim);
-            Ok(Some(Tensor::from_vec(x, like.shape(), &Device::Cpu)?))
-        };
-        Ok((
-            tensor(gv, d.tokens, d.dim, value)?,
-            tensor(gp, d.queries, d.samples * 2, place)?,
-            tensor(gm, d.queries, d.samples, mass)?,
-        ))
+        let tensor = |x: Vec<f32>, like: &Tensor| Tensor::from_vec(x, like.shape(), &Device::Cpu).map(Some);
+        Ok((tensor(gv, value)?, tensor(gp, place)?, tensor(gm, mass)?))
     }
 }
 

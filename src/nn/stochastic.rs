@@ -1,20 +1,53 @@
 //! Dropout and stochastic depth with a generator of their own, so that a run can be repeated and
 //! resumed exactly.
 
+use super::recompute::resume_from;
 use candle_core::{DType, Result, Tensor};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use std::sync::Arc;
 
 /// What a training forward pass needs besides its inputs. Evaluation passes `None` instead.
 #[derive(Clone, Debug)]
 pub struct TrainCtx {
     /// Serialisable; saved with a checkpoint.
     pub rng: ChaCha8Rng,
+    /// Everything that is trained, where [`TrainCtx::part`]s keep their inputs alone.
+    recomputed: Option<Arc<[Tensor]>>,
 }
 
 impl TrainCtx {
     pub fn new(seed: u64) -> Self {
-        Self { rng: ChaCha8Rng::seed_from_u64(seed) }
+        Self { rng: ChaCha8Rng::seed_from_u64(seed), recomputed: None }
+    }
+
+    /// Gradient checkpointing, `parameters` being all that is trained: the loss then needs [`super::backward`].
+    pub fn recomputing(mut self, parameters: Arc<[Tensor]>) -> Self {
+        self.recomputed = Some(parameters);
+        self
+    }
+
+    /// Do parts keep their inputs alone?
+    pub fn recomputes(&self) -> bool {
+        self.recomputed.is_some()
+    }
+
+    /// A part of a network: `f` of at most three tensors with gradients. What it draws is the same with and
+    /// without checkpointing, and the same again in the backward pass.
+    pub fn part(
+        &mut self,
+        inputs: &[&Tensor],
+        f: impl Fn(&[Tensor], &mut Option<&mut TrainCtx>) -> Result<Tensor> + Send + Sync + 'static,
+    ) -> Result<Tensor> {
+        let Some(parameters) = self.recomputed.clone() else {
+            let inputs: Vec<Tensor> = inputs.iter().map(|&x| x.clone()).collect();
+            return f(&inputs, &mut Some(self));
+        };
+        let before = Self { rng: self.rng.clone(), recomputed: None };
+        let constants: Vec<Tensor> = inputs.iter().map(|x| x.detach()).collect();
+        let y = f(&constants, &mut Some(self))?;
+        let again = move |x: &[Tensor]| f(x, &mut Some(&mut before.clone()));
+        resume_from(y, inputs, parameters, again)
     }
 
     fn keep(&mut self, shape: Vec<usize>, p: f64, like: &Tensor) -> Result<Tensor> {

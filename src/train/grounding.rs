@@ -15,7 +15,7 @@ use crate::models::grounding_dino::preprocess::ImageProcessor;
 use crate::models::grounding_dino::{Config, Freeze, GroundingDino, Inputs, Outputs};
 use crate::nn::lanes::Lanes;
 use crate::nn::optim::{AdamW, AdamWConfig, Group, Schedule};
-use crate::nn::{Params, TrainCtx};
+use crate::nn::{self, Params, TrainCtx};
 use crate::tools::{BBox, Picture};
 use candle_core::{Device, Result, Tensor};
 use rand::seq::SliceRandom;
@@ -85,6 +85,8 @@ pub struct TrainConfig {
     pub blanks: Blanks,
     /// Parameters whose names begin with one of these are not trained.
     pub freeze: Vec<String>,
+    /// Gradient checkpointing: layers run again in the backward pass, and activations of one at a time are held.
+    pub recompute: bool,
     /// Parts of a batch that are worked on side by side.
     pub lanes: usize,
 }
@@ -103,6 +105,7 @@ impl Default for TrainConfig {
             max_nouns: 50,
             blanks: Blanks::Keep,
             freeze: Vec::new(),
+            recompute: false,
             lanes: 2,
         }
     }
@@ -275,6 +278,9 @@ impl Trainee for GroundingTrainer {
             // A seed of its own for each step and part stands in for a stored generator state.
             let mut seeds = rng(this.cfg.seed, step, NETWORK).random_iter();
             let mut ctx = TrainCtx::new(seeds.nth(lane).expect("it never ends"));
+            if this.cfg.recompute {
+                ctx = ctx.recomputing(this.params.tensors().into_values().collect());
+            }
             let out = this.model.forward(&batch.inputs, Some(&mut ctx))?;
             let layers = this.losses(&out, &batch)?;
             // Losses are means over boxes; a part's counts as much as it has of them.
@@ -288,7 +294,7 @@ impl Trainee for GroundingTrainer {
                     figures.push((format!("{key}{name}"), share * f64::from(t.to_scalar::<f32>()?)));
                 }
             }
-            Ok((figures, if value.is_finite() { Some(loss.backward()?) } else { None }))
+            Ok((figures, if value.is_finite() { Some(nn::backward(&loss)?) } else { None }))
         })?;
         let mut figures: Vec<(String, f64)> = parts[0].0.iter().map(|f| (f.0.clone(), 0.)).collect();
         for (of_part, _) in &parts {
@@ -501,7 +507,7 @@ mod tests {
             },
             d_model: 32,
             num_queries: 6,
-            encoder_layers: 1,
+            encoder_layers: 2,
             decoder_layers: 2,
             encoder_ffn_dim: 64,
             decoder_ffn_dim: 64,
@@ -512,9 +518,14 @@ mod tests {
     }
 
     fn trainer() -> GroundingTrainer {
+        trainer_of(false)
+    }
+
+    fn trainer_of(recompute: bool) -> GroundingTrainer {
         let p = ImageProcessor { shortest: 48, longest: 64, ..detector::processor() };
         let augment = Augment { sizes: vec![40, 48], ..Augment::default() };
-        let cfg = TrainConfig { augment, schedule: Schedule::constant(1e-3), ..Default::default() };
+        let schedule = Schedule::constant(1e-3);
+        let cfg = TrainConfig { augment, schedule, recompute, ..Default::default() };
         let (params, model, t) = (Params::new(2), small(), detector::tokenizer().unwrap());
         let held_out = Validation { samples: Box::new(Three), pictures: 2, nouns: vec!["chair".into()] };
         let data = Box::new(Three);
@@ -544,6 +555,26 @@ mod tests {
         for key in ["loss", "class", "bbox", "giou", "class_enc", "grad_norm"] {
             let (a, b) = (whole[key].as_f64().expect(key), parts[key].as_f64().expect(key));
             assert!((a - b).abs() <= 1e-4 * a.abs(), "{key}: {a} {b}");
+        }
+        Ok(())
+    }
+
+    /// Dropout and stochastic depth draw the same again in the backward pass.
+    #[test]
+    fn checkpointing_changes_nothing_but_rounding() -> anyhow::Result<()> {
+        let (mut plain, mut again) = (trainer_of(false), trainer_of(true));
+        let (a, b) = (plain.step(0)?, again.step(0)?);
+        for key in ["loss", "class", "bbox", "giou", "class_enc", "grad_norm"] {
+            let (a, b) = (a[key].as_f64().expect(key), b[key].as_f64().expect(key));
+            assert!((a - b).abs() <= 1e-5 * a.abs(), "{key}: {a} {b}");
+        }
+        // Each parameter's gradient, as the moments hold it.
+        let (a, b) = (plain.optimiser_state()?, again.optimiser_state()?);
+        assert_eq!(a.len(), b.len());
+        for (name, want) in a.iter().filter(|(name, _)| *name != "step") {
+            let scale = want.abs()?.max_all()?.to_scalar::<f32>()?;
+            let e = (want - &b[name])?.abs()?.max_all()?.to_scalar::<f32>()?;
+            assert!(e <= 1e-3 * scale + 1e-9, "{name}: {e} of {scale}");
         }
         Ok(())
     }

@@ -9,7 +9,7 @@ use valor::data::odvg::Boxes;
 
 use crate::server::{Act, Server};
 
-const SMALL: [&str; 9] = [
+const SMALL: [&str; 10] = [
     "detector.model=embedded-base",
     "grounding.pictures=6",
     "grounding.mining.together=2",
@@ -19,6 +19,7 @@ const SMALL: [&str; 9] = [
     "grounding.training.save_every=1",
     "grounding.training.ema=0.9",
     "grounding.mining.confidence=0.5",
+    "grounding.mining.box_threshold=0.14",
 ];
 
 fn command(out: &Path, sets: &[&str], more: &[&str]) -> Command {

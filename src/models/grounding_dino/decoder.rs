@@ -10,6 +10,7 @@ use crate::nn::{self, LayerNorm, Linear};
 use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 use candle_nn::ops::sigmoid;
+use std::sync::Arc;
 
 #[derive(Clone, Debug)]
 struct Layer {
@@ -27,12 +28,13 @@ struct Layer {
 }
 
 /// What all layers read.
-pub struct Memory<'a> {
-    pub vision: &'a Tensor,
-    pub text: &'a Tensor,
+#[derive(Clone)]
+pub struct Memory {
+    pub vision: Tensor,
+    pub text: Tensor,
     /// Additive, `[batch, 1, 1, t]`.
-    pub text_padding: Option<&'a Tensor>,
-    pub levels: &'a Levels,
+    pub text_padding: Option<Tensor>,
+    pub levels: Arc<Levels>,
 }
 
 impl Layer {
@@ -75,11 +77,11 @@ impl Layer {
         let y = self.self_attention.forward(&q, &q, x, None, train)?;
         let x = self.self_norm.forward(&(x + dropout(&y, p, train)?)?)?;
         let q = (&x + position)?;
-        let text = memory.text;
-        let y = self.text_attention.forward(&q, text, text, memory.text_padding, train)?;
+        let text = &memory.text;
+        let y = self.text_attention.forward(&q, text, text, memory.text_padding.as_ref(), train)?;
         let x = self.text_norm.forward(&(x + dropout(&y, p, train)?)?)?;
         let q = (&x + position)?;
-        let y = self.image_attention.forward(&q, memory.vision, reference, memory.levels)?;
+        let y = self.image_attention.forward(&q, &memory.vision, reference, &memory.levels)?;
         let x = self.image_norm.forward(&(x + dropout(&y, p, train)?)?)?;
         let y = dropout(&self.fc1.forward_act(&x, nn::Act::Relu)?, self.activation_dropout, train)?;
         let y = dropout(&self.fc2.forward(&y)?, p, train)?;
@@ -154,7 +156,18 @@ impl Decoder {
             let sine = sine_embedding(&projected.narrow(2, 0, 1)?.squeeze(2)?, self.d_model / 2)?;
             let position = self.reference_head.forward(&sine)?;
             record(trace, || format!("decoder.{i}.query_pos"), &position);
-            x = layer.forward(&x, &position, &projected, memory, train)?;
+            x = match train.as_deref_mut() {
+                Some(ctx) if ctx.recomputes() => {
+                    let (layer, memory) = (layer.clone(), memory.clone());
+                    let inputs = [&x, &memory.vision.clone(), &memory.text.clone()];
+                    ctx.part(&inputs, move |x, train| {
+                        let (vision, text) = (x[1].clone(), x[2].clone());
+                        let memory = Memory { vision, text, ..memory.clone() };
+                        layer.forward(&x[0], &position, &projected, &memory, train)
+                    })?
+                }
+                _ => layer.forward(&x, &position, &projected, memory, train)?,
+            };
             record(trace, || format!("decoder.{i}.hidden"), &x);
             let normed = self.norm.forward(&x)?;
             let from = match self.semantics {

@@ -10,6 +10,7 @@ use crate::nn::stochastic::{TrainCtx, attention_dropout, drop_path, dropout};
 use crate::nn::{self, LayerNorm, Linear};
 use candle_core::{Result, Tensor};
 use candle_nn::{Init, VarBuilder};
+use std::sync::Arc;
 
 /// The text side of a batch, constant over the layers.
 pub struct TextMasks {
@@ -178,6 +179,32 @@ struct Layer {
     deformable: DeformableLayer,
 }
 
+/// What all layers read.
+#[derive(Clone)]
+pub struct Context {
+    /// Added to the image's queries: `[batch or 1, tokens, d]`.
+    pub position: Tensor,
+    pub levels: Arc<Levels>,
+    pub masks: Arc<TextMasks>,
+}
+
+impl Layer {
+    /// Image and text after the layer; `fused` sees them between its parts.
+    fn forward(
+        &self,
+        vision: &Tensor,
+        text: &Tensor,
+        with: &Context,
+        train: &mut Option<&mut TrainCtx>,
+        fused: impl FnOnce(&Tensor, &Tensor),
+    ) -> Result<(Tensor, Tensor)> {
+        let (vision, text) = self.fusion.forward(vision, text, &with.levels, &with.masks, train)?;
+        fused(&vision, &text);
+        let text = self.text.forward(&text, &with.masks, train)?;
+        Ok((self.deformable.forward(&vision, &with.position, &with.levels, train)?, text))
+    }
+}
+
 #[derive(Clone, Debug)]
 pub struct Encoder {
     layers: Vec<Layer>,
@@ -198,25 +225,33 @@ impl Encoder {
         Ok(Self { layers })
     }
 
-    /// `vision` `[batch, tokens, d]` and `text` `[batch, t, d]`, enhanced. `position` is added to the
-    /// image's queries: `[batch or 1, tokens, d]`.
+    /// `vision` `[batch, tokens, d]` and `text` `[batch, t, d]`, enhanced.
     pub fn forward(
         &self,
         vision: &Tensor,
-        position: &Tensor,
         text: &Tensor,
-        levels: &Levels,
-        masks: &TextMasks,
+        with: &Context,
         train: &mut Option<&mut TrainCtx>,
         trace: &mut Option<&mut Trace>,
     ) -> Result<(Tensor, Tensor)> {
         let (mut vision, mut text) = (vision.clone(), text.clone());
         for (i, layer) in self.layers.iter().enumerate() {
-            (vision, text) = layer.fusion.forward(&vision, &text, levels, masks, train)?;
-            record(trace, || format!("encoder.{i}.fused_vision"), &vision);
-            record(trace, || format!("encoder.{i}.fused_text"), &text);
-            text = layer.text.forward(&text, masks, train)?;
-            vision = layer.deformable.forward(&vision, position, levels, train)?;
+            (vision, text) = match train.as_deref_mut() {
+                Some(ctx) if ctx.recomputes() => {
+                    let (n, t) = (vision.dim(1)?, text.dim(1)?);
+                    let (layer, with) = (layer.clone(), with.clone());
+                    // One tensor out, as candle's ops have it.
+                    let both = ctx.part(&[&vision, &text], move |x, train| {
+                        let (vision, text) = layer.forward(&x[0], &x[1], &with, train, |_, _| ())?;
+                        Tensor::cat(&[vision, text], 1)
+                    })?;
+                    (both.narrow(1, 0, n)?, both.narrow(1, n, t)?)
+                }
+                _ => layer.forward(&vision, &text, with, train, |vision, text| {
+                    record(trace, || format!("encoder.{i}.fused_vision"), vision);
+                    record(trace, || format!("encoder.{i}.fused_text"), text);
+                })?,
+            };
             record(trace, || format!("encoder.{i}.vision"), &vision);
             record(trace, || format!("encoder.{i}.text"), &text);
         }

@@ -32,10 +32,11 @@ use candle_nn::ops::sigmoid;
 use candle_nn::{Init, VarBuilder};
 use config::GROUPS;
 use decoder::{Decoder, Memory};
-use encoder::{Encoder, TextMasks};
+use encoder::{Context, Encoder, TextMasks};
 use layers::{Mlp, xavier};
 use position::{Levels, sine_embedding};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// Names that checkpoints may hold and no result depends on ([`crate::weights::is_unused`]): the plain
 /// Swin's last norm, BERT's pooler and stored positions, the decoder's second copy of the box heads, and
@@ -313,13 +314,14 @@ impl GroundingDino {
         let level_of = Tensor::from_vec(level_of, levels.sine.dim(1)?, vision.device())?;
         let position = levels.sine.broadcast_add(&self.level_embed.index_select(&level_of, 0)?)?;
         record(trace, || "position".into(), &position);
-        let (memory, enhanced) =
-            self.encoder.forward(&vision, &position, &text, &levels, &masks, train, trace)?;
+        let context = Context { position, levels: Arc::new(levels), masks: Arc::new(masks) };
+        let (levels, masks) = (&context.levels, &context.masks);
+        let (memory, enhanced) = self.encoder.forward(&vision, &text, &context, train, trace)?;
         record(trace, || "encoder.memory".into(), &memory);
         record(trace, || "encoder.text".into(), &enhanced);
 
         let padding = masks.padding.as_ref();
-        let chosen = self.select(&memory, &enhanced, padding, &levels, topk, trace)?;
+        let chosen = self.select(&memory, &enhanced, padding, levels, topk, trace)?;
         let (b, q) = chosen.topk.dims2()?;
         let target = self.query_embeddings.narrow(0, 0, q)?.unsqueeze(0)?;
         let target = target.broadcast_as((b, q, self.cfg.d_model))?.contiguous()?;
@@ -333,8 +335,13 @@ impl GroundingDino {
             }
         };
 
-        let context = Memory { vision: &memory, text: &enhanced, text_padding: padding, levels: &levels };
-        let decoded = self.decoder.forward(&target, &chosen.boxes, &context, &self.box_head, train, trace)?;
+        let memory = Memory {
+            vision: memory,
+            text: enhanced.clone(),
+            text_padding: padding.cloned(),
+            levels: levels.clone(),
+        };
+        let decoded = self.decoder.forward(&target, &chosen.boxes, &memory, &self.box_head, train, trace)?;
         let logits = decoded.hidden.iter().zip(&self.class_heads).enumerate().map(|(i, (h, head))| {
             record(trace, || format!("decoder.{i}.normed"), h);
             self.to_full_length(&head.forward(h, &enhanced, padding)?)

@@ -147,6 +147,7 @@ fn train_config(t: &DetectorTraining, seed: u64, pictures: u64) -> TrainConfig {
         max_nouns: t.max_nouns,
         blanks: if t.hyphens { Blanks::Hyphen } else { Blanks::Keep },
         freeze: t.freeze.clone(),
+        recompute: t.recompute,
         ..Default::default()
     }
 }
