@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """valor beside PyTorch: time, processor time, peak memory. Development only.
 
-  python scripts/peers.py [--runs 3] [--only case,case] [--work DIR] [--raw FILE] [--moge DIR] [--threads 2]
+  python scripts/peers.py [--runs 3] [--only case,case] [--work DIR] [--raw FILE] [--moge DIR] [--threads 2] [--table FILE]
   python scripts/peers.py --gpu [--bench PROGRAM] [--moge DIR] [--deformable DIR] [--side peer|valor] [--anew] [--tf32 off] [...]
   python scripts/peers.py [--gpu] --table-only [--raw FILE]
 
@@ -452,7 +452,8 @@ def table(a, runs):
     days = " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else "never"
     threads = " and ".join(dict.fromkeys(str(r["threads"]) for r in all))
     loads = [r["load"] for r in all] or [0.]
-    command = ["python", "scripts/peers.py", "--runs", str(a.runs), *(["--moge", "MoGe"] if a.moge else [])]
+    command = ["python", "scripts/peers.py", "--runs", str(a.runs), *(["--moge", "MoGe"] if a.moge else []),
+               *(["--table", os.path.relpath(a.table, ROOT)] if a.table else [])]
     out = [
         "# Speed beside PyTorch", "",
         f"`{shlex.join(command)}` writes this file; its first lines say what it needs and does.", "",
@@ -466,7 +467,7 @@ def table(a, runs):
         "| case | peer s | valor s | ratio | goal | peer CPU s | valor CPU s | peer MB | valor MB | memory ratio | apart | runs |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    out += [row(c, runs) for c in CASES]
+    out += [row(c, runs) for c in CASES if not a.table or runs.of("valor", c.name)]
     on_gpu = f"[{GPU_TABLE.name}]({GPU_TABLE.name}) has the same on a GPU" if GPU_TABLE.exists() else "not run (`--gpu` writes it)"
     out += ["", f"GPU: {on_gpu}."]
     rates = []
@@ -486,7 +487,7 @@ def table(a, runs):
             if found:
                 times = [seconds(statistics.median(r["questions_s"][i] for r in found)) for i in range(3)]
                 out.append(f"| {c.name} | {' | '.join(times)} | {found[-1]['prefilled']:,} |")
-    write(TABLE, out)
+    write(a.table or TABLE, out)
 
 
 def write(table, lines):
@@ -632,6 +633,7 @@ def main():
     ap.add_argument("--only", help=f"of: {', '.join(c.name for c in CASES)}; of --gpu: {of_gpu}")
     ap.add_argument("--moge", help="checkout of the official MoGe")
     ap.add_argument("--threads", type=int, help="default: 2; of --gpu all")
+    ap.add_argument("--table", type=Path, help="of another machine: only what was run, in a file of its own")
     ap.add_argument("--reps", type=int, help="repetitions within a run, at most (default: 5; of --gpu 20)")
     ap.add_argument("--seconds", type=float, help="after which no repetition is begun (default: 10; of --gpu 2)")
     ap.add_argument("--table-only", action="store_true", help="write the table of the raw file, run nothing")
@@ -649,7 +651,7 @@ def main():
     for name, value in defaults.items():
         if getattr(a, name) is None:
             setattr(a, name, value)
-    a.work = a.work.resolve()
+    a.work, a.table = a.work.resolve(), a.table and a.table.resolve()
     for name in ["moge", "deformable", "bench"]:
         setattr(a, name, getattr(a, name) and str(Path(getattr(a, name)).resolve()))
     cases, measured_by, table_of = (GPU_CASES, measure_gpu, gpu_table) if a.gpu else (CASES, measure, table)

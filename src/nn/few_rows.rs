@@ -2,7 +2,7 @@
 //! row's result is the same to the last bit whoever shares its batch.
 
 use super::cpu;
-use super::simd::{LANES, lanes_sum, madd, wide};
+use super::simd::{LANES, lanes_sum, madd};
 use gemm::f16;
 use rayon::prelude::*;
 
@@ -73,34 +73,42 @@ pub(super) fn product(x: &[f32], w: &[f32], k: usize, part: &mut [f32]) {
     dots(x, w, k, part)
 }
 
-wide! {
-    /// Every element summed over `k` in the same order, in lanes.
-    fn dots(x: &[f32], w: &[f32], k: usize, part: &mut [f32]) {
-        let (rows, out) = (x.len() / k, w.len() / k);
-        for (c, w) in w.chunks(4 * k).enumerate() {
-            for (r, x) in x.chunks(2 * k).enumerate() {
-                let mut put = |i: usize, v: &[f32]| {
-                    let at = (2 * r + i) * out + 4 * c;
-                    part[at..at + v.len()].copy_from_slice(v);
-                };
-                match (x.len() == 2 * k, w.len() == 4 * k) {
-                    (true, true) => {
-                        let d = tile::<FMA, 2, 4>(x, w, k);
-                        (0..2).for_each(|i| put(i, &d[i]));
-                    }
-                    (false, true) => put(0, &tile::<FMA, 1, 4>(x, w, k)[0]),
-                    _ => {
-                        for (i, x) in x.chunks_exact(k).enumerate() {
-                            for (j, w) in w.chunks_exact(k).enumerate() {
-                                part[(2 * r + i) * out + 4 * c + j] = tile::<FMA, 1, 1>(x, w, k)[0][0];
-                            }
+/// Every element summed over `k` in the same order, in lanes.
+fn dots(x: &[f32], w: &[f32], k: usize, part: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+        // SAFETY: the processor has both.
+        return unsafe { avx2::dots(x, w, k, part) };
+    }
+    plain_dots(x, w, k, part)
+}
+
+fn plain_dots(x: &[f32], w: &[f32], k: usize, part: &mut [f32]) {
+    const FMA: bool = cfg!(target_arch = "aarch64");
+    let (rows, out) = (x.len() / k, w.len() / k);
+    for (c, w) in w.chunks(4 * k).enumerate() {
+        for (r, x) in x.chunks(2 * k).enumerate() {
+            let mut put = |i: usize, v: &[f32]| {
+                let at = (2 * r + i) * out + 4 * c;
+                part[at..at + v.len()].copy_from_slice(v);
+            };
+            match (x.len() == 2 * k, w.len() == 4 * k) {
+                (true, true) => {
+                    let d = tile::<FMA, 2, 4>(x, w, k);
+                    (0..2).for_each(|i| put(i, &d[i]));
+                }
+                (false, true) => put(0, &tile::<FMA, 1, 4>(x, w, k)[0]),
+                _ => {
+                    for (i, x) in x.chunks_exact(k).enumerate() {
+                        for (j, w) in w.chunks_exact(k).enumerate() {
+                            part[(2 * r + i) * out + 4 * c + j] = tile::<FMA, 1, 1>(x, w, k)[0][0];
                         }
                     }
                 }
             }
         }
-        debug_assert_eq!(part.len(), rows * out);
     }
+    debug_assert_eq!(part.len(), rows * out);
 }
 
 /// Inner products of `R` rows of `x` with `C` rows of `w`, each in one set of lanes.
@@ -134,6 +142,76 @@ fn tile<const FMA: bool, const R: usize, const C: usize>(x: &[f32], w: &[f32], k
         }
     }
     std::array::from_fn(|i| std::array::from_fn(|j| lanes_sum(acc[i][j])))
+}
+
+/// [`dots`](super::dots) in registers. Of its loops the compiler put a row's four outputs into the lanes, and
+/// shuffled each number of the weight into its place: four times as slow.
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    use crate::nn::simd::avx2::load;
+    use crate::nn::simd::{LANES, lanes_sum};
+    use std::arch::x86_64::*;
+
+    const ROWS: usize = 3;
+    const COLS: usize = 4;
+
+    #[target_feature(enable = "avx2,fma")]
+    pub fn dots(x: &[f32], w: &[f32], k: usize, part: &mut [f32]) {
+        let (rows, out) = (x.len() / k, w.len() / k);
+        assert!(x.len() == rows * k && w.len() == out * k && part.len() == rows * out);
+        for (c, w) in w.chunks(COLS * k).enumerate() {
+            for (r, x) in x.chunks(ROWS * k).enumerate() {
+                let to = &mut part[r * ROWS * out + c * COLS..];
+                match (x.len() / k, w.len() / k) {
+                    (ROWS, COLS) => tile::<ROWS, COLS>(x, w, k, to, out),
+                    (2, COLS) => tile::<2, COLS>(x, w, k, to, out),
+                    (1, COLS) => tile::<1, COLS>(x, w, k, to, out),
+                    _ => {
+                        for (i, x) in x.chunks_exact(k).enumerate() {
+                            for (j, w) in w.chunks_exact(k).enumerate() {
+                                tile::<1, 1>(x, w, k, &mut to[i * out + j..], out);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// `R` rows of `x` by `C` of `w`, each product in one set of lanes: summed in the same order whatever `R`
+    /// and `C`.
+    #[target_feature(enable = "avx2,fma")]
+    fn tile<const R: usize, const C: usize>(x: &[f32], w: &[f32], k: usize, to: &mut [f32], out: usize) {
+        assert!(x.len() == R * k && w.len() == C * k);
+        let mut acc = [[_mm256_setzero_ps(); C]; R];
+        let whole = k / LANES * LANES;
+        for at in (0..whole).step_by(LANES) {
+            let mut xs = [_mm256_setzero_ps(); R];
+            for (i, x_i) in xs.iter_mut().enumerate() {
+                // SAFETY: `at + LANES <= k`, and there are `R` rows of `k`.
+                *x_i = unsafe { _mm256_loadu_ps(x.as_ptr().add(i * k + at)) };
+            }
+            for j in 0..C {
+                // SAFETY: as above, of `C` rows.
+                let w_j = unsafe { _mm256_loadu_ps(w.as_ptr().add(j * k + at)) };
+                for i in 0..R {
+                    acc[i][j] = _mm256_fmadd_ps(xs[i], w_j, acc[i][j]);
+                }
+            }
+        }
+        for (i, acc) in acc.iter_mut().enumerate() {
+            for (j, acc) in acc.iter_mut().enumerate() {
+                if whole < k {
+                    let (x, w) = (&x[i * k..(i + 1) * k], &w[j * k..(j + 1) * k]);
+                    *acc = _mm256_fmadd_ps(load(x, whole), load(w, whole), *acc);
+                }
+                let mut lanes = [0f32; LANES];
+                // SAFETY: there is room for eight.
+                unsafe { _mm256_storeu_ps(lanes.as_mut_ptr(), *acc) };
+                to[i * out + j] = lanes_sum(lanes);
+            }
+        }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -270,7 +348,7 @@ mod tests {
     use crate::nn::gradcheck::random;
 
     #[test]
-    fn both_kernels_give_the_product() -> candle_core::Result<()> {
+    fn all_kernels_give_the_product() -> candle_core::Result<()> {
         for (rows, out, k) in [(1, 1, 1), (3, 5, 7), (5, 16, 16), (6, 33, 45), (64, 70, 96), (9, 260, 37)] {
             let (x, w) = (random((rows, k), 1)?, random((out, k), 2)?);
             let (x, w): (Vec<f32>, Vec<f32>) = (x.flatten_all()?.to_vec1()?, w.flatten_all()?.to_vec1()?);
@@ -279,7 +357,7 @@ mod tests {
                 kernel(&x, &w, k, &mut y);
                 y
             };
-            for y in [of(product), of(dots)] {
+            for y in [of(product), of(dots), of(plain_dots)] {
                 for (at, y) in y.iter().enumerate() {
                     let (x, w) = (&x[at / out * k..][..k], &w[at % out * k..][..k]);
                     let exact: f64 = x.iter().zip(w).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
@@ -305,6 +383,10 @@ mod tests {
             };
             let got = of(&|y| product_f16(&x, &halves, k, y, &mut Vec::new()));
             assert!(got == of(&|y| product(&x, &w, k, y)), "{rows} {out} {k}");
+            // A row alone, and among others.
+            let mut alone = vec![0f32; out];
+            dots(&x[(rows - 1) * k..], &w, k, &mut alone);
+            assert!(alone == of(&|y| dots(&x, &w, k, y))[(rows - 1) * out..], "{rows} {out} {k}");
             let got = of(&|y| dots_f16(&x, &halves, k, y, &mut Vec::new()));
             assert!(got == of(&|y| dots(&x, &w, k, y)), "{rows} {out} {k}");
         }

@@ -200,7 +200,7 @@ pub(super) mod avx2 {
 
     /// The numbers from `at` on, at most eight, with zeros beyond the row.
     #[target_feature(enable = "avx2")]
-    fn load(row: &[f32], at: usize) -> __m256 {
+    pub fn load(row: &[f32], at: usize) -> __m256 {
         let row = &row[at..];
         // SAFETY: only what the row has is read.
         unsafe { _mm256_maskload_ps(row.as_ptr(), first(row.len())) }
