@@ -11,6 +11,8 @@ import argparse, json, math, os, subprocess, sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from peers import machine
+
 ROOT = Path(__file__).resolve().parent.parent
 TABLE, PLOT = (ROOT / "data" / "results" / f"growth.{e}" for e in ["md", "svg"])
 
@@ -116,9 +118,10 @@ def plot(found):
 
 
 def table(runs):
+    m = machine()
     found = [(s, [(size, runs[c]["seconds"], runs[c]["work_mb"]) for c, size in s.cases if c in runs]) for s in SERIES]
     out = ["# How time and memory grow", "", "`python scripts/growth.py --work DIR` writes this and [growth.svg](growth.svg).", "",
-           "Two cores, f32, one process a size; the exponent is the slope of the logarithms over all sizes, with its standard error. Memory is what "
+           f"{m['cpu']}, {m['cores']} cores ({', '.join(m['extensions'])}), f32, one process a size; the exponent is the slope of the logarithms over all sizes, with its standard error. Memory is what "
            "the work took beside weights and inputs.", "",
            "| work | over | time grows as | memory grows as | the algorithm's own, of time |", "|---|---|---|---|---|"]
     power = lambda p: f"{p[0]:.2f} ± {p[1]:.2f}" if p else "too few sizes"

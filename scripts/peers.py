@@ -492,7 +492,7 @@ def table(a, runs):
 
 def write(table, lines):
     table.write_text("\n".join(lines) + "\n")
-    print(f"wrote {table.relative_to(ROOT)}")
+    print(f"wrote {os.path.relpath(table, ROOT)}")
 
 
 def gpu_row(case, runs, ceilings):

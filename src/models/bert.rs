@@ -162,12 +162,12 @@ impl Bert {
         let mut states = vec![x];
         for layer in &self.layers {
             let x = &states[states.len() - 1];
-            let y = match train.as_deref_mut() {
-                Some(ctx) if ctx.recomputes() => {
+            let y = match &mut train {
+                None => layer.forward(x, &mask, &mut None)?,
+                Some(ctx) => {
                     let (layer, mask) = (layer.clone(), mask.clone());
                     ctx.part(&[x], move |x, train| layer.forward(&x[0], &mask, train))?
                 }
-                _ => layer.forward(x, &mask, &mut train)?,
             };
             states.push(y);
         }

@@ -339,12 +339,12 @@ impl Swin {
             let shifted = Arc::new(Windows::new(height, width, size, size / 2)?);
             for block in &stage.blocks {
                 let windows = if block.shift > 0 { &shifted } else { &plain };
-                x = match train.as_deref_mut() {
-                    Some(ctx) if ctx.recomputes() => {
+                x = match &mut train {
+                    None => block.forward(&x, windows, &mut None)?,
+                    Some(ctx) => {
                         let (block, windows) = (block.clone(), windows.clone());
                         ctx.part(&[&x], move |x, train| block.forward(&x[0], &windows, train))?
                     }
-                    _ => block.forward(&x, windows, &mut train)?,
                 };
             }
             if let Some(norm) = &stage.norm {

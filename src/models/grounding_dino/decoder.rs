@@ -156,8 +156,9 @@ impl Decoder {
             let sine = sine_embedding(&projected.narrow(2, 0, 1)?.squeeze(2)?, self.d_model / 2)?;
             let position = self.reference_head.forward(&sine)?;
             record(trace, || format!("decoder.{i}.query_pos"), &position);
-            x = match train.as_deref_mut() {
-                Some(ctx) if ctx.recomputes() => {
+            x = match train {
+                None => layer.forward(&x, &position, &projected, memory, &mut None)?,
+                Some(ctx) => {
                     let (layer, memory) = (layer.clone(), memory.clone());
                     let inputs = [&x, &memory.vision.clone(), &memory.text.clone()];
                     ctx.part(&inputs, move |x, train| {
@@ -166,7 +167,6 @@ impl Decoder {
                         layer.forward(&x[0], &position, &projected, &memory, train)
                     })?
                 }
-                _ => layer.forward(&x, &position, &projected, memory, train)?,
             };
             record(trace, || format!("decoder.{i}.hidden"), &x);
             let normed = self.norm.forward(&x)?;

@@ -240,7 +240,7 @@ impl Encoder {
                 Some(ctx) if ctx.recomputes() => {
                     let (n, t) = (vision.dim(1)?, text.dim(1)?);
                     let (layer, with) = (layer.clone(), with.clone());
-                    // One tensor out, as candle's ops have it.
+                    // One tensor out, as candle's ops have it: copies that a plain pass does without.
                     let both = ctx.part(&[&vision, &text], move |x, train| {
                         let (vision, text) = layer.forward(&x[0], &x[1], &with, train, |_, _| ())?;
                         Tensor::cat(&[vision, text], 1)
