@@ -79,6 +79,19 @@ for look in ("studio", "lived-in"):
         for family in ["all"] + [f for f in tables[0] if f != "all"]:
             keep = lambda r: family in ("all", r["family"])
             out += f"| {family} | {paired(tuned, both, keep)} | {paired(detector, both, keep)} |\n"
+few = [(label, name) for label, name in (("both tuned, as embedded", "families_studio"),
+       ("pictures shuffled", "families_shuffled_studio")) if os.path.exists(f"{WHERE}/p_{name}.txt")]
+if few:
+    tables = [table(name) for _, name in few]
+    families = [f for f in tables[0] if f != "all"]
+    out += "\nMore questions of those families whose figures lie near those on shuffled pictures (`--families "
+    out += f"{','.join(families)} --n {len(rows(few[0][1]))}`), studio:\n\n"
+    out += "| | all | seen frames | unseen frames | " + " | ".join(families) + " |\n"
+    out += "|---" * (4 + len(families)) + "|\n"
+    for (label, name), t in zip(few, tables):
+        cells = t["all"][:3] + [t[f][0] for f in families]
+        out += f"| [{label}](rooms/{name.replace('_', '-')}.jsonl) | " + " | ".join(cells) + " |\n"
+    names |= {name for _, name in few}
 with open(f"{OUT}/rooms.md", "w") as f:
     f.write(out)
 for name in names:

@@ -166,9 +166,11 @@ enum How {
 }
 
 pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode> {
-    for (name, given) in
-        [("--shuffle-pictures", args.shuffle_pictures), ("--pictures", args.pictures.is_some())]
-    {
+    for (name, given) in [
+        ("--shuffle-pictures", args.shuffle_pictures),
+        ("--families", !args.families.is_empty()),
+        ("--pictures", args.pictures.is_some()),
+    ] {
         ensure!(!given, "{name} is for the bench rooms alone, with --out FILE or none");
     }
     let Some(out) = &args.out else { bail!("--out DIR is needed: the run's folder") };

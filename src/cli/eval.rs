@@ -15,6 +15,7 @@ use crate::llm::ChatModels;
 use crate::pipeline::{Referee, sandbox};
 use crate::planner::Planner;
 use crate::rooms::export::picture_png;
+use crate::rooms::spec::Family;
 use crate::rooms::{Look, Question, View};
 use crate::tools::real::Perception;
 use anyhow::bail;
@@ -138,6 +139,9 @@ pub struct EvalArgs {
     /// The tools see another question's picture: what is still right did not need the picture
     #[arg(long)]
     pub(super) shuffle_pictures: bool,
+    /// Only questions of these families of rooms, such as count,exists
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',', value_parser = family)]
+    pub(super) families: Vec<Family>,
     /// The run's folder: samples.jsonl, results.json, report.html; a run that was broken off goes on.
     /// For the bench rooms alone a FILE (with an ending, such as rows.jsonl): one JSON line per question;
     /// for rooms-verifier with --scenes a FILE of the replies, what they are worth and what passed
@@ -194,6 +198,11 @@ impl EvalArgs {
     }
 }
 
+fn family(name: &str) -> Result<Family, String> {
+    let known = || Family::ALL.iter().map(|f| f.text()).collect::<Vec<_>>().join(", ");
+    Family::parse(name).ok_or_else(|| format!("no family of questions; there are {}", known()))
+}
+
 pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
     if let Some(command) = &args.what {
         return super::benches::command(command);
@@ -240,7 +249,10 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
         }
     };
     let mut sandbox = sandbox(&config.sandbox)?;
-    let asked: Vec<(Arc<View>, Question)> = questions(args.look, args.seed).take(args.n()).collect();
+    let asked: Vec<(Arc<View>, Question)> = questions(args.look, args.seed)
+        .filter(|(_, q)| args.families.is_empty() || args.families.contains(&q.family))
+        .take(args.n())
+        .collect();
     if args.shuffle_pictures && asked.iter().all(|(v, _)| v.seed == asked[0].0.seed) {
         bail!("--shuffle-pictures needs questions about more than one picture; raise --n")
     }

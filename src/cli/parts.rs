@@ -25,6 +25,7 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
     let unused = [
         ("--vote", args.vote.is_some()),
         ("--shuffle-pictures", args.shuffle_pictures),
+        ("--families", !args.families.is_empty()),
         ("--out", args.out.is_some() && args.scenes.is_none()),
         ("--pictures", args.pictures.is_some()),
         ("--data", args.data.is_some() && bench != Bench::Detection),

@@ -167,6 +167,16 @@ impl Out {
         unsafe { std::slice::from_raw_parts_mut(self.ptr.add(at), len) }
     }
 
+    /// Writes `values` from `at` on, where nothing need have been before.
+    ///
+    /// # Safety
+    /// The buffer must be alive and no other thread may touch these elements meanwhile.
+    pub unsafe fn put(self, at: usize, values: &[f32]) {
+        assert!(at + values.len() <= self.len, "write out of bounds");
+        // SAFETY: in bounds as asserted; alive and exclusive by the caller's word.
+        unsafe { self.ptr.add(at).copy_from_nonoverlapping(values.as_ptr(), values.len()) };
+    }
+
     /// Adds `values` to the elements from `at` on.
     ///
     /// # Safety

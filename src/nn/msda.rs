@@ -361,10 +361,13 @@ impl Msda {
         d: &Dims,
     ) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
         let row = d.heads * d.dim;
-        let mut gv = vec![0f32; d.batch * d.tokens * row];
+        let of_values = d.batch * d.tokens * row;
+        // Not filled: every head of every picture writes all of its tokens.
+        let mut gv = Vec::<f32>::with_capacity(of_values);
         let mut gp = vec![0f32; d.batch * d.queries * d.heads * d.samples * 2];
         let mut gm = vec![0f32; d.batch * d.queries * d.heads * d.samples];
-        let (of_value, of_place, of_mass) = (Out::new(&mut gv), Out::new(&mut gp), Out::new(&mut gm));
+        let of_value = Out { ptr: gv.as_mut_ptr(), len: of_values };
+        let (of_place, of_mass) = (Out::new(&mut gp), Out::new(&mut gm));
         let plane = || vec![0f32; d.tokens * d.dim];
         let buffers = || (plane(), plane(), self.buffers());
         (0..d.batch * d.heads).into_par_iter().for_each_init(buffers, |(v, gv, s), i| {
@@ -409,9 +412,11 @@ impl Msda {
             }
             for (t, gv) in gv.chunks_exact(d.dim).enumerate() {
                 // SAFETY: as above.
-                unsafe { of_value.part((b * d.tokens + t) * row + h * d.dim, d.dim) }.copy_from_slice(gv);
+                unsafe { of_value.put((b * d.tokens + t) * row + h * d.dim, gv) };
             }
         });
+        // SAFETY: `batch · heads` tasks wrote `tokens` parts of `dim` each, and none lies on another.
+        unsafe { gv.set_len(of_values) };
         (gv, gp, gm)
     }
 }

@@ -205,6 +205,32 @@ fn correct_programs_on_exact_tools_are_always_right() {
     assert!(records.iter().all(|r| r["correct"] == true));
 }
 
+#[test]
+fn questions_of_some_families_are_those_among_all() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows = |name: &str, more: &[&str]| -> Vec<Value> {
+        let out = shown(&dir, name);
+        let output = run(&[&["eval", "--bench", "rooms", "--seed", "5", "--out", &out], more].concat());
+        assert!(output.status.success(), "{}", stderr(&output));
+        lines(Path::new(&out))
+    };
+    let of = |r: &Value| (r["family"].clone(), r["scene"].clone(), r["question"].clone());
+    let all = rows("all.jsonl", &["--n", "60"]);
+    let chosen: Vec<_> =
+        all.iter().filter(|r| r["family"] == "count" || r["family"] == "two-step").map(of).collect();
+    let some = rows("some.jsonl", &["--n", "8", "--families", "two-step,count"]);
+    assert!(chosen.len() > 8, "{}", chosen.len());
+    assert_eq!(some.iter().map(of).collect::<Vec<_>>(), chosen[..8]);
+    misused(&["eval", "--bench", "rooms", "--families", "counts"], "there are count, exists,");
+    let output = run(&["eval", "--bench", "rooms-depth", "--families", "count"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(
+        stderr(&output).contains("--families says nothing to --bench rooms-depth"),
+        "{}",
+        stderr(&output)
+    );
+}
+
 fn lines(path: &Path) -> Vec<Value> {
     let text = std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     text.lines().map(|l| serde_json::from_str(l).unwrap()).collect()

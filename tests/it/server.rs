@@ -13,6 +13,8 @@ use serde_json::{Value, json};
 pub enum Act {
     /// A proper reply of 10 prompt tokens and 5 new ones.
     Reply(String),
+    /// What it makes of the texts of all turns.
+    Judge(fn(&str) -> &'static str),
     /// What the last user turn said, after some milliseconds.
     Echo(u64),
     /// This status, with further header lines and a body.
@@ -125,6 +127,7 @@ fn serve(state: &State, mut stream: TcpStream) -> std::io::Result<()> {
     };
     match act.expect("told what to do") {
         Act::Reply(text) => send(200, "", &completion(&text)),
+        Act::Judge(verdict) => send(200, "", &completion(verdict(&texts(&body["messages"])))),
         Act::Echo(ms) => {
             let now = state.now.fetch_add(1, Ordering::SeqCst) + 1;
             state.most.fetch_max(now, Ordering::SeqCst);
@@ -160,6 +163,16 @@ fn serve(state: &State, mut stream: TcpStream) -> std::io::Result<()> {
                 .write_all(format!("HTTP/1.1 200 So\r\ncontent-length: {}\r\n\r\n", mb << 20).as_bytes())?;
             (0..mb).try_for_each(|_| stream.write_all(&vec![b'x'; 1 << 20]))
         }
+    }
+}
+
+/// All strings under `text` and `content`, one after another.
+fn texts(messages: &Value) -> String {
+    match messages {
+        Value::Array(all) => all.iter().map(texts).collect::<Vec<_>>().join("\n"),
+        Value::Object(o) => ["content", "text"].iter().filter_map(|k| o.get(*k)).map(texts).collect(),
+        Value::String(s) => s.clone(),
+        _ => String::new(),
     }
 }
 

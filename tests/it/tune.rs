@@ -176,6 +176,40 @@ fn a_verifier_that_drops_everything_or_nothing_is_told_of() {
 }
 
 #[test]
+fn a_noun_that_the_verifier_denies_becomes_a_hard_negative() {
+    const DENIED: [&str; 6] = ["chair", "stool", "lamp", "plant", "fridge", "box"];
+    // Of what is denied it also says that no box shows one.
+    let verdict = |text: &str| match text.split(|c: char| !c.is_alphabetic()).any(|w| DENIED.contains(&w)) {
+        true => "no",
+        false => "yes",
+    };
+    let (o, dir, records) = judged_by(Act::Judge(verdict), "box");
+    assert!(o.status.success(), "{}", stderr(&o));
+    let odvg = lines(&dir.path().join("run/mined/odvg.jsonl"));
+    let mut negatives = 0;
+    for r in &records {
+        let names = |v: &Value| -> Vec<String> {
+            v.as_array().into_iter().flatten().map(|n| n.as_str().unwrap().to_owned()).collect()
+        };
+        let found = |n: &String| r["found"].as_array().unwrap().iter().any(|f| f["label"] == **n);
+        let is_denied = |n: &String| DENIED.contains(&n.rsplit(' ').next().unwrap());
+        let asked: Vec<String> =
+            names(&r["nouns"]).into_iter().filter(|n| found(n) && is_denied(n)).collect();
+        let (said, drawn): (Vec<String>, Vec<String>) = names(&r["denied"]).into_iter().partition(&found);
+        assert_eq!(said, asked, "{r}");
+        assert!(drawn.iter().all(is_denied), "{drawn:?}");
+        // A picture about which nothing is known has no line.
+        let of =
+            |l: &&Value| Path::new(l["filename"].as_str().unwrap()).ends_with(r["image"].as_str().unwrap());
+        let line = odvg.iter().find(of).unwrap_or(&Value::Null);
+        assert_eq!(names(&line["detection"]["hard_negatives"]), asked, "{line}");
+        assert_eq!(names(&line["detection"]["absent"]), drawn, "{line}");
+        negatives += asked.len();
+    }
+    assert!(negatives > 0, "{records:?}");
+}
+
+#[test]
 fn a_verifier_that_answers_wrong_numbers_or_goes_away_costs_no_wrong_label() {
     let (o, _, records) = judged_by(Act::Reply(r#"{"keep": [99], "drop": []}"#.into()), "pass");
     assert_eq!((o.status.code(), records.len()), (Some(1), 2), "{}", stderr(&o));
