@@ -9,7 +9,9 @@ use super::{Linear, linear_no_bias};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use candle_nn::VarBuilder;
 use rayon::prelude::*;
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+type Grads3 = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
 
 /// `down(silu(gate(x)) · up(x))`, no biases.
 #[derive(Clone, Debug)]
@@ -51,10 +53,16 @@ impl GatedMlp {
         if !(trained && cpu::fused(&[x, residual, gate, up, down])) {
             return self.composed(x, residual);
         }
-        // An op takes three tensors: the weights enter the graph as one, and are read where they are.
-        let weights = Tensor::cat(&[&gate.flatten_all()?, &up.flatten_all()?, &down.flatten_all()?], 0)?;
-        let op =
-            MlpOp { gate: gate.detach(), up: up.detach(), down: down.detach(), projections: OnceLock::new() };
+        // An op takes three tensors: a number stands for the weights, which are read where they are.
+        let gradients = Arc::new(Mutex::new(None));
+        let weights = gate.apply_op3(up, down, Weights { gradients: gradients.clone() })?;
+        let op = MlpOp {
+            gate: gate.detach(),
+            up: up.detach(),
+            down: down.detach(),
+            projections: OnceLock::new(),
+            gradients,
+        };
         x.contiguous()?.apply_op3(&weights, &residual.contiguous()?, op)
     }
 
@@ -64,12 +72,48 @@ impl GatedMlp {
     }
 }
 
+/// What the MLP's backward pass found for gate, up and down, until that of [`Weights`] fetches it.
+type Gradients = Arc<Mutex<Option<[Tensor; 3]>>>;
+
+/// A zero in the graph between the three weights and the op that uses them. Its own gradient says nothing: the
+/// weights' are handed over beside the graph, whole and without a copy.
+struct Weights {
+    gradients: Gradients,
+}
+
+impl CustomOp3 for Weights {
+    fn name(&self) -> &'static str {
+        "gated-mlp-weights"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![0.]), 1.into()))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Grads3> {
+        let found = self.gradients.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some([gate, up, down]) = found else {
+            candle_core::bail!("gated mlp: its weights' backward before its own")
+        };
+        Ok((Some(gate), Some(up), Some(down)))
+    }
+}
+
 struct MlpOp {
     gate: Tensor,
     up: Tensor,
     down: Tensor,
     /// `gate(x)` and `up(x)`, kept for backward.
     projections: OnceLock<(Vec<f32>, Vec<f32>)>,
+    gradients: Gradients,
 }
 
 impl MlpOp {
@@ -114,14 +158,7 @@ impl CustomOp3 for MlpOp {
         Ok((CpuStorage::F32(y), lx.shape().clone()))
     }
 
-    fn bwd(
-        &self,
-        x: &Tensor,
-        weights: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        g: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+    fn bwd(&self, x: &Tensor, weights: &Tensor, _: &Tensor, _: &Tensor, g: &Tensor) -> Result<Grads3> {
         let Some((a, u)) = self.projections.get() else {
             candle_core::bail!("gated mlp: backward before forward")
         };
@@ -132,13 +169,11 @@ impl CustomOp3 for MlpOp {
         let (xs, gs) = (Mat::rows(hx.get()?, h), Mat::rows(hg.get()?, h));
         let n = xs.data.len() / h;
 
-        let mut dw = vec![0f32; 3 * m * h];
-        let (dgate_w, rest) = dw.split_at_mut(m * h);
-        let (dup_w, ddown_w) = rest.split_at_mut(m * h);
+        let [mut dgate, mut dup, mut ddown] = [(); 3].map(|()| vec![0f32; m * h]);
         // First silu(a)·u, later the gradient of u.
         let mut act = vec![0f32; n * m];
         Self::activate(a, u, &mut act);
-        cpu::gemm((h, m, n), ddown_w, false, gs.t(), Mat::rows(&act, m));
+        cpu::gemm((h, m, n), &mut ddown, false, gs.t(), Mat::rows(&act, m));
         // First the gradient of silu(a)·u, later that of a.
         let mut dact = vec![0f32; n * m];
         cpu::gemm((n, m, h), &mut dact, false, gs, Mat::rows(hdown.get()?, m));
@@ -148,16 +183,15 @@ impl CustomOp3 for MlpOp {
             .zip(a.par_chunks(chunk).zip(u.par_chunks(chunk)))
             .for_each(|((d, du), (a, u))| swiglu_backward(a, u, d, du));
         let (da, du) = (Mat::rows(&dact, m), Mat::rows(&act, m));
-        cpu::gemm((m, h, n), dgate_w, false, da.t(), xs);
-        cpu::gemm((m, h, n), dup_w, false, du.t(), xs);
+        cpu::gemm((m, h, n), &mut dgate, false, da.t(), xs);
+        cpu::gemm((m, h, n), &mut dup, false, du.t(), xs);
         let mut dx = vec![0f32; n * h];
         cpu::gemm((n, h, m), &mut dx, false, da, Mat::rows(hgate.get()?, h));
         cpu::gemm((n, h, m), &mut dx, true, du, Mat::rows(hup.get()?, h));
-        Ok((
-            Some(Tensor::from_vec(dx, x.shape(), x.device())?),
-            Some(Tensor::from_vec(dw, weights.shape(), x.device())?),
-            Some(g.clone()),
-        ))
+        let of = |d: Vec<f32>, w: &Tensor| Tensor::from_vec(d, w.shape(), w.device());
+        let found = [of(dgate, &self.gate)?, of(dup, &self.up)?, of(ddown, &self.down)?];
+        *self.gradients.lock().unwrap_or_else(PoisonError::into_inner) = Some(found);
+        Ok((Some(Tensor::from_vec(dx, x.shape(), x.device())?), Some(weights.zeros_like()?), Some(g.clone())))
     }
 }
 

@@ -2,8 +2,8 @@
 //!
 //! As in MoGe-2 the point map and the metric scale are learnt apart: the map is compared after
 //! aligning its scale to the truth, picture by picture, and the scale head learns that alignment.
-//! Distances are relative to the true depth, as MoGe weights an L1 distance by 1/z, and so is the scale
-//! that aligns a map. Unlike MoGe, the
+//! Distances are relative to depth (MoGe weights an L1 distance by 1/z; to first order that is
+//! the L1 distance of log depths, which is what the `exp` remapping predicts). Unlike MoGe, the
 //! map's shift is not left free: the truth here comes from known pinhole cameras, so the rays are
 //! supervised as they are and the released solver finds a shift near 0.
 //!
@@ -121,12 +121,11 @@ pub fn depth_loss(raw: &Raw, truth: &DepthBatch, weights: &DepthLossWeights) -> 
     let b = points.dim(0)?;
     let count = truth.valid.sum_all()?.to_scalar::<f32>()?.max(1.) as f64;
     let mean = |x: Tensor, m: &Tensor| x.abs()?.broadcast_mul(m)?.sum_all()? / count;
-    // Log of truth over prediction, and the picture's scale with the least relative error.
+    // Log of truth over prediction; its median over a picture aligns the scales under L1.
     let ratio = (&truth.log_depth - points.narrow(1, 2, 1)?.squeeze(1)?)?;
-    let aligned = best_scales(&ratio.detach(), &truth.valid)?;
+    let aligned = medians(&ratio.detach(), &truth.valid)?;
     let off = ratio.broadcast_sub(&aligned.reshape((b, 1, 1))?)?;
-    let relative = (off.neg()?.minimum(MOST_OVER)?.exp()? - 1.)?;
-    let depth = mean(relative, &truth.valid)?;
+    let depth = mean(off.clone(), &truth.valid)?;
     let rays = (mean((points.narrow(1, 0, 2)? - &truth.rays)?, &truth.valid.unsqueeze(1)?)? * 0.5)?;
     let scale = (log_scale - &aligned)?.abs()?.mean_all()?;
     let mut gradient = depth.zeros_like()?;
@@ -153,27 +152,13 @@ pub fn depth_loss(raw: &Raw, truth: &DepthBatch, weights: &DepthLossWeights) -> 
     Ok(DepthLoss { total, depth: depth?, gradient: gradient?, rays: rays?, scale: scale? })
 }
 
-/// Log of how much too far a pixel is before it is pulled no harder.
-const MOST_OVER: f64 = 3.;
-
-/// The logarithm of each picture's scale `s` that makes the mean of `|s·predicted/true − 1|` least
-/// `[batch]`, from the logarithms of true over predicted; 0 for a picture without a valid pixel. It is the
-/// median of those ratios with weights of predicted over true.
-fn best_scales(log_ratio: &Tensor, valid: &Tensor) -> Result<Tensor> {
-    let (x, valid) = (log_ratio.flatten_from(1)?.to_vec2::<f32>()?, valid.flatten_from(1)?.to_vec2::<f32>()?);
+/// The median of each picture's valid pixels `[batch]`, 0 where there is none.
+fn medians(x: &Tensor, valid: &Tensor) -> Result<Tensor> {
+    let (x, valid) = (x.flatten_from(1)?.to_vec2::<f32>()?, valid.flatten_from(1)?.to_vec2::<f32>()?);
     let median = |(x, valid): (Vec<f32>, Vec<f32>)| {
         let mut x: Vec<f32> = x.into_iter().zip(valid).filter(|(_, v)| *v > 0.).map(|(x, _)| x).collect();
-        x.sort_unstable_by(f32::total_cmp);
-        let Some(least) = x.first().copied() else { return 0. };
-        // Weights up to a factor of their own, so that none overflows.
-        let weight = |x: f32| f64::from(least - x).exp();
-        let half = x.iter().map(|x| weight(*x)).sum::<f64>() / 2.;
-        let mut sum = 0.;
-        let middle = x.iter().find(|x| {
-            sum += weight(**x);
-            sum >= half
-        });
-        middle.copied().unwrap_or(least)
+        let middle = x.len() / 2;
+        if x.is_empty() { 0. } else { *x.select_nth_unstable_by(middle, f32::total_cmp).1 }
     };
     let m: Vec<f32> = x.into_iter().zip(valid).map(median).collect();
     let n = m.len();

@@ -25,12 +25,11 @@ use crate::nn::optim::{AdamW, AdamWConfig, Decay, Schedule};
 use crate::nn::{self, Linear, Params};
 use crate::rooms::questions::{Split, scene_seed};
 use crate::rooms::{self, Kind, Look, View};
-use anyhow::Context;
 use candle_core::Tensor;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -78,7 +77,7 @@ pub struct DepthTraining {
 
 impl Default for DepthTraining {
     fn default() -> Self {
-        let (width, height, tokens) = (256, 192, GRID[0] * GRID[1]);
+        let (width, height, tokens) = (224, 168, GRID[0] * GRID[1]);
         let small = Stage {
             steps: 6_000,
             batch: 32,
@@ -158,11 +157,8 @@ impl DepthTraining {
     }
 }
 
-/// Rows and columns of patches of 14 pixels, on pictures of 256 × 192 made 252 × 196.
-const GRID: [usize; 2] = [14, 18];
-
-/// Layers of the encoder.
-const LAYERS: usize = 9;
+/// Patches of 14 pixels on a picture of 224 × 168.
+const GRID: [usize; 2] = [12, 16];
 
 /// The embedded model's config: MoGe-2's layout, points and scale only.
 pub fn config() -> Config {
@@ -190,7 +186,7 @@ pub fn config() -> Config {
         model_config: ModelConfig {
             encoder: EncoderConfig {
                 backbone: "dinov2_rooms14".into(),
-                intermediate_layers: Layers::Listed(vec![LAYERS / 3, LAYERS - 1]),
+                intermediate_layers: Layers::Listed(vec![2, 5]),
                 dim_out: features,
             },
             neck: stack(
@@ -207,10 +203,10 @@ pub fn config() -> Config {
             num_tokens_range: [tokens / 4, tokens],
         },
         backbone: Some(OfficialConfig {
-            img_size: 224,
+            img_size: GRID[1] * 14,
             patch_size: 14,
             embed_dim: dim,
-            depth: LAYERS,
+            depth: 6,
             num_heads: 6,
             mlp_ratio: 4.,
             init_values: 1.,
@@ -241,18 +237,15 @@ fn camera(view: &View) -> [f32; CAMERA] {
 /// Parts of a patch in a row and in a column, each of which has its depth told.
 const PARTS: usize = 2;
 
-/// Mean log depth of the parts of each of `rows` · `cols` patches, patch after patch: of the pixels that
-/// begin in a part, of which there have to be some.
+/// Mean log depth of the parts of each of `rows` · `cols` patches, patch after patch.
 fn patch_depths(view: &View, rows: usize, cols: usize) -> Vec<f32> {
     let (w, h) = (view.width as usize, view.height as usize);
-    assert!(w >= cols * PARTS && h >= rows * PARTS, "{w}×{h} in {cols}×{rows} patches");
-    let span = |part: usize, parts: usize, pixels: usize| {
-        (part * pixels).div_ceil(parts)..((part + 1) * pixels).div_ceil(parts)
-    };
+    let (wide, high) = (w / (cols * PARTS), h / (rows * PARTS));
+    assert!(wide * cols * PARTS == w && high * rows * PARTS == h, "{w}×{h} in {cols}×{rows} patches");
     let part = |px: usize, py: usize| {
-        let (xs, ys) = (span(px, cols * PARTS, w), span(py, rows * PARTS, h));
-        let pixels = ys.clone().flat_map(|y| xs.clone().map(move |x| y * w + x));
-        pixels.map(|i| view.depth[i].ln()).sum::<f32>() / (xs.len() * ys.len()) as f32
+        let pixels =
+            (py * high..(py + 1) * high).flat_map(|y| (px * wide..(px + 1) * wide).map(move |x| y * w + x));
+        pixels.map(|i| view.depth[i].ln()).sum::<f32>() / (wide * high) as f32
     };
     (0..rows * cols)
         .flat_map(|i| (0..PARTS * PARTS).map(move |k| (i, k)))
@@ -371,41 +364,6 @@ pub fn run(cfg: DepthTraining, dir: &Path, resume: bool) -> anyhow::Result<Metri
     train(&mut trainer, &options)
 }
 
-const BLOCKS: &str = "encoder.backbone.blocks.";
-
-/// An encoder's parameters under their names in one of `layers`, if they are of fewer: fresh layers go evenly
-/// between them, never first; and the beginnings of the fresh layers' names.
-fn deepened(tensors: HashMap<String, Tensor>, layers: usize) -> (HashMap<String, Tensor>, Vec<String>) {
-    let number = |name: &str| -> Option<usize> { name.strip_prefix(BLOCKS)?.split('.').next()?.parse().ok() };
-    let held = tensors.keys().filter_map(|name| number(name)).max().map_or(0, |last| last + 1);
-    if held == 0 || held >= layers {
-        return (tensors, Vec::new());
-    }
-    let place = |layer: usize| layer * layers / held;
-    let renamed = tensors.into_iter().map(|(name, t)| {
-        let moved = number(&name).map(|layer| {
-            let rest = name[BLOCKS.len()..].split_once('.').map_or("", |(_, rest)| rest);
-            format!("{BLOCKS}{}.{rest}", place(layer))
-        });
-        (moved.unwrap_or(name), t)
-    });
-    let taken: HashSet<usize> = (0..held).map(place).collect();
-    let fresh = (0..layers).filter(|l| !taken.contains(l)).map(|l| format!("{BLOCKS}{l}.")).collect();
-    (renamed.collect(), fresh)
-}
-
-/// What a fresh layer adds begins small, so that the network is nearly what it was without it.
-fn quieten(params: &Params, layers: &[String]) -> anyhow::Result<()> {
-    for layer in layers {
-        for part in ["ls1", "ls2"] {
-            let name = format!("{layer}{part}.gamma");
-            let var = params.get(&name).with_context(|| format!("no parameter {name}"))?;
-            var.set(&Tensor::full(0.1f32, var.shape(), var.device())?)?;
-        }
-    }
-    Ok(())
-}
-
 /// A depth model being trained.
 pub struct DepthTrainer {
     cfg: DepthTraining,
@@ -431,15 +389,7 @@ struct Losses {
 
 impl DepthTrainer {
     pub fn new(cfg: DepthTraining, model: &Config) -> anyhow::Result<Self> {
-        let of_layers = model.backbone.as_ref().map_or(0, |b| b.depth);
-        let (params, held, fresh) = match &cfg.from {
-            None => (Params::new(cfg.seed), HashSet::new(), Vec::new()),
-            Some(dir) => {
-                let (tensors, fresh) = deepened(super::held(dir)?, of_layers);
-                let held = tensors.keys().cloned().collect();
-                (Params::from_tensors(cfg.seed, tensors)?, held, fresh)
-            }
-        };
+        let params = super::start(cfg.seed, cfg.from.as_deref())?;
         let net = MoGe::new(model, params.builder())?;
         check_trainable(&net)?;
         let heads = params.builder().pp(ENCODER_HEADS);
@@ -449,13 +399,9 @@ impl DepthTrainer {
         let camera_of_patch = nn::linear(features, CAMERA, heads.pp("camera_of_patch"))?;
         let normals = nn::linear(features, PARTS * PARTS * 3, heads.pp("normals"))?;
         let kinds = nn::linear(features, PARTS * PARTS * KINDS, heads.pp("kinds"))?;
-        match &cfg.from {
-            None => super::set_positions(&params, "encoder.backbone.pos_embed", 1)?,
-            Some(dir) => {
-                let own: Vec<&str> = fresh.iter().map(String::as_str).chain([ENCODER_HEADS]).collect();
-                super::check_held(&params, dir, &held, &own)?;
-                quieten(&params, &fresh)?;
-            }
+        super::check_complete(&params, cfg.from.as_deref(), Some(ENCODER_HEADS))?;
+        if cfg.from.is_none() {
+            super::set_positions(&params, "encoder.backbone.pos_embed", 1)?;
         }
         let adamw = AdamWConfig { weight_decay: cfg.weight_decay, ..AdamWConfig::default() };
         let optimiser = AdamW::new(params.named(), adamw, super::group(cfg.muon))?;

@@ -14,7 +14,7 @@ use crate::weights::Checkpoint;
 use anyhow::Context;
 use candle_core::{DType, Tensor, Var};
 use serde_json::{Value, json};
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::io::Write;
 use std::path::Path;
 
@@ -38,16 +38,9 @@ fn held(dir: &Path) -> anyhow::Result<HashMap<String, Tensor>> {
 /// That `from` held every parameter of the network that was built on `params` since, but for those whose
 /// names begin with `own`, which only training has. A fresh layer among trained ones would undo them.
 fn check_complete(params: &Params, from: Option<&Path>, own: Option<&str>) -> anyhow::Result<()> {
-    match from {
-        Some(dir) => check_held(params, dir, &held(dir)?.into_keys().collect(), own.as_slice()),
-        None => Ok(()),
-    }
-}
-
-/// [`check_complete`] of the names that `dir` held, under those of the network, where several beginnings of
-/// names are of fresh parameters.
-fn check_held(params: &Params, dir: &Path, held: &HashSet<String>, own: &[&str]) -> anyhow::Result<()> {
-    let meant = |name: &str| held.contains(name) || own.iter().any(|own| name.starts_with(own));
+    let Some(dir) = from else { return Ok(()) };
+    let held = held(dir)?;
+    let meant = |name: &str| held.contains_key(name) || own.is_some_and(|own| name.starts_with(own));
     let fresh: Vec<String> = params.named().into_iter().map(|p| p.0).filter(|n| !meant(n)).collect();
     anyhow::ensure!(
         fresh.is_empty(),
