@@ -79,19 +79,36 @@ for look in ("studio", "lived-in"):
         for family in ["all"] + [f for f in tables[0] if f != "all"]:
             keep = lambda r: family in ("all", r["family"])
             out += f"| {family} | {paired(tuned, both, keep)} | {paired(detector, both, keep)} |\n"
-few = [(label, name) for label, name in (("both tuned, as embedded", "families_studio"),
-       ("pictures shuffled", "families_shuffled_studio")) if os.path.exists(f"{WHERE}/p_{name}.txt")]
-if few:
-    tables = [table(name) for _, name in few]
+
+
+def of_families(what, columns):
+    """Rows of runs with `--families`, and where three of them stand side by side, the last's gains on the others."""
+    global out
+    columns = [(label, name) for label, name in columns if os.path.exists(f"{WHERE}/p_{name}.txt")]
+    if not columns:
+        return
+    tables = [table(name) for _, name in columns]
     families = [f for f in tables[0] if f != "all"]
-    out += "\nMore questions of those families whose figures lie near those on shuffled pictures (`--families "
-    out += f"{','.join(families)} --n {len(rows(few[0][1]))}`), studio:\n\n"
+    n = len(rows(columns[0][1]))
+    out += f"\n{what} (`--families {','.join(families)} --n {n}`):\n\n"
     out += "| | all | seen frames | unseen frames | " + " | ".join(families) + " |\n"
     out += "|---" * (4 + len(families)) + "|\n"
-    for (label, name), t in zip(few, tables):
+    for (label, name), t in zip(columns, tables):
         cells = t["all"][:3] + [t[f][0] for f in families]
         out += f"| [{label}](rooms/{name.replace('_', '-')}.jsonl) | " + " | ".join(cells) + " |\n"
-    names |= {name for _, name in few}
+        names.add(name)
+    if len(columns) == 3:
+        of = [rows(name) for _, name in columns]
+        for (label, _), alone in zip(columns[:2], of):
+            cells = [paired(alone, of[2], lambda r: f in ("all", r["family"])) for f in ["all"] + families]
+            out += f"| both than {label}, points | {cells[0]} | | | " + " | ".join(cells[1:]) + " |\n"
+
+
+of_families("More questions of those families whose figures lie near those on shuffled pictures, studio", [
+    ("both tuned, as embedded", "families_studio"), ("pictures shuffled", "families_shuffled_studio")])
+of_families("Counting, which hangs most on the detector, lived-in", [
+    ("tuned planner", "counts_tuned_lived-in"), ("tuned detector", "counts_detector_lived-in"),
+    ("both tuned, as embedded", "counts_both_lived-in")])
 with open(f"{OUT}/rooms.md", "w") as f:
     f.write(out)
 for name in names:
