@@ -420,14 +420,7 @@ impl CustomOp3 for AttentionOp {
         Ok((CpuStorage::F32(o), shape))
     }
 
-    fn bwd(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        _: &Tensor,
-        g: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+    fn bwd(&self, q: &Tensor, k: &Tensor, v: &Tensor, _: &Tensor, g: &Tensor) -> Result<super::Grads3> {
         let s = self.sizes(q.dims(), k.dims());
         // `[batch, q, heads, dim]` or `[batch, q, heads · dim]`: the same elements in the same order.
         let g = g.reshape((s.batch, s.queries, self.heads * s.dim))?.contiguous()?;

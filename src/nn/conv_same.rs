@@ -252,14 +252,7 @@ impl CustomOp3 for ConvSame {
         Ok((CpuStorage::F32(y), (xl.dims()[0], g.cout, g.h, g.w).into()))
     }
 
-    fn bwd(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        b: &Tensor,
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+    fn bwd(&self, x: &Tensor, w: &Tensor, b: &Tensor, _: &Tensor, grad: &Tensor) -> Result<super::Grads3> {
         let g = Geometry::of(x.dims(), w.dims(), b.dims())?;
         let grad = grad.contiguous()?;
         let want_dx = x.track_op();

@@ -350,14 +350,7 @@ impl CustomOp3 for LinearOp {
         Self::forward(cpu::values(x, lx)?, cpu::values(w, lw)?, Some(cpu::values(b, lb)?), lx, lw)
     }
 
-    fn bwd(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        b: &Tensor,
-        _: &Tensor,
-        g: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+    fn bwd(&self, x: &Tensor, w: &Tensor, b: &Tensor, _: &Tensor, g: &Tensor) -> Result<super::Grads3> {
         let g = g.contiguous()?;
         let (dx, dw) = Self::backward(x, w, &g)?;
         let db = if b.track_op() { Some(column_sums(&g, b)?) } else { None };
@@ -391,14 +384,7 @@ impl CustomOp3 for ResidualOp {
         Ok((CpuStorage::F32(y), lr.shape().clone()))
     }
 
-    fn bwd(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        g: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+    fn bwd(&self, x: &Tensor, w: &Tensor, _: &Tensor, _: &Tensor, g: &Tensor) -> Result<super::Grads3> {
         let g = g.contiguous()?;
         let (dx, dw) = LinearOp::backward(x, w, &g)?;
         Ok((dx, dw, Some(g)))

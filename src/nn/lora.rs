@@ -137,14 +137,7 @@ impl CustomOp3 for LoraOp {
         Ok((CpuStorage::F32(y), shape.into()))
     }
 
-    fn bwd(
-        &self,
-        x: &Tensor,
-        a: &Tensor,
-        b: &Tensor,
-        _: &Tensor,
-        g: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+    fn bwd(&self, x: &Tensor, a: &Tensor, b: &Tensor, _: &Tensor, g: &Tensor) -> Result<super::Grads3> {
         let g = g.contiguous()?;
         let (hx, hw, hg) = (Held::new(x)?, Held::new(&self.weight)?, Held::new(&g)?);
         let (ha, hb) = (Held::new(a)?, Held::new(b)?);

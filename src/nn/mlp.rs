@@ -5,13 +5,11 @@
 
 use super::act::{swiglu, swiglu_backward, swiglu_forward};
 use super::cpu::{self, Held, Mat, rows_per_task};
-use super::{Linear, linear_no_bias};
+use super::{Grads3, Linear, linear_no_bias};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use candle_nn::VarBuilder;
 use rayon::prelude::*;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-
-type Grads3 = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
 
 /// `down(silu(gate(x)) · up(x))`, no biases.
 #[derive(Clone, Debug)]

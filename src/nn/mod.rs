@@ -76,6 +76,9 @@ fn on_gpu(ts: &[&Tensor]) -> bool {
     cfg!(feature = "cuda") && ts.iter().all(takes)
 }
 
+/// The gradients of a `CustomOp3`'s three arguments, where they have one.
+type Grads3 = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
+
 /// Whether an op that is fused on the CPU and on the GPU can take these tensors where they are.
 fn fused(ts: &[&Tensor]) -> bool {
     cpu::fused(ts) || on_gpu(ts)

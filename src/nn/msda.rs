@@ -485,7 +485,7 @@ impl CustomOp3 for Msda {
         mass: &Tensor,
         _: &Tensor,
         grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+    ) -> Result<super::Grads3> {
         #[cfg(feature = "cuda")]
         if value.device().is_cuda() {
             let d = self.deformable(value.shape(), place.shape())?;

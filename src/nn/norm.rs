@@ -267,14 +267,7 @@ impl CustomOp3 for LayerNormOp {
     }
 
     #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
-    fn bwd(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        b: &Tensor,
-        _: &Tensor,
-        g: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+    fn bwd(&self, x: &Tensor, w: &Tensor, b: &Tensor, _: &Tensor, g: &Tensor) -> Result<super::Grads3> {
         #[cfg(feature = "cuda")]
         if x.device().is_cuda() {
             let (dx, dw, db) = kernels::layer_norm_back(x, w, b, g, self.eps)?;

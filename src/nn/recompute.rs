@@ -7,6 +7,7 @@
 //! [`backward`] opens and joins with candle's. A graph with such a part is an error in candle's own
 //! `backward`.
 
+use super::Grads3;
 use super::graft::{cpu_storage, cuda_storage};
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CudaStorage, CustomOp3, D, Layout, Result, Shape, Tensor, Var};
@@ -95,8 +96,6 @@ impl<F> Recompute<F> {
         value.take().ok_or_else(|| candle_core::Error::msg("recompute: the value is gone"))
     }
 }
-
-type Grads3 = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
 
 impl<F: Fn(&[Tensor]) -> Result<Tensor> + Send + Sync> CustomOp3 for Recompute<F> {
     fn name(&self) -> &'static str {
