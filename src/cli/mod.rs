@@ -140,13 +140,33 @@ impl ModelArgs {
     }
 }
 
+/// `println!` panics where nobody reads on, or the disk is full: the one is no error, the other one line.
+fn mind_stdout() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let said = panic.payload().downcast_ref::<String>().map_or("", String::as_str);
+        match said.strip_prefix("failed printing to stdout: ") {
+            Some(why) if why.contains("Broken pipe") => std::process::exit(0),
+            Some(why) => {
+                eprintln!("valor: cannot write to stdout: {why}");
+                std::process::exit(1)
+            }
+            None => usual(panic),
+        }
+    }));
+}
+
 /// Parses the command line, runs what it asks for, gives the exit code.
 pub fn main() -> ExitCode {
     crate::nn::keep_freed_memory();
+    mind_stdout();
     let result = match Cli::parse().command {
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "valor", &mut std::io::stdout());
-            Ok(ExitCode::SUCCESS)
+            let mut text = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "valor", &mut text);
+            std::io::Write::write_all(&mut std::io::stdout(), &text)
+                .map_err(Into::into)
+                .map(|()| ExitCode::SUCCESS)
         }
         Command::Config(args) => config::run(args),
         Command::Doctor(args) => doctor::run(args),

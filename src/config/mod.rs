@@ -287,11 +287,17 @@ impl Config {
         unit("planner.top_p", self.planner.top_p)?;
         unit("detector.box_threshold", self.detector.box_threshold)?;
         unit("detector.text_threshold", self.detector.text_threshold)?;
-        let positive = |key: &str, v: f64| match v > 0. {
+        let positive = |key: &str, v: f64| match v > 0. && v.is_finite() {
             true => Ok(()),
             false => Err(invalid(key, &format!("{v} is not positive"))),
         };
+        let within = |key: &str, v: f64, least: f64, most: f64| match (least..=most).contains(&v) {
+            true => Ok(()),
+            false => Err(invalid(key, &format!("{v} is outside {least}…{most}"))),
+        };
         positive("sandbox.seconds", self.sandbox.seconds)?;
+        within("sandbox.seconds", self.sandbox.seconds, 0., DAY)?;
+        within("sandbox.memory_mb", self.sandbox.memory_mb as f64, 1., (1 << 20) as f64)?;
         if self.sandbox.python.is_empty() {
             return Err(invalid("sandbox.python", &"is empty; name a Python, such as python3"));
         }
@@ -311,22 +317,27 @@ impl Config {
         if let Some((key, why)) = self.grounding.fault() {
             return Err(invalid(&format!("grounding.{key}"), &why));
         }
-        positive("inference.samples", self.inference.samples as f64)?;
+        within("inference.samples", self.inference.samples as f64, 1., 1000.)?;
         if self.inference.repairs > MOST_REPAIRS {
             return Err(invalid("inference.repairs", &format!("at most {MOST_REPAIRS}")));
         }
         positive("planner.max_new_tokens", self.planner.max_new_tokens as f64)?;
         positive("vlm.max_new_tokens", self.vlm.max_new_tokens as f64)?;
         positive("verifier.max_new_tokens", self.verifier.max_new_tokens as f64)?;
-        positive("detector.shortest_side", self.detector.shortest_side as f64)?;
+        within("detector.shortest_side", self.detector.shortest_side as f64, 1., MOST_PIXELS)?;
+        within("detector.longest_side", self.detector.longest_side as f64, 1., MOST_PIXELS)?;
+        within("depth.num_tokens", self.depth.num_tokens as f64, 1., MOST_PIXELS)?;
+        within("vlm.crop_margin", self.vlm.crop_margin, 0., 10.)?;
         for (name, e) in &self.endpoints {
             let at = |field: &str| format!("endpoints.{name}.{field}");
             positive(&at("seconds"), e.seconds)?;
+            within(&at("seconds"), e.seconds, 0., DAY)?;
+            within(&at("longest_wait"), e.longest_wait, 0., DAY)?;
+            within(&at("requests_per_minute"), e.requests_per_minute as f64, 0., 1e6)?;
             positive(&at("tries"), e.tries as f64)?;
             positive(&at("concurrency"), e.concurrency as f64)?;
             positive(&at("max_reply_kb"), e.max_reply_kb as f64)?;
             for (field, v) in [
-                ("longest_wait", e.longest_wait),
                 ("usd_per_million_prompt_tokens", e.usd_per_million_prompt_tokens),
                 ("usd_per_million_new_tokens", e.usd_per_million_new_tokens),
                 ("budget_usd", e.budget_usd),
@@ -379,12 +390,18 @@ impl Config {
                 return Err(invalid(&format!("{part}.model"), &message));
             }
         }
-        match self.planner.temperature >= 0. {
+        match self.planner.temperature >= 0. && self.planner.temperature.is_finite() {
             true => Ok(()),
             false => Err(invalid("planner.temperature", &"must be 0 (greedy) or more")),
         }
     }
 }
+
+/// The longest that anything is waited for, in seconds.
+const DAY: f64 = 86_400.;
+
+/// Of a side of a picture as a network sees it, and of its tokens: far beyond any, yet no overflow.
+const MOST_PIXELS: f64 = 32_768.;
 
 fn invalid(origin: &str, message: &dyn std::fmt::Display) -> ConfigError {
     ConfigError::Invalid { origin: origin.into(), message: message.to_string() }

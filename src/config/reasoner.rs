@@ -124,6 +124,8 @@ impl Default for Objective {
 impl Reasoner {
     /// The key of a value that cannot be, and what is wrong with it.
     pub(super) fn fault(&self) -> Option<(&'static str, &'static str)> {
+        /// Of anything that is counted, so that no product of counts overflows.
+        const MANY: usize = 1_000_000;
         let o = &self.objective;
         let positive = |v: f64| v > 0. && v.is_finite();
         let share = |v: f64| (0. ..=1.).contains(&v);
@@ -134,11 +136,21 @@ impl Reasoner {
                 self.group > 1 || self.algorithm == Algorithm::Sft,
                 "must be at least 2: rewards are compared within a group",
             ),
-            ("epochs", positive(self.epochs), "must be positive"),
+            ("group", self.group <= MANY, "must be at most a million"),
+            ("batch", self.batch <= MANY, "must be at most a million"),
+            (
+                "epochs",
+                positive(self.epochs) && self.epochs <= MANY as f64,
+                "must be positive, at most a million",
+            ),
             ("updates", self.updates > 0, "must be at least 1"),
             ("max_new_tokens", self.max_new_tokens > 0, "must be at least 1"),
             ("lr", positive(self.lr), "must be positive"),
-            ("weight_decay", self.weight_decay >= 0., "must not be negative"),
+            (
+                "weight_decay",
+                self.weight_decay >= 0. && self.weight_decay.is_finite(),
+                "must not be negative",
+            ),
             ("max_grad_norm", positive(self.max_grad_norm), "must be positive"),
             ("micro_tokens", self.micro_tokens > 0, "must be at least 1"),
             ("missing_limit", share(self.missing_limit), "must be in 0…1"),
@@ -164,7 +176,11 @@ impl Reasoner {
                 "must say where servers find the run's folder",
             ),
             ("servers.concurrency", self.servers.concurrency > 0, "must be at least 1"),
-            ("servers.seconds", positive(self.servers.seconds), "must be positive"),
+            (
+                "servers.seconds",
+                positive(self.servers.seconds) && self.servers.seconds <= 30. * super::DAY,
+                "must be positive, at most a month",
+            ),
             ("adapter.alpha", self.adapter.rank == 0 || positive(self.adapter.alpha), "must be positive"),
             (
                 "adapter.targets",

@@ -9,7 +9,7 @@
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use crate::tools::{BBox, Picture, bbox};
@@ -185,7 +185,7 @@ impl Boxes {
         let size = |i: usize| Picture::open(&self.picture(i)).ok().map(|p| (p.width(), p.height()));
         let sizes: Vec<Option<(u32, u32)>> = (0..self.records.len()).into_par_iter().map(size).collect();
         let mut faults = Vec::new();
-        let mut seen = std::collections::HashSet::new();
+        let mut seen = HashSet::new();
         for (i, r) in self.records.iter().enumerate() {
             let mut fault = |instance, kind| faults.push(Fault { record: i, instance, kind });
             if !seen.insert(&r.filename) {
@@ -219,19 +219,31 @@ impl Boxes {
         faults
     }
 
-    /// Leaves out what is at fault: boxes where it is a box, else the record.
+    /// Leaves out what is at fault: boxes where it is a box, else the record. Such a box becomes a crowd, of
+    /// which only the part within the picture counts, if any: a thing of that name is there, and where it is
+    /// nothing may be called background.
     pub fn without(mut self, faults: &[Fault]) -> Self {
-        let bad = |i: usize, k: Option<usize>| faults.iter().any(|f| f.record == i && f.instance == k);
+        let faults: HashSet<(usize, Option<usize>)> = faults.iter().map(|f| (f.record, f.instance)).collect();
         let mut records = Vec::with_capacity(self.records.len());
         for (i, mut r) in std::mem::take(&mut self.records).into_iter().enumerate() {
-            if bad(i, None) {
+            if faults.contains(&(i, None)) {
                 continue;
             }
-            let mut k = 0;
-            r.detection.instances.retain(|_| {
-                k += 1;
-                !bad(i, Some(k - 1))
-            });
+            let d = &mut r.detection;
+            for (k, b) in std::mem::take(&mut d.instances).into_iter().enumerate() {
+                if !faults.contains(&(i, Some(k))) {
+                    d.instances.push(b);
+                    continue;
+                }
+                let bbox = match b.bbox.iter().all(|v| v.is_finite()) {
+                    true => bbox::clipped(b.bbox, f64::from(r.width), f64::from(r.height)),
+                    false => [0.; 4],
+                };
+                // By either of two names, if they differ.
+                let other = self.labels.name(b.label).filter(|name| *name != b.category).map(str::to_owned);
+                d.crowds.extend(other.map(|category| Instance { bbox, category, ..b }));
+                d.crowds.push(Instance { bbox, ..b });
+            }
             records.push(r);
         }
         Self { records, ..self }
@@ -357,7 +369,21 @@ mod tests {
         );
         let good = boxes.without(&faults);
         assert_eq!(good.records.len(), 1);
-        assert_eq!(good.records[0].detection.instances.len(), 1);
+        let d = &good.records[0].detection;
+        assert_eq!(d.instances.len(), 1);
+        // What a box at fault names is there all the same.
+        let crowds: Vec<_> = d.crowds.iter().map(|c| (c.category.as_str(), c.bbox)).collect();
+        let small = [5., 5., 9., 9.];
+        assert_eq!(
+            crowds,
+            [
+                ("chair", [5., 5., 5., 9.]),
+                ("chair", [5., 5., 40., 9.]),
+                ("bed", small),
+                ("sofa", small),
+                ("chair", small),
+            ]
+        );
         assert_eq!(good.check(), []);
     }
 

@@ -31,7 +31,8 @@ const PREFILL_TOKENS: usize = 8192;
 
 #[derive(Clone, Debug)]
 pub struct EngineOptions {
-    /// Bound on the memory of keys and values, kept prefixes included.
+    /// Bound on the memory of keys and values, kept prefixes included. A prompt that needs more has its wave to
+    /// itself.
     pub max_kv_bytes: usize,
     /// Rows of a wave at most.
     pub max_batch: usize,
@@ -76,6 +77,19 @@ pub struct Stats {
     pub waves: usize,
     /// The most memory that keys and values took at once.
     pub peak_kv_bytes: usize,
+}
+
+/// Bytes of the machine's memory, where that can be asked.
+fn physical_memory() -> Option<usize> {
+    #[cfg(unix)]
+    {
+        // SAFETY: the calls take a number and touch no memory.
+        let [pages, size] =
+            [libc::_SC_PHYS_PAGES, libc::_SC_PAGESIZE].map(|name| unsafe { libc::sysconf(name) });
+        usize::try_from(pages).ok()?.checked_mul(usize::try_from(size).ok()?)
+    }
+    #[cfg(not(unix))]
+    None
 }
 
 struct Prefix {
@@ -206,7 +220,7 @@ impl Engine {
                 .collect()
         };
         let lanes = if on_token.is_none() { self.lanes(jobs.len()) } else { 1 };
-        let waves = self.waves(jobs, &planned, shared, lanes)?;
+        let waves = self.waves(jobs, &planned, shared, lanes);
         let prefix = prefix.as_deref();
         let finished: Vec<Vec<Row>> = match on_token {
             // Pieces of text come in one order.
@@ -255,8 +269,21 @@ impl Engine {
             );
             return Err(ChatError::Request(msg));
         }
+        let room = job.max_new_tokens.min(context - n);
+        let bytes = (n + room).saturating_mul(self.kv_bytes_per_token());
+        if let Some(most) = self.device.is_cpu().then(physical_memory).flatten()
+            && bytes > most
+        {
+            let msg = format!(
+                "a prompt of {n} tokens with up to {room} new ones needs {} MiB for keys and values, the machine has {}: \
+                 lower max_new_tokens",
+                bytes >> 20,
+                most >> 20
+            );
+            return Err(ChatError::Request(msg));
+        }
         let (positions, next) = self.network.positions(job)?;
-        Ok(Planned { positions, next, room: job.max_new_tokens.min(context - n) })
+        Ok(Planned { positions, next, room })
     }
 
     fn kv_bytes_per_token(&self) -> usize {
@@ -350,16 +377,22 @@ impl Engine {
         if small { Lanes::good().min(jobs / ROWS).max(1) } else { 1 }
     }
 
-    /// Groups of jobs, longest first, so many of which at once are within the bound on memory.
-    fn waves(
-        &self,
-        jobs: &[Job],
-        planned: &[Planned],
-        shared: usize,
-        lanes: usize,
-    ) -> Result<Vec<Vec<usize>>> {
-        let held = self.lock().bytes();
-        let room = self.options.max_kv_bytes.saturating_sub(held) / self.kv_bytes_per_token() / lanes;
+    /// Groups of jobs, longest first, so many of which at once are within the bound on memory, but at least one.
+    fn waves(&self, jobs: &[Job], planned: &[Planned], shared: usize, lanes: usize) -> Vec<Vec<usize>> {
+        let most = self.options.max_kv_bytes / self.kv_bytes_per_token() / lanes;
+        let room = {
+            let mut p = self.lock();
+            let room = |held: usize| {
+                self.options.max_kv_bytes.saturating_sub(held) / self.kv_bytes_per_token() / lanes
+            };
+            let alone = jobs.iter().zip(planned).map(|(j, p)| j.ids.len() + p.room).max().unwrap_or(0);
+            // What is kept goes where that lets the longest stay within the bound.
+            if (room(p.bytes()) + 1..=most).contains(&alone) {
+                p.kept.clear();
+                p.last_cache = None;
+            }
+            room(p.bytes())
+        };
         let most_rows = self.options.max_batch.min(jobs.len().div_ceil(lanes));
         let mut order: Vec<usize> = (0..jobs.len()).collect();
         order.sort_by_key(|&i| std::cmp::Reverse((jobs[i].ids.len() + planned[i].room, i)));
@@ -367,17 +400,6 @@ impl Engine {
         let (mut longest, mut most) = (0, 0);
         for i in order {
             let (prompt, new) = (jobs[i].ids.len() - shared, planned[i].room);
-            let alone = shared + prompt + new;
-            if alone > room {
-                let mib = |tokens: usize| (tokens * self.kv_bytes_per_token()).div_ceil(1 << 20);
-                return Err(ChatError::Request(format!(
-                    "a prompt of {} tokens with {new} new ones needs {} MiB for keys and values, {} MiB are left of \
-                     max_kv_bytes: raise it or lower max_new_tokens",
-                    jobs[i].ids.len(),
-                    mib(alone),
-                    mib(room)
-                )));
-            }
             let (l, m) = (prompt.max(longest), new.max(most));
             match waves.last_mut() {
                 Some(w) if w.len() < most_rows && (w.len() + 1) * (shared + l + m) <= room => {
@@ -390,7 +412,7 @@ impl Engine {
                 }
             }
         }
-        Ok(waves)
+        waves
     }
 
     fn run_wave<'t>(

@@ -115,6 +115,7 @@ impl Bert {
             let (d, h) = (cfg.hidden_size, cfg.num_attention_heads);
             candle_core::bail!("bert: hidden_size {d} is no multiple of num_attention_heads {h}")
         }
+        super::check_layers("bert", cfg.num_hidden_layers)?;
         let (d, e) = (cfg.hidden_size, vb.pp("embeddings"));
         let layers = vb.pp("encoder.layer");
         Ok(Self {

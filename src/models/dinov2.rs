@@ -313,6 +313,15 @@ impl Dinov2 {
         if cfg.heads == 0 || !cfg.dim.is_multiple_of(cfg.heads) {
             candle_core::bail!("dinov2: {} dimensions do not split into {} heads", cfg.dim, cfg.heads)
         }
+        if cfg.patch == 0 || cfg.channels == 0 || cfg.image_size < cfg.patch {
+            candle_core::bail!(
+                "dinov2: pictures of {} pixels and {} channels do not split into patches of {}",
+                cfg.image_size,
+                cfg.channels,
+                cfg.patch
+            )
+        }
+        super::check_layers("dinov2", cfg.layers)?;
         let hf = cfg.names == Names::Hf;
         let (d, side) = (cfg.dim, cfg.image_size / cfg.patch);
         let small = Init::Randn { mean: 0., stdev: 0.02 };

@@ -392,6 +392,7 @@ impl Qwen3 {
     /// `body` holds `embed_tokens`, `layers`, `norm`; `head` holds `weight`, or the embedding is
     /// the head (tied).
     pub fn with_prefix(cfg: &Config, body: VarBuilder, head: Option<VarBuilder>) -> Result<Self> {
+        super::check_layers("qwen3", cfg.num_hidden_layers)?;
         let embed_tokens = nn::embedding(cfg.vocab_size, cfg.hidden_size, body.pp("embed_tokens"))?;
         let layers = (0..cfg.num_hidden_layers)
             .map(|i| Layer::new(cfg, body.pp("layers").pp(i)))

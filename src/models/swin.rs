@@ -276,6 +276,7 @@ const EPS: f64 = 1e-5;
 impl Swin {
     pub fn new(cfg: &Config, vb: VarBuilder) -> Result<Self> {
         cfg.check()?;
+        super::check_layers("swin", cfg.depths.iter().fold(0, |all, &depth| all.saturating_add(depth)))?;
         let (p, d) = (cfg.patch_size, cfg.embed_dim);
         let e = vb.pp("embeddings");
         let proj = e.pp("patch_embeddings.projection");

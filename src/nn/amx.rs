@@ -393,12 +393,14 @@ unsafe fn square(a: &[Tile], b: &[Tile], line: usize, parts: usize, to: Place, y
         }
         for (r, sums) in sums.iter().enumerate().take(to.rows.saturating_sub(row)) {
             let at = to.at + (row + r) * to.apart + col;
-            assert!(at + cols <= to.out.len, "product out of bounds");
-            // SAFETY: in bounds as asserted; this square's elements are this thread's alone.
-            let out = unsafe { std::slice::from_raw_parts_mut(to.out.ptr.add(at), cols) };
-            match to.accumulate {
-                true => out.iter_mut().zip(sums).for_each(|(o, s)| *o += to.scale * s),
-                false => out.iter_mut().zip(sums).for_each(|(o, s)| *o = to.scale * s),
+            let scaled = sums.map(|s| to.scale * s);
+            // SAFETY: this square's elements are this thread's alone.
+            unsafe {
+                match to.accumulate {
+                    true => to.out.add_at(at, &scaled[..cols]),
+                    // There need not be anything yet.
+                    false => to.out.put(at, &scaled[..cols]),
+                }
             }
         }
     }

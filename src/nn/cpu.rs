@@ -255,6 +255,24 @@ pub(super) fn gemm(mnk: (usize, usize, usize), out: &mut [f32], accumulate: bool
     unsafe { gemm_into(mnk, Out::new(out), 0, mnk.1, accumulate, 1., a, b, true) }
 }
 
+/// `a b` `[m, n]` in memory that nobody wrote to before.
+pub(super) fn product((m, n, k): (usize, usize, usize), a: Mat, b: Mat) -> Vec<f32> {
+    if m.min(n) < 2 || k == 0 {
+        // The library takes products with a vector for sums into what is there.
+        let mut y = vec![0.; m * n];
+        gemm((m, n, k), &mut y, false, a, b);
+        return y;
+    }
+    let mut y = Vec::with_capacity(m * n);
+    let out = Out { ptr: y.as_mut_ptr(), len: m * n };
+    // SAFETY: the memory is this function's alone, and every element of it is written.
+    unsafe {
+        gemm_into((m, n, k), out, 0, n, false, 1., a, b, true);
+        y.set_len(m * n);
+    }
+    y
+}
+
 /// Networks allocate and free the same large buffers at every step. Giving each back to the kernel
 /// and faulting it in again cost a quarter of a training step's time (detector, two cores). To be called
 /// first of all in a process.

@@ -268,11 +268,17 @@ impl LinearOp {
     ) -> Result<(CpuStorage, Shape)> {
         let (out, k) = lw.shape().dims2()?;
         let rows = x.len() / k;
-        let mut y = vec![0f32; rows * out];
-        if let Some(b) = b {
-            par_rows(&mut y, out, |_, y| y.chunks_exact_mut(out).for_each(|y| y.copy_from_slice(b)));
-        }
-        Self::product(x, w, k, &mut y, b.is_some());
+        let y = match b {
+            None if rows > FEW => cpu::product((rows, out, k), Mat::rows(x, k), Mat::rows(w, k).t()),
+            _ => {
+                let mut y = vec![0f32; rows * out];
+                if let Some(b) = b {
+                    par_rows(&mut y, out, |_, y| y.chunks_exact_mut(out).for_each(|y| y.copy_from_slice(b)));
+                }
+                Self::product(x, w, k, &mut y, b.is_some());
+                y
+            }
+        };
         let mut shape = lx.dims().to_vec();
         shape[lx.dims().len() - 1] = out;
         Ok((CpuStorage::F32(y), shape.into()))
@@ -297,9 +303,7 @@ impl LinearOp {
             if !like.track_op() {
                 return Ok(None);
             }
-            let mut d = vec![0f32; like.elem_count()];
-            cpu::gemm(mnk, &mut d, false, a, b);
-            Tensor::from_vec(d, like.shape(), like.device()).map(Some)
+            Tensor::from_vec(cpu::product(mnk, a, b), like.shape(), like.device()).map(Some)
         };
         let dx = product(x, (rows, k, out), Mat::rows(gs, out), Mat::rows(ws, k))?;
         let dw = product(w, (out, k, rows), Mat::rows(gs, out).t(), Mat::rows(xs, k))?;

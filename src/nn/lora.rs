@@ -145,16 +145,13 @@ impl CustomOp3 for LoraOp {
         let ((out, k), rank) = (self.weight.dims2()?, a.dim(0)?);
         let rows = xs.len() / k;
         let low = self.low(xs, a_s, k);
-        let mut db = vec![0f32; b_s.len()];
-        cpu::gemm((out, rank, rows), &mut db, false, Mat::rows(gs, out).t(), Mat::rows(&low, rank));
+        let db = cpu::product((out, rank, rows), Mat::rows(gs, out).t(), Mat::rows(&low, rank));
         let mut dlow = low;
         cpu::gemm((rows, rank, out), &mut dlow, false, Mat::rows(gs, out), Mat::rows(b_s, rank));
         self.rescale(&mut dlow);
-        let mut da = vec![0f32; a_s.len()];
-        cpu::gemm((rank, k, rows), &mut da, false, Mat::rows(&dlow, rank).t(), Mat::rows(xs, k));
+        let da = cpu::product((rank, k, rows), Mat::rows(&dlow, rank).t(), Mat::rows(xs, k));
         let dx = if x.track_op() {
-            let mut dx = vec![0f32; xs.len()];
-            cpu::gemm((rows, k, out), &mut dx, false, Mat::rows(gs, out), Mat::rows(ws, k));
+            let mut dx = cpu::product((rows, k, out), Mat::rows(gs, out), Mat::rows(ws, k));
             cpu::gemm((rows, k, rank), &mut dx, true, Mat::rows(&dlow, rank), Mat::rows(a_s, k));
             Some(Tensor::from_vec(dx, x.shape(), x.device())?)
         } else {

@@ -8,6 +8,7 @@ use super::simd::{self, wide};
 use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
+use std::sync::{Mutex, PoisonError};
 
 /// `log softmax(logits)[i, targets[i]]`: `logits` `[n, vocab]`, `targets` u32 `[n]` → `[n]`, f32 (f64 of f64).
 pub fn log_probs(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
@@ -29,14 +30,16 @@ pub fn log_probs(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
 
 /// [`log_probs`] of `hidden · weightᵀ`: `hidden` `[n, dim]`, `weight` `[vocab, dim]`.
 ///
-/// On the CPU the logits exist for a few hundred rows at a time, and once more in backward.
+/// On the CPU the logits exist for a few hundred rows at a time, and are calculated once more in backward;
+/// but of a weight that is trained they are kept if they take no more memory than its gradient will.
 pub fn linear_log_probs(hidden: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<Tensor> {
     let ((n, d), (vocab, wd)) = (hidden.dims2()?, weight.dims2()?);
     if d != wd {
         candle_core::bail!("log-probs: hidden {:?}, weight {:?}", hidden.shape(), weight.shape())
     }
     if cpu::fused(&[hidden, weight]) {
-        let op = LinearLogProbs { targets: checked(targets, n, vocab)? };
+        let targets = checked(targets, n, vocab)?;
+        let op = LinearLogProbs { targets, keep: weight.track_op() && n <= d, kept: Mutex::new(None) };
         return hidden.contiguous()?.apply_op2(&weight.contiguous()?, op);
     }
     log_probs(&hidden.matmul(&weight.t()?)?, targets)
@@ -118,6 +121,9 @@ impl CustomOp1 for LogProbs {
 
 struct LinearLogProbs {
     targets: Vec<u32>,
+    /// Are all logits kept until backward?
+    keep: bool,
+    kept: Mutex<Option<Vec<f32>>>,
 }
 
 /// Rows whose logits exist at one time: about 16 MB of them, or as many rows as make reading the weight worth
@@ -140,23 +146,19 @@ impl CustomOp2 for LinearLogProbs {
     ) -> Result<(CpuStorage, Shape)> {
         let (h, w) = (cpu::values(h, lh)?, cpu::values(w, lw)?);
         let ((n, d), (vocab, _)) = (lh.shape().dims2()?, lw.shape().dims2()?);
-        let rows = block_rows(vocab).min(n);
-        let mut logits = vec![0f32; rows * vocab];
+        let rows = if self.keep { n } else { block_rows(vocab).min(n) };
         let mut y = vec![0f32; n];
         for (i, y) in y.chunks_mut(rows.max(1)).enumerate() {
             let (at, r) = (i * rows, y.len());
-            let logits = &mut logits[..r * vocab];
-            cpu::gemm(
-                (r, vocab, d),
-                logits,
-                false,
-                Mat::rows(&h[at * d..(at + r) * d], d),
-                Mat::rows(w, d).t(),
-            );
+            let block = Mat::rows(&h[at * d..(at + r) * d], d);
+            let logits = cpu::product((r, vocab, d), block, Mat::rows(w, d).t());
             let targets = &self.targets[at..at + r];
             y.par_iter_mut().zip(logits.par_chunks(vocab)).zip(targets).for_each(|((y, x), &t)| {
                 *y = x[t as usize] - log_sum_exp(x);
             });
+            if self.keep {
+                *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(logits);
+            }
         }
         Ok((CpuStorage::F32(y), n.into()))
     }
@@ -172,26 +174,28 @@ impl CustomOp2 for LinearLogProbs {
         let (hh, hw) = (Held::new(h)?, Held::new(w)?);
         let (hs, ws) = (hh.get()?, hw.get()?);
         let ((n, d), vocab) = (h.dims2()?, w.dim(0)?);
-        let rows = block_rows(vocab).min(n).max(1);
-        let mut logits = vec![0f32; rows * vocab];
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let rows = if kept.is_some() { n } else { block_rows(vocab).min(n).max(1) };
         let mut dh = h.track_op().then(|| vec![0f32; hs.len()]);
-        let mut dw = w.track_op().then(|| vec![0f32; ws.len()]);
+        let mut dw: Option<Vec<f32>> = None;
         for at in (0..n).step_by(rows) {
             let r = rows.min(n - at);
-            let logits = &mut logits[..r * vocab];
             let block = Mat::rows(&hs[at * d..(at + r) * d], d);
-            cpu::gemm((r, vocab, d), logits, false, block, Mat::rows(ws, d).t());
+            let again = || cpu::product((r, vocab, d), block, Mat::rows(ws, d).t());
+            let mut logits = kept.take().unwrap_or_else(again);
             let per_row = self.targets[at..at + r].par_iter().zip(&g[at..at + r]);
             logits
                 .par_chunks_mut(vocab)
                 .zip(per_row)
                 .for_each(|(x, (&t, &g))| row_gradient(x, t as usize, g));
-            let logits = Mat::rows(logits, vocab);
+            let logits = Mat::rows(&logits, vocab);
             if let Some(dh) = &mut dh {
                 cpu::gemm((r, d, vocab), &mut dh[at * d..(at + r) * d], false, logits, Mat::rows(ws, d));
             }
-            if let Some(dw) = &mut dw {
-                cpu::gemm((vocab, d, r), dw, true, logits.t(), block);
+            match &mut dw {
+                _ if !w.track_op() => {}
+                Some(dw) => cpu::gemm((vocab, d, r), dw, true, logits.t(), block),
+                None => dw = Some(cpu::product((vocab, d, r), logits.t(), block)),
             }
         }
         let back = |v: Option<Vec<f32>>, like: &Tensor| {
@@ -209,8 +213,38 @@ mod tests {
 
     #[test]
     fn equals_composed_and_differentiates() -> Result<()> {
-        let (h, w) = (random((7, 12), 1)?, random((33, 12), 2)?);
-        let t = Tensor::new(&[0u32, 32, 5, 5, 17, 1, 30], &Device::Cpu)?;
+        // Fewer rows than channels, whose logits are kept; and more.
+        equals_composed(&[0, 32, 5, 5, 17, 1, 30])?;
+        equals_composed(&[0, 32, 5, 5, 17, 1, 30, 2, 9, 31, 11, 12, 12])
+    }
+
+    /// In blocks of rows, and a kept block of all that is gone when the graph is differentiated again.
+    #[test]
+    fn blocks_and_kept_logits_give_the_gradients_of_the_whole() -> Result<()> {
+        let rows = 2 * block_rows(33) + 7;
+        for (n, d) in [(rows, 12), (20, 24)] {
+            let (h, w) = (random((n, d), 1)?, random((33, d), 2)?);
+            let targets: Vec<u32> = (0..n as u32).map(|i| i * 7 % 33).collect();
+            let t = Tensor::new(targets, &Device::Cpu)?;
+            let loss = (linear_log_probs(&h, &w, &t)? * random(n, 3)?.as_tensor())?.sum_all()?;
+            let want = (log_probs(&h.matmul(&w.t()?)?, &t)? * random(n, 3)?.as_tensor())?.sum_all()?;
+            let want = want.backward()?;
+            for grads in [loss.backward()?, loss.backward()?] {
+                for v in [&h, &w] {
+                    let (got, want) = (grads.get(v).expect("a gradient"), want.get(v).expect("a gradient"));
+                    let scale = want.abs()?.max_all()?.to_scalar::<f32>()?;
+                    let far = (got - want)?.abs()?.max_all()?.to_scalar::<f32>()?;
+                    assert!(scale > 0. && far <= 1e-5 * scale, "{n} rows: {far} of {scale}");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn equals_composed(targets: &[u32]) -> Result<()> {
+        let n = targets.len();
+        let (h, w) = (random((n, 12), 1)?, random((33, 12), 2)?);
+        let t = Tensor::new(targets, &Device::Cpu)?;
         let composed = || {
             let all = candle_nn::ops::log_softmax(&h.matmul(&w.t()?)?, D::Minus1)?;
             all.gather(&t.unsqueeze(1)?, 1)?.squeeze(1)
@@ -219,7 +253,7 @@ mod tests {
         assert_same(&[&h, &w], || log_probs(&h.matmul(&w.t()?)?, &t), composed)?;
         let e = max_gradient_error(&[h.clone(), w.clone()], 1e-2, 60, || linear_log_probs(&h, &w, &t))?;
         assert!(e < 1e-3, "{e}");
-        let outside = Tensor::new(&[33u32; 7], &Device::Cpu)?;
+        let outside = Tensor::new(vec![33u32; n], &Device::Cpu)?;
         assert!(linear_log_probs(&h, &w, &outside).is_err());
         Ok(())
     }

@@ -142,9 +142,7 @@ impl CustomOp3 for MlpOp {
         }
         let n = x.len() / h;
         let project = |w: &Tensor| -> Result<Vec<f32>> {
-            let mut p = vec![0f32; n * m];
-            cpu::gemm((n, m, h), &mut p, false, Mat::rows(x, h), Mat::rows(Held::new(w)?.get()?, h).t());
-            Ok(p)
+            Ok(cpu::product((n, m, h), Mat::rows(x, h), Mat::rows(Held::new(w)?.get()?, h).t()))
         };
         let (a, u) = (project(&self.gate)?, project(&self.up)?);
         let mut act = vec![0f32; n * m];
@@ -167,24 +165,20 @@ impl CustomOp3 for MlpOp {
         let (xs, gs) = (Mat::rows(hx.get()?, h), Mat::rows(hg.get()?, h));
         let n = xs.data.len() / h;
 
-        let [mut dgate, mut dup, mut ddown] = [(); 3].map(|()| vec![0f32; m * h]);
         // First silu(a)·u, later the gradient of u.
         let mut act = vec![0f32; n * m];
         Self::activate(a, u, &mut act);
-        cpu::gemm((h, m, n), &mut ddown, false, gs.t(), Mat::rows(&act, m));
+        let ddown = cpu::product((h, m, n), gs.t(), Mat::rows(&act, m));
         // First the gradient of silu(a)·u, later that of a.
-        let mut dact = vec![0f32; n * m];
-        cpu::gemm((n, m, h), &mut dact, false, gs, Mat::rows(hdown.get()?, m));
+        let mut dact = cpu::product((n, m, h), gs, Mat::rows(hdown.get()?, m));
         let chunk = rows_per_task(1);
         dact.par_chunks_mut(chunk)
             .zip(act.par_chunks_mut(chunk))
             .zip(a.par_chunks(chunk).zip(u.par_chunks(chunk)))
             .for_each(|((d, du), (a, u))| swiglu_backward(a, u, d, du));
         let (da, du) = (Mat::rows(&dact, m), Mat::rows(&act, m));
-        cpu::gemm((m, h, n), &mut dgate, false, da.t(), xs);
-        cpu::gemm((m, h, n), &mut dup, false, du.t(), xs);
-        let mut dx = vec![0f32; n * h];
-        cpu::gemm((n, h, m), &mut dx, false, da, Mat::rows(hgate.get()?, h));
+        let (dgate, dup) = (cpu::product((m, h, n), da.t(), xs), cpu::product((m, h, n), du.t(), xs));
+        let mut dx = cpu::product((n, h, m), da, Mat::rows(hgate.get()?, h));
         cpu::gemm((n, h, m), &mut dx, true, du, Mat::rows(hup.get()?, h));
         let of = |d: Vec<f32>, w: &Tensor| Tensor::from_vec(d, w.shape(), w.device());
         let found = [of(dgate, &self.gate)?, of(dup, &self.up)?, of(ddown, &self.down)?];
@@ -198,12 +192,36 @@ mod tests {
     use super::*;
     use crate::nn::gradcheck::{assert_same, max_gradient_error, random};
 
+    /// An MLP of 12 by 20, and its weights.
+    fn small() -> Result<(GatedMlp, [candle_core::Var; 3])> {
+        let weights = [random((20, 12), 3)?, random((20, 12), 4)?, random((12, 20), 5)?];
+        let [gate_proj, up_proj, down_proj] =
+            weights.each_ref().map(|v| Linear::new(v.as_tensor().clone(), None));
+        Ok((GatedMlp { gate_proj, up_proj, down_proj }, weights))
+    }
+
+    #[test]
+    fn gradients_are_right_where_it_stands_twice_in_a_graph_and_that_is_differentiated_twice() -> Result<()> {
+        let (x, r) = (random((2, 5, 12), 1)?, random((2, 5, 12), 2)?);
+        let (mlp, [g, u, d]) = small()?;
+        let vars = [&x, &r, &g, &u, &d];
+        let twice = || mlp.forward_residual(&mlp.forward_residual(&x, &r)?, &r);
+        assert_same(&vars, twice, || mlp.composed(&mlp.composed(&x, &r)?, &r))?;
+        let loss = twice()?.sqr()?.sum_all()?;
+        let (first, second) = (loss.backward()?, loss.backward()?);
+        for v in vars {
+            let of = |grads: &candle_core::backprop::GradStore| -> Result<Vec<f32>> {
+                grads.get(v).expect("a gradient").flatten_all()?.to_vec1()
+            };
+            assert_eq!(of(&first)?, of(&second)?);
+        }
+        Ok(())
+    }
+
     #[test]
     fn equals_composed_and_differentiates() -> Result<()> {
         let (x, r) = (random((2, 5, 12), 1)?, random((2, 5, 12), 2)?);
-        let (g, u, d) = (random((20, 12), 3)?, random((20, 12), 4)?, random((12, 20), 5)?);
-        let layer = |v: &candle_core::Var| Linear::new(v.as_tensor().clone(), None);
-        let mlp = GatedMlp { gate_proj: layer(&g), up_proj: layer(&u), down_proj: layer(&d) };
+        let (mlp, [g, u, d]) = small()?;
         let vars = [&x, &r, &g, &u, &d];
         assert_same(&vars, || mlp.forward_residual(&x, &r), || mlp.composed(&x, &r))?;
         // The step is small beside the curvature of products of twelve terms.

@@ -385,7 +385,14 @@ impl Run<'_> {
             nodes: self.limits.answer_nodes,
             text: self.limits.message_bytes / 2,
         };
-        to_plain(answer, &mut budget).map_err(|what| ProgramError::bad_answer(&what))
+        let answer = to_plain(answer, &mut budget).map_err(|what| ProgramError::bad_answer(&what))?;
+        // Many small values take more bytes than their texts; beside them goes what was printed.
+        let mut frame = Vec::new();
+        answer.encode(&mut frame);
+        match frame.len() + self.limits.output_bytes + 4096 > self.limits.message_bytes {
+            true => Err(ProgramError::bad_answer("too large")),
+            false => Ok(answer),
+        }
     }
 
     fn overflow(&self) -> ProgramError {

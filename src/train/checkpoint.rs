@@ -59,7 +59,8 @@ impl Checkpoints {
     }
 
     /// Saves what `fill` writes into the folder that it is given, as the checkpoint of a step, and
-    /// removes those beyond the newest `keep`, but for the one of step `also`.
+    /// removes those beyond the newest `keep`, but for the one of step `also`, and those of later steps: a run
+    /// comes to an earlier step again only where they are broken.
     pub fn save(
         &self,
         step: u64,
@@ -90,9 +91,10 @@ impl Checkpoints {
         }
         std::fs::rename(&tmp, &path).with_context(|| path.display().to_string())?;
         sync_dir(&self.dir)?;
-        let all = self.steps()?;
-        for &old in all.iter().rev().skip(self.keep).filter(|s| Some(**s) != also) {
-            std::fs::remove_dir_all(self.path(old))?;
+        let (all, later): (Vec<u64>, Vec<u64>) = self.steps()?.into_iter().partition(|s| *s <= step);
+        let old = all.iter().rev().skip(self.keep).filter(|s| Some(**s) != also);
+        for &unwanted in later.iter().chain(old) {
+            std::fs::remove_dir_all(self.path(unwanted))?;
         }
         Ok(Saved { step, path })
     }
@@ -183,10 +185,20 @@ mod tests {
         assert_eq!(step, Some(1));
         assert!(said[0].contains("weights is not what was saved"), "{said:?}");
         assert!(said[1].contains("has no manifest"), "{said:?}");
-        // The step is done again.
+        // The step is done again; the broken one after it must not outlive it.
         all.save(2, None, filled("xyz")).unwrap();
-        std::fs::remove_dir_all(all.path(3)).unwrap();
-        assert_eq!(newest(&all).0, Some(2));
+        assert_eq!(newest(&all), (Some(2), vec![]));
+        assert_eq!(all.steps().unwrap(), [1, 2]);
+    }
+
+    #[test]
+    fn a_broken_later_one_does_not_push_out_what_is_saved() {
+        let dir = tempfile::tempdir().unwrap();
+        let all = Checkpoints::open(dir.path(), 1).unwrap();
+        all.save(9, None, filled("abc")).unwrap();
+        std::fs::remove_file(all.path(9).join(MANIFEST)).unwrap();
+        all.save(1, None, filled("abc")).unwrap();
+        assert_eq!(newest(&all), (Some(1), vec![]));
     }
 
     #[test]

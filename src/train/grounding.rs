@@ -9,7 +9,7 @@ use super::augment::Augment;
 use super::grounding_loss::{LayerLoss, LossConfig, Target, layer_loss, total};
 use super::run::{Metrics, Trainee};
 use crate::eval::detection::{self, AveragePrecision, Scored, Truth};
-use crate::models::grounding_dino::caption::{Blanks, Caption, TextTokenizer};
+use crate::models::grounding_dino::caption::{Blanks, Caption, MAX_TEXT_LEN, TextTokenizer};
 use crate::models::grounding_dino::postprocess::noun_scores;
 use crate::models::grounding_dino::preprocess::ImageProcessor;
 use crate::models::grounding_dino::{Config, Freeze, GroundingDino, Inputs, Outputs};
@@ -195,7 +195,8 @@ impl GroundingTrainer {
             .map(|(i, &index)| {
                 let sample = self.data.sample(index)?;
                 let mut rng = rng(self.cfg.seed, step * n + i as u64, SAMPLE);
-                Ok(prepare(&sample, &self.cfg, &self.tokenizer, &self.processor, &mut rng)?)
+                let model = self.model.config();
+                Ok(prepare(&sample, &self.cfg, model, &self.tokenizer, &self.processor, &mut rng)?)
             })
             .collect()
     }
@@ -339,10 +340,11 @@ fn rng(seed: u64, number: u64, stream: u64) -> ChaCha8Rng {
 }
 
 /// Augments a sample and writes its caption: what is there, the hard negatives, and as many
-/// absent nouns as chance wills.
+/// absent nouns as chance wills; in this order, as far as the detector reads.
 fn prepare(
     sample: &Sample,
     cfg: &TrainConfig,
+    model: &Config,
     tokenizer: &TextTokenizer,
     processor: &ImageProcessor,
     rng: &mut ChaCha8Rng,
@@ -365,11 +367,23 @@ fn prepare(
     // A caption needs a noun, if only a wrong one.
     let least = usize::from(nouns.is_empty()).min(room);
     nouns.extend(&absent[..rng.random_range(least..=room)]);
+    // Beside [CLS] and [SEP].
+    let mut left = model.max_text_len.min(MAX_TEXT_LEN).saturating_sub(2);
+    let mut fitting = Vec::with_capacity(nouns.len());
+    for noun in nouns {
+        let tokens = tokenizer.tokens_of(noun, cfg.blanks)?;
+        // A phrase's positions count from 0 to its full stop.
+        if tokens <= left && tokens <= model.text_config.max_position_embeddings {
+            left -= tokens;
+            fitting.push(noun);
+        }
+    }
+    let mut nouns = fitting;
     nouns.shuffle(rng);
     let caption = tokenizer.caption_of(&nouns, cfg.blanks)?;
     let mut target = Target { ignore: framed.ignore, ..Default::default() };
     for (i, bbox) in framed.boxes {
-        // Beyond `max_nouns` a thing may stand without its noun: not asked for, so not a target.
+        // A thing may stand without its noun, for which there was no room: not asked for, so not a target.
         if let Some(k) = nouns.iter().position(|n| *n == sample.nouns[i]) {
             target.boxes.push(bbox);
             target.columns.push(caption.phrases[k].clone().collect());
@@ -454,7 +468,7 @@ mod tests {
         let mut lens = Vec::new();
         for seed in 0..30 {
             let mut rng = ChaCha8Rng::seed_from_u64(seed);
-            let (_, caption, target) = prepare(&sample(), &cfg, &t, &p, &mut rng)?;
+            let (_, caption, target) = prepare(&sample(), &cfg, &detector::config(), &t, &p, &mut rng)?;
             for noun in ["chair", "red chair", "ball"] {
                 assert!(t.find(&caption, noun)?.is_some(), "{noun} missing in {:?}", caption.text);
             }
@@ -476,8 +490,30 @@ mod tests {
         let empty = Sample { boxes: vec![], nouns: vec![], hard_negatives: vec![], ..sample() };
         let cfg = TrainConfig { augment: Augment::none(&p), ..Default::default() };
         for seed in 0..10 {
-            let (_, caption, target) = prepare(&empty, &cfg, &t, &p, &mut ChaCha8Rng::seed_from_u64(seed))?;
+            let mut rng = ChaCha8Rng::seed_from_u64(seed);
+            let (_, caption, target) = prepare(&empty, &cfg, &detector::config(), &t, &p, &mut rng)?;
             assert!(!caption.phrases.is_empty() && target.boxes.is_empty());
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn nouns_that_the_detector_would_not_read_are_left_out_negatives_first() -> Result<()> {
+        let (t, p, model) = (detector::tokenizer()?, detector::processor(), detector::config());
+        let cfg = TrainConfig { augment: Augment::none(&p), ..Default::default() };
+        // Unknown words are spelled: some twenty tokens each.
+        let long: Vec<String> = ('a'..='p').map(|c| format!("stainless steel sink {c}")).collect();
+        let mut many = Sample { hard_negatives: long, ..sample() };
+        // More positions than the text encoder has.
+        many.boxes.push([1., 1., 9., 9.]);
+        many.nouns.push("z".repeat(model.text_config.max_position_embeddings));
+        for seed in 0..5 {
+            let mut rng = ChaCha8Rng::seed_from_u64(seed);
+            let (_, caption, target) = prepare(&many, &cfg, &model, &t, &p, &mut rng)?;
+            assert!(caption.ids.len() <= MAX_TEXT_LEN, "{}", caption.ids.len());
+            assert!(caption.phrases.len() > 5, "{}", caption.text);
+            assert_eq!(target.boxes.len(), 3);
+            assert!(t.find(&caption, "chair")?.is_some() && t.find(&caption, "red chair")?.is_some());
         }
         Ok(())
     }
@@ -612,6 +648,23 @@ mod tests {
             moved += usize::from(flat(&start[name])? != flat(want)?);
         }
         assert!(moved * 10 > whole.len() * 9, "{moved} of {} parameters moved", whole.len());
+        Ok(())
+    }
+
+    /// As an optimiser moves them, or a checkpoint is restored, under a network that is built.
+    #[test]
+    fn the_network_follows_its_parameters() -> anyhow::Result<()> {
+        let mut t = trainer();
+        for (_, var) in t.params.named() {
+            var.set(&var.as_tensor().affine(0.9, 0.01)?)?;
+        }
+        let rebuilt = GroundingDino::new(t.model.config(), t.params.builder())?;
+        let samples = t.prepared(0)?;
+        let inputs = t.batch(&samples)?.inputs;
+        let (live, want) = (t.model.forward(&inputs, None)?, rebuilt.forward(&inputs, None)?);
+        let last = |all: &[Tensor]| all.last().expect("a layer").flatten_all()?.to_vec1::<f32>();
+        assert_eq!(last(&live.boxes)?, last(&want.boxes)?);
+        assert_eq!(last(&live.logits)?, last(&want.logits)?);
         Ok(())
     }
 

@@ -172,9 +172,10 @@ fn memory_of_keys_and_values_stays_under_the_bound() {
     assert_same(&ask(&model, &requests, &opts, None).unwrap(), &want);
     let stats = model.engine().stats();
     assert!(stats.waves > 1 && stats.peak_kv_bytes <= bound, "{stats:?} over {bound}");
+    // What needs more than the bound goes alone: a large planner's longest reply may take gigabytes.
     let tiny = chat(EngineOptions { max_kv_bytes: 4096, ..EngineOptions::default() });
-    let e = ask(&tiny, &requests, &opts, None).unwrap_err().to_string();
-    assert!(e.contains("max_kv_bytes"), "{e}");
+    assert_same(&ask(&tiny, &requests, &opts, None).unwrap(), &want);
+    assert_eq!(tiny.engine().stats().waves, requests.len());
 }
 
 #[test]

@@ -256,3 +256,89 @@ fn every_layer_of_the_jail_holds_here() {
         assert!(layer.active || layer.name == "landlock", "{}", sandbox.layers());
     }
 }
+
+/// Each with what CPython makes of it.
+#[test]
+fn rewriting_changes_no_meaning() {
+    let cases = [
+        // A method that is handed over, of a program with names like ours.
+        ("a=['x','y','y','z','y']; final_answer=max(set(a),key=a.count)", json!("y")),
+        ("a=[3,1,2]; final_answer=sorted([1,2,3],key=a.index)", json!([3, 1, 2])),
+        ("a={'x':1,'y':3}; final_answer=max(a,key=a.get)", json!("y")),
+        // Data that is called like a method.
+        ("class T:\n def __init__(self): self.count=4\nfinal_answer=T().count", json!(4)),
+        ("class T:\n index: int = 7\nfinal_answer=T.index", json!(7)),
+        (
+            "from collections import namedtuple\nP=namedtuple('P','index count')\nfinal_answer=P(2,3).count",
+            json!(3),
+        ),
+        // Builtins that the program binds for itself.
+        ("list=[3,1,2]; final_answer=min(list,key=lambda c: -c)", json!(3)),
+        ("len=5; final_answer=max([1,3,2],key=lambda c: -c)+len", json!(6)),
+        ("range=9; final_answer=sorted([1,3,2],key=lambda c: -c)", json!([3, 2, 1])),
+        ("str='a'; final_answer='%d'%3+str", json!("3a")),
+        (
+            "import numpy as np\nsum=0; max=1\nfinal_answer=float(np.mean([1,2,3]))+float(np.max([1,5]))",
+            json!(7.),
+        ),
+        // One list under two names.
+        (
+            "import numpy as np\ndef more(acc): acc += [1, 2]\nl=[]\nmore(l)\nmore(l)\nfinal_answer=len(l)",
+            json!(4),
+        ),
+        ("import numpy as np\nl=[1]; m=l; l+=(3,)\nfinal_answer=m", json!([1, 3])),
+        ("import numpy as np\na=np.array([1,2]); b=a; b+=1\nfinal_answer=a.tolist()", json!([2, 3])),
+        ("import numpy as np\nn=1; n+=2\nfinal_answer=n", json!(3)),
+        // Targets are stored to in their order.
+        ("a=[0,0]; i=0\na[i], i = 5, 1\nfinal_answer=[a, i]", json!([[5, 0], 1])),
+        ("a=[1,2]; i=0\ni, a[i] = 1, 7\nfinal_answer=a", json!([1, 7])),
+        (
+            "import numpy as np\na=np.array([1,2]); a[0], a[1] = a[1], a[0]\nfinal_answer=a.tolist()",
+            json!([2, 1]),
+        ),
+        // To the nearest decimal of the number itself.
+        (
+            "final_answer=[round(2.675,2), round(-0.445,2), round(1.405,2), round(7,1), round(2.5)]",
+            json!([2.67, -0.45, 1.41, 7, 2]),
+        ),
+        ("x=2.675; final_answer=round(number=x,ndigits=2)", json!(2.67)),
+        ("import numpy as np\nfinal_answer=round(float(np.mean([2.675])),2)", json!(2.67)),
+        // Parentheses.
+        ("x=2\nmatch (x):\n case (2 | 3): final_answer='few'\n case _: final_answer='many'", json!("few")),
+        ("match 5:\n case n if (n > 3 and n < 9): final_answer=n\n case _: final_answer=0", json!(5)),
+        (
+            "def g():\n for i in range(3):\n  yield (i + 1)\n yield from (9 for _ in range(1))\nfinal_answer=list(g())",
+            json!([1, 2, 3, 9]),
+        ),
+        (
+            "import numpy as np\na=np.array([[1,2],[3,4]])\nfinal_answer=(a+1).T.tolist()",
+            json!([[2, 4], [3, 5]]),
+        ),
+        (
+            "l=[1,2]; final_answer=[2,1,2]\n(l or final_answer).sort(key=lambda x: -x)\nfinal_answer=l",
+            json!([2, 1]),
+        ),
+        ("f=([1,1,2] or []).count\nfinal_answer=f(1)", json!(2)),
+        // What is put at the head of a body stands as far in as the rest of a program that returns.
+        (
+            "def g(n):\n for i in range(n):\n  yield i\nfor v in g(3):\n if v==1:\n  final_answer=v\n  return",
+            json!(1),
+        ),
+        (
+            "class A:\n def f(self): return 3\nclass B(A):\n x=1\nfinal_answer=B().f()\nif final_answer: return",
+            json!(3),
+        ),
+    ];
+    let mut sandbox = sandbox();
+    // Within the limits on parts and on text, but not of what a worker may send.
+    let large = sandbox.run("final_answer=[1]*99000+['x'*400000]", "a.png", &mut StubTools);
+    assert_eq!(large.result.unwrap_err().kind, ErrorKind::BadAnswer);
+    let mut wrong = Vec::new();
+    for (source, want) in cases {
+        match sandbox.run(source, "a.png", &mut StubTools).result {
+            Ok(got) if same(&got, &want) => {}
+            got => wrong.push(format!("{source}\n  {got:?}, not {want}")),
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}

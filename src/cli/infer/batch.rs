@@ -40,17 +40,21 @@ pub(super) fn run<'a>(
     load: impl FnOnce() -> Result<(Reasoner<'a>, Sandbox)>,
 ) -> Result<ExitCode> {
     let lines = read(batch)?;
-    ensure!(batch != out, "--out {} is the file of the questions", out.display());
-    let (mut file, done) = resume(out, &lines)?;
+    let same = |a: &Path, b: &Path| {
+        a == b || a.canonicalize().ok().is_some_and(|a| b.canonicalize().ok() == Some(a))
+    };
+    ensure!(!same(batch, out), "--out {} is the file of the questions", out.display());
+    let Held { whole, done, unanswered } = held(out, &lines)?;
     if done > 0 {
         eprintln!("valor: {done} of {} are answered in {} already", lines.len(), out.display());
     }
     let bar = ProgressBar::new(lines.len() as u64);
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} eta {eta}")?);
     bar.set_position(done as u64);
-    let mut failed = 0;
+    let mut failed = unanswered;
     if done < lines.len() {
         let (reasoner, mut sandbox) = load()?;
+        let mut file = open(out, whole)?;
         let folder = batch.parent().unwrap_or(Path::new(""));
         for (start, chunk) in
             lines[done..].chunks(TOGETHER).enumerate().map(|(i, c)| (done + i * TOGETHER, c))
@@ -112,7 +116,7 @@ pub(super) fn run<'a>(
         }
     }
     bar.finish_and_clear();
-    eprintln!("valor: {} questions, {failed} without an answer", lines.len() - done);
+    eprintln!("valor: {} questions, {failed} of all without an answer", lines.len() - done);
     Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
@@ -134,17 +138,40 @@ fn read(batch: &Path) -> Result<Vec<Line>> {
     Ok(lines)
 }
 
-/// Opens the output behind the rows that it holds, and says how many of them there are. A last row that
-/// was not written to its end is cut off.
-fn resume(out: &Path, lines: &[Line]) -> Result<(File, usize)> {
+/// What an output holds already.
+struct Held {
+    /// Bytes of its whole rows.
+    whole: usize,
+    /// Rows, and those of them without an answer.
+    done: usize,
+    unanswered: usize,
+}
+
+/// Opens the output behind its whole rows.
+fn open(out: &Path, whole: usize) -> Result<File> {
     if let Some(folder) = out.parent() {
         std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
     }
     let named = || format!("--out {}", out.display());
-    let file = OpenOptions::new().create(true).read(true).append(true).open(out).with_context(named)?;
-    let text = std::fs::read_to_string(out).with_context(named)?;
+    let file = OpenOptions::new().create(true).append(true).open(out).with_context(named)?;
+    file.set_len(whole as u64).with_context(named)?;
+    Ok(file)
+}
+
+/// Looks at the rows that the output holds. A last one that was not written to its end does not count; a
+/// file of anything else is refused.
+fn held(out: &Path, lines: &[Line]) -> Result<Held> {
+    let named = || format!("--out {}", out.display());
+    let text = match std::fs::read_to_string(out) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
+        text => text.with_context(named)?,
+    };
     let whole = text.rfind('\n').map_or(0, |end| end + 1);
-    let mut done = 0;
+    // A row begins as an object, and one that is cut off is none.
+    let rest = &text[whole..];
+    let cut_off = rest.starts_with('{') && serde_json::from_str::<Value>(rest).is_err();
+    ensure!(rest.is_empty() || cut_off, "{} is not of this batch; name a new file", named());
+    let (mut done, mut unanswered) = (0, 0);
     for (i, row) in text[..whole].lines().enumerate() {
         let row: Value =
             serde_json::from_str(row).with_context(|| format!("{}, line {}", out.display(), i + 1))?;
@@ -162,7 +189,7 @@ fn resume(out: &Path, lines: &[Line]) -> Result<(File, usize)> {
             )
         }
         done += 1;
+        unanswered += usize::from(row["answer"].is_null());
     }
-    file.set_len(whole as u64).with_context(named)?;
-    Ok((file, done))
+    Ok(Held { whole, done, unanswered })
 }

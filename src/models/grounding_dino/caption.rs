@@ -165,6 +165,12 @@ impl TextTokenizer {
         Ok(caption)
     }
 
+    /// Tokens that a noun takes in a caption, with its full stop.
+    pub fn tokens_of(&self, noun: &str, blanks: Blanks) -> Result<usize> {
+        // Beside [CLS] and [SEP].
+        Ok(self.caption_of(&[noun], blanks)?.ids.len() - 2)
+    }
+
     /// The token columns of `noun` in a caption: those of the phrase with the same tokens, so
     /// capitals, accents and blanks do not matter, and parts of longer phrases do not count.
     pub fn find(&self, caption: &Caption, noun: &str) -> Result<Option<Range<usize>>> {

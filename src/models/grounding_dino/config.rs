@@ -156,6 +156,15 @@ impl Config {
         cfg
     }
 
+    /// The same for a training, which is the original's: its semantics ([`Semantics`]) and, as in
+    /// [`Self::original_swin_t`], no dropout, where HF's files of the same checkpoints say 0.1.
+    pub fn for_training(&self) -> Self {
+        match self.semantics {
+            Semantics::Hf => Self { semantics: Semantics::Original, dropout: 0., ..self.clone() },
+            Semantics::Original => self.clone(),
+        }
+    }
+
     pub(super) fn check(&self) -> Result<()> {
         let Self { d_model: d, encoder_attention_heads: eh, decoder_attention_heads: dh, .. } = *self;
         // The fusion and text layers have half the encoder's heads and width.
@@ -169,6 +178,11 @@ impl Config {
         }
         if d % GROUPS != 0 || d % 4 != 0 {
             candle_core::bail!("grounding-dino: d_model {d} is no multiple of {GROUPS}")
+        }
+        let counts = [self.encoder_layers, self.decoder_layers, self.num_feature_levels];
+        counts.into_iter().try_for_each(|n| crate::models::check_layers("grounding-dino", n))?;
+        if self.backbone_config.out_indices.is_empty() {
+            candle_core::bail!("grounding-dino: backbone_config.out_indices is empty")
         }
         if self.num_feature_levels < self.backbone_config.out_indices.len() || self.num_feature_levels < 2 {
             candle_core::bail!(
@@ -277,5 +291,21 @@ impl Original {
             special_tokens: self.delimiter_token_ids,
             ..Config::default()
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_training_is_the_originals_whatever_file_the_checkpoint_has() {
+        let hf = Config::default();
+        assert_eq!((hf.semantics, hf.dropout), (Semantics::Hf, 0.1));
+        let trained = hf.for_training();
+        assert_eq!((trained.semantics, trained.dropout), (Semantics::Original, 0.));
+        assert_eq!(trained.fusion_droppath, hf.fusion_droppath);
+        let own = Config { dropout: 0.2, ..Config::original_swin_t() };
+        assert_eq!(own.for_training().dropout, 0.2);
     }
 }

@@ -164,7 +164,10 @@ impl ClassHead {
 /// linear layers on tokens: the larger one on the nine tokens around each output.
 #[derive(Clone, Debug)]
 struct InputProjection {
-    linear: Linear,
+    /// `[d, inp, k, k]`. What a linear layer wants is made of it anew each time: a copy made once would not
+    /// follow a training.
+    weight: Tensor,
+    bias: Tensor,
     halve: bool,
     norm: GroupNorm,
 }
@@ -176,9 +179,8 @@ impl InputProjection {
         let init = Init::Uniform { lo: -bound, up: bound };
         let weight = v.get_with_hints((d, inp, k, k), "weight", init)?;
         let bias = v.get_with_hints(d, "bias", Init::Const(0.))?;
-        let weight = weight.permute((0, 2, 3, 1))?.reshape((d, k * k * inp))?;
         let norm = nn::group_norm(GROUPS, d, 1e-5, vb.pp(1))?;
-        Ok(Self { linear: Linear::new(weight, Some(bias)), halve, norm })
+        Ok(Self { weight, bias, halve, norm })
     }
 
     fn forward(&self, x: &FeatureMap) -> Result<FeatureMap> {
@@ -197,7 +199,9 @@ impl InputProjection {
         } else {
             x.tokens.clone()
         };
-        let y = self.linear.forward(&tokens)?.transpose(1, 2)?.contiguous()?;
+        let weight = self.weight.permute((0, 2, 3, 1))?.flatten_from(1)?;
+        let y =
+            Linear::new(weight, Some(self.bias.clone())).forward(&tokens)?.transpose(1, 2)?.contiguous()?;
         let tokens = self.norm.forward(&y)?.transpose(1, 2)?.contiguous()?;
         Ok(FeatureMap { tokens, height, width })
     }

@@ -267,6 +267,7 @@ impl ConvStack {
         let dims = &cfg.dim_res_blocks;
         let mut levels = Vec::with_capacity(dims.len());
         for (i, &dim) in dims.iter().enumerate() {
+            crate::models::check_layers("moge", cfg.num_res_blocks.at(i)?)?;
             let blocks = vb.pp("res_blocks").pp(i);
             levels.push(Level {
                 input: match cfg.dim_in.at(i)? {

@@ -121,15 +121,18 @@ impl Processor {
         }
         let factor = (self.patch_size * self.merge_size) as f64;
         let area = h * w;
-        let snap = |round: fn(f64) -> f64, scale: f64| {
-            let side = |x: f64| (round(x * scale / factor) * factor).max(factor);
+        let snap = |scaled: &dyn Fn(f64) -> f64, round: fn(f64) -> f64| {
+            let side = |x: f64| (round(scaled(x) / factor) * factor).max(factor);
             (side(h), side(w))
         };
-        let (mut oh, mut ow) = snap(f64::round_ties_even, 1.);
+        let (mut oh, mut ow) = snap(&|x| x, f64::round_ties_even);
+        // In HF's order of operations: a side may come out a hair below a whole number of patches.
         if oh * ow > self.max_pixels as f64 {
-            (oh, ow) = snap(f64::floor, 1. / (area / self.max_pixels as f64).sqrt());
+            let beta = (area / self.max_pixels as f64).sqrt();
+            (oh, ow) = snap(&|x| x / beta, f64::floor);
         } else if oh * ow < self.min_pixels as f64 {
-            (oh, ow) = snap(f64::ceil, (self.min_pixels as f64 / area).sqrt());
+            let beta = (self.min_pixels as f64 / area).sqrt();
+            (oh, ow) = snap(&|x| x * beta, f64::ceil);
         }
         Ok((oh as usize, ow as usize))
     }
@@ -195,6 +198,8 @@ mod tests {
             assert!(oh % 32 == 0 && ow % 32 == 0 && oh > 0 && ow > 0);
             assert!(oh * ow >= p.min_pixels && oh * ow <= p.max_pixels, "{h}×{w} → {oh}×{ow}");
         }
+        // A hair below a whole number, had the side been multiplied by the inverse.
+        assert_eq!(p.target_size(4237, 4237).unwrap(), (4096, 4096));
         assert!(p.target_size(1, 201).is_err());
         assert!(p.target_size(0, 5).is_err());
     }

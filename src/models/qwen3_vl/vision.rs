@@ -125,6 +125,7 @@ pub struct VisionTower {
 
 impl VisionTower {
     pub fn new(cfg: &VisionConfig, vb: VarBuilder) -> Result<Self> {
+        crate::models::check_layers("qwen3-vl", cfg.depth)?;
         let h = cfg.hidden_size;
         let proj = vb.pp("patch_embed.proj");
         let kernel = (h, cfg.in_channels, cfg.temporal_patch_size, cfg.patch_size, cfg.patch_size);

@@ -45,8 +45,8 @@ pub(super) fn class(rewriter: &mut Rewriter, class: &StmtClassDef) {
             }
         }
         if let Some(first) = class.body.first() {
-            let between =
-                indentation(rewriter.source, first).map_or("; ".to_owned(), |blanks| format!("\n{blanks}"));
+            let between = indentation(rewriter.source, rewriter.facts, first)
+                .map_or("; ".to_owned(), |blanks| format!("\n{blanks}"));
             rewriter.edits.open(first.start().to_usize(), format!("{}{between}", lines.join(&between)));
         }
     }

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use ruff_python_ast::visitor::{self, Visitor};
-use ruff_python_ast::{Expr, Stmt, StmtClassDef};
+use ruff_python_ast::{Expr, ExprContext, Stmt, StmtClassDef, StringLiteral};
 use ruff_text_size::TextSize;
 
 use super::line_of;
@@ -35,6 +35,8 @@ pub(super) struct Facts<'a> {
     pub implicit_math: bool,
     pub classes: HashMap<&'a str, Class<'a>>,
     pub properties: HashSet<&'a str>,
+    /// Attributes that hold what the program puts there, `self.count = 0` say.
+    pub fields: HashSet<&'a str>,
     /// Static methods, each with a class that has it.
     pub statics: HashMap<&'a str, &'a str>,
     /// The program's own exception classes, each with the builtin that stands for it.
@@ -139,6 +141,11 @@ impl<'a> Facts<'a> {
         }
     }
 
+    /// Does the whole program become a function, one blank further in?
+    pub fn wrapped(&self) -> bool {
+        self.returns || !self.nonlocals.is_empty()
+    }
+
     /// Is `name` still the builtin of that name?
     pub fn builtin(&self, name: &str) -> bool {
         !self.bound.contains(name)
@@ -194,6 +201,12 @@ impl<'a> Walk<'_, '_, 'a> {
             }
         }
         for stmt in &class.body {
+            let targets = match stmt {
+                Stmt::Assign(a) => &a.targets[..],
+                Stmt::AnnAssign(a) => std::slice::from_ref(&*a.target),
+                _ => &[],
+            };
+            self.facts.fields.extend(targets.iter().filter_map(|t| Some(t.as_name_expr()?.id.as_str())));
             match stmt {
                 Stmt::FunctionDef(f) => {
                     let name = f.name.as_str();
@@ -235,6 +248,23 @@ fn is_empty(body: &[Stmt]) -> bool {
     })
 }
 
+fn is_namedtuple(function: &Expr) -> bool {
+    match function {
+        Expr::Name(name) => name.id.as_str() == "namedtuple",
+        Expr::Attribute(a) => a.attr.as_str() == "namedtuple",
+        _ => false,
+    }
+}
+
+/// The strings in an expression, each part of a joined one for itself.
+struct Words<'a>(Vec<&'a str>);
+
+impl<'a> Visitor<'a> for Words<'a> {
+    fn visit_string_literal(&mut self, literal: &'a StringLiteral) {
+        self.0.push(&literal.value);
+    }
+}
+
 impl<'a> Visitor<'a> for Walk<'_, '_, 'a> {
     fn visit_stmt(&mut self, stmt: &'a Stmt) {
         match stmt {
@@ -271,10 +301,22 @@ impl<'a> Visitor<'a> for Walk<'_, '_, 'a> {
     }
 
     fn visit_expr(&mut self, expr: &'a Expr) {
-        if let Expr::Name(name) = expr {
-            let name = name.id.as_str();
-            self.facts.numpy |= name == "np" && !self.facts.bound.contains("np");
-            self.facts.implicit_math |= name == "math" && !self.facts.bound.contains("math");
+        match expr {
+            Expr::Name(name) => {
+                let name = name.id.as_str();
+                self.facts.numpy |= name == "np" && !self.facts.bound.contains("np");
+                self.facts.implicit_math |= name == "math" && !self.facts.bound.contains("math");
+            }
+            Expr::Attribute(a) if a.ctx == ExprContext::Store => {
+                self.facts.fields.insert(a.attr.as_str());
+            }
+            Expr::Call(call) if is_namedtuple(&call.func) => {
+                let mut words = Words(vec![]);
+                words.visit_arguments(&call.arguments);
+                let names = words.0.into_iter().flat_map(|text| text.split([' ', ',']));
+                self.facts.fields.extend(names.filter(|name| !name.is_empty()));
+            }
+            _ => {}
         }
         visitor::walk_expr(self, expr);
     }

@@ -9,9 +9,10 @@ use super::rewrite::Rewriter;
 pub(super) fn rewrite(rewriter: &mut Rewriter, stmt: &StmtMatch) {
     let subject = rewriter.temporary();
     // `match x:` → `if [subject := (x)]:`, a list that is never empty, around the chain.
-    let before = TextRange::new(stmt.range.start(), stmt.subject.start());
+    let whole = rewriter.parenthesized(stmt.subject.range(), stmt.range);
+    let before = TextRange::new(stmt.range.start(), whole.start());
     rewriter.edits.replace(before, format!("if [{subject} := ("));
-    rewriter.edits.close(stmt.subject.end().to_usize(), ")]");
+    rewriter.edits.close(whole.end().to_usize(), ")]");
     rewriter.visit_expr(&stmt.subject);
     for (at, case) in stmt.cases.iter().enumerate() {
         let Some(mut test) = condition(rewriter, &case.pattern, &subject) else {
@@ -21,15 +22,15 @@ pub(super) fn rewrite(rewriter: &mut Rewriter, stmt: &StmtMatch) {
             test.push_str(" and ");
         }
         let word = if at == 0 { "if" } else { "elif" };
-        let head = match &case.guard {
-            Some(guard) => TextRange::new(case.range.start(), guard.start()),
-            None => TextRange::new(case.range.start(), case.pattern.end()),
-        };
         if let Some(guard) = &case.guard {
+            let whole = rewriter.parenthesized(guard.range(), case.range);
+            let head = TextRange::new(case.range.start(), whole.start());
             rewriter.edits.replace(head, format!("{word} {test}("));
-            rewriter.edits.close(guard.end().to_usize(), ")");
+            rewriter.edits.close(whole.end().to_usize(), ")");
             rewriter.visit_expr(guard);
         } else {
+            let whole = rewriter.parenthesized(case.pattern.range(), case.range);
+            let head = TextRange::new(case.range.start(), whole.end());
             rewriter.edits.replace(head, format!("{word} {test}"));
         }
         rewriter.visit_body(&case.body);

@@ -106,7 +106,7 @@ pub(super) fn prepare(source: &str) -> Result<Prepared, ProgramError> {
     let facts = Facts::collect(source, body);
     let mut edits = Edits::default();
     rewrite::rewrite(source, parsed.tokens(), &facts, body, &mut edits)?;
-    let wrap = facts.returns || !facts.nonlocals.is_empty();
+    let wrap = facts.wrapped();
     if wrap {
         indent(source, parsed.tokens(), &mut edits);
     }
@@ -117,7 +117,7 @@ pub(super) fn prepare(source: &str) -> Result<Prepared, ProgramError> {
     if facts.implicit_math {
         code.push_str("import math\n");
     }
-    prelude::add(&program, &mut code);
+    prelude::add(&program, &facts.bound, &mut code);
     if wrap {
         // Everything that the program binds stays global, as it is without the wrapping: a closure's
         // `nonlocal` names are the exception.
@@ -184,10 +184,11 @@ fn indent(source: &str, tokens: &Tokens, edits: &mut Edits) {
     }
 }
 
-/// The blanks before a statement, if nothing else stands before it on its line.
-fn indentation<'a>(source: &'a str, stmt: &Stmt) -> Option<&'a str> {
+/// The blanks before a statement as they will be, if nothing else stands before it on its line.
+fn indentation(source: &str, facts: &Facts, stmt: &Stmt) -> Option<String> {
     let start = stmt.range().start().to_usize();
     let line = source[..start].rfind('\n').map_or(0, |at| at + 1);
     let before = &source[line..start];
-    before.trim().is_empty().then_some(before)
+    let margin = if facts.wrapped() { " " } else { "" };
+    before.trim().is_empty().then(|| format!("{margin}{before}"))
 }

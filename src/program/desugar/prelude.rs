@@ -2,7 +2,7 @@
 //! and those that they name.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::LazyLock;
 
 use super::OURS;
@@ -63,8 +63,68 @@ pub(super) fn for_path(path: &str) -> Option<String> {
     PARTS.contains_key(name.as_str()).then_some(name)
 }
 
-/// Appends the parts that `program` needs, in a fixed order.
-pub(super) fn add(program: &str, out: &mut String) {
+/// Builtins that the library calls. It keeps those that a program binds for itself under names of its own.
+const BUILTINS: [&str; 31] = [
+    "abs",
+    "all",
+    "any",
+    "bool",
+    "chr",
+    "dict",
+    "divmod",
+    "enumerate",
+    "float",
+    "getattr",
+    "hasattr",
+    "int",
+    "isinstance",
+    "iter",
+    "len",
+    "list",
+    "map",
+    "max",
+    "min",
+    "next",
+    "pow",
+    "range",
+    "repr",
+    "reversed",
+    "round",
+    "set",
+    "slice",
+    "sorted",
+    "str",
+    "sum",
+    "tuple",
+];
+
+/// Replaces `name` in Python as our library is written, without escapes in strings, where it stands for a value:
+/// not in strings, not as an attribute, method or keyword.
+fn renamed(text: &str, name: &str, new: &str) -> String {
+    let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let mut out = String::with_capacity(text.len());
+    let (mut at, mut quote) = (0, None);
+    while let Some(c) = text[at..].chars().next() {
+        let rest = &text[at..];
+        let free = quote.is_none() && !out.ends_with(word) && !out.ends_with('.') && !out.ends_with("def ");
+        if free && rest.starts_with(name) && !rest[name.len()..].starts_with(|c| word(c) || c == '=') {
+            out.push_str(new);
+            at += name.len();
+            continue;
+        }
+        quote = match quote {
+            None if c == '\'' || c == '"' => Some(c),
+            Some(open) if c == open => None,
+            other => other,
+        };
+        out.push(c);
+        at += c.len_utf8();
+    }
+    out
+}
+
+/// Appends the parts that `program`, which binds the names `bound`, needs, in a fixed order.
+pub(super) fn add(program: &str, bound: &HashSet<&str>, out: &mut String) {
     let mut wanted: Vec<(&str, Cow<'static, str>)> = vec![];
     let mut next: Vec<Cow<'static, str>> = names(program).map(|name| Cow::Owned(name.to_owned())).collect();
     while let Some(name) = next.pop() {
@@ -83,8 +143,15 @@ pub(super) fn add(program: &str, out: &mut String) {
         }
     }
     wanted.sort_unstable();
+    let taken: Vec<&str> = BUILTINS.into_iter().filter(|name| bound.contains(name)).collect();
+    if !wanted.is_empty() {
+        taken.iter().for_each(|name| out.push_str(&format!("{OURS}own_{name} = {name}\n")));
+    }
     for (_, text) in wanted {
-        out.push_str(&text);
+        let own = |text: Cow<'static, str>, name: &&str| {
+            Cow::Owned(renamed(&text, name, &format!("{OURS}own_{name}")))
+        };
+        out.push_str(&taken.iter().fold(text, own));
     }
 }
 
@@ -121,12 +188,20 @@ mod tests {
     #[test]
     fn a_program_gets_what_it_names() {
         let mut out = String::new();
-        add("x = _v_mod(a, b)", &mut out);
+        let none = HashSet::new();
+        add("x = _v_mod(a, b)", &none, &mut out);
         assert!(out.contains("def _v_mod(") && out.contains("def _v_percent("));
         assert!(!out.contains("numpy"));
         out.clear();
-        add("x = a % b", &mut out);
+        add("x = a % b", &none, &mut out);
         assert_eq!(out, "");
+        add("str = _v_min(a, key=b)", &["str", "list"].into(), &mut out);
+        assert!(out.starts_with("_v_own_list = list\n_v_own_str = str\n"), "{out}");
+        assert!(out.contains("items = _v_own_list(args[0])") && !out.contains(" list("), "{out}");
+        assert_eq!(
+            renamed("def min(x, a): return x.min(min=min('min', a))", "min", "m"),
+            "def min(x, a): return x.min(min=m('min', a))"
+        );
         assert_eq!(for_path("numpy.linalg.norm").as_deref(), Some("_v_numpy_linalg_norm"));
         assert_eq!(for_path("numpy.fft"), None);
     }

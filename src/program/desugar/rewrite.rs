@@ -134,6 +134,18 @@ impl Rewriter<'_, '_> {
             .get_or_insert_with(|| ProgramError::unsupported(Some(line), format!("{what} is not supported")));
     }
 
+    /// `inner` with the parentheses around it, as far as they are within `outer`.
+    pub fn parenthesized(&self, inner: TextRange, outer: TextRange) -> TextRange {
+        let trivia = |kind| matches!(kind, TokenKind::Comment | TokenKind::NonLogicalNewline);
+        let before = self.tokens.in_range(range(outer.start(), inner.start()));
+        let after = self.tokens.in_range(range(inner.end(), outer.end()));
+        let opens = before.iter().rev().filter(|t| !trivia(t.kind()));
+        let closes = after.iter().filter(|t| !trivia(t.kind()));
+        let pairs = opens.zip(closes);
+        let around = pairs.take_while(|(o, c)| (o.kind(), c.kind()) == (TokenKind::Lpar, TokenKind::Rpar));
+        around.last().map_or(inner, |(open, close)| range(open.start(), close.end()))
+    }
+
     /// The operator's token between two operands.
     fn operator(&self, left: &Expr, right: &Expr) -> TextRange {
         let between = self.tokens.in_range(range(left.end(), right.start()));
@@ -182,11 +194,14 @@ impl Rewriter<'_, '_> {
                     // What they call may call a tool, which a builtin's callback cannot.
                     "map" | "filter" => true,
                     "isinstance" => !self.facts.classes.is_empty() || self.facts.numpy,
-                    "len" | "abs" | "round" | "float" | "int" => self.facts.numpy,
+                    "len" | "abs" | "float" | "int" => self.facts.numpy,
+                    "round" => self.facts.numpy || call.arguments.len() > 1,
                     "sum" | "callable" | "format" | "issubclass" | "ascii" => true,
                     _ => false,
                 };
                 if ours && self.facts.builtin(known) {
+                    // Of numbers alone, without what arrays need.
+                    let known = if known == "round" && !self.facts.numpy { "nearest" } else { known };
                     self.edits.replace(name.range, format!("{OURS}{known}"));
                 }
                 if known == "next"
@@ -197,7 +212,7 @@ impl Rewriter<'_, '_> {
                 }
             }
             Expr::Attribute(attribute) if attribute.attr.as_str() == "sort" && has_key => {
-                let value = attribute.value.range();
+                let value = self.parenthesized(attribute.value.range(), attribute.range);
                 self.edits.open(value.start().to_usize(), format!("{OURS}sort("));
                 let dot = range(value.end(), call.arguments.start() + TextSize::new(1));
                 self.edits.replace(dot, ", ");
@@ -235,10 +250,15 @@ impl Rewriter<'_, '_> {
             self.edits.replace(attribute.range, format!("(lambda s, *a: s.{name}(*a))"));
             return true;
         }
-        let after = range(attribute.value.end(), attribute.range.end());
-        if !called && BOUND_METHODS.contains(&name) {
-            self.edits.open(attribute.range.start().to_usize(), "(lambda *a: ");
-            let call = if name == "__getitem__" { "[a[0]])".to_owned() } else { format!(".{name}(*a))") };
+        let value = self.parenthesized(attribute.value.range(), attribute.range);
+        let after = range(value.end(), attribute.range.end());
+        let data = self.facts.fields.contains(name) || self.facts.properties.contains(name);
+        if !called && !data && BOUND_METHODS.contains(&name) {
+            self.edits.open(attribute.range.start().to_usize(), format!("(lambda *{OURS}a: "));
+            let call = match name {
+                "__getitem__" => format!("[{OURS}a[0]])"),
+                _ => format!(".{name}(*{OURS}a))"),
+            };
             self.edits.replace(after, call);
             return false;
         }
@@ -308,11 +328,22 @@ impl Rewriter<'_, '_> {
             [Expr::Tuple(_) | Expr::List(_)] => {
                 let mut leaves = vec![];
                 collect_leaves(&assign.targets[0], &mut leaves);
+                if leaves.iter().all(|leaf| leaf.is_name_expr()) {
+                    return;
+                }
                 let mut after = String::new();
                 for leaf in leaves {
                     let temporary = self.temporary();
-                    after.push_str(&format!("; {} = {temporary}", self.text(leaf)));
-                    self.edits.replace(leaf, temporary);
+                    let store = match leaf {
+                        Expr::Subscript(s) if self.facts.numpy && !s.slice.is_slice_expr() => format!(
+                            "{OURS}set({}, ({}), {temporary})",
+                            self.text(s.value.range()),
+                            self.text(s.slice.range())
+                        ),
+                        _ => format!("{} = {temporary}", self.text(leaf.range())),
+                    };
+                    after.push_str(&format!("; {store}"));
+                    self.edits.replace(leaf.range(), temporary);
                 }
                 if !after.is_empty() {
                     self.edits.close(assign.range.end().to_usize(), after);
@@ -379,7 +410,7 @@ impl Rewriter<'_, '_> {
             _ => None,
         };
         if let (Some(ours), Expr::Name(name)) = (ours, &*assign.target) {
-            // Arrays are never shared under two names in such programs; a new one will do.
+            let ours = if ours == "add" { "iadd" } else { ours };
             let operator = self.operator(&assign.target, &assign.value);
             self.edits.replace(operator, format!("= {OURS}{ours}({}, ", name.id.as_str()));
             self.edits.close(assign.value.end().to_usize(), ")");
@@ -468,7 +499,7 @@ impl Rewriter<'_, '_> {
     fn generator_body(&mut self, body: &[Stmt]) {
         let (Some(first), Some(last)) = (body.first(), body.last()) else { return };
         let at = first.start().to_usize();
-        match indentation(self.source, first) {
+        match indentation(self.source, self.facts, first) {
             Some(blanks) => {
                 self.edits.open(at, format!("{OURS}out = []\n{blanks}"));
                 self.edits.close(last.end().to_usize(), format!("\n{blanks}return {OURS}gen({OURS}out)"));
@@ -481,13 +512,13 @@ impl Rewriter<'_, '_> {
     }
 }
 
-/// The attributes and items among the targets of an unpacking.
-fn collect_leaves(target: &Expr, leaves: &mut Vec<TextRange>) {
+/// The targets of an unpacking, in the order in which they are stored to.
+fn collect_leaves<'e>(target: &'e Expr, leaves: &mut Vec<&'e Expr>) {
     match target {
         Expr::Tuple(t) => t.elts.iter().for_each(|e| collect_leaves(e, leaves)),
         Expr::List(l) => l.elts.iter().for_each(|e| collect_leaves(e, leaves)),
         Expr::Starred(s) => collect_leaves(&s.value, leaves),
-        Expr::Attribute(_) | Expr::Subscript(_) => leaves.push(target.range()),
+        Expr::Attribute(_) | Expr::Subscript(_) | Expr::Name(_) => leaves.push(target),
         _ => {}
     }
 }
@@ -581,7 +612,8 @@ impl<'a> Visitor<'a> for Rewriter<'_, '_> {
                 let start = y.range.start();
                 match &y.value {
                     Some(value) => {
-                        self.edits.replace(range(start, value.start()), format!("{OURS}out.append("));
+                        let whole = self.parenthesized(value.range(), y.range);
+                        self.edits.replace(range(start, whole.start()), format!("{OURS}out.append("));
                         self.edits.close(y.range.end().to_usize(), ")");
                         if matches!(&**value, Expr::Tuple(t) if !t.parenthesized) {
                             self.edits.wrap(value.range(), "(", ")");
@@ -591,7 +623,8 @@ impl<'a> Visitor<'a> for Rewriter<'_, '_> {
                 }
             }
             Expr::YieldFrom(y) => {
-                self.edits.replace(range(y.range.start(), y.value.start()), format!("{OURS}out.extend("));
+                let whole = self.parenthesized(y.value.range(), y.range);
+                self.edits.replace(range(y.range.start(), whole.start()), format!("{OURS}out.extend("));
                 self.edits.close(y.range.end().to_usize(), ")");
             }
             _ => {}

@@ -149,6 +149,15 @@ def _v_both(function, a, b):
     return _v_give(_v_pair(function, _v_plain(a), _v_plain(b)))
 def _v_int_of(value):
     return int(value) if value is True or value is False else value
+def _v_iadd(a, b):
+    if isinstance(a, list):
+        a.extend(_v_rows(b) if _v_is_array(b) else b)
+        return a
+    out = _v_add(a, b)
+    if _v_is_array(a) and a.shape == out.shape:
+        a.data = out.data
+        return a
+    return out
 def _v_add(a, b):
     if _v_is_array(a) or _v_is_array(b):
         return _v_both(lambda x, y: _v_int_of(x) + _v_int_of(y), a, b)
@@ -205,10 +214,10 @@ def _v_len(value):
     return len(value.data) if _v_is_array(value) else len(value)
 def _v_abs(value):
     return _v_numpy_abs(value) if _v_is_array(value) else abs(value)
-def _v_round(value, digits=None):
-    if _v_is_array(value):
-        return _v_numpy_round(value, digits or 0)
-    return round(value) if digits is None else round(value, digits)
+def _v_round(number, ndigits=None):
+    if _v_is_array(number):
+        return _v_numpy_round(number, ndigits or 0)
+    return _v_nearest(number, ndigits)
 def _v_float(*value):
     return float(*[_v_flat(one.data)[0] if _v_is_array(one) else one for one in value])
 def _v_int(*value):

@@ -36,6 +36,12 @@ def _v_filter(function, items):
     return iter([item for item in items if function(item)])
 def _v_gen(items):
     return iter(items)
+def _v_nearest(number, ndigits=None):
+    if ndigits is None:
+        return round(number)
+    if isinstance(number, float) and 0 <= ndigits < 300:
+        return float(('{:.' + str(ndigits) + 'f}').format(number))
+    return round(number, ndigits)
 def _v_num(value):
     return int(value) if value is True or value is False else value
 def _v_sum(items, start=0):

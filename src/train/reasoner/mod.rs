@@ -32,7 +32,7 @@ use crate::program::{Reply, Sandbox};
 use crate::report::{tensorboard, training};
 use crate::rooms::{self, OracleTools};
 use crate::verify::{Head, Scored, Verification};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::Device;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
@@ -111,11 +111,15 @@ impl Training<'_> {
         {
             of_run.as_object_mut().expect("a table").remove(free);
         }
-        // Of the instructions what they say, too: files under one name can change.
+        // Of instructions and questions what they say, too: files under one name can change, and of other
+        // questions those that were trained on may become held-out ones.
         let prompt = planner::prompt(self.config)?;
+        let training = self.queries.training.iter().map(String::as_str);
+        let questions: Vec<&str> = training.chain(self.queries.held_out.texts()).collect();
         Ok(json!({
             "reasoner": of_run, "planner": policy.name(),
             "prompt": self.config.planner.prompt, "prompt_sha256": sha256_hex(prompt.as_bytes(), 32),
+            "questions_sha256": sha256_hex(questions.join("\n").as_bytes(), 32),
             "verifier": self.verification.judge.name(), "prompts": self.config.verifier.prompts,
             "prompts_sha256": self.verification.judge.prompts_sha256(),
             "reward": self.config.reward,
@@ -126,6 +130,17 @@ impl Training<'_> {
     /// checkpoint; without, a folder that holds one is refused.
     pub fn run(&mut self, policy: &Policy, resume: bool) -> Result<Ended> {
         let steps = self.steps();
+        let config = self.dir.join("config.toml");
+        let begun =
+            || std::fs::read_to_string(&config).is_ok_and(|text| toml::from_str::<Config>(&text).is_ok());
+        // What a kill left half written has a hidden name.
+        let shown = |e: std::fs::DirEntry| !e.file_name().to_string_lossy().starts_with('.');
+        let full = std::fs::read_dir(&self.dir).is_ok_and(|all| all.flatten().any(shown));
+        ensure!(
+            !full || begun(),
+            "--out {} is not empty and holds no run; name a new folder",
+            self.dir.display()
+        );
         std::fs::create_dir_all(&self.dir).with_context(|| self.dir.display().to_string())?;
         let checkpoints = Checkpoints::open(&self.dir.join("checkpoints"), self.cfg().keep)?;
         let mut optimiser = optimiser(policy, self.cfg())?;
@@ -312,20 +327,10 @@ impl Training<'_> {
                 break;
             }
         }
-        let missing = rollouts.iter().filter(|r| r.scored.reward.is_none()).count();
-        let share = missing as f64 / rollouts.len().max(1) as f64;
-        if share > self.cfg().missing_limit {
-            return Err(Broken(format!(
-                "step {}: {missing} of {} rewards are missing, more than reasoner.missing_limit = {} allows; {}. \
-                 The last checkpoint is kept: see to the verifier ({}) and go on with --resume",
-                step + 1,
-                rollouts.len(),
-                self.cfg().missing_limit,
-                rollouts.iter().find_map(why_missing).unwrap_or_default(),
-                self.verification.judge.name()
-            ))
-            .into());
-        }
+        let rewards: Vec<Option<f64>> = rollouts.iter().map(|r| r.scored.reward).collect();
+        self.check_missing(&format!("step {}", step + 1), &rewards, || {
+            rollouts.iter().find_map(|r| why_missing(r.reply.as_ref().err().map(String::as_str), &r.scored))
+        })?;
         let learnt: Vec<update::Scored> = rollouts.iter().filter_map(|r| self.lesson(r)).collect();
         let report =
             clock.time("update", || update(policy, optimiser, schedule, self.cfg(), step, &learnt))?;
@@ -342,6 +347,28 @@ impl Training<'_> {
         ));
         self.record(step, &rollouts)?;
         Ok(figures)
+    }
+
+    /// That not too many rewards of a step or an evaluation are missing; `why` one of them is.
+    fn check_missing(
+        &self,
+        of: &str,
+        rewards: &[Option<f64>],
+        why: impl FnOnce() -> Option<String>,
+    ) -> Result<()> {
+        let missing = rewards.iter().filter(|r| r.is_none()).count();
+        if missing as f64 <= self.cfg().missing_limit * rewards.len() as f64 {
+            return Ok(());
+        }
+        Err(Broken(format!(
+            "{of}: {missing} of {} rewards are missing, more than reasoner.missing_limit = {} allows; {}. \
+             The last checkpoint is kept: see to the verifier ({}) and go on with --resume",
+            rewards.len(),
+            self.cfg().missing_limit,
+            why().unwrap_or_default(),
+            self.verification.judge.name()
+        ))
+        .into())
     }
 
     /// What the update learns from a rollout, if anything.
@@ -385,9 +412,8 @@ impl Training<'_> {
         for reply in replies {
             match reply {
                 Err(e) if e.is_of_model() => return Err(e).context("the planner failed"),
-                // A reply cut at the limit is malformed, whatever its beginning says.
                 Ok(r) => {
-                    texts.push(if r.finish == Finish::Length { String::new() } else { r.text.clone() });
+                    texts.push(whole(&r).to_owned());
                     kept.push(Ok(r));
                 }
                 Err(e) => {
@@ -567,20 +593,36 @@ impl Training<'_> {
         let max = self.cfg().max_new_tokens;
         let requests: Vec<ChatRequest> =
             texts.iter().map(|q| ChatRequest::user(user_turn(&prompt, q), 0, max)).collect();
-        let mut replies = Vec::with_capacity(texts.len());
+        let (mut replies, mut errors) = (Vec::with_capacity(texts.len()), Vec::with_capacity(texts.len()));
         for reply in policy.sampler.chat(&requests, &SamplingOptions::greedy(), None) {
             match reply {
                 Err(e) if e.is_of_model() => return Err(e).context("the planner failed"),
-                reply => replies.push(reply.map(|r| r.text).unwrap_or_default()),
+                Ok(r) => {
+                    replies.push(whole(&r).to_owned());
+                    errors.push(None);
+                }
+                Err(e) => {
+                    replies.push(String::new());
+                    errors.push(Some(e.to_string()));
+                }
             }
         }
         let cases: Vec<(&str, &str)> =
             texts.iter().copied().zip(replies.iter().map(String::as_str)).collect();
-        let scored = self.verification.score(&cases, &mut self.sandbox, |_| ())?;
-        let rewards: Vec<f64> = scored.iter().filter_map(|s| s.reward).collect();
-        let mean = rewards.iter().sum::<f64>() / rewards.len().max(1) as f64;
+        let mut scored = self.verification.score(&cases, &mut self.sandbox, |_| ())?;
+        for (scored, _) in scored.iter_mut().zip(&errors).filter(|(_, e)| e.is_some()) {
+            scored.reward = None;
+        }
+        let all: Vec<Option<f64>> = scored.iter().map(|s| s.reward).collect();
+        self.check_missing(&format!("evaluation at step {}", bar.position()), &all, || {
+            scored.iter().zip(&errors).find_map(|(s, e)| why_missing(e.as_deref(), s))
+        })?;
+        let rewards: Vec<f64> = all.into_iter().flatten().collect();
         m.insert("unix".into(), json!(unix()));
-        m.insert("held_out_reward".into(), json!(mean));
+        if !rewards.is_empty() {
+            let mean = rewards.iter().sum::<f64>() / rewards.len() as f64;
+            m.insert("held_out_reward".into(), json!(mean));
+        }
         if let HeldOut::Rooms(asked) = &self.queries.held_out {
             let mut right = 0;
             for ((view, q), reply) in asked.iter().zip(&replies) {
@@ -612,18 +654,17 @@ fn engine<'p>(
     }
 }
 
-fn why_missing(r: &Rollout) -> Option<String> {
-    match &r.reply {
-        Err(e) => Some(format!("a reply could not be had: {e}")),
-        Ok(_) => {
-            let (head, v) = r.scored.heads.iter().find(|(_, v)| v.ok.is_none())?;
-            Some(format!(
-                "the verdict on {} was {:?}",
-                head.word(),
-                v.said.chars().take(200).collect::<String>()
-            ))
-        }
+/// What counts of a reply: one cut at the limit is malformed, whatever its beginning says.
+fn whole(reply: &ChatReply) -> &str {
+    if reply.finish == Finish::Length { "" } else { &reply.text }
+}
+
+fn why_missing(error: Option<&str>, scored: &Scored) -> Option<String> {
+    if let Some(e) = error {
+        return Some(format!("a reply could not be had: {e}"));
     }
+    let (head, v) = scored.heads.iter().find(|(_, v)| v.ok.is_none())?;
+    Some(format!("the verdict on {} was {:?}", head.word(), v.said.chars().take(200).collect::<String>()))
 }
 
 fn chunks(all: Vec<Rollout>, n: usize) -> Vec<Vec<Rollout>> {

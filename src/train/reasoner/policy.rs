@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use serde_json::Value;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::Write;
 use std::path::Path;
 
@@ -68,26 +68,31 @@ impl Policy {
             // A tied head may be stored all the same.
             tensors.retain(|name, _| !name.starts_with("lm_head."));
         }
-        let held = tensors.len();
-        let base = Params::placed(cfg.seed, tensors.clone(), dtype, device)?;
+        let held: HashSet<String> = tensors.keys().cloned().collect();
+        let adapter = (cfg.adapter.rank > 0).then(|| cfg.adapter.clone());
+        // Of an adapter's base there is one copy, the placed one.
+        let (for_base, whole) = match &adapter {
+            Some(_) => (tensors, None),
+            None => (tensors.clone(), Some(tensors)),
+        };
+        let base = Params::placed(cfg.seed, for_base, dtype, device)?;
         let text = |vb: VarBuilder| -> Result<Network> {
             Ok(Network::Text { model: Qwen3::new(&net, vb)?, cfg: net.clone() })
         };
         let reference = text(frozen(base.builder()))?;
         let fresh: Vec<String> =
-            base.named().into_iter().map(|p| p.0).filter(|n| !tensors.contains_key(n)).collect();
+            base.named().into_iter().map(|p| p.0).filter(|n| !held.contains(n)).collect();
         ensure!(
             fresh.is_empty(),
             "{} lacks {} of the network's {} tensors, first {}",
             files.name(),
             fresh.len(),
-            fresh.len() + held,
+            fresh.len() + held.len(),
             fresh[0]
         );
-        let adapter = (cfg.adapter.rank > 0).then(|| cfg.adapter.clone());
-        let trained = match &adapter {
-            Some(_) => Params::new(cfg.seed),
-            None => Params::placed(cfg.seed, tensors, dtype, device)?,
+        let trained = match whole {
+            None => Params::new(cfg.seed),
+            Some(tensors) => Params::placed(cfg.seed, tensors, dtype, device)?,
         };
         let built = |fixed: bool| {
             let vb = match &adapter {

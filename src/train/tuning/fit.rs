@@ -310,7 +310,7 @@ impl Fit<'_> {
         };
         let trainer = GroundingTrainer::new(
             params.clone(),
-            &parts.config,
+            &parts.config.for_training(),
             train_config(&t, seed, pictures),
             parts.tokenizer.clone(),
             parts.processor.clone(),
@@ -367,17 +367,15 @@ impl Fit<'_> {
             of_run.as_object_mut().expect("a table").remove(free);
         }
         // What is trained on decides the run as much as how.
-        let records: String = self
-            .boxes
-            .records
-            .iter()
-            .map(serde_json::to_string)
-            .collect::<serde_json::Result<Vec<_>>>()?
-            .join("\n");
-        let hash = sha256_hex(records.as_bytes(), 8);
+        let hash = |boxes: &Boxes| -> Result<String> {
+            let lines: Vec<String> =
+                boxes.records.iter().map(serde_json::to_string).collect::<serde_json::Result<_>>()?;
+            Ok(sha256_hex(lines.join("\n").as_bytes(), 8))
+        };
         Ok(json!({
             "training": of_run, "seed": self.config.grounding.seed, "detector": parts.name,
-            "fingerprint": parts.files.fingerprint(), "boxes": hash, "rooms": rooms::VERSION,
+            "fingerprint": parts.files.fingerprint(), "boxes": hash(&self.boxes)?, "rooms": rooms::VERSION,
+            "replayed": self.replay.as_ref().map(hash).transpose()?,
             "sides": [parts.processor.shortest, parts.processor.longest],
         }))
     }

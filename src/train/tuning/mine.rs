@@ -186,20 +186,28 @@ impl Miner<'_> {
             }
             file.sync_data().with_context(named)?;
             progress(through);
-            let (lost, tried) = (out.unverified.0, through - before);
-            let last = first + chunk.len() == pictures.len();
-            if lost as f64 > self.cfg().missing_limit * tried as f64 && (last || tried >= LEAST) {
-                return Err(Broken(format!(
-                    "{lost} of {tried} pictures could not be mined, more than grounding.mining.missing_limit = {} \
-                     allows; the first: {}. What is mined is kept: mend that and start the command again",
-                    self.cfg().missing_limit,
-                    out.unverified.1.unwrap_or_default(),
-                ))
-                .into());
-            }
+            self.check_losses(&out, through - before, LEAST)?;
+        }
+        if !out.stopped {
+            self.check_losses(&out, through - before, 1)?;
         }
         out.records = records;
         Ok(out)
+    }
+
+    /// That not too many of the pictures `tried` were lost, if at least so many were.
+    fn check_losses(&self, out: &Outcome, tried: usize, least: usize) -> Result<()> {
+        let (lost, why) = &out.unverified;
+        if tried < least || *lost as f64 <= self.cfg().missing_limit * tried as f64 {
+            return Ok(());
+        }
+        Err(Broken(format!(
+            "{lost} of {tried} pictures could not be mined, more than grounding.mining.missing_limit = {} \
+             allows; the first: {}. What is mined is kept: mend that and start the command again",
+            self.cfg().missing_limit,
+            why.as_deref().unwrap_or_default(),
+        ))
+        .into())
     }
 
     fn same_settings(&self) -> Result<()> {

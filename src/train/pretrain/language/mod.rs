@@ -154,8 +154,10 @@ fn export(run: &Path, out: &Path, mut config: Value, model_type: &str) -> anyhow
         ),
         ("generation_config.json", json!({"eos_token_id": [end, filler], "pad_token_id": filler})),
     ];
+    // First what may be missing.
+    super::export_weights(run, out, |_| true)?;
     for (name, value) in files {
         write_atomic(&out.join(name), |w| writeln!(w, "{value}"))?;
     }
-    super::export_weights(run, out, |_| true)
+    Ok(())
 }
