@@ -1,6 +1,7 @@
-//! Files written whole or not at all: temporary file in the same folder, fsync, rename.
+//! Files written whole or not at all: temporary file in the same folder, fsync, rename. And whether they
+//! could be written, told before the work whose result they hold.
 
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter, ErrorKind, Write};
 use std::path::Path;
 
 /// Replaces `path` by what `fill` writes; on any error the old file stays as it was.
@@ -8,10 +9,7 @@ pub fn write_atomic(
     path: &Path,
     fill: impl FnOnce(&mut BufWriter<&std::fs::File>) -> io::Result<()>,
 ) -> io::Result<()> {
-    let dir = match path.parent() {
-        Some(p) if !p.as_os_str().is_empty() => p,
-        _ => Path::new("."),
-    };
+    let dir = folder_of(path);
     let named = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", path.display()));
     std::fs::create_dir_all(dir).map_err(named)?;
     let tmp = tempfile::Builder::new().prefix(".").suffix(".tmp").tempfile_in(dir).map_err(named)?;
@@ -26,6 +24,42 @@ pub fn write_atomic(
     }
     tmp.as_file().sync_all().map_err(named)?;
     tmp.persist(path).map_err(|e| named(e.error))?;
+    Ok(())
+}
+
+fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(p) if !p.as_os_str().is_empty() => p,
+        _ => Path::new("."),
+    }
+}
+
+/// Whether [`write_atomic`] could write `path`. A file that is there stays as it is, and nothing is left
+/// behind.
+pub fn can_write(path: &Path) -> io::Result<()> {
+    if path.is_dir() {
+        return Err(io::Error::new(ErrorKind::IsADirectory, "is a folder"));
+    }
+    can_fill(folder_of(path))
+}
+
+/// Whether lines could be added to `path`, or it could be made.
+pub fn can_append(path: &Path) -> io::Result<()> {
+    if path.is_file() {
+        return std::fs::OpenOptions::new().append(true).open(path).map(|_| ());
+    }
+    can_write(path)
+}
+
+/// Whether files could be written into a folder, which need not be there yet.
+pub fn can_fill(dir: &Path) -> io::Result<()> {
+    let is_there = |p: &&Path| p.symlink_metadata().is_ok();
+    let at = dir.ancestors().find(is_there).unwrap_or(Path::new("."));
+    let named = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", at.display()));
+    if !at.is_dir() {
+        return Err(named(io::Error::new(ErrorKind::NotADirectory, "is no folder")));
+    }
+    tempfile::Builder::new().prefix(".").suffix(".tmp").tempfile_in(at).map_err(named)?;
     Ok(())
 }
 
@@ -50,6 +84,25 @@ mod tests {
         });
         assert!(err.unwrap_err().to_string().contains("a.json"));
         assert_eq!(std::fs::read(&path).unwrap(), b"old");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_can_be_written_is_told_without_a_trace() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        std::fs::write(&file, b"old").unwrap();
+        for path in [file.clone(), dir.path().join("new"), dir.path().join("a/b/new")] {
+            can_write(&path).unwrap();
+            can_append(&path).unwrap();
+        }
+        can_fill(&dir.path().join("a/b")).unwrap();
+        for path in [dir.path().to_owned(), file.join("below"), file.join("far/below")] {
+            assert!(can_write(&path).is_err() && can_append(&path).is_err(), "{}", path.display());
+        }
+        let e = can_fill(&file).unwrap_err().to_string();
+        assert!(e.contains("file: is no folder"), "{e}");
+        assert_eq!(std::fs::read(&file).unwrap(), b"old");
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 }

@@ -1,7 +1,7 @@
 //! Does a checkpoint fit the network that its configuration describes? Told from the headers of its files,
 //! both ways: every tensor that the network needs is there with its shape, and every tensor that is there
-//! is needed or known to be of no use. Takes neither the memory nor the time of loading; what the numbers
-//! are worth is not looked at.
+//! is needed or known to be of no use; and is there a tokenizer for a detector, whose checkpoints may come
+//! without? Takes neither the memory nor the time of loading; what the numbers are worth is not looked at.
 
 use crate::llm::local;
 use crate::models::moge::{self, MoGe};
@@ -55,6 +55,7 @@ pub fn of_weights(files: &ModelFiles, weights: &Checkpoint) -> Result<Fit, LoadE
         named.build(DType::F32, &cpu, &prefixes, |vb| {
             crate::models::grounding_dino::GroundingDino::new(&config, vb)
         })?;
+        detector::tokenizer_of(files, config.text_config.vocab_size)?;
         let parameters = count(&named, &unused);
         let (part, tensors) = (Part::Detector, weights.names().len());
         return Ok(Fit { part, tensors, parameters, loaded_bytes: 4 * parameters });

@@ -3,7 +3,9 @@
 //! are holes and take no room.
 
 use super::*;
+use crate::models::grounding_dino::{Config, names};
 use crate::weights::presets;
+use candle_core::Tensor;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -39,12 +41,13 @@ fn shapes(table: &Value) -> Shapes {
     shapes
 }
 
-/// A folder with a preset's configuration.
+/// A folder with a preset's configuration, and enough of a vocabulary for a detector.
 fn folder(table: &Value) -> (tempfile::TempDir, ModelFiles) {
     let dir = tempfile::tempdir().unwrap();
     if !table["config"].is_null() {
         std::fs::write(dir.path().join("config.json"), table["config"].to_string()).unwrap();
     }
+    std::fs::write(dir.path().join("vocab.txt"), "[PAD]\n[UNK]\n[CLS]\n[SEP]\n.\n?\n").unwrap();
     let files = ModelFiles::Folder(dir.path().into());
     (dir, files)
 }
@@ -146,6 +149,34 @@ fn presets_that_lack_a_tensor_or_have_one_too_many_do_not_fit() {
         more.insert("strange.weight".into(), vec![2]);
         refused("more", more, "strange.weight");
     }
+}
+
+/// `groundingdino_swinb_cogcoor.pth` comes as bare as the tuned Swin-T: here the shapes of HF's conversion,
+/// under the original's names.
+#[test]
+fn the_originals_larger_detector_is_told_from_its_patch_embedding() {
+    let table = table("grounding-dino-base");
+    let config = Config::from_json(&table["config"].to_string()).unwrap();
+    let mut hf: Vec<(String, Vec<usize>)> = shapes(&table).into_iter().collect();
+    hf.retain(|(name, _)| !is_unused(name, &detector::unused(&config)));
+    // A tensor is the number of its shape; of fused ones there are three.
+    let number = |i: usize| Tensor::new(&[i as u32], &Device::Cpu).unwrap();
+    let numbered = hf.iter().enumerate().map(|(i, (name, _))| (name.clone(), number(i))).collect();
+    let original = names::to_original(numbered, config.decoder_layers).unwrap();
+    let shape = |numbers: &Tensor| {
+        let numbers: Vec<u32> = numbers.to_vec1().unwrap();
+        let mut shape = hf[numbers[0] as usize].1.clone();
+        shape[0] *= numbers.len();
+        shape
+    };
+    let mut whole: Shapes = original.iter().map(|(name, t)| (name.clone(), shape(t))).collect();
+    let bare = json!({ "config": null });
+    let fit = of_shapes(&bare, whole.clone()).unwrap();
+    let parameters = PARAMETERS.iter().find(|p| p.0 == "grounding-dino-base").unwrap().1;
+    assert_eq!((fit.part, fit.parameters), (Part::Detector, parameters));
+    whole.get_mut("backbone.0.patch_embed.proj.weight").unwrap()[0] = 192;
+    let e = of_shapes(&bare, whole).unwrap_err().to_string();
+    assert!(e.contains("192 channels") && e.contains("config.json"), "{e}");
 }
 
 #[test]

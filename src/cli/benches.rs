@@ -15,25 +15,24 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use super::eval::{Bench as RoomsBench, EvalArgs, MethodChoice, Named, ToolChoice};
+use super::fillable;
 use crate::config::{Config, ENDPOINT};
 use crate::data::{Bench, Items, Links, Source};
 use crate::eval::benches::batch::Gallery;
 use crate::eval::benches::compare::{self, compare};
 use crate::eval::benches::feed::{Feed, Note, Opened, ROOMS, Shard};
-use crate::eval::benches::folder::{Folder, SETTINGS, picture_path, read_json};
+use crate::eval::benches::folder::{Folder, PICTURES, SETTINGS, picture_path, read_json};
 use crate::eval::benches::metric::Form;
-use crate::eval::benches::record::{Record, SAMPLES};
+use crate::eval::benches::record::{NO_REPLY, Record, SAMPLES};
 use crate::eval::benches::run::{Method, PROGRAMS, Programs, Runner, Stopped, Times, Written};
-use crate::eval::benches::summary::{PUBLISHED, summarise, table};
+use crate::eval::benches::summary::{PUBLISHED, Summary, summarise, table};
 use crate::files::{sha256_hex, write_atomic};
 use crate::llm::ChatModels;
-use crate::llm::engine::EngineOptions;
-use crate::pipeline::{Referee, executor, limits};
+use crate::pipeline::{Referee, executor, identity, limits};
 use crate::planner::{Planner, prompt};
 use crate::program::{Executor, Sandbox};
-use crate::tools::real::{Perception, Vlm};
-use crate::verify::SynonymJudge;
-use crate::weights::ModelFiles;
+use crate::tools::real::{Perception, Vlm, vqa_prompts};
+use crate::verify::{Head, SynonymJudge, prompt as head_prompt};
 use crate::weights::hub::Hub;
 
 #[derive(Debug, clap::Subcommand)]
@@ -204,11 +203,13 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode
     if runs_programs {
         Sandbox::open(limits(&config.sandbox), executor.clone(), None).context("cannot start the sandbox")?;
     }
+    let programs = args.programs.as_deref().map(Programs::open).transpose().context("--programs")?;
     let settings = settings(args, config, &benches, how, tools)?;
     let total: usize = benches.iter().map(|b| b.questions(args.n)).sum();
     let order: Vec<&'static str> = benches.iter().map(Opened::name).collect();
     let mut gallery = Gallery::default();
     let mut done: HashSet<(String, usize)> = HashSet::new();
+    let mut open = false;
     let mut folder = match args.planner_only {
         true => Folder::open(out, &settings, PROGRAMS, |w: Written| {
             // Of several replies to a question the last one says that it is done.
@@ -218,8 +219,11 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode
             Ok(())
         })?,
         false => Folder::open(out, &settings, SAMPLES, |r: Record| {
-            gallery.takes(&r);
-            done.insert((r.bench, r.index));
+            open |= r.is_open();
+            if r.failure.as_deref() != Some(NO_REPLY) {
+                gallery.takes(&r);
+                done.insert((r.bench, r.index));
+            }
             Ok(())
         })?,
     };
@@ -227,9 +231,8 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode
         eprintln!("valor: {} questions are done in {} already", done.len(), out.display());
     }
     // With one question after another no prefix is kept, which is for those that share one.
-    let min_prefix = if args.one_by_one { usize::MAX / 2 } else { EngineOptions::default().min_prefix };
-    let engines = EngineOptions { min_prefix, ..EngineOptions::default() };
-    let chats = ChatModels::new(config, device).with_engines(engines);
+    let chats = ChatModels::new(config, device);
+    let chats = if args.one_by_one { chats.without_prefixes() } else { chats };
     let planner = match how {
         How::Planner => Some(Planner::new(chats.planner()?, config)?),
         _ => None,
@@ -238,17 +241,17 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode
         ToolChoice::Real if !direct && !args.planner_only => Some(Perception::load(config, device, &chats)?),
         _ => None,
     };
-    let vlm = if direct { Some(Vlm::new(chats.vlm()?, &config.vlm)) } else { None };
+    let vlm = if direct { Some(Vlm::new(chats.vlm()?, &config.vlm)?) } else { None };
     let judge = chats.judge()?.map(|m| SynonymJudge::new(m, &config.eval.judge)).transpose()?;
     let referee = if how == How::Planner { Referee::load(config, &chats)? } else { None };
     let links = Links::new(match &args.data {
         Some(data) => data.join("fetched"),
         None => hub.cache_folder().join("valor-pictures"),
     });
-    let method = match (how, &planner, &vlm) {
-        (How::Planner, Some(planner), _) => Method::Planner(planner),
-        (How::Direct, _, Some(vlm)) => Method::Direct(vlm),
-        (How::Programs, ..) => Method::Programs(Programs::open(args.programs.as_deref().unwrap_or(out))?),
+    let method = match (how, &planner, &vlm, programs) {
+        (How::Planner, Some(planner), ..) => Method::Planner(planner),
+        (How::Direct, _, Some(vlm), _) => Method::Direct(vlm),
+        (How::Programs, .., Some(programs)) => Method::Programs(programs),
         _ => Method::Stored,
     };
     let many = !args.one_by_one;
@@ -272,25 +275,32 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode
             1
         },
     };
+    if open {
+        runner.reopen(&mut folder)?;
+    }
     let already = done.len();
     let bar = ProgressBar::new(total as u64);
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} eta {eta}")?);
     bar.set_position(already as u64);
     let feed = Feed::new(benches, args.n, args.shard, done);
     let started = std::time::Instant::now();
-    let mut asked = 0usize;
+    let (mut asked, mut unplanned) = (0usize, 0);
     let mut tick = || {
         asked += 1;
         bar.inc(1);
     };
     let result = match args.planner_only {
-        true => runner.plan_only(feed, &mut folder, &mut tick).map(|notes| (notes, Times::new())),
+        true => runner.plan_only(feed, &mut folder, &mut tick).map(|(notes, unanswered)| {
+            unplanned = unanswered;
+            (notes, Times::new())
+        }),
         false => runner.run(feed, &mut folder, &mut gallery, &mut tick),
     };
     bar.finish_and_clear();
     let (notes, times) = match result {
         Ok(done) => done,
         Err(Stopped::Model(e)) => {
+            folder.keep();
             eprintln!(
                 "valor: a model failed: {e}; the same command goes on behind what is in {}",
                 out.display()
@@ -299,6 +309,7 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode
         }
         Err(Stopped::Other(e)) => return Err(e),
     };
+    folder.keep();
     tell(asked, started.elapsed().as_secs_f64(), &times);
     let notes: Vec<(String, Note)> = order.iter().map(|b| (b.to_string(), notes[b].clone())).collect();
     if args.planner_only {
@@ -306,8 +317,9 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode
             eprintln!("valor: {bench} is refused: {why}");
         }
         eprintln!("valor: the programs are in {}", out.join(PROGRAMS).display());
-        return Ok(code(&notes));
+        return Ok(again(unplanned, 0).unwrap_or(code(&notes)));
     }
+    folder.in_order(|r: &Record| (order.iter().position(|b| *b == r.bench), r.index))?;
     report(out, &settings, &notes, args.json)
 }
 
@@ -333,6 +345,31 @@ fn tell(asked: usize, seconds: f64, times: &Times) {
 
 /// Writes what a finished run holds, and prints it.
 fn report(out: &Path, settings: &Value, notes: &[(String, Note)], as_json: bool) -> Result<ExitCode> {
+    let (text, all) = written(out, settings, notes, as_json)?;
+    std::io::stdout().lock().write_all(text.as_bytes())?;
+    let unjudged = all.iter().filter_map(|s| s.table.first()).map(|r| r.unjudged).sum();
+    Ok(again(all.iter().map(|s| s.unanswered).sum(), unjudged).unwrap_or(code(notes)))
+}
+
+/// What is still open of a run, told: a server's silence is no answer, and work that failed.
+fn again(unanswered: usize, unjudged: usize) -> Option<ExitCode> {
+    if unanswered + unjudged == 0 {
+        return None;
+    }
+    eprintln!(
+        "valor: {unanswered} questions had no reply and {unjudged} answers no verdict from their servers; the same \
+         command asks again"
+    );
+    Some(ExitCode::FAILURE)
+}
+
+/// Writes the results, and gives what is to be printed of them.
+fn written(
+    out: &Path,
+    settings: &Value,
+    notes: &[(String, Note)],
+    as_json: bool,
+) -> Result<(String, Vec<Summary>)> {
     let all = summarise(out, notes)?;
     let published: BTreeMap<&str, BTreeMap<&str, f64>> = PUBLISHED
         .iter()
@@ -341,16 +378,12 @@ fn report(out: &Path, settings: &Value, notes: &[(String, Note)], as_json: bool)
     let results = json!({ "settings": settings, "benches": all, "published": published });
     write_atomic(&out.join(RESULTS), |w| writeln!(w, "{results:#}"))?;
     let page = crate::report::benches::page(out, settings, &all)?;
-    write_atomic(&out.join("report.html"), |w| w.write_all(page.as_bytes()))?;
-    let mut stdout = std::io::stdout().lock();
-    match as_json {
-        true => writeln!(stdout, "{results:#}")?,
-        false => write!(stdout, "{}", table(&all))?,
-    }
-    Ok(code(notes))
+    write_atomic(&out.join(REPORT), |w| w.write_all(page.as_bytes()))?;
+    Ok((if as_json { format!("{results:#}\n") } else { table(&all) }, all))
 }
 
 const RESULTS: &str = "results.json";
+const REPORT: &str = "report.html";
 
 /// A bench that was refused is work that failed.
 fn code(notes: &[(String, Note)]) -> ExitCode {
@@ -366,18 +399,10 @@ fn settings(
     tools: ToolChoice,
 ) -> Result<Value> {
     let short = |bytes: &[u8]| sha256_hex(bytes, 8);
-    // A model's name says little of a folder that training overwrites.
-    let identity = |model: &str, part: &'static str| -> Result<Value> {
-        if let Some(name) = model.strip_prefix(ENDPOINT) {
-            let e = &config.endpoints[name];
-            return Ok(json!(format!("{} {}", e.base_url, e.model)));
-        }
-        Ok(json!(format!("{model} {}", ModelFiles::open(model, part)?.fingerprint())))
-    };
     let mut models = serde_json::Map::new();
     let mut shown = serde_json::Map::new();
     let mut add = |part: &'static str, model: &str, section: Value| -> Result<()> {
-        models.insert(part.into(), identity(model, part)?);
+        models.insert(part.into(), json!(identity(config, model, part)?));
         shown.insert(part.into(), section);
         Ok(())
     };
@@ -389,14 +414,28 @@ fn settings(
         add("depth", &config.depth.model, json!(config.depth))?;
     }
     if (tools == ToolChoice::Real || how == How::Direct) && !args.planner_only {
-        add("vlm", &config.vlm.model, json!(config.vlm))?;
+        let mut section = json!(config.vlm);
+        section["prompt"] = json!(vqa_prompts(&config.vlm)?);
+        add("vlm", &config.vlm.model, section)?;
     }
     if !config.eval.judge.model.is_empty() {
         let judge = &config.eval.judge;
         add("judge", &judge.model, json!({ "max_new_tokens": judge.max_new_tokens }))?;
     }
+    if Referee::is_wanted(config) && how == How::Planner {
+        let verifier = &config.verifier;
+        let prompts = Head::ALL.map(|head| head_prompt(&verifier.prompts, head));
+        let prompts = prompts.into_iter().collect::<std::result::Result<Vec<_>, _>>()?.concat();
+        let section = json!({
+            "prompts_sha256": short(prompts.as_bytes()), "max_new_tokens": verifier.max_new_tokens,
+            "reward": config.reward,
+        });
+        add("verifier", &verifier.model, section)?;
+    }
     shown.insert("sandbox".into(), json!(config.sandbox));
-    shown.insert("inference".into(), json!(config.inference));
+    let mut inference = json!(config.inference);
+    inference.as_object_mut().expect("a table").remove("kv_cache_mb");
+    shown.insert("inference".into(), inference);
     let sources: serde_json::Map<String, Value> = benches
         .iter()
         .map(|b| {
@@ -441,20 +480,20 @@ fn settings(
 
 /// A shard's lines in their order.
 struct ShardLines {
-    reader: std::io::Lines<std::io::BufReader<std::fs::File>>,
+    reader: std::iter::Enumerate<std::io::Lines<std::io::BufReader<std::fs::File>>>,
     dir: PathBuf,
     next: Option<(usize, usize, String, Record)>,
 }
 
 impl ShardLines {
     fn advance(&mut self, order: &[String]) -> Result<()> {
-        let Some(line) = self.reader.next() else {
+        let Some((above, line)) = self.reader.next() else {
             self.next = None;
             return Ok(());
         };
         let (line, file) = (line?, self.dir.join(SAMPLES));
         let record: Record = serde_json::from_str(&line)
-            .with_context(|| format!("{}: is no sample of a run", file.display()))?;
+            .with_context(|| format!("{}, line {}: is no sample of a run", file.display(), above + 1))?;
         let bench = order.iter().position(|b| *b == record.bench);
         let bench =
             bench.with_context(|| format!("{}: {} is no bench of this run", file.display(), record.bench))?;
@@ -470,6 +509,7 @@ fn merge(dirs: &[PathBuf], out: &Path, as_json: bool) -> Result<ExitCode> {
         "--out {} is there already; name a new folder",
         out.display()
     );
+    fillable("--out", Some(out))?;
     let mut settings: Option<Value> = None;
     let mut shards: BTreeMap<u64, &PathBuf> = BTreeMap::new();
     let mut notes: Vec<(String, Note)> = Vec::new();
@@ -525,11 +565,32 @@ fn merge(dirs: &[PathBuf], out: &Path, as_json: bool) -> Result<ExitCode> {
     for dir in shards.values() {
         let path = dir.join(SAMPLES);
         let file = std::fs::File::open(&path).with_context(|| path.display().to_string())?;
-        let reader = std::io::BufReader::new(file).lines();
+        let reader = std::io::BufReader::new(file).lines().enumerate();
         let mut one = ShardLines { reader, dir: dir.to_path_buf(), next: None };
         one.advance(&order)?;
         lines.push(one);
     }
+    let there = out.exists();
+    let text = joined(lines, &order, out).and_then(|()| {
+        write_atomic(&out.join(SETTINGS), |w| writeln!(w, "{settings:#}"))?;
+        written(out, &settings, &notes, as_json)
+    });
+    if text.is_err() {
+        // Half a run is none.
+        [SAMPLES, SETTINGS, RESULTS, REPORT]
+            .iter()
+            .for_each(|file| drop(std::fs::remove_file(out.join(file))));
+        let _ = std::fs::remove_dir_all(out.join(PICTURES));
+        if !there {
+            let _ = std::fs::remove_dir(out);
+        }
+    }
+    std::io::stdout().lock().write_all(text?.0.as_bytes())?;
+    Ok(code(&notes))
+}
+
+/// Writes the shards' samples, in their order, and the pictures that are shown of them.
+fn joined(mut lines: Vec<ShardLines>, order: &[String], out: &Path) -> Result<()> {
     let mut gallery = Gallery::default();
     let mut failed = None;
     write_atomic(&out.join(SAMPLES), |w| {
@@ -547,13 +608,11 @@ fn merge(dirs: &[PathBuf], out: &Path, as_json: bool) -> Result<ExitCode> {
                 std::fs::create_dir_all(to.parent().expect("below the folder"))?;
                 std::fs::copy(from, to)?;
             }
-            if let Err(e) = shard.advance(&order) {
+            if let Err(e) = shard.advance(order) {
                 failed = Some(e);
                 return Err(std::io::Error::other("a shard cannot be read"));
             }
         }
     })
-    .map_err(|e| failed.take().unwrap_or_else(|| e.into()))?;
-    write_atomic(&out.join(SETTINGS), |w| writeln!(w, "{settings:#}"))?;
-    report(out, &settings, &notes, as_json)
+    .map_err(|e| failed.take().unwrap_or_else(|| e.into()))
 }

@@ -6,7 +6,7 @@
 //! `valor infer DIR/INDEX.png QUESTION --seed SEED` with the row's index, question and seed, and
 //! the same settings (`--greedy` is `--set planner.temperature=0`).
 
-use super::{ExecutorArgs, ModelArgs};
+use super::{ExecutorArgs, ModelArgs, fillable, writable};
 use crate::config::{EMBEDDED, EMBEDDED_BASE};
 use crate::eval::benches::feed::{ROOMS_N, Shard};
 use crate::eval::rooms::{Programs, Report, ToolSet, evaluate, questions};
@@ -231,6 +231,8 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
         }
         _ => return super::benches::run(&args, &config, &device),
     }
+    writable("--out", args.out.as_deref())?;
+    fillable("--pictures", args.pictures.as_deref())?;
     let chats = ChatModels::new(&config, &device);
     let planner = match args.planner.as_deref().unwrap_or("stored") {
         "stored" => None,

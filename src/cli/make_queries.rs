@@ -1,6 +1,6 @@
 //! `valor make-queries`: questions about pictures, to train on.
 
-use super::ModelArgs;
+use super::{ModelArgs, appendable};
 use crate::data::Links;
 use crate::data::training::{Split, TrainingSet};
 use crate::files::write_atomic;
@@ -49,6 +49,7 @@ pub struct MakeQueriesArgs {
 
 pub fn run(args: &MakeQueriesArgs) -> Result<ExitCode> {
     ensure!(args.n > 0, "--n must be at least 1");
+    appendable("--out", &args.out)?;
     match &args.images {
         Some(images) => written(args, images),
         None => drawn(args),

@@ -17,15 +17,17 @@ mod train_reasoner;
 mod tune_grounding;
 mod verify;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use candle_core::Device;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::config::{Config, Origins};
+use crate::files;
 use crate::nn::Precision;
+use crate::weights::message_of;
 
 #[derive(Debug, Parser)]
 #[command(name = "valor", version, about, max_term_width = 100)]
@@ -222,6 +224,27 @@ fn json_lines<T: serde::de::DeserializeOwned>(
     read.collect()
 }
 
+/// That the file which an option names can be written. Asked before anything is loaded, as it is written
+/// after the work.
+fn writable(option: &str, file: Option<&Path>) -> anyhow::Result<()> {
+    let Some(file) = file else { return Ok(()) };
+    files::can_write(file)
+        .map_err(|e| anyhow!("{option} {} cannot be written: {e}; name another file", file.display()))
+}
+
+/// The same of a file that grows.
+fn appendable(option: &str, file: &Path) -> anyhow::Result<()> {
+    files::can_append(file)
+        .map_err(|e| anyhow!("{option} {} cannot be written: {e}; name another file", file.display()))
+}
+
+/// The same of a folder.
+fn fillable(option: &str, dir: Option<&Path>) -> anyhow::Result<()> {
+    let Some(dir) = dir else { return Ok(()) };
+    files::can_fill(dir)
+        .map_err(|e| anyhow!("{option} {} cannot be written to: {e}; name another folder", dir.display()))
+}
+
 /// Chooses the precision of matrix products, and says so where this processor makes nothing of it.
 fn compute_in(precision: Precision) {
     precision.choose();
@@ -244,7 +267,7 @@ fn gb(bytes: u64) -> String {
 fn one_line(error: &anyhow::Error) -> String {
     let mut line = String::new();
     for cause in error.chain() {
-        let cause = cause.to_string();
+        let cause = cause.downcast_ref().map_or_else(|| cause.to_string(), message_of);
         let cause = cause.lines().map(str::trim).filter(|l| !l.is_empty()).collect::<Vec<_>>().join("; ");
         if line.is_empty() {
             line = cause;
@@ -271,5 +294,13 @@ mod tests {
         let line = one_line(&open.context("first\n  second\n").unwrap_err());
         assert!(line.starts_with("first; second: cannot open picture /no/such.png: "), "{line}");
         assert_eq!(line.matches("os error").count(), 1, "{line}");
+    }
+
+    #[test]
+    fn an_error_is_told_without_its_stack() {
+        let inner = Box::new(candle_core::Error::Msg("wrong shape".into()));
+        let backtrace = Box::new(std::backtrace::Backtrace::force_capture());
+        let e = anyhow::Error::from(candle_core::Error::WithBacktrace { inner, backtrace });
+        assert_eq!(one_line(&e.context("the detector")), "the detector: wrong shape");
     }
 }

@@ -8,9 +8,9 @@ use anyhow::{Context, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use super::gb;
+use super::{fillable, gb, writable};
 use crate::files::write_atomic;
-use crate::fit;
+use crate::fit::{self, Fit};
 use crate::weights::hub::Hub;
 use crate::weights::source::{HUB, HubSource, Source};
 use crate::weights::{Checkpoint, Gguf, ModelFiles, delta, gguf, presets};
@@ -72,7 +72,7 @@ struct PullArgs {
 
 #[derive(clap::Args, Debug)]
 struct VerifyArgs {
-    /// Presets, hub:OWNER/NAME, folders or files; all that is in the cache if none is named
+    /// Presets, hub:OWNER/NAME, folders, files or embedded; all that is in the cache if none is named
     models: Vec<String>,
     /// Compare names and shapes with the network; hash nothing
     #[arg(long, conflicts_with = "delete")]
@@ -235,9 +235,34 @@ fn pull(args: &PullArgs) -> Result<()> {
         }
         let folder = hub.pull(source, &listing, &files, &mut |file, done, all| bar.show(file, done, all));
         bar.0.finish_and_clear();
-        println!("{}", folder?.display());
+        let folder = folder?;
+        println!("{}", folder.display());
+        if let Some(more) = lacks(&hub, ModelFiles::Folder(folder)) {
+            eprintln!("valor: {source} {more}");
+        }
     }
     Ok(())
+}
+
+/// What has to be here too before these files are a model, if they lie on another.
+fn lacks(hub: &Hub, files: ModelFiles) -> Option<String> {
+    let base = match files.base() {
+        Ok(base) => base?,
+        Err(e) => return Some(format!("cannot be used as it is: {e}")),
+    };
+    let wanted = match Source::parse(&base) {
+        Ok(Source::Hub(wanted)) => wanted,
+        Ok(Source::Preset(preset)) => preset.source(),
+        Ok(Source::Path(path)) if !path.exists() => {
+            return Some(format!(
+                "lies on {base}, which is not here; put it there, or name another base in its adapter_config.json \
+                 or delta_config.json"
+            ));
+        }
+        _ => return None,
+    };
+    let told = || format!("lies on {base}, which is needed too: valor models pull {base}");
+    hub.cached(&wanted).is_none().then(told)
 }
 
 fn verify(args: &VerifyArgs) -> Result<ExitCode> {
@@ -246,8 +271,12 @@ fn verify(args: &VerifyArgs) -> Result<ExitCode> {
         [] => hub.held().into_iter().map(|h| format!("{HUB}{}", h.repo)).collect(),
         _ => args.models.clone(),
     };
-    let is_path = |model: &String| matches!(Source::parse(model), Ok(Source::Path(p)) if p.exists());
-    let (to_fit, to_hash): (Vec<_>, Vec<_>) = models.into_iter().partition(|m| args.headers || is_path(m));
+    let is_here = |model: &String| match Source::parse(model) {
+        Ok(Source::Path(p)) => p.exists(),
+        Ok(Source::Embedded { .. }) => true,
+        _ => false,
+    };
+    let (to_fit, to_hash): (Vec<_>, Vec<_>) = models.into_iter().partition(|m| args.headers || is_here(m));
     let mut wrong = to_fit.iter().filter(|model| !fits(model)).count();
     let mut bar = FileBar::new()?;
     for repo in to_hash.iter().map(|m| Ok(on_hub(m)?.repo)).collect::<Result<Vec<_>>>()? {
@@ -270,23 +299,46 @@ fn verify(args: &VerifyArgs) -> Result<ExitCode> {
     Ok(if wrong == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
+/// The models in the binary.
+const EMBEDDED_PARTS: [&str; 6] = ["planner", "detector", "depth", "vlm", "verifier", "box-verifier"];
+
 /// Says whether a checkpoint fits its network.
 fn fits(model: &str) -> bool {
-    match ModelFiles::open(model, "model").map_err(Into::into).and_then(|files| fit::check(&files)) {
-        Ok(fit) => {
-            let (tensors, loaded) = (fit.tensors, gb(fit.loaded_bytes));
-            let parameters = fit.parameters as f64 / 1e6;
-            eprintln!(
-                "{model}: fits as {}: {tensors} tensors, {parameters:.1} M parameters, {loaded} when loaded",
-                fit.part.word()
-            );
-            true
-        }
-        Err(e) => {
-            println!("{e}");
-            false
-        }
+    if matches!(Source::parse(model), Ok(Source::Embedded { .. })) {
+        let told = EMBEDDED_PARTS.map(|part| tell(fit_of(model, part)));
+        return told.iter().all(|fits| *fits);
     }
+    let Err(e) = ModelFiles::open(model, "model") else { return tell(fit_of(model, "model")) };
+    // What lies on an embedded model does not say on which: where it fits or, failing that, has most to change.
+    let strangers = |why: &String| {
+        let said = ["which the base has not", "is none of the base's"];
+        1 + said.iter().map(|said| why.matches(said).count()).sum::<usize>()
+    };
+    let on = EMBEDDED_PARTS.into_iter().filter(|part| ModelFiles::open(model, part).is_ok());
+    let tried = on.map(|part| fit_of(model, part));
+    let best = tried.min_by_key(|fit| fit.as_ref().map_or_else(strangers, |_| 0));
+    tell(best.unwrap_or(Err(e.to_string())))
+}
+
+/// How a model fits its network, with its name; or why it does not.
+fn fit_of(model: &str, part: &'static str) -> Result<(String, Fit), String> {
+    let files = ModelFiles::open(model, part).map_err(|e| e.to_string())?;
+    let fit = fit::check(&files).map_err(|e| e.to_string())?;
+    Ok((if part == "model" { model.to_owned() } else { files.name() }, fit))
+}
+
+fn tell(fit: Result<(String, Fit), String>) -> bool {
+    match &fit {
+        Ok((name, fit)) => eprintln!(
+            "{name}: fits as {}: {} tensors, {:.1} M parameters, {} when loaded",
+            fit.part.word(),
+            fit.tensors,
+            fit.parameters as f64 / 1e6,
+            gb(fit.loaded_bytes)
+        ),
+        Err(why) => println!("{why}"),
+    }
+    fit.is_ok()
 }
 
 fn rm(args: &RmArgs) -> Result<()> {
@@ -341,6 +393,7 @@ fn show_gguf(args: &ShowArgs) -> Result<()> {
 
 fn write_delta(args: &DeltaArgs) -> Result<()> {
     ensure!(!args.to.exists(), "{} is there already; name another folder", args.to.display());
+    fillable("the new folder", Some(&args.to))?;
     let part = PARTS.into_iter().find(|p| *p == args.part).context("no such part")?;
     let base = ModelFiles::open(&args.base, part)?.checkpoint()?;
     let tuned = ModelFiles::open(&args.tuned.display().to_string(), part)?.checkpoint()?;
@@ -360,6 +413,7 @@ fn convert(args: &ConvertArgs) -> Result<()> {
     let ending = args.to.extension().and_then(|e| e.to_str());
     ensure!(ending == Some("safetensors"), "{}: the new file must end in .safetensors", args.to.display());
     ensure!(args.force || !args.to.exists(), "{} is there already; --force replaces it", args.to.display());
+    writable("the new file", Some(&args.to))?;
     let tensors = Checkpoint::open(&args.from)?.tensors()?;
     let count = tensors.len();
     let bytes = safetensors::serialize(tensors, None)

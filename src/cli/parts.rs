@@ -1,6 +1,7 @@
 //! `valor eval --bench rooms-…`: what each model is worth by itself.
 
 use super::eval::{Bench, EvalArgs};
+use super::writable;
 use crate::config::Config;
 use crate::eval::detection::AveragePrecision;
 use crate::eval::honesty::honesty;
@@ -37,6 +38,7 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
     if let Some((name, _)) = unused.iter().find(|u| u.1) {
         bail!("{name} says nothing to --bench {}", bench.name())
     }
+    writable("--out", args.out.as_deref())?;
     let n = args.n() as u64;
     let bar = ProgressBar::new(n);
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} eta {eta}")?);
@@ -78,6 +80,13 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
                 .context("--bench detection needs --data FILE: ODVG (.jsonl) or COCO (.json)")?;
             let boxes = checked(path, false).context("--data")?;
             let pictures = args.n.unwrap_or(boxes.records.len());
+            if boxes.records.iter().take(pictures).all(|r| r.detection.instances.is_empty()) {
+                bail!(
+                    "--data {}: there is no box in the {} pictures to measure on; name another file",
+                    path.display(),
+                    pictures.min(boxes.records.len())
+                )
+            }
             bar.set_length(pictures.min(boxes.records.len()) as u64);
             let model = Detector::load(&config.detector, device)?;
             let mut unreadable = 0;
@@ -90,15 +99,15 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
             })?;
             writeln!(
                 table,
-                "AP50 {:.3}{}  AP75 {:.3}  AP {:.3}  small {:.3}  medium {:.3}  large {:.3}  ({} things; \
+                "AP50 {:.3}{}  AP75 {:.3}  AP {:.3}  small {}  medium {}  large {}  ({} things; \
                  {unreadable} pictures left out)",
                 ap.ap50,
                 interval(&ap),
                 ap.ap75,
                 ap.ap,
-                ap.small,
-                ap.medium,
-                ap.large,
+                or_dash(ap.small),
+                or_dash(ap.medium),
+                or_dash(ap.large),
                 ap.truths
             )?;
             let mut figures = serde_json::to_value(&ap)?;
@@ -115,7 +124,7 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
             serde_json::to_value(&r)?
         }
         Bench::RoomsVlm => {
-            let model = Vlm::new(chats.vlm()?, &config.vlm);
+            let model = Vlm::new(chats.vlm()?, &config.vlm)?;
             let shares = parts::vlm(&model, args.look, args.seed, args.n(), tick)?;
             for (name, share) in &shares {
                 writeln!(table, "{name:<12} {share}  n {}", share.n)?;
@@ -182,6 +191,11 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
         write!(stdout, "{table}")?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Of no things there is no precision.
+fn or_dash(x: f64) -> String {
+    if x.is_nan() { "–".into() } else { format!("{x:.3}") }
 }
 
 fn interval(ap: &AveragePrecision) -> String {

@@ -12,6 +12,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
+use super::fillable;
 use crate::files::write_atomic;
 use crate::nn::Precision;
 use crate::rooms::export::{Coco, depth_png, label_map, odvg_json, picture_png, scene_json};
@@ -130,6 +131,18 @@ fn name_of(part: Part) -> String {
 fn pretrain(args: &PretrainArgs) -> Result<()> {
     use crate::train::pretrain::language::{self, planner, verifier, vision, vlm};
     use crate::train::pretrain::{depth, detector, familiar};
+    ensure!(
+        args.stages.is_empty() || args.only == Some(Part::Depth),
+        "--stages is of depth alone, whose training has some: leave it out, or name --only depth"
+    );
+    ensure!(
+        args.only != Some(Part::Familiar)
+            || (args.steps.is_none() && args.seed.is_none() && args.from.is_none()),
+        "--only familiar is made, not trained: --steps, --seed and --from say nothing to it"
+    );
+    // Hours of training stand between these and the files.
+    fillable("--runs", Some(&args.runs))?;
+    fillable("--out", Some(&args.out))?;
     super::compute_in(args.precision);
     for &part in Part::value_variants() {
         if args.only.is_some_and(|only| only != part) {
@@ -216,6 +229,7 @@ fn render(args: &RenderArgs) -> Result<()> {
             bail!("--out {} is not empty: name a new folder, or empty it first", out.display());
         }
     }
+    fillable("--out", Some(out))?;
     let bar = ProgressBar::new(u64::from(args.n)).with_style(
         ProgressStyle::with_template("rooms {bar:30} {pos}/{len} pictures, {per_sec}, {eta} left")
             .expect("a fixed template"),

@@ -1,12 +1,12 @@
 //! `valor train-reasoner`: from questions without answers to a better planner.
 
-use super::ModelArgs;
+use super::{ModelArgs, fillable};
 use crate::config::{Algorithm, Config, ENDPOINT};
 use crate::llm::ChatModels;
 use crate::pipeline::sandbox;
 use crate::train::Broken;
-use crate::train::reasoner::{Policy, Queries, Training, steps};
-use crate::verify::{self, Head, Judge, Verification};
+use crate::train::reasoner::{Policy, Queries, Training, check_folder, steps};
+use crate::verify::{self, Head, Judge, Verification, check_files};
 use crate::weights::ModelFiles;
 use anyhow::Result;
 use std::path::PathBuf;
@@ -35,6 +35,10 @@ pub fn run(args: &TrainReasonerArgs) -> Result<ExitCode> {
     let queries = Queries::open(&config.reasoner)?;
     if args.dry_run {
         plan(&config, &queries);
+    } else {
+        check_folder(&args.out)?;
+        fillable("--out", Some(&args.out))?;
+        check_files(&config.verifier)?;
     }
     let asks_a_server = config.verifier.model.starts_with(ENDPOINT);
     if args.dry_run && (asks_a_server || ModelFiles::open(&config.planner.model, "planner").is_err()) {
@@ -102,8 +106,16 @@ pub fn run(args: &TrainReasonerArgs) -> Result<ExitCode> {
         );
         return Ok(ExitCode::FAILURE);
     }
-    if let Some((step, reward)) = ended.best {
-        eprintln!("valor: best held-out reward {reward:.3} after step {step}: {dir}/best");
+    match ended.best {
+        Some((0, reward)) => {
+            eprintln!(
+                "valor: no evaluation beat the planner before its training: held-out reward {reward:.3}, {dir}/best"
+            );
+        }
+        Some((step, reward)) => {
+            eprintln!("valor: best held-out reward {reward:.3} after step {step}: {dir}/best");
+        }
+        None => {}
     }
     println!("{dir}/model");
     Ok(ExitCode::SUCCESS)

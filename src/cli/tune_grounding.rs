@@ -1,6 +1,6 @@
 //! `valor tune-grounding`: from unlabelled pictures and questions to a better detector.
 
-use super::ModelArgs;
+use super::{ModelArgs, fillable};
 use crate::config::{Config, ENDPOINT, Granularity};
 use crate::data::odvg::Boxes;
 use crate::data::queries::{self, Asked};
@@ -10,12 +10,15 @@ use crate::pipeline::{Models, sandbox};
 use crate::report::mining;
 use crate::rooms::Look;
 use crate::train::Broken;
-use crate::train::tuning::fit::{Fit, checked, per_epoch, schedule};
-use crate::train::tuning::mine::{self, Miner, Outcome};
+use crate::train::checkpoint::Checkpoints;
+use crate::train::run::check_folder;
+use crate::train::tuning::fit::{Fit, check_freeze, checked, per_epoch, schedule};
+use crate::train::tuning::mine::{self, Miner, Outcome, PICTURES};
 use crate::train::tuning::{record, rooms};
 use crate::verify::boxes::BoxJudge;
 use anyhow::{Context, Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
+use std::collections::HashSet;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -68,28 +71,20 @@ pub fn run(args: &TuneGroundingArgs) -> Result<ExitCode> {
         signal_hook::flag::register_conditional_shutdown(signal, 1, stop.clone())?;
         signal_hook::flag::register(signal, stop.clone())?;
     }
-    ensure!(
-        args.overrule.is_none() || args.stage != Stage::Train,
-        "--overrule changes what was mined: give it with --stage mine or all"
-    );
     let done = || -> Result<ExitCode> {
-        // What a training began with must not change under it.
-        let trained = args.resume && args.stage == Stage::All && args.out.join("checkpoints").is_dir();
+        let (trained, replay) = (check_run(args)?, replay(args, &config)?);
         if trained {
             eprintln!("valor: {} is in training: nothing more is mined for it", args.out.display());
         } else if args.stage != Stage::Train {
-            let pictures = pictures(&config, &args.out)?;
-            if mine_all(args, &config, &device, &pictures, &stop)?.stopped {
+            let truth = truth(&config)?;
+            let pictures = pictures(args, &config, truth.as_ref())?;
+            if mine_all(args, &config, &device, &pictures, truth, &stop)?.stopped {
                 eprintln!("valor: stopped; what is mined is kept, the same command goes on");
                 return Ok(ExitCode::FAILURE);
             }
         }
         if args.stage != Stage::Mine {
             let boxes = mined(args)?;
-            let replay = match config.grounding.training.replay.as_str() {
-                "" | "rooms" => None,
-                file => Some(checked(Path::new(file), args.strict).context("grounding.training.replay")?),
-            };
             let fit = Fit {
                 replay,
                 config: &config,
@@ -115,6 +110,46 @@ pub fn run(args: &TuneGroundingArgs) -> Result<ExitCode> {
     }
 }
 
+/// That the folder is this command's to go on in, and whether its training has begun: what that began with
+/// must not change under it.
+fn check_run(args: &TuneGroundingArgs) -> Result<bool> {
+    let out = args.out.display();
+    ensure!(
+        args.overrule.is_none() || args.stage != Stage::Train,
+        "--overrule changes what was mined: give it with --stage mine or all"
+    );
+    check_folder(&args.out, || {
+        let made = |name: &str| name == "mined" || name.starts_with(ROOMS);
+        let mut entries = std::fs::read_dir(&args.out).into_iter().flatten().flatten();
+        entries.any(|e| made(&e.file_name().to_string_lossy()))
+    })?;
+    fillable("--out", Some(&args.out))?;
+    let checkpoints = args.out.join("checkpoints");
+    ensure!(
+        args.resume || args.stage == Stage::Mine || !Checkpoints::of(&checkpoints).any(),
+        "--out {out} holds a training: give --resume to go on with it, or another --out"
+    );
+    let trained = args.resume && args.stage == Stage::All && checkpoints.is_dir();
+    ensure!(
+        !trained || args.overrule.is_none(),
+        "--overrule: the training in {out} has begun on its boxes as they are: leave --overrule out, or give \
+         another --out"
+    );
+    Ok(trained)
+}
+
+/// What a training takes beside the boxes, looked through before any are mined.
+fn replay(args: &TuneGroundingArgs, config: &Config) -> Result<Option<Boxes>> {
+    if args.stage == Stage::Mine {
+        return Ok(None);
+    }
+    check_freeze(config)?;
+    match config.grounding.training.replay.as_str() {
+        "" | "rooms" => Ok(None),
+        file => checked(Path::new(file), args.strict).context("grounding.training.replay").map(Some),
+    }
+}
+
 /// The file of pictures and questions.
 fn source(config: &Config, out: &Path) -> PathBuf {
     match config.grounding.queries.as_str() {
@@ -125,26 +160,45 @@ fn source(config: &Config, out: &Path) -> PathBuf {
 
 /// Of rooms that follow from these settings and no others.
 fn rooms_folder(config: &Config, out: &Path) -> PathBuf {
-    out.join(format!("rooms-{}-{}", config.grounding.seed, config.grounding.pictures))
+    out.join(format!("{ROOMS}{}-{}", config.grounding.seed, config.grounding.pictures))
 }
 
-fn pictures(config: &Config, out: &Path) -> Result<Vec<Asked>> {
+/// How their folders' names begin.
+const ROOMS: &str = "rooms-";
+
+/// What is to be mined, once the files that speak of it are known to.
+fn pictures(args: &TuneGroundingArgs, config: &Config, truth: Option<&Boxes>) -> Result<Vec<Asked>> {
     let g = &config.grounding;
+    // A broken file is met before rooms are rendered.
+    let records = record::read(&args.out.join("mined").join(PICTURES))?.0;
+    if let Some(file) = &args.overrule {
+        record::overrules(file)?;
+    }
     if g.queries == "rooms" {
         eprintln!("valor: rendering {} rooms", g.pictures);
-        rooms::write(&rooms_folder(config, out), Look::LivedIn, g.seed, g.pictures)?;
+        rooms::write(&rooms_folder(config, &args.out), Look::LivedIn, g.seed, g.pictures)?;
     }
-    queries::by_picture(&source(config, out)).context("grounding.queries")
+    let pictures = queries::by_picture(&source(config, &args.out)).context("grounding.queries")?;
+    if let Some(file) = &args.overrule {
+        record::check_overrules(file, &records, &pictures)?;
+    }
+    if let Some(truth) = truth {
+        let known: HashSet<&str> = truth.records.iter().map(|r| r.filename.as_str()).collect();
+        ensure!(
+            pictures.iter().any(|p| known.contains(p.image.as_str())),
+            "grounding.truth: {} has none of the pictures of grounding.queries; give them the same names",
+            g.truth
+        );
+    }
+    Ok(pictures)
 }
 
-fn truth(config: &Config, out: &Path) -> Result<Option<Boxes>> {
-    let g = &config.grounding;
-    let path = match (g.truth.as_str(), g.queries.as_str()) {
-        ("", "rooms") => rooms_folder(config, out).join("odvg.jsonl"),
-        ("", _) => return Ok(None),
-        (file, _) => PathBuf::from(file),
-    };
-    Ok(Some(Boxes::open(&path).context("grounding.truth")?))
+/// Where the configuration names a file of true boxes.
+fn truth(config: &Config) -> Result<Option<Boxes>> {
+    match config.grounding.truth.as_str() {
+        "" => Ok(None),
+        file => Boxes::open(Path::new(file)).context("grounding.truth").map(Some),
+    }
 }
 
 fn mine_all(
@@ -152,6 +206,7 @@ fn mine_all(
     config: &Config,
     device: &candle_core::Device,
     pictures: &[Asked],
+    truth: Option<Boxes>,
     stop: &AtomicBool,
 ) -> Result<Outcome> {
     let chats = ChatModels::new(config, device);
@@ -178,6 +233,9 @@ fn mine_all(
     for (name, usage) in chats.usage() {
         eprintln!("valor: endpoint {name}: {}", serde_json::to_string(&usage)?);
     }
+    if outcome.stopped {
+        return Ok(outcome);
+    }
     let word = dir.join("overrules.jsonl");
     if let Some(file) = &args.overrule {
         record::overrule(&mut outcome.records, file)?;
@@ -190,10 +248,13 @@ fn mine_all(
         let n = record::overrule(&mut outcome.records, &word)?;
         eprintln!("valor: {n} boxes overruled by {}", word.display());
     }
-    if outcome.stopped {
-        return Ok(outcome);
-    }
-    let precision = truth(config, &args.out)?.and_then(|t| record::precision(&outcome.records, &t));
+    let truth = match config.grounding.queries.as_str() {
+        "rooms" if truth.is_none() => Some(
+            Boxes::open(&rooms_folder(config, &args.out).join("odvg.jsonl")).context("the rooms' boxes")?,
+        ),
+        _ => truth,
+    };
+    let precision = truth.and_then(|t| record::precision(&outcome.records, &t));
     let lines: Vec<serde_json::Value> =
         outcome.records.iter().map(serde_json::to_value).collect::<Result<_, _>>()?;
     let table = precision.as_ref().map(record::Precision::table);

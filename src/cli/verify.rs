@@ -1,17 +1,17 @@
 //! `valor verify`: the reward's heads on replies, and how far their judge can be trusted.
 
-use super::{ModelArgs, json_lines};
+use super::{ModelArgs, json_lines, writable};
 use crate::eval::audit::{Audit, Labelled, rooms};
 use crate::eval::rooms::questions;
 use crate::files::write_atomic;
 use crate::llm::ChatModels;
 use crate::pipeline::sandbox;
 use crate::rooms::{Look, Question};
-use crate::verify::{Ask, Head, Judge, Scored, Verification};
-use anyhow::{Context, Result, ensure};
+use crate::verify::{Ask, Head, Judge, Scored, Verification, check_files};
+use anyhow::{Context, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
-use serde::Deserialize;
-use serde_json::json;
+use serde::{Deserialize, Deserializer};
+use serde_json::{Value, json};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -71,11 +71,10 @@ pub fn run(args: VerifyArgs) -> Result<ExitCode> {
     }
 }
 
-/// Lines of a file, each as `T`.
-fn lines<T: serde::de::DeserializeOwned>(path: &Path, expected: &str) -> Result<Vec<T>> {
+/// Lines of a file, each as `T`, with their numbers.
+fn lines<T: serde::de::DeserializeOwned>(path: &Path, expected: &str) -> Result<Vec<(usize, T)>> {
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     let read = json_lines(&text, &path.display().to_string(), expected)?;
-    let read: Vec<T> = read.into_iter().map(|(_, line)| line).collect();
     ensure!(!read.is_empty(), "{} holds no line", path.display());
     Ok(read)
 }
@@ -90,16 +89,32 @@ fn score(args: &ScoreArgs) -> Result<ExitCode> {
     #[derive(Deserialize)]
     struct Line {
         question: String,
-        /// A row of a bench has none where the planner gave none.
-        reply: Option<String>,
+        /// `null` where the planner gave none; a row of a bench then says so by its failure.
+        #[serde(default, deserialize_with = "there")]
+        reply: Option<Option<String>>,
+        #[serde(default)]
+        failure: Value,
     }
-    let given: Vec<Line> = lines(&args.replies, "{\"question\", \"reply\"}")?;
+    /// Tells `null` from what is not there.
+    fn there<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Option<String>>, D::Error> {
+        Option::deserialize(from).map(Some)
+    }
+    let given: Vec<(usize, Line)> = lines(&args.replies, "{\"question\", \"reply\"}")?;
+    if let Some((number, _)) = given.iter().find(|(_, l)| l.reply.is_none() && l.failure != "planner") {
+        bail!(
+            "{}, line {number}: has no \"reply\" to be scored; eval writes rows with replies where --planner is given",
+            args.replies.display()
+        )
+    }
     let (config, device) = (args.models.config()?, args.models.device()?);
     let chats = ChatModels::new(&config, &device);
+    check_files(&config.verifier)?;
     let judge = Judge::new(chats.verifier()?, &config.verifier)?;
     let mut sandbox = sandbox(&config.sandbox)?;
-    let cases: Vec<(&str, &str)> =
-        given.iter().map(|l| (l.question.as_str(), l.reply.as_deref().unwrap_or(""))).collect();
+    let cases: Vec<(&str, &str)> = given
+        .iter()
+        .map(|(_, l)| (l.question.as_str(), l.reply.as_ref().and_then(Option::as_deref).unwrap_or("")))
+        .collect();
     let bar = bar(cases.len() * Head::ALL.len())?;
     let verification = Verification { judge: &judge, weights: &config.reward };
     let scored = verification.score(&cases, &mut sandbox, |n| bar.inc(n as u64))?;
@@ -158,8 +173,12 @@ fn tell(out: &mut impl Write, i: usize, question: &str, s: &Scored) -> std::io::
 }
 
 fn audit(args: &AuditArgs) -> Result<ExitCode> {
+    writable("--out", args.out.as_deref())?;
     let cases: Vec<Labelled> = match (&args.labels, args.rooms) {
-        (Some(path), _) => lines(path, "{\"head\", \"question\", \"plan\", \"program\", \"ok\"}")?,
+        (Some(path), _) => {
+            let read = lines(path, "{\"head\", \"question\", \"plan\", \"program\", \"ok\"}")?;
+            read.into_iter().map(|(_, case)| case).collect()
+        }
         (None, n) => {
             let asked: Vec<Question> =
                 questions(Look::Studio, args.seed).take(n.unwrap_or(0)).map(|(_, q)| q).collect();
@@ -169,6 +188,7 @@ fn audit(args: &AuditArgs) -> Result<ExitCode> {
     };
     let (config, device) = (args.models.config()?, args.models.device()?);
     let chats = ChatModels::new(&config, &device);
+    check_files(&config.verifier)?;
     let judge = Judge::new(chats.verifier()?, &config.verifier)?;
     let bar = bar(cases.len())?;
     let asks: Vec<Ask> = cases.iter().map(Labelled::ask).collect();

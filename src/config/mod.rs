@@ -4,16 +4,20 @@
 //! refused with the nearest one that they do.
 
 mod eval;
+mod faults;
 mod grounding;
 mod reasoner;
 mod sandbox;
+mod suited;
 
 pub use eval::{AnswerJudge, Eval};
+pub(crate) use faults::address_fault;
 pub use grounding::{DetectorTraining, Granularity, Grounding, Mining};
 pub use reasoner::{Algorithm, Objective, RateDecay, Reasoner, Servers};
 pub use sandbox::{Fallback, ProgramExecutor, Sandbox};
 
 use crate::weights::gguf::is_gguf;
+use faults::{located, unread};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -88,7 +92,7 @@ pub struct Endpoint {
     pub cache: String,
     pub usd_per_million_prompt_tokens: f64,
     pub usd_per_million_new_tokens: f64,
-    /// No call goes out once this is spent; 0: no limit.
+    /// No call goes out once one run of the program has spent this; 0: no limit.
     pub budget_usd: f64,
     /// Longest reply that is read.
     pub max_reply_kb: usize,
@@ -98,6 +102,11 @@ pub struct Endpoint {
     pub send_seed: bool,
     /// Does it take `top_k`, as vLLM and llama.cpp do?
     pub send_top_k: bool,
+    /// Does it take `temperature`? OpenAI's reasoning models refuse any but their own.
+    pub send_temperature: bool,
+    /// Further keys of each request's body, such as `chat_template_kwargs = { enable_thinking = false }`
+    /// for a Qwen3 on vLLM.
+    pub extra: Table,
 }
 
 impl Default for Endpoint {
@@ -119,6 +128,8 @@ impl Default for Endpoint {
             max_tokens_key: "max_tokens".into(),
             send_seed: true,
             send_top_k: false,
+            send_temperature: true,
+            extra: Table::new(),
         }
     }
 }
@@ -149,7 +160,7 @@ pub struct Detector {
     pub box_threshold: f64,
     /// A token belongs to a box's phrase if its probability is above this.
     pub text_threshold: f64,
-    /// Pixels.
+    /// Pixels; 0: as the checkpoint says.
     pub shortest_side: usize,
     pub longest_side: usize,
 }
@@ -158,7 +169,7 @@ pub struct Detector {
 #[serde(deny_unknown_fields)]
 pub struct Depth {
     pub model: String,
-    /// Patches that the picture is divided into.
+    /// Patches that the picture is divided into; 0: as many as the checkpoint was trained with at most.
     pub num_tokens: usize,
     pub sample: DepthSample,
 }
@@ -183,6 +194,9 @@ pub struct Inference {
     pub tie_break: TieBreak,
     /// How often a program that failed goes back to the planner with its error.
     pub repairs: usize,
+    /// Megabytes of keys and values that a language model which runs here holds at most; 0: 2048, or on a GPU
+    /// a third of what its weights leave free.
+    pub kv_cache_mb: usize,
 }
 
 /// Which of several answers counts that equally many replies gave.
@@ -199,6 +213,11 @@ pub enum TieBreak {
 #[serde(deny_unknown_fields)]
 pub struct Vlm {
     pub model: String,
+    /// What stands before a program's question: `plain` is nothing, as the embedded model was trained,
+    /// `general` the form that answers must have, or a file.
+    pub prompt: String,
+    /// Larger pictures and crops are shown smaller, to so many pixels; 0: as large as they are.
+    pub max_pixels: usize,
     pub max_new_tokens: usize,
     /// A crop grows by this share of the box on each side.
     pub crop_margin: f64,
@@ -274,8 +293,9 @@ impl Config {
             let given = nest(key.trim(), parse_value(value.trim()));
             merge(&mut table, given, &defaults, "", &origin, &mut origins)?;
         }
-        let config: Self = table.try_into().map_err(|e| invalid("configuration", &e))?;
-        config.check()?;
+        suited::suit(&mut table, &mut origins);
+        let config: Self = table.try_into().map_err(|e| unread(&origins, &e))?;
+        config.check().map_err(|e| located(e, &origins))?;
         Ok((config, origins))
     }
 
@@ -324,12 +344,25 @@ impl Config {
         positive("planner.max_new_tokens", self.planner.max_new_tokens as f64)?;
         positive("vlm.max_new_tokens", self.vlm.max_new_tokens as f64)?;
         positive("verifier.max_new_tokens", self.verifier.max_new_tokens as f64)?;
-        within("detector.shortest_side", self.detector.shortest_side as f64, 1., MOST_PIXELS)?;
-        within("detector.longest_side", self.detector.longest_side as f64, 1., MOST_PIXELS)?;
-        within("depth.num_tokens", self.depth.num_tokens as f64, 1., MOST_PIXELS)?;
+        within("detector.shortest_side", self.detector.shortest_side as f64, 0., MOST_PIXELS)?;
+        within("detector.longest_side", self.detector.longest_side as f64, 0., MOST_PIXELS)?;
+        within("depth.num_tokens", self.depth.num_tokens as f64, 0., MOST_PIXELS)?;
+        within("inference.kv_cache_mb", self.inference.kv_cache_mb as f64, 0., MOST_MB)?;
+        within("reasoner.kv_cache_mb", self.reasoner.kv_cache_mb as f64, 0., MOST_MB)?;
         within("vlm.crop_margin", self.vlm.crop_margin, 0., 10.)?;
+        for url in &self.reasoner.servers.urls {
+            if let Some(why) = address_fault(url, "these servers are asked without one") {
+                return Err(invalid("reasoner.servers.urls", &why));
+            }
+        }
         for (name, e) in &self.endpoints {
             let at = |field: &str| format!("endpoints.{name}.{field}");
+            // One that no part names may be half written.
+            if !e.base_url.is_empty()
+                && let Some(why) = address_fault(&e.base_url, "name a variable in key_env")
+            {
+                return Err(invalid(&at("base_url"), &why));
+            }
             positive(&at("seconds"), e.seconds)?;
             within(&at("seconds"), e.seconds, 0., DAY)?;
             within(&at("longest_wait"), e.longest_wait, 0., DAY)?;
@@ -349,6 +382,24 @@ impl Config {
             if !["max_tokens", "max_completion_tokens"].contains(&e.max_tokens_key.as_str()) {
                 return Err(invalid(&at("max_tokens_key"), &"must be max_tokens or max_completion_tokens"));
             }
+            const OWN: [&str; 10] = [
+                "model",
+                "messages",
+                "temperature",
+                "top_p",
+                "top_k",
+                "seed",
+                "stop",
+                "response_format",
+                "max_tokens",
+                "max_completion_tokens",
+            ];
+            if let Some(own) = OWN.iter().find(|key| e.extra.contains_key(**key)) {
+                return Err(invalid(
+                    &at(&format!("extra.{own}")),
+                    &"is sent by valor; set it where it is set",
+                ));
+            }
             if e.budget_usd > 0. && e.usd_per_million_prompt_tokens + e.usd_per_million_new_tokens == 0. {
                 return Err(invalid(
                     &at("budget_usd"),
@@ -359,13 +410,32 @@ impl Config {
         positive("eval.judge.max_new_tokens", self.eval.judge.max_new_tokens as f64)?;
         for (part, model) in [
             ("planner", &self.planner.model),
+            ("detector", &self.detector.model),
+            ("depth", &self.depth.model),
+            ("vlm", &self.vlm.model),
+            ("verifier", &self.verifier.model),
+        ] {
+            if model.trim().is_empty() {
+                let message = "is empty; name embedded, a folder, a preset or hub:OWNER/NAME";
+                return Err(invalid(&format!("{part}.model"), &message));
+            }
+        }
+        for (part, model) in [
+            ("planner", &self.planner.model),
             ("vlm", &self.vlm.model),
             ("verifier", &self.verifier.model),
             ("grounding.mining", &self.grounding.mining.model),
             ("eval.judge", &self.eval.judge.model),
         ] {
             let Some(name) = model.strip_prefix(ENDPOINT) else { continue };
-            if !self.endpoints.contains_key(name) {
+            if let Some(e) = self.endpoints.get(name) {
+                for (field, value) in [("base_url", &e.base_url), ("model", &e.model)] {
+                    if value.is_empty() {
+                        let message = format!("is empty, and {part}.model names this endpoint; set it");
+                        return Err(invalid(&format!("endpoints.{name}.{field}"), &message));
+                    }
+                }
+            } else {
                 let known: Vec<&str> = self.endpoints.keys().map(String::as_str).collect();
                 let message = match known[..] {
                     [] => format!("names an endpoint, and there are none; add [endpoints.{name}]"),
@@ -400,6 +470,9 @@ impl Config {
 /// The longest that anything is waited for, in seconds.
 const DAY: f64 = 86_400.;
 
+/// Of memory: far beyond any machine's, yet no overflow in bytes.
+const MOST_MB: f64 = (1u64 << 40) as f64;
+
 /// Of a side of a picture as a network sees it, and of its tokens: far beyond any, yet no overflow.
 const MOST_PIXELS: f64 = 32_768.;
 
@@ -425,14 +498,37 @@ fn parse_value(text: &str) -> Value {
     read.unwrap_or_else(|| Value::String(text.into()))
 }
 
-/// `a.b = v` as nested tables.
+/// `a.b = v` as nested tables. An endpoint's name may have dots in it, in quotes or not: it ends before the
+/// first key that endpoints have.
 fn nest(key: &str, value: Value) -> Table {
+    let one = |key: &str, value: Value| Table::from_iter([(key.to_owned(), value)]);
+    if let Some(rest) = key.strip_prefix("endpoints.") {
+        let quoted = rest.strip_prefix('"').and_then(|r| r.split_once('"'));
+        let (name, field) = match quoted {
+            Some((name, field)) => (name, field.strip_prefix('.')),
+            None => {
+                let keys = endpoint_keys();
+                let dots: Vec<usize> = rest.match_indices('.').map(|(at, _)| at).collect();
+                let is_key =
+                    |at: &&usize| rest[**at + 1..].split('.').next().is_some_and(|k| keys.contains_key(k));
+                match dots.iter().find(is_key).or(dots.last()) {
+                    Some(&at) => (&rest[..at], Some(&rest[at + 1..])),
+                    None => (rest, None),
+                }
+            }
+        };
+        let inner = match field {
+            Some(field) => Value::Table(nest(field, value)),
+            None => value,
+        };
+        return one("endpoints", Value::Table(one(name, inner)));
+    }
     let (head, rest) = key.split_once('.').map_or((key, None), |(h, r)| (h, Some(r)));
     let inner = match rest {
         Some(r) => Value::Table(nest(r, value)),
         None => value,
     };
-    Table::from_iter([(head.to_string(), inner)])
+    one(head, inner)
 }
 
 fn merge(
@@ -464,6 +560,13 @@ fn merge(
                 let one = all.entry(name).or_insert_with(|| Value::Table(defaults.clone()));
                 merge(one.as_table_mut().expect("made here"), keys, &defaults, &full, origin, origins)?;
             }
+            continue;
+        }
+        // What a server takes beside is not for us to know.
+        if k == "extra" && path.starts_with("endpoints.") && v.is_table() {
+            origins.insert(full, origin.into());
+            let all = into.entry(k).or_insert_with(|| Value::Table(Table::new()));
+            all.as_table_mut().expect("a table by default").extend(v.as_table().cloned().unwrap_or_default());
             continue;
         }
         let Some(default) = defaults.get(&k) else {
@@ -522,7 +625,7 @@ fn nearest(key: &str) -> String {
     if let Ok(defaults) = ROOMS.parse::<Table>() {
         keys(&defaults, "", &mut all);
     }
-    if let Some((name, _)) = key.strip_prefix("endpoints.").and_then(|k| k.split_once('.')) {
+    if let Some((name, _)) = key.strip_prefix("endpoints.").and_then(|k| k.rsplit_once('.')) {
         keys(&endpoint_keys(), &format!("endpoints.{name}"), &mut all);
     }
     let best = all.into_iter().min_by_key(|k| strsim::damerau_levenshtein(k, key));
@@ -587,13 +690,31 @@ mod tests {
     }
 
     #[test]
+    fn an_endpoints_name_may_have_dots() {
+        for set in ["endpoints.gpt-4.1.model=m", "endpoints.\"gpt-4.1\".model=m"] {
+            let more = ["endpoints.gpt-4.1.base_url=http://a/v1", "vlm.model=endpoint:gpt-4.1"];
+            let sets: Vec<String> = [set, more[0], more[1]].map(str::to_owned).into();
+            let (config, origins) = Config::explain(None, &sets).unwrap();
+            assert_eq!(config.endpoints["gpt-4.1"].model, "m");
+            assert_eq!(origins["endpoints.gpt-4.1.model"], format!("--set {set}"));
+        }
+        let e = set("endpoints.gpt-4.1.modle=m").unwrap_err().to_string();
+        assert!(e.contains("did you mean `endpoints.gpt-4.1.model`?"), "{e}");
+    }
+
+    #[test]
     fn endpoints_have_names_of_the_users_choice_and_known_keys() {
         let all =
             |sets: &[&str]| Config::resolve(None, &sets.iter().map(|s| s.to_string()).collect::<Vec<_>>());
         let url = "endpoints.gpt.base_url=https://api.openai.com/v1";
-        let c = all(&[url, "endpoints.gpt.tries=2", "planner.model=endpoint:gpt"]).unwrap();
+        let named = "endpoints.gpt.model=m";
+        let c = all(&[url, named, "endpoints.gpt.tries=2", "planner.model=endpoint:gpt"]).unwrap();
         assert_eq!(c.endpoints["gpt"].tries, 2);
         assert_eq!(c.endpoints["gpt"].seconds, Endpoint::default().seconds);
+        let thinking = "endpoints.gpt.extra.chat_template_kwargs.enable_thinking=false";
+        let c = all(&[url, thinking, "endpoints.gpt.extra.service_tier=flex"]).unwrap();
+        let want = "service_tier = 'flex'\nchat_template_kwargs = { enable_thinking = false }";
+        assert_eq!(c.endpoints["gpt"].extra, want.parse::<Table>().unwrap());
         for (sets, want) in [
             (&["endpoints.gpt.base_ulr=x"][..], "did you mean `endpoints.gpt.base_url`?"),
             (&["endpoints.gpt.tries=0"], "endpoints.gpt.tries: 0 is not positive"),
@@ -604,6 +725,8 @@ mod tests {
             (&[url, "depth.model=endpoint:gpt"], "chat models only"),
             (&["vlm.model=hub:a/b#c.gguf"], "vlm.model: a GGUF file is read for the planner"),
             (&[url, "endpoints.gpt.budget_usd=3"], "needs prices"),
+            (&[url, "endpoints.gpt.extra.seed=3"], "endpoints.gpt.extra.seed: is sent by valor"),
+            (&[url, "endpoints.gpt.extra=3"], "must be a table"),
         ] {
             let e = all(sets).unwrap_err().to_string();
             assert!(e.contains(want), "{e}");

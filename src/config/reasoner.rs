@@ -32,6 +32,8 @@ pub struct Reasoner {
     pub decay: RateDecay,
     pub weight_decay: f64,
     pub max_grad_norm: f64,
+    /// Megabytes of keys and values of the planner that samples; 0: as for `inference.kv_cache_mb`.
+    pub kv_cache_mb: usize,
     /// Tokens of a micro-batch at most, padding included.
     pub micro_tokens: usize,
     /// Gradient checkpointing: layers run again in the backward pass, and activations of one at a time are held.

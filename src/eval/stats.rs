@@ -67,6 +67,9 @@ pub fn percentiles(n: usize, mut figure: impl FnMut(&[usize]) -> f64) -> Option<
     Some([at(0.025)?, at(0.975)?])
 }
 
+/// Clusters of which a bootstrap's percentiles are too near to one another.
+const FEW: usize = 10;
+
 /// A mean with its 95 % interval.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Mean {
@@ -77,15 +80,16 @@ pub struct Mean {
 }
 
 impl Mean {
-    /// Of scores from 0 to 1. Where all are 0 or all are 1 a bootstrap has no width: it is Wilson's interval
-    /// then.
+    /// Of scores from 0 to 1. Where all are 0 or all are 1 a bootstrap has no width, and of a few clusters it has
+    /// too little: it is Wilson's interval then, each cluster one trial.
     pub fn accuracy<'a>(samples: impl IntoIterator<Item = (&'a str, f64)>) -> Option<Self> {
         let samples: Vec<(&str, f64)> = samples.into_iter().collect();
         let mean = Self::bootstrap(samples.iter().copied())?;
-        if mean.low != mean.high || (mean.value != 0. && mean.value != 1.) {
+        let clusters = samples.iter().map(|s| s.0).collect::<BTreeSet<_>>().len();
+        let uniform = mean.low == mean.high && (mean.value == 0. || mean.value == 1.);
+        if clusters == 1 || (clusters >= FEW && !uniform) {
             return Some(mean);
         }
-        let clusters = samples.iter().map(|s| s.0).collect::<BTreeSet<_>>().len();
         let (low, high) = wilson(mean.value, clusters as f64);
         Some(Self { low, high, ..mean })
     }
@@ -198,5 +202,8 @@ mod tests {
         assert_eq!((none.low, none.high), (0., 0.), "as of differences that are none");
         let sure = Mean::accuracy((0..20).map(|i| (&*names[i], 0.))).unwrap();
         assert!(sure.low == 0. && (sure.high - 0.1611).abs() < 1e-4, "as Wilson's: {sure:?}");
+        // One of four right, about two pictures: as little is known as of one trial in two at least.
+        let few = Mean::accuracy([("a", 1.), ("a", 0.), ("b", 0.), ("b", 0.)]).unwrap();
+        assert!(few.low < 0.05 && few.high > 0.8 && few.value == 0.25, "{few:?}");
     }
 }

@@ -48,6 +48,19 @@ impl Default for EngineOptions {
     }
 }
 
+impl EngineOptions {
+    /// With so many megabytes of keys and values, or where that is 0 as many as suit a device on which the
+    /// weights are.
+    pub fn on(device: &Device, kv_cache_mb: usize) -> Self {
+        let max_kv_bytes = match (kv_cache_mb, crate::nn::free_memory(device)) {
+            (0, None) => Self::default().max_kv_bytes,
+            (0, Some(free)) => free / 3,
+            (mb, _) => mb << 20,
+        };
+        Self { max_kv_bytes, ..Self::default() }
+    }
+}
+
 /// One prompt to be continued.
 #[derive(Clone, Debug)]
 pub struct Job {

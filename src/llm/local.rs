@@ -66,7 +66,11 @@ impl LocalChat {
         options: EngineOptions,
     ) -> Result<Self, LoadError> {
         let template = ChatTemplate::from_files(files)?;
-        let tokenizer = Tokenizer::from_bytes(files.required("tokenizer.json")?.as_bytes())?;
+        let tokenizer = Tokenizer::from_bytes(files.required("tokenizer.json")?.as_bytes());
+        let tokenizer = tokenizer.map_err(|e| match e {
+            ChatError::Tokenizer(why) => file_error(files, "tokenizer.json", why),
+            other => other.into(),
+        })?;
         let eos = end_ids(files, &tokenizer)?;
         let end = eos.first().copied().unwrap_or_default();
         let end = tokenizer.id("<|im_end|>").unwrap_or(end);
@@ -156,9 +160,12 @@ impl ChatModel for LocalChat {
                 Some(e) => return Err(e),
                 None => generated.next().expect("one for each job")?,
             };
-            match request.schema.as_ref().map(|s| s.check(&reply.text)) {
-                Some(Err(misfit)) => Err(ChatError::Misfit(misfit)),
-                _ => Ok(reply),
+            match &request.schema {
+                None => Ok(reply),
+                Some(schema) => {
+                    let text = schema.fitted(&reply.text).map_err(ChatError::Misfit)?.to_owned();
+                    Ok(ChatReply { text, ..reply })
+                }
             }
         };
         requests.iter().zip(refused).map(served).collect()

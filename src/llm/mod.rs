@@ -23,6 +23,7 @@ use image::RgbImage;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
+use crate::weights::message_of;
 pub use open::ChatModels;
 pub use sampler::SamplingOptions;
 pub use schema::Schema;
@@ -121,7 +122,7 @@ pub enum ChatError {
     /// The request cannot be served as it is; trying again will not help.
     #[error("{0}")]
     Request(String),
-    #[error(transparent)]
+    #[error("{}", message_of(.0))]
     Model(Arc<candle_core::Error>),
     /// An endpoint gave no usable reply to this request; others may fare better.
     #[error("{0}")]

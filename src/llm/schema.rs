@@ -18,12 +18,13 @@ impl Schema {
         Ok(Self { name, json, validator })
     }
 
-    /// Is the text JSON and does it fit? Else what is wrong with it.
-    pub fn check(&self, text: &str) -> Result<Value, String> {
+    /// The JSON in a reply, without a Markdown fence around it, if it fits. Else what is wrong with it.
+    pub fn fitted<'a>(&self, reply: &'a str) -> Result<&'a str, String> {
+        let text = unfenced(reply);
         let value: Value =
             serde_json::from_str(text).map_err(|e| format!("the reply is no JSON for {}: {e}", self.name))?;
         match self.validator.validate(&value) {
-            Ok(()) => Ok(value),
+            Ok(()) => Ok(text),
             Err(e) => {
                 let place = e.instance_path().to_string();
                 let what: String = e.to_string().chars().take(200).collect();
@@ -35,6 +36,13 @@ impl Schema {
             }
         }
     }
+}
+
+/// Models put JSON into a Markdown fence now and then.
+fn unfenced(reply: &str) -> &str {
+    let text = reply.trim();
+    let inner = text.strip_prefix("```json").or_else(|| text.strip_prefix("```"));
+    inner.and_then(|t| t.strip_suffix("```")).map_or(text, str::trim)
 }
 
 #[cfg(test)]
@@ -50,14 +58,18 @@ mod tests {
                     "properties": { "ok": { "type": "boolean" } } }),
         )
         .unwrap();
-        assert_eq!(schema.check(r#" {"ok": true}"#).unwrap(), json!({ "ok": true }));
+        for text in
+            ["{\"ok\": true}", " {\"ok\": true}\n", "```json\n{\"ok\": true}\n```\n", "```{\"ok\": true}```"]
+        {
+            assert_eq!(schema.fitted(text).unwrap(), "{\"ok\": true}");
+        }
         for (text, want) in [
-            ("```json\n{\"ok\": true}\n```", "no JSON for verdict"),
+            ("Here it is:\n```json\n{\"ok\": true}\n```", "no JSON for verdict"),
             (r#"{"ok": "yes"}"#, "/ok: "),
             (r#"{"ok": true, "why": 1}"#, "does not fit verdict"),
             ("{}", "does not fit verdict"),
         ] {
-            let e = schema.check(text).unwrap_err();
+            let e = schema.fitted(text).unwrap_err();
             assert!(e.contains(want), "{e}");
         }
         assert!(Schema::new("verdict", json!({ "type": "no such type" })).is_err());

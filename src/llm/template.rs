@@ -1,8 +1,9 @@
 //! A checkpoint's own chat template (Jinja), rendered as HF's `apply_chat_template` does.
 //!
 //! Blocks are trimmed, `tojson` writes plain JSON, `raise_exception` works and Python's string and dict
-//! methods are there. There is no clock: `strftime_now` is not defined, so a template that guards its
-//! use falls back to its own date and any other fails with an error. No tools are passed.
+//! methods are there; marks of replies for trainers print nothing. There is no clock: `strftime_now` is not
+//! defined, so a template that guards its use falls back to its own date and any other fails with an error. No
+//! tools are passed.
 
 use minijinja::{Environment, ErrorKind, Value, context};
 use serde_json::json;
@@ -56,7 +57,9 @@ impl ChatTemplate {
         env.add_filter("tojson", |v: Value| -> Result<String, minijinja::Error> {
             to_json(&v).map_err(|e| minijinja::Error::new(ErrorKind::BadSerialization, e.to_string()))
         });
-        env.add_template_owned(NAME, source.into()).map_err(|e| ChatError::Template(describe(&e)))?;
+        let source: String = source.into();
+        env.add_template_owned(NAME, without_marks(&source))
+            .map_err(|e| ChatError::Template(describe(&e)))?;
         Ok(Self { env, tokens: BTreeMap::new() })
     }
 
@@ -136,6 +139,29 @@ fn message_value(m: &Message) -> Value {
 
 fn parse(name: &str, json: &str) -> Result<serde_json::Value, ChatError> {
     serde_json::from_str(json).map_err(|e| ChatError::Template(format!("{name}: {e}")))
+}
+
+/// HF's `{% generation %}` and `{% endgeneration %}` print nothing. A condition that always holds stands for
+/// them, so that the blanks around them go or stay as the template says.
+fn without_marks(source: &str) -> String {
+    let (mut out, mut rest) = (String::with_capacity(source.len()), source);
+    while let Some(start) = rest.find("{%") {
+        let Some(len) = rest[start + 2..].find("%}") else { break };
+        let inner = start + 2..start + 2 + len;
+        let word = rest[inner.clone()].trim_matches(['-', '+']).trim();
+        let plain = match word {
+            "generation" => Some("if true"),
+            "endgeneration" => Some("endif"),
+            _ => None,
+        };
+        out.push_str(&rest[..inner.start]);
+        match plain {
+            Some(plain) => out.push_str(&rest[inner.clone()].replace(word, plain)),
+            None => out.push_str(&rest[inner.clone()]),
+        }
+        rest = &rest[inner.end..];
+    }
+    out + rest
 }
 
 /// `chat_template` as a string, or as a list of named ones of which `default` is meant.
@@ -226,6 +252,22 @@ mod tests {
         let want = "<s>1 brief. {\"content\": \"Be brief.\", \"role\": \"system\"}";
         assert_eq!(t.render(&chat(), true, true).unwrap(), want);
         assert_eq!(t.render(&chat(), true, false).unwrap(), format!("{want}<think>\n\n</think>"));
+    }
+
+    #[test]
+    fn marks_for_trainers_print_nothing_and_trim_as_written() {
+        let marked = |open: &str, close: &str| {
+            let t = ChatTemplate::new(format!("a\n  {open}\n b {close}\nc|"))?;
+            t.render(&[], true, false)
+        };
+        let generation = ["{% generation %}", "{%- generation -%}", "{%-generation%}"];
+        let end = ["{% endgeneration %}", "{%- endgeneration -%}", "{%endgeneration-%}"];
+        // Blocks are trimmed; a minus takes all blanks on its side.
+        for ((open, close), want) in generation.into_iter().zip(end).zip(["a\n b c|", "abc|", "a b c|"]) {
+            assert_eq!(marked(open, close).unwrap(), want, "{open} {close}");
+        }
+        let other = "{%}{% set generation = 1 %}{% generation";
+        assert_eq!(without_marks(other), other);
     }
 
     #[test]

@@ -28,6 +28,17 @@ pub fn gpu(ordinal: usize) -> Result<Device> {
     Ok(device)
 }
 
+/// Bytes that a GPU has left; `None` of the processor, whose memory others share.
+pub fn free_memory(device: &Device) -> Option<usize> {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(cuda) = device {
+        cuda.cuda_stream().context().bind_to_thread().ok()?;
+        return Some(candle_core::cuda_backend::cudarc::driver::result::mem_get_info().ok()?.0);
+    }
+    let _ = device;
+    None
+}
+
 /// Whether convolutions of f32 on a GPU may round their factors to TF32 (11 bits; the sums are f32's), which is many times
 /// as fast and PyTorch's default too. Other products never do (large ones of f32 with frozen weights are made of three of
 /// TF32, which keep 22 bits of a factor, and sum in f32).

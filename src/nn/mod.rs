@@ -53,7 +53,7 @@ pub use conv::{Conv2d, Conv2dConfig, conv2d};
 pub use conv_same::conv_same;
 pub use cpu::{composed, keep_freed_memory};
 pub use frozen::frozen;
-pub use gpu::{gpu, sample, set_exact_sums, set_tf32};
+pub use gpu::{free_memory, gpu, sample, set_exact_sums, set_tf32};
 pub use linear::{EMBEDDING_STDEV, Embedding, Linear, embedding, linear, linear_b, linear_no_bias};
 pub use loss::{linear_log_probs, log_probs};
 pub use mlp::GatedMlp;

@@ -9,13 +9,14 @@ mod vote;
 
 pub use vote::{Referee, elect};
 
-use crate::config::{self, Config, Fallback, ProgramExecutor};
+use crate::config::{self, Config, ENDPOINT, Fallback, ProgramExecutor};
 use crate::llm::{ChatError, ChatModels, ChatReply};
 use crate::planner::{Failed, Planner};
 use crate::program::reply::ReplyError;
 use crate::program::{Executor, IMAGE, Limits, Outcome, Python, PythonError, Reply, Sandbox, SandboxError};
 use crate::tools::Tools;
 use crate::tools::real::{LoadError, Perception};
+use crate::weights::{ModelFiles, WeightsError};
 use candle_core::Device;
 use serde_json::Value;
 
@@ -28,6 +29,7 @@ pub struct Models {
 impl Models {
     /// Loads what a configuration names, all at once.
     pub fn load(config: &Config, device: &Device, chats: &ChatModels) -> Result<Self, LoadError> {
+        chats.check_vlm()?;
         std::thread::scope(|s| {
             let planner = s.spawn(|| chats.planner());
             let perception = Perception::load(config, device, chats);
@@ -45,6 +47,15 @@ impl Models {
             ("depth", p.depth.name()),
             ("vlm", p.vlm.name()),
         ]
+    }
+}
+
+/// What tells a part's model from others, its load not paid for: a name says little of a folder that
+/// training overwrites.
+pub fn identity(config: &Config, model: &str, part: &'static str) -> Result<String, WeightsError> {
+    match model.strip_prefix(ENDPOINT).map(|name| &config.endpoints[name]) {
+        Some(e) => Ok(format!("{} {}", e.base_url, e.model)),
+        None => Ok(format!("{model} {}", ModelFiles::open(model, part)?.fingerprint())),
     }
 }
 
@@ -128,6 +139,14 @@ impl Answered {
     /// Where the planner gave no reply to read.
     pub fn without_reply(why: &ChatError) -> Self {
         Self { reply: None, outcome: Err(NoProgram::NoReply(why.clone())) }
+    }
+
+    /// Why no reply came, if that is a server's fault of the moment.
+    pub fn outage(&self) -> Option<&str> {
+        match &self.outcome {
+            Err(NoProgram::NoReply(ChatError::NoReply(why))) => Some(why),
+            _ => None,
+        }
     }
 
     /// The answer, if there is one.

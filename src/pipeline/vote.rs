@@ -14,12 +14,17 @@ pub struct Referee {
 }
 
 impl Referee {
-    /// `None` where the configuration wants none, or nothing is voted on.
+    /// Does a configuration want one, and is anything voted on?
+    pub fn is_wanted(config: &Config) -> bool {
+        config.inference.samples > 1 && config.inference.tie_break == TieBreak::Verifier
+    }
+
+    /// `None` where none is wanted.
     ///
     /// # Errors
     /// If the verifier cannot be loaded.
     pub fn load(config: &Config, chats: &ChatModels) -> anyhow::Result<Option<Self>> {
-        if config.inference.samples < 2 || config.inference.tie_break == TieBreak::First {
+        if !Self::is_wanted(config) {
             return Ok(None);
         }
         Ok(Some(Self::new(Judge::new(chats.verifier()?, &config.verifier)?, config.reward)))

@@ -36,7 +36,7 @@ pub use alloc::WorkerAllocator;
 pub use host::ToolCall;
 pub use jail::{Layer, Layers};
 pub use python::{Python, PythonError};
-pub use reply::Reply;
+pub use reply::{Flag, Reply};
 pub use sandbox::{Sandbox, SandboxError};
 pub use worker::worker_dispatch;
 

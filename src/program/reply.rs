@@ -5,7 +5,7 @@
 //! evaluation and mining accept, and says in [`Reply::flags`] what was irregular. Both read the text
 //! once, by tag; nothing in it is interpreted.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Longest reply that is read, bytes; 16,384 tokens are about 80 KB.
 pub const MAX_REPLY: usize = 1 << 20;
@@ -21,7 +21,7 @@ pub struct Reply {
 }
 
 /// An irregularity that the lenient form forgives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Flag {
     /// There is no plan block.

@@ -66,6 +66,11 @@ pub trait Tools {
     /// Of the extended set: how wide, high and deep what is seen in the box is, in metres along the
     /// camera's axes.
     fn size3d(&mut self, bbox: BBox) -> Result<[f64; 3], ToolError>;
+    /// Why a call since this was last asked failed for a server's fault: to the program it is a failed call as
+    /// any other, but what the program makes of it says nothing about the method.
+    fn outage(&mut self) -> Option<String> {
+        None
+    }
 }
 
 impl<T: Tools + ?Sized> Tools for Box<T> {
@@ -87,5 +92,9 @@ impl<T: Tools + ?Sized> Tools for Box<T> {
 
     fn size3d(&mut self, bbox: BBox) -> Result<[f64; 3], ToolError> {
         (**self).size3d(bbox)
+    }
+
+    fn outage(&mut self) -> Option<String> {
+        (**self).outage()
     }
 }

@@ -111,6 +111,11 @@ impl Checkpoints {
         Ok(None)
     }
 
+    /// Is there any, be it whole or not?
+    pub fn any(&self) -> bool {
+        self.steps().is_ok_and(|steps| !steps.is_empty())
+    }
+
     pub fn path(&self, step: u64) -> PathBuf {
         self.dir.join(format!("{PREFIX}{step:06}"))
     }

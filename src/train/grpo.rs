@@ -15,6 +15,11 @@ pub fn advantages(group: &[Option<f64>], normalise: bool) -> Vec<Option<f64>> {
     if n < 2. {
         return vec![None; group.len()];
     }
+    // What sums of the same weights differ by in their last bits is no difference.
+    let (least, most) = known.iter().fold((f64::MAX, f64::MIN), |(l, m), r| (l.min(*r), m.max(*r)));
+    if most - least < 1e-9 {
+        return group.iter().map(|r| r.map(|_| 0.)).collect();
+    }
     let mean = known.iter().sum::<f64>() / n;
     let deviation = (known.iter().map(|r| (r - mean).powi(2)).sum::<f64>() / (n - 1.)).sqrt();
     let unit = if normalise { deviation + 1e-6 } else { 1. };
@@ -100,6 +105,12 @@ mod tests {
         }
         assert_eq!(advantages(&[Some(0.), Some(1.)], false), [Some(-0.5), Some(0.5)]);
         assert_eq!(advantages(&[Some(0.7); 5], true), [Some(0.); 5], "no spread, nothing to learn");
+        // Whose mean is not it.
+        for r in [0.1, 0.2, 0.4, 0.7, 0.8, 0.9, 0.8999999999999999] {
+            for n in [5, 8] {
+                assert!(advantages(&vec![Some(r); n], true).iter().all(|a| *a == Some(0.)), "{r}");
+            }
+        }
     }
 
     #[test]

@@ -11,6 +11,7 @@ use super::Broken;
 use super::checkpoint::Checkpoints;
 use crate::files::write_atomic;
 use crate::nn::Params;
+use anyhow::ensure;
 use candle_core::{Device, Tensor};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value, json};
@@ -19,7 +20,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 pub type Metrics = Map<String, Value>;
 
@@ -34,6 +35,48 @@ pub trait Trainee {
     fn step(&mut self, step: u64) -> anyhow::Result<Metrics>;
     /// Held-out figures.
     fn evaluate(&mut self) -> anyhow::Result<Metrics>;
+}
+
+/// That a run may write into a folder: a new or empty one, or one in which such a run has `begun`. Its files
+/// go by names that others use too.
+pub fn check_folder(dir: &Path, begun: impl FnOnce() -> bool) -> anyhow::Result<()> {
+    // What a kill left half written has a hidden name.
+    let shown = |e: std::fs::DirEntry| !e.file_name().to_string_lossy().starts_with('.');
+    let full = std::fs::read_dir(dir).is_ok_and(|all| all.flatten().any(shown));
+    ensure!(!full || begun(), "--out {} is not empty and holds no run; name a new folder", dir.display());
+    Ok(())
+}
+
+/// A line for people beside a progress bar; where there is no terminal for the bar, on its own.
+pub fn say(bar: &ProgressBar, line: &str) {
+    match bar.is_hidden() {
+        true => eprintln!("{line}"),
+        false => bar.println(line),
+    }
+}
+
+/// Says now and then where a run stands, for a log that no bar is drawn into.
+pub struct Pulse {
+    last: Instant,
+}
+
+impl Default for Pulse {
+    fn default() -> Self {
+        Self { last: Instant::now() }
+    }
+}
+
+impl Pulse {
+    const EVERY: Duration = Duration::from_secs(60);
+
+    pub fn beat(&mut self, bar: &ProgressBar) {
+        if bar.is_hidden() && self.last.elapsed() >= Self::EVERY {
+            self.last = Instant::now();
+            let (at, of) = (bar.position(), bar.length().unwrap_or(0));
+            let left = bar.eta().as_secs().div_ceil(60);
+            eprintln!("{} {at}/{of}, about {left} min left, {}", bar.prefix(), bar.message());
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -84,6 +127,7 @@ pub fn train(trainee: &mut dyn Trainee, options: &RunOptions) -> anyhow::Result<
     bar.set_style(ProgressStyle::with_template("{prefix} {bar:30} {pos}/{len} {elapsed} eta {eta} {msg}")?);
     bar.set_prefix(options.label.clone());
     let begun = Instant::now();
+    let mut pulse = Pulse::default();
     for step in start..options.steps {
         let mut m = trainee.step(step)?;
         let done = step + 1;
@@ -97,9 +141,10 @@ pub fn train(trainee: &mut dyn Trainee, options: &RunOptions) -> anyhow::Result<
             log.write(done, m)?;
         }
         bar.set_position(done);
+        pulse.beat(&bar);
         if options.eval_every > 0 && done % options.eval_every == 0 && done < options.steps {
             let m = trainee.evaluate()?;
-            bar.println(format!("{} step {done}: {}", options.label, Value::Object(m.clone())));
+            say(&bar, &format!("{} step {done}: {}", options.label, Value::Object(m.clone())));
             log.write(done, m)?;
         }
         let stopped = options.stop.as_ref().is_some_and(|s| s.load(Ordering::Relaxed));
@@ -277,6 +322,19 @@ mod tests {
         };
         let losses = |d| lines(d).iter().map(|l| (l["step"].clone(), l["loss"].clone())).collect::<Vec<_>>();
         assert_eq!(losses(a.path()), losses(b.path()));
+    }
+
+    #[test]
+    fn a_folder_of_something_else_is_no_runs() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path();
+        check_folder(&path.join("new"), || false).unwrap();
+        std::fs::write(path.join(".half.tmp"), "").unwrap();
+        check_folder(path, || false).unwrap();
+        std::fs::write(path.join("metrics.jsonl"), "{}\n").unwrap();
+        let e = check_folder(path, || false).unwrap_err().to_string();
+        assert!(e.contains("is not empty and holds no run; name a new folder"), "{e}");
+        check_folder(path, || true).unwrap();
     }
 
     #[test]

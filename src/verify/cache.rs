@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Mutex;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 /// Readable verdicts only, one JSON line each, by the hash of everything that they hang on.
@@ -22,15 +23,28 @@ struct Line {
 }
 
 impl VerdictCache {
-    /// In memory alone where there is no path.
-    pub fn open(path: Option<&Path>) -> io::Result<Self> {
-        let Some(path) = path else { return Ok(Self { known: Mutex::default(), file: None }) };
-        let named = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", path.display()));
+    /// In memory alone where there is no path; `key` is the setting that names it.
+    ///
+    /// # Errors
+    /// If it cannot be read or written, or is a file of something else.
+    pub fn open(path: &str, key: &str) -> io::Result<Self> {
+        if path.is_empty() {
+            return Ok(Self { known: Mutex::default(), file: None });
+        }
+        let path = Path::new(path);
+        let named = |e: io::Error| io::Error::new(e.kind(), format!("{key}: {}: {e}", path.display()));
         if let Some(folder) = path.parent() {
             std::fs::create_dir_all(folder).map_err(named)?;
         }
         let file = OpenOptions::new().create(true).read(true).append(true).open(path).map_err(named)?;
         let text = std::fs::read_to_string(path).map_err(named)?;
+        // A killed run may have left it half written.
+        let first = text.lines().next().unwrap_or_default();
+        let torn = first.starts_with(r#"{"key":"#) && serde_json::from_str::<Value>(first).is_err();
+        if !text.is_empty() && !torn && serde_json::from_str::<Line>(first).is_err() {
+            let why = "its first line is no verdict, so it is no cache of them; name a new file";
+            return Err(named(io::Error::new(io::ErrorKind::InvalidData, why)));
+        }
         // A line that a killed run left half written is none; the next one starts anew behind it.
         let known = text.lines().filter_map(|l| serde_json::from_str::<Line>(l).ok()).map(|l| (l.key, l.ok));
         let known = Mutex::new(known.collect());
@@ -72,7 +86,7 @@ mod tests {
     fn verdicts_survive_and_a_half_written_one_is_none() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a/verdicts.jsonl");
-        let open = || VerdictCache::open(Some(&path)).unwrap();
+        let open = || VerdictCache::open(path.to_str().unwrap(), "verifier.cache").unwrap();
         let cache = open();
         cache.put("x", true).unwrap();
         cache.put("y", false).unwrap();
@@ -83,5 +97,22 @@ mod tests {
         again.put("z", false).unwrap();
         assert_eq!((open().get("x"), open().get("z")), (Some(true), Some(false)));
         assert_ne!(VerdictCache::key(&["ab", "c"]), VerdictCache::key(&["a", "bc"]));
+        // Killed in its first line.
+        std::fs::write(&path, &whole[..12]).unwrap();
+        assert_eq!(open().get("x"), None);
+        open().put("w", true).unwrap();
+        assert_eq!(open().get("w"), Some(true));
+    }
+
+    #[test]
+    fn a_file_of_something_else_is_no_cache() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("notes.txt");
+        for text in ["dear diary", "dear diary\n", "\n", "{\"key\": \"x\"}\n", "{\"key\":\"x\"}\n"] {
+            std::fs::write(&path, text).unwrap();
+            let e = VerdictCache::open(path.to_str().unwrap(), "verifier.cache").err().unwrap().to_string();
+            assert!(e.starts_with("verifier.cache: ") && e.contains("notes.txt: its first line"), "{e}");
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), text);
+        }
     }
 }

@@ -84,9 +84,10 @@ pub(super) fn enclosed(tag: &str, text: &str) -> String {
     format!("<{tag}>\n{}\n</{tag}>", untagged(text))
 }
 
-/// The text with every one of the format's tags broken by a blank.
+/// The text with every one of the format's tags broken by a blank, and what chat templates set turns apart
+/// with: here it is text whatever it spells, but not on every server.
 fn untagged(text: &str) -> String {
-    let mut out = text.to_owned();
+    let mut out = text.replace("<|", "< |");
     for tag in ["plan", "program", "answer", "question", "truth", "given"] {
         for (whole, broken) in
             [(format!("<{tag}>"), format!("< {tag}>")), (format!("</{tag}>"), format!("< /{tag}>"))]

@@ -1,7 +1,6 @@
 //! The four heads that a language model decides.
 
 use std::collections::HashMap;
-use std::path::Path;
 use std::sync::Arc;
 
 use serde::Serialize;
@@ -51,13 +50,24 @@ pub enum JudgeError {
 /// What an unreadable reply is asked for again with: the most likely reply would be the same.
 pub(super) const SECOND: f64 = 0.7;
 
+/// The setting that names a verifier's cache.
+const CACHE: &str = "verifier.cache";
+
+fn prompts(cfg: &config::Verifier) -> Result<HashMap<Head, String>, ConfigError> {
+    Head::ALL.into_iter().map(|h| Ok((h, prompt(&cfg.prompts, h)?))).collect()
+}
+
+/// That a verifier's prompts and cache will do, before its model is loaded.
+pub fn check_files(cfg: &config::Verifier) -> Result<(), JudgeError> {
+    prompts(cfg)?;
+    VerdictCache::open(&cfg.cache, CACHE)?;
+    Ok(())
+}
+
 impl Judge {
     pub fn new(model: Arc<dyn ChatModel>, cfg: &config::Verifier) -> Result<Self, JudgeError> {
-        let prompts = Head::ALL
-            .into_iter()
-            .map(|h| Ok((h, prompt(&cfg.prompts, h)?)))
-            .collect::<Result<_, ConfigError>>()?;
-        let cache = VerdictCache::open((!cfg.cache.is_empty()).then_some(Path::new(&cfg.cache)))?;
+        let prompts = prompts(cfg)?;
+        let cache = VerdictCache::open(&cfg.cache, CACHE)?;
         Ok(Self { model, prompts, max_new_tokens: cfg.max_new_tokens, cache })
     }
 

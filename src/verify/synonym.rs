@@ -3,7 +3,6 @@
 //! Answers are a stranger's text and stand between tags that they cannot forge; verdicts are kept like
 //! those of the heads. What cannot be had or read is missing, never a no.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use super::cache::VerdictCache;
@@ -32,7 +31,7 @@ pub struct Pair<'a> {
 
 impl SynonymJudge {
     pub fn new(model: Arc<dyn ChatModel>, cfg: &config::AnswerJudge) -> Result<Self, JudgeError> {
-        let cache = VerdictCache::open((!cfg.cache.is_empty()).then_some(Path::new(&cfg.cache)))?;
+        let cache = VerdictCache::open(&cfg.cache, "eval.judge.cache")?;
         Ok(Self { model, max_new_tokens: cfg.max_new_tokens, cache })
     }
 

@@ -120,6 +120,11 @@ impl Adapted {
         Ok(Self { base, adapter: adapter.into(), scale: config.scale(), pairs })
     }
 
+    /// The weights that are changed, each with the name of its A.
+    pub fn weights(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.pairs.iter().map(|(weight, (a, _))| (weight.as_str(), a.as_str()))
+    }
+
     pub fn load(&self, name: &str, device: &Device) -> candle_core::Result<Tensor> {
         let weight = self.base.load(name, device)?;
         let Some((a, b)) = self.pairs.get(name) else { return Ok(weight) };
@@ -133,8 +138,8 @@ impl Adapted {
 mod tests {
     use crate::nn::Params;
     use crate::nn::lora::{LoraConfig, merged, peft_config, peft_tensors};
-    use crate::weights::ModelFiles;
-    use candle_core::{Device, Tensor};
+    use crate::weights::{Checkpoint, ModelFiles};
+    use candle_core::{DType, Device, Tensor};
     use std::collections::HashMap;
     use std::path::Path;
 
@@ -190,6 +195,47 @@ mod tests {
         let file = dir.path().join("adapter/adapter_model.safetensors").display().to_string();
         let read = ModelFiles::open(&file, "planner").unwrap().checkpoint().unwrap().tensors().unwrap();
         assert!(off(&read["a.q_proj.weight"], &merged["a.q_proj.weight"]) < 1e-6);
+    }
+
+    /// As of a head that is tied to the embedding and stored all the same.
+    #[test]
+    fn a_pair_that_no_layer_takes_is_named_not_dropped() {
+        let dir = tempfile::tempdir().unwrap();
+        folders(dir.path());
+        let checkpoint = open(dir.path()).unwrap().checkpoint().unwrap();
+        let build = |c: &Checkpoint, layers: &[(&str, usize)]| {
+            let built = c.build(DType::F32, &Device::Cpu, &["a.q_proj."], |vb| {
+                layers.iter().try_for_each(|(layer, rows)| vb.pp(layer).get((*rows, 3), "weight").map(drop))
+            });
+            built.map_err(|e| e.to_string())
+        };
+        for c in [checkpoint.outline().unwrap(), checkpoint] {
+            let e = build(&c, &[("a.k_proj", 2)]).unwrap_err();
+            assert!(
+                e.contains("a.q_proj.lora_A.weight changes a.q_proj.weight") && e.contains("tied"),
+                "{e}"
+            );
+            build(&c, &[("a.k_proj", 2), ("a.q_proj", 4)]).unwrap();
+        }
+    }
+
+    /// As axolotl leaves it.
+    #[test]
+    fn a_bases_configuration_beside_an_adapter_makes_it_no_whole_model() {
+        let dir = tempfile::tempdir().unwrap();
+        folders(dir.path());
+        let write =
+            |name: &str, text: &str| std::fs::write(dir.path().join("adapter").join(name), text).unwrap();
+        write("config.json", "{\"of\": \"the adapter\"}");
+        let files = open(dir.path()).unwrap();
+        assert!(matches!(files, ModelFiles::Adapted { .. }));
+        assert_eq!(files.required("config.json").unwrap(), "{\"of\": \"base\"}");
+        assert_eq!(files.checkpoint().unwrap().names().len(), 2);
+        let file = dir.path().join("adapter/adapter_model.safetensors").display().to_string();
+        assert!(matches!(ModelFiles::open(&file, "planner"), Ok(ModelFiles::Adapted { .. })));
+        // With whole weights it is a model, merged or with nothing to do with the adapter.
+        write("model.safetensors", "");
+        assert!(matches!(open(dir.path()), Ok(ModelFiles::Folder(_))));
     }
 
     #[test]

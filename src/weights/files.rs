@@ -3,7 +3,10 @@
 
 use super::hub::Hub;
 use super::source::{HUB, Source};
-use super::{Checkpoint, Gguf, Pth, WeightsError, adapter, delta, gguf, presets, pytorch_file};
+use super::{
+    Checkpoint, Gguf, PYTORCH_NAMES, Pth, WeightsError, adapter, byte_level, delta, gguf, presets,
+    pytorch_file,
+};
 use include_dir::{Dir, include_dir};
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
@@ -13,6 +16,10 @@ static EMBEDDED: Dir<'static> = include_dir!("$CARGO_MANIFEST_DIR/data/embedded"
 
 /// The embedded models as their trainings left them: what lies on the embedded base of each part.
 const TUNED: [(&str, &str); 2] = [("planner", "planner-tuned"), ("detector", "detector-tuned")];
+
+/// How pictures are read, and the file in which that may be nested.
+const PICTURES: &str = "preprocessor_config.json";
+const PROCESSOR: &str = "processor_config.json";
 
 /// How many adapters and deltas may lie on one another.
 const ADAPTERS: usize = 4;
@@ -100,7 +107,7 @@ impl ModelFiles {
 
     /// These files, or, where they are an adapter's, with those of its base, which may have one too.
     fn with_base(self, part: &'static str, adapters: usize) -> Result<Self, WeightsError> {
-        let Some(on) = self.lies_on()? else { return Ok(self) };
+        let Some(base) = self.base()? else { return Ok(self) };
         if adapters == 0 {
             return Err(WeightsError::Unreadable {
                 path: self.name(),
@@ -111,34 +118,59 @@ impl ModelFiles {
                 ),
             });
         }
-        let source = match on {
-            Overlay::Adapter(c) => c.base_model_name_or_path,
-            Overlay::Delta(c) => c.base,
+        let base = Self::locate(&base, part)?.with_base(part, adapters - 1)?;
+        Ok(Self::Adapted { base: Box::new(base), adapter: Box::new(self) })
+    }
+
+    /// What these files lie on, in the words of a configuration's `model`; `None` of a whole model.
+    pub fn base(&self) -> Result<Option<String>, WeightsError> {
+        let source = match self.lies_on()? {
+            None => return Ok(None),
+            Some(Overlay::Adapter(c)) => c.base_model_name_or_path,
+            Some(Overlay::Delta(c)) => c.base,
         };
         // PEFT names repositories by themselves.
         let repository = !Path::new(&source).exists() && source.split('/').count() == 2;
         let known = matches!(Source::parse(&source), Ok(Source::Path(_))) && repository;
-        let base = Self::locate(&if known { format!("{HUB}{source}") } else { source }, part)?;
-        let base = base.with_base(part, adapters - 1)?;
-        Ok(Self::Adapted { base: Box::new(base), adapter: Box::new(self) })
+        Ok(Some(if known { format!("{HUB}{source}") } else { source }))
     }
 
     /// What makes these files more than themselves, if anything does.
     fn lies_on(&self) -> Result<Option<Overlay>, WeightsError> {
-        if self.text("config.json")?.is_some() {
-            return Ok(None);
-        }
         let fail = |file: &str, message| WeightsError::Unreadable {
             path: format!("{}/{file}", self.name()),
             message,
         };
         if let Some(text) = self.text(adapter::CONFIG)? {
+            if self.is_whole()? {
+                return Ok(None);
+            }
             let config = adapter::Config::parse(&text).map_err(|m| fail(adapter::CONFIG, m))?;
             return Ok(Some(Overlay::Adapter(config.into())));
         }
         let Some(text) = self.text(delta::CONFIG)? else { return Ok(None) };
+        if self.is_whole()? {
+            return Ok(None);
+        }
         let config = serde_json::from_str(&text).map_err(|e| fail(delta::CONFIG, e.to_string()))?;
         Ok(Some(Overlay::Delta(config)))
+    }
+
+    /// Whether there is a network with all of its weights, whatever lies beside it. A configuration by itself
+    /// says nothing: trainers copy the base's beside an adapter.
+    fn is_whole(&self) -> Result<bool, WeightsError> {
+        let weights = match self {
+            Self::Folder(folder) => {
+                let safe = ["model.safetensors", "model.safetensors.index.json"];
+                safe.iter().chain(&PYTORCH_NAMES).any(|name| folder.join(name).is_file())
+            }
+            Self::File(path) => {
+                let name = path.file_name().and_then(|n| n.to_str());
+                ![adapter::WEIGHTS, delta::WEIGHTS].map(Some).contains(&name)
+            }
+            _ => true,
+        };
+        Ok(weights && self.text("config.json")?.is_some())
     }
 
     fn of_file(path: PathBuf) -> Result<Self, WeightsError> {
@@ -261,16 +293,58 @@ impl ModelFiles {
     }
 }
 
-/// A text at a path; a configuration that is not there may be inside the weights.
+/// A text at a path. What is not there may be inside the weights, or inside or made of other files beside it.
 fn on_disk(path: &Path, weights: &Path, file: &str) -> Result<Option<Cow<'static, str>>, String> {
-    match std::fs::read_to_string(path) {
-        Ok(s) => Ok(Some(s.into())),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound && file == "config.json" => {
+    if let Some(text) = if_there(path)? {
+        return Ok(Some(text));
+    }
+    let beside = |name: &str| if_there(&path.with_file_name(name));
+    Ok(match file {
+        "config.json" => {
             let Some(weights) = pytorch_file(weights) else { return Ok(None) };
             let config = Pth::open(&weights)?.config;
-            Ok(config.map(|c| serde_json::json!({ "model_config": c }).to_string().into()))
+            config.map(|c| serde_json::json!({ "model_config": c }).to_string().into())
         }
+        // transformers 5 writes one file for pictures, videos and text.
+        PICTURES => {
+            let Some(text) = beside(PROCESSOR)? else { return Ok(None) };
+            let all: serde_json::Value =
+                serde_json::from_str(&text).map_err(|e| format!("{PROCESSOR}: {e}"))?;
+            all.get("image_processor").filter(|p| p.is_object()).map(|p| p.to_string().into())
+        }
+        "tokenizer.json" => byte_level::of_folder(beside)?.map(|json| json.to_string().into()),
+        _ => None,
+    })
+}
+
+fn if_there(path: &Path) -> Result<Option<Cow<'static, str>>, String> {
+    match std::fs::read_to_string(path) {
+        Ok(s) => Ok(Some(s.into())),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(e.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    /// As transformers 5 saves checkpoints.
+    #[test]
+    fn an_image_processor_may_lie_inside_the_processor() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = ModelFiles::Folder(dir.path().into());
+        let write =
+            |name: &str, json: Value| std::fs::write(dir.path().join(name), json.to_string()).unwrap();
+        write(PROCESSOR, json!({ "processor_class": "GroundingDinoProcessor" }));
+        assert_eq!(files.text(PICTURES).unwrap(), None);
+        let size = json!({ "shortest_edge": 640, "longest_edge": 999 });
+        let own = json!({ "size": size, "image_mean": [0.1, 0.2, 0.3] });
+        write(PROCESSOR, json!({ "image_processor": own, "video_processor": { "size": null } }));
+        assert_eq!(files.json::<Value>(PICTURES).unwrap(), own);
+        // A file of its own goes first.
+        write(PICTURES, json!({ "size": 1 }));
+        assert_eq!(files.json::<Value>(PICTURES).unwrap(), json!({ "size": 1 }));
     }
 }

@@ -6,6 +6,7 @@
 //! error that names them all. Nothing here downloads but [`hub`], and that only when it is asked to.
 
 mod adapter;
+mod byte_level;
 pub mod delta;
 mod files;
 pub mod gguf;
@@ -36,13 +37,26 @@ pub enum WeightsError {
     Unreadable { path: String, message: String },
     #[error("{path}: weights do not fit the network: {problems}")]
     Mismatch { path: String, problems: String },
-    #[error("{path}: {}", first_line(.source))]
+    #[error("{path}: {}", message_of(.source))]
     Network { path: String, source: candle_core::Error },
 }
 
-/// candle adds the whole stack where `RUST_BACKTRACE` is set.
-pub(crate) fn first_line(e: &candle_core::Error) -> String {
-    e.to_string().lines().next().unwrap_or_default().to_owned()
+/// An error of candle's on one line, without the stack that it carries where `RUST_BACKTRACE` is set.
+pub(crate) fn message_of(e: &candle_core::Error) -> String {
+    use candle_core::Error;
+    match e {
+        Error::WithBacktrace { inner, .. } => message_of(inner),
+        Error::Context { inner, context } => format!("{context}: {}", message_of(inner)),
+        Error::WithPath { inner, path } => format!("{}: {}", path.display(), message_of(inner)),
+        Error::WrappedContext { wrapped, context } => {
+            let own = wrapped.downcast_ref::<Error>();
+            format!("{context}: {}", own.map_or_else(|| wrapped.to_string(), message_of))
+        }
+        other => {
+            let text = other.to_string();
+            text.lines().map(str::trim).filter(|l| !l.is_empty()).collect::<Vec<_>>().join("; ")
+        }
+    }
 }
 
 enum Source {
@@ -114,11 +128,18 @@ impl Source {
 pub struct Checkpoint {
     name: String,
     source: Arc<Source>,
+    /// Weights that adapters change: the adapters' own names for that.
+    adapted: BTreeMap<String, String>,
 }
 
 impl Checkpoint {
+    fn of(name: impl Into<String>, source: Source) -> Self {
+        Self { name: name.into(), source: source.into(), adapted: BTreeMap::new() }
+    }
+
     /// A `.safetensors` file, one of PyTorch's ([`PYTORCH`]) or a `.gguf` file; or a folder with
-    /// `model.safetensors`, a sharded `model.safetensors.index.json` or, without these, one of PyTorch's.
+    /// `model.safetensors`, a sharded `model.safetensors.index.json` or, without these, one of PyTorch's and no
+    /// more.
     pub fn open(path: &Path) -> Result<Self, WeightsError> {
         let fail = |path: &Path, message: String| WeightsError::Unreadable {
             path: path.display().to_string(),
@@ -129,7 +150,7 @@ impl Checkpoint {
         }
         if let Some(file) = pytorch_file(path) {
             let pth = Pth::open(&file).map_err(|m| fail(&file, m))?;
-            return Ok(Self { name: path.display().to_string(), source: Arc::new(Source::Pth(pth)) });
+            return Ok(Self::of(path.display().to_string(), Source::Pth(pth)));
         }
         let files = if path.is_dir() {
             let (single, index) = (path.join("model.safetensors"), path.join("model.safetensors.index.json"));
@@ -137,6 +158,16 @@ impl Checkpoint {
                 vec![single]
             } else if index.is_file() {
                 shards(&index).map_err(|m| fail(&index, m))?
+            } else if let several @ [first, _, ..] = &pths(path)[..] {
+                let name = |p: &PathBuf| p.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                let names = several.iter().map(name).collect::<Vec<_>>().join(", ");
+                let message = format!(
+                    "holds several checkpoints ({names}); name one, such as {}, or in a repository on the hub \
+                     hub:OWNER/NAME#{}",
+                    first.display(),
+                    name(first)
+                );
+                return Err(fail(path, message));
             } else {
                 return Err(fail(
                     path,
@@ -154,21 +185,22 @@ impl Checkpoint {
         // SAFETY: the mapping is read-only. Another process that changes the file while it is
         // mapped can change tensor values (never the checked layout), as in any mmap loader.
         let mapped = unsafe { MmapedSafetensors::multi(&files) };
-        let mapped = mapped.map_err(|e| fail(path, format!("not a readable safetensors file ({e})")))?;
-        Ok(Self { name: path.display().to_string(), source: Arc::new(Source::Mapped(mapped)) })
+        let mapped = mapped
+            .map_err(|e| fail(path, format!("not a readable safetensors file ({})", message_of(&e))))?;
+        Ok(Self::of(path.display().to_string(), Source::Mapped(mapped)))
     }
 
     /// A network's, under the names that checkpoints on the hub have.
     pub fn of_gguf(file: Arc<Gguf>) -> Result<Self, WeightsError> {
         file.check_network()?;
-        Ok(Self { name: file.path().display().to_string(), source: Arc::new(Source::Gguf(file)) })
+        Ok(Self::of(file.path().display().to_string(), Source::Gguf(file)))
     }
 
     /// Weights compiled into the binary.
     pub fn embedded(name: &str, bytes: &'static [u8]) -> Result<Self, WeightsError> {
         let s = SliceSafetensors::new(bytes)
-            .map_err(|e| WeightsError::Unreadable { path: name.into(), message: e.to_string() })?;
-        Ok(Self { name: name.into(), source: Arc::new(Source::Static(s)) })
+            .map_err(|e| WeightsError::Unreadable { path: name.into(), message: message_of(&e) })?;
+        Ok(Self::of(name, Source::Static(s)))
     }
 
     /// This checkpoint with an adapter's products in it.
@@ -178,8 +210,10 @@ impl Checkpoint {
             return Err(fail("adapters go on checkpoints of safetensors, not on GGUF files"));
         }
         let adapter = Arc::into_inner(adapter.source).ok_or_else(|| fail("is in use"))?;
-        let adapted = adapter::Adapted::new(name, self.source, adapter, config)?;
-        Ok(Self { name: name.into(), source: Arc::new(Source::Adapted(adapted)) })
+        let new = adapter::Adapted::new(name, self.source, adapter, config)?;
+        let mut adapted = self.adapted;
+        adapted.extend(new.weights().map(|(weight, own)| (weight.to_owned(), own.to_owned())));
+        Ok(Self { adapted, ..Self::of(name, Source::Adapted(new)) })
     }
 
     /// This checkpoint with a training's changes.
@@ -190,12 +224,12 @@ impl Checkpoint {
         }
         let changes = Arc::into_inner(changes.source).ok_or_else(|| fail("is in use"))?;
         let changed = delta::Changed::new(name, self.source, changes)?;
-        Ok(Self { name: name.into(), source: Arc::new(Source::Changed(changed)) })
+        Ok(Self { adapted: self.adapted, ..Self::of(name, Source::Changed(changed)) })
     }
 
     /// Tensors already in memory, for name sets that are translated on load.
     pub fn from_tensors(name: &str, tensors: HashMap<String, Tensor>) -> Self {
-        Self { name: name.into(), source: Arc::new(Source::Tensors(tensors)) }
+        Self::of(name, Source::Tensors(tensors))
     }
 
     /// Names and shapes without numbers: every tensor is zeros that take no memory, whatever its size.
@@ -208,8 +242,9 @@ impl Checkpoint {
     /// This checkpoint without its numbers. A network built on it computes nothing of use, but whether it
     /// fits is found out as with the numbers, and no more than the files' headers is read.
     pub fn outline(&self) -> Result<Self, WeightsError> {
-        Self::from_shapes(&self.name, self.shapes())
-            .map_err(|source| WeightsError::Network { path: self.name.clone(), source })
+        let outline = Self::from_shapes(&self.name, self.shapes())
+            .map_err(|source| WeightsError::Network { path: self.name.clone(), source })?;
+        Ok(Self { adapted: self.adapted.clone(), ..outline })
     }
 
     /// The tensors' names, sorted.
@@ -253,13 +288,26 @@ impl Checkpoint {
         let built = network(VarBuilder::from_backend(Box::new(backend), dtype, device.clone()));
         let audit = std::mem::take(&mut *audit.lock().unwrap_or_else(|e| e.into_inner()));
         let mut problems = audit.problems;
+        let mut advice = "";
         if built.is_ok() {
+            let unread = self.adapted.iter().filter(|(weight, _)| !audit.asked.contains(*weight));
+            problems.extend(unread.map(|(weight, own)| {
+                format!(
+                    "{own} changes {weight}, which this network does not read (a head that is tied to the \
+                     embedding is no layer of its own)"
+                )
+            }));
             let unknown = names.difference(&audit.asked).filter(|n| !is_unused(n, unused));
+            let before = problems.len();
             let own = unknown.map(|n| format!("{} is not part of this network", self.source.own_name(n)));
             problems.extend(own);
+            if problems.len() > before {
+                advice = UNKNOWN;
+            }
         }
         if !problems.is_empty() {
-            return Err(WeightsError::Mismatch { path: self.name.clone(), problems: summary(&problems) });
+            let problems = summary(&problems) + advice;
+            return Err(WeightsError::Mismatch { path: self.name.clone(), problems });
         }
         built.map_err(|source| WeightsError::Network { path: self.name.clone(), source })
     }
@@ -273,26 +321,38 @@ pub fn is_unused(name: &str, unused: &[impl AsRef<str>]) -> bool {
     })
 }
 
+/// What to do about tensors that the network has no place for: whether they matter is for their owner to say.
+const UNKNOWN: &str =
+    " (if these do not matter, save the checkpoint without them; else correct its config.json)";
+
 /// Endings of PyTorch's own files.
 pub const PYTORCH: [&str; 3] = ["pt", "pth", "bin"];
+
+/// Names under which a folder has one of them, first to last.
+const PYTORCH_NAMES: [&str; 3] = ["model.pt", "model.pth", "pytorch_model.bin"];
 
 /// The file itself if it is one of PyTorch's, or the one in a folder that has no safetensors.
 fn pytorch_file(path: &Path) -> Option<PathBuf> {
     let is_safe = |name: &str| path.join(name).is_file();
     if path.is_dir() && !is_safe("model.safetensors") && !is_safe("model.safetensors.index.json") {
-        let names = ["model.pt", "model.pth", "pytorch_model.bin"];
-        return names.iter().map(|name| path.join(name)).find(|p| p.is_file()).or_else(|| only_pth(path));
+        let named = PYTORCH_NAMES.iter().map(|name| path.join(name)).find(|p| p.is_file());
+        return named.or_else(|| match &pths(path)[..] {
+            // By a name of its own, as VALOR's detector is on the hub.
+            [only] => Some(only.clone()),
+            _ => None,
+        });
     }
     let ending = path.extension()?.to_str()?;
     (path.is_file() && PYTORCH.contains(&ending)).then(|| path.to_path_buf())
 }
 
-/// The one checkpoint in a folder that goes by a name of its own, as VALOR's detector does on the hub.
-fn only_pth(folder: &Path) -> Option<PathBuf> {
-    let files = std::fs::read_dir(folder).ok()?.flatten().map(|e| e.path());
+/// A folder's `.pt` and `.pth` files.
+fn pths(folder: &Path) -> Vec<PathBuf> {
+    let files = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|e| e.path());
     let is_pth = |p: &PathBuf| p.extension().is_some_and(|e| e == "pt" || e == "pth") && p.is_file();
-    let mut found = files.filter(is_pth);
-    found.next().filter(|_| found.next().is_none())
+    let mut found: Vec<PathBuf> = files.filter(is_pth).collect();
+    found.sort();
+    found
 }
 
 /// The shard files of an index, which are siblings of it and nothing else.
@@ -392,6 +452,21 @@ mod tests {
         Checkpoint::from_tensors("x.safetensors", names.map(|(n, t)| (n.to_string(), t)).into())
     }
 
+    /// What candle gives where `RUST_BACKTRACE` is set.
+    #[test]
+    fn the_stack_of_an_error_is_not_part_of_its_message() {
+        use candle_core::Error;
+        let traced = |e| Error::WithBacktrace {
+            inner: Box::new(e),
+            backtrace: Box::new(std::backtrace::Backtrace::force_capture()),
+        };
+        let e = traced(traced(Error::Msg("no\n such tensor".into())).context("layer 3"));
+        assert!(e.to_string().lines().count() > 3);
+        assert_eq!(message_of(&e), "layer 3: no; such tensor");
+        let wrapped = Error::WrappedContext { wrapped: Box::new(e), context: "a.bin".into() };
+        assert_eq!(message_of(&wrapped), "a.bin: layer 3: no; such tensor");
+    }
+
     #[test]
     fn one_error_names_missing_misshaped_and_unknown() {
         let get = |vb: &VarBuilder, s: &[usize], n: &str| vb.get(s, n).map(|_| ());
@@ -406,6 +481,7 @@ mod tests {
             "a.weight has shape [2, 3], expected [3, 3]",
             "b.bias is missing",
             "old.weight is not part",
+            "save the checkpoint without them",
         ] {
             assert!(text.contains(part), "{text}");
         }
@@ -427,6 +503,10 @@ mod tests {
         assert_eq!(pytorch_file(dir.path()), Some(path("VALOR-GroundingDINO.pth")));
         std::fs::write(path("optimizer.pt"), "").unwrap();
         assert_eq!(pytorch_file(dir.path()), None, "which is meant?");
+        let e = Checkpoint::open(dir.path()).err().unwrap().to_string();
+        for part in ["VALOR-GroundingDINO.pth, optimizer.pt", "/VALOR-GroundingDINO.pth,", "#VALOR-Gr"] {
+            assert!(e.contains(part), "{e}");
+        }
         std::fs::write(path("model.pt"), "").unwrap();
         assert_eq!(pytorch_file(dir.path()), Some(path("model.pt")));
     }

@@ -50,15 +50,18 @@ const KNOWN: [(&str, &[&str]); 13] = [
     ("torch.serialization", &["_get_layout"]),
     ("torch", &["Size", "device", "Tensor", "dtype"]),
     ("torch.nn.parameter", &["Parameter"]),
-    ("collections", &["OrderedDict", "defaultdict"]),
+    ("collections", &["OrderedDict", "defaultdict", "Counter"]),
     ("argparse", &["Namespace"]),
     ("pathlib", &["PosixPath", "PurePosixPath", "WindowsPath"]),
     ("numpy", &["dtype", "ndarray"]),
     ("numpy.core.multiarray", &["scalar", "_reconstruct"]),
     ("numpy._core.multiarray", &["scalar", "_reconstruct"]),
     ("_codecs", &["encode"]),
-    ("builtins", &["set", "frozenset", "dict", "list", "int", "float", "str", "bool", "complex", "slice"]),
+    ("builtins", &BUILTINS),
 ];
+
+const BUILTINS: [&str; 11] =
+    ["set", "frozenset", "dict", "list", "int", "float", "str", "bool", "complex", "slice", "bytearray"];
 
 fn known(module: &str, name: &str) -> bool {
     let dtypes = ["float", "bfloat", "int", "uint", "bool", "double", "half", "long"];
@@ -189,6 +192,8 @@ impl<'a> Reader<'a> {
     }
 
     fn global(&mut self, module: &'a str, name: &'a str) -> Result<(), String> {
+        // As protocol 2, in which `torch.save` writes, calls it.
+        let module = if module == "__builtin__" { "builtins" } else { module };
         if !known(module, name) {
             return Err(format!(
                 "it names {module}.{name}, which is no part of a checkpoint; nothing was run, and this file \
@@ -204,7 +209,7 @@ impl<'a> Reader<'a> {
         let Value::Global(module, name) = self.values[of] else {
             return Err("a call of what is no function".into());
         };
-        // Ordered dictionaries are dictionaries: made empty, or from pairs.
+        // Dictionaries of all kinds are dictionaries: made empty, or from pairs, or from another.
         let value = match (module, name, &self.values[args]) {
             ("collections", "OrderedDict", Value::Tuple(args)) => {
                 let mut items = Vec::new();
@@ -218,6 +223,15 @@ impl<'a> Reader<'a> {
                 }
                 Value::Dict(items)
             }
+            ("collections", "Counter" | "defaultdict", Value::Tuple(args))
+            | ("builtins", "dict", Value::Tuple(args)) => match args.first() {
+                // The very same: copies of a large one could be asked for without end.
+                Some(&id) if matches!(self.values[id], Value::Dict(_)) => {
+                    self.stack.push(Some(id));
+                    return Ok(());
+                }
+                _ => Value::Dict(Vec::new()),
+            },
             _ => Value::Object { of, args, state: None },
         };
         self.push(value);
@@ -409,12 +423,41 @@ mod tests {
         assert_eq!(p.get(items[2]), &Value::Float(1.5));
     }
 
+    /// In protocol 2, as `torch.save` writes them.
+    #[test]
+    fn counters_and_what_is_built_in_are_data() {
+        fn value<'a>(p: &Pickle<'a>, dict: Id, key: &str) -> Option<Value<'a>> {
+            p.item(dict, key).map(|v| p.get(v).clone())
+        }
+        // {"n": Counter({"a": 2}), "d": defaultdict(list, {"b": 3})}
+        let bytes = b"\x80\x02}q\x00(X\x01\x00\x00\x00nq\x01ccollections\nCounter\nq\x02}q\x03X\x01\x00\x00\x00a\
+            q\x04K\x02s\x85q\x05Rq\x06X\x01\x00\x00\x00dq\x07ccollections\ndefaultdict\nq\x08c__builtin__\nlist\n\
+            q\x09\x85q\x0aRq\x0bX\x01\x00\x00\x00bq\x0cK\x03su.";
+        let p = Pickle::read(bytes).unwrap();
+        for (name, key, want) in [("n", "a", 2), ("d", "b", 3)] {
+            assert_eq!(value(&p, p.item(p.root, name).unwrap(), key), Some(Value::Int(want)));
+        }
+        // {1} and dict(), into which something is put.
+        let p = Pickle::read(b"\x80\x02c__builtin__\nset\nq\x00]q\x01K\x01a\x85q\x02Rq\x03.").unwrap();
+        let Value::Object { of, .. } = p.get(p.root) else { panic!() };
+        assert_eq!(p.get(*of), &Value::Global("builtins", "set"));
+        let p = Pickle::read(b"\x80\x02c__builtin__\ndict\n)RX\x01\x00\x00\x00aK\x05s.").unwrap();
+        assert_eq!(value(&p, p.root, "a"), Some(Value::Int(5)));
+        // Of one dictionary a thousand counters: no copies.
+        let mut bytes = b"\x80\x02]q\x00}q\x01X\x01\x00\x00\x00aK\x01s".to_vec();
+        (0..1000).for_each(|_| bytes.extend(b"ccollections\nCounter\nh\x01\x85R0"));
+        bytes.extend(b"0.");
+        assert!(Pickle::read(&bytes).unwrap().size() < 2010);
+    }
+
     #[test]
     fn code_is_refused_by_name_and_cycles_are_only_data() {
         let evil = b"\x80\x02cos\nsystem\nX\x02\x00\x00\x00id\x85R.";
         let e = Pickle::read(evil).err().unwrap();
         assert!(e.contains("os.system") && e.contains("nothing was run"), "{e}");
         let evil = b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93\x8c\x011\x85R.";
+        assert!(Pickle::read(evil).err().unwrap().contains("builtins.eval"));
+        let evil = b"\x80\x02c__builtin__\neval\nX\x01\x00\x00\x001\x85R.";
         assert!(Pickle::read(evil).err().unwrap().contains("builtins.eval"));
         // A list that holds itself.
         let p = Pickle::read(b"\x80\x02]q\x00h\x00a.").unwrap();

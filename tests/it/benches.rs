@@ -376,9 +376,19 @@ fn usage_that_cannot_be_meant_is_refused() {
     refused(&["--shuffle-pictures"], &["--shuffle-pictures is for the bench rooms alone"]);
     let few = programs(&dir, &ROWS[..3]);
     refused(&["--programs", shown(&few)], &["countbench row 0", "has no reply"]);
+    assert!(!out.exists(), "nothing was run");
     let other = programs(&dir, &[("countbench", 0, "How many tables are there?", "final_answer = 1")]);
-    std::fs::remove_dir_all(&out).unwrap();
     refused(&["--programs", shown(&other)], &["another question", "How many chairs are there?"]);
+    let broken = dir.path().join("broken.jsonl");
+    std::fs::write(&broken, std::fs::read_to_string(&other).unwrap() + "{\"bench\": \"vsr\"}\n").unwrap();
+    refused(&["--programs", shown(&broken)], &["--programs", "broken.jsonl, line 2: is no line of a run"]);
+    // Its files are there, but no planner.
+    let model = dir.path().join("model");
+    copy(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/data/embedded/planner")), &model);
+    std::fs::write(model.join("tokenizer.json"), "{\"version\": ").unwrap();
+    let tokenizer = model.join("tokenizer.json");
+    refused(&["--planner-only", "--planner", shown(&model)], &[shown(&tokenizer), "not a tokenizer.json"]);
+    assert!(!out.exists(), "nothing was run");
     let strange = dir.path().join("strange");
     std::fs::create_dir(&strange).unwrap();
     std::fs::write(strange.join("thesis.txt"), "dear").unwrap();
@@ -441,6 +451,16 @@ fn shards_put_together_are_the_run_in_one() {
     merge(&[&shards[0], &shards[2]], &["shard 2/3 is missing"]);
     merge(&[&shards[0], &shards[0]], &["are both shard"]);
     merge(&[&whole], &["is no shard"]);
+    // What is found to be broken after some rows leaves no half of a run.
+    let rows = shards[1].join("samples.jsonl");
+    let sound = std::fs::read_to_string(&rows).unwrap();
+    std::fs::write(&rows, sound.clone() + "{\"bench\": 3}\n").unwrap();
+    merge(&[&shards[0], &shards[1], &shards[2]], &["shard2/samples.jsonl, line", "is no sample of a run"]);
+    assert!(!to.exists());
+    std::fs::create_dir(&to).unwrap();
+    merge(&[&shards[0], &shards[1], &shards[2]], &["is no sample of a run"]);
+    assert_eq!(std::fs::read_dir(&to).unwrap().count(), 0);
+    std::fs::write(&rows, sound).unwrap();
     std::fs::remove_file(shards[1].join("results.json")).unwrap();
     merge(&[&shards[0], &shards[1], &shards[2]], &["is not finished"]);
 }
@@ -629,8 +649,8 @@ fn gqa_is_judged_by_a_model_once_and_a_missing_verdict_is_missing() {
         ],
     );
     // "Green" is not asked about. The second is unreadable, and again.
-    let verdicts = ["<answer>yes</answer>", "who knows", "who knows"].map(|v| Act::Reply(v.into()));
-    let server = Server::start(verdicts);
+    let verdicts = ["<answer>yes</answer>", "who knows", "who knows", "<answer>yes</answer>"];
+    let server = Server::start(verdicts.map(|v| Act::Reply(v.into())));
     let sets: Vec<String> = [
         format!("endpoints.s.base_url={}", server.url),
         "endpoints.s.model=judge".into(),
@@ -641,27 +661,87 @@ fn gqa_is_judged_by_a_model_once_and_a_missing_verdict_is_missing() {
     .into_iter()
     .flat_map(|s| ["--set".to_owned(), s])
     .collect();
-    let run = |name: &str| {
+    let run = |name: &str, code: i32| {
         let out = dir.path().join(name);
         let mut args =
             vec!["--bench", "gqa", "--data", FILES, "--programs", shown(&file), "--out", shown(&out)];
         args.extend(sets.iter().map(String::as_str));
         let done = eval(&args);
-        assert_eq!(done.status.code(), Some(0), "{}", text(&done.stderr));
-        results(&out)
+        assert_eq!(done.status.code(), Some(code), "{}", text(&done.stderr));
+        (results(&out), text(&done.stdout).to_owned() + text(&done.stderr))
     };
-    let r = run("one");
-    // Of three: yes by the judge, yes by the words, none. Missing is a no as released.
-    assert_figures(&r, "gqa", "", (3, 2. / 3., 1.));
+    let (r, said) = run("one", 1);
+    // Of three: yes by the judge, yes by the words, none. Missing is a no as released; of the rest alone
+    // nothing is said strictly, since words that are the same need no judge.
+    assert_figures(&r, "gqa", "", (3, 2. / 3., f64::NAN));
     assert_eq!(bench(&r, "gqa")["table"][0]["unjudged"], 1);
+    assert!(said.contains("too many for a strict figure") && said.contains("1 answers no verdict"), "{said}");
     let heard = server.heard();
     assert_eq!(heard.len(), 3);
     let turn = heard[0].body["messages"][0]["content"].as_str().unwrap();
     assert_eq!(turn.matches("</given>").count(), 1, "the answer closed its tag: {turn}");
     assert_eq!(turn.matches("<answer>yes</answer>").count(), 1, "only the instructions' own: {turn}");
-    // Known verdicts are not asked for again; the missing one is, twice.
-    run("two");
-    assert_eq!(server.heard().len(), 5);
+    // The same command asks for what is missing, and for nothing else.
+    let (r, _) = run("one", 0);
+    assert_figures(&r, "gqa", "", (3, 1., 1.));
+    assert_eq!(server.heard().len(), 4);
+    let order: Vec<u64> =
+        samples(&dir.path().join("one")).iter().map(|s| s["index"].as_u64().unwrap()).collect();
+    assert_eq!(order, [0, 1, 2, 3, 4]);
+    // Known verdicts are not asked for again.
+    run("two", 0);
+    assert_eq!(server.heard().len(), 4);
+}
+
+/// What a server did not say is no wrong answer of the method, and is asked for another time.
+#[test]
+fn a_servers_silence_is_not_measured_and_asked_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let busy = || Act::Status(503, "", "{}".into());
+    let three = || Act::Reply(reply("final_answer = 3"));
+    let sets = |server: &Server| {
+        let url = format!("endpoints.s.base_url={}", server.url);
+        let sets = [&*url, "endpoints.s.model=m", "endpoints.s.tries=1", "endpoints.s.concurrency=1"];
+        let sets = [&sets[..], &["planner.model=endpoint:s"]].concat();
+        sets.iter().flat_map(|s| ["--set".to_owned(), s.to_string()]).collect::<Vec<String>>()
+    };
+    let run = |out: &Path, sets: &[String], more: &[&str]| {
+        let args = ["--bench", "countbench", "--data", FILES, "--out", shown(out)];
+        let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
+        eval(&[&args[..], &sets, more].concat())
+    };
+    let server = Server::start([three(), busy(), three(), three()]);
+    let (out, cfg) = (dir.path().join("run"), sets(&server));
+    let done = run(&out, &cfg, &[]);
+    assert_eq!(done.status.code(), Some(1), "{}", text(&done.stderr));
+    assert!(text(&done.stderr).contains("1 questions had no reply"), "{}", text(&done.stderr));
+    let r = results(&out);
+    assert_eq!(figures(&r, "countbench", "").0, 2);
+    let b = bench(&r, "countbench");
+    assert_eq!((&b["unmeasured"], &b["unanswered"], &b["failures"]), (&json!(1), &json!(1), &json!({})));
+    let done = run(&out, &cfg, &[]);
+    assert_eq!(done.status.code(), Some(0), "{}", text(&done.stderr));
+    assert_eq!(server.heard().len(), 4);
+    let all = samples(&out);
+    assert_eq!(all.iter().map(|s| s["index"].as_u64().unwrap()).collect::<Vec<_>>(), [0, 1, 2]);
+    assert!(all.iter().all(|s| s["answer"] == 3 && s.get("failure").is_none()), "{all:?}");
+    // As if nothing had happened.
+    let server = Server::start([three()]);
+    let once = dir.path().join("once");
+    assert_eq!(run(&once, &sets(&server), &[]).status.code(), Some(0));
+    assert_eq!(
+        std::fs::read(out.join("samples.jsonl")).unwrap(),
+        std::fs::read(once.join("samples.jsonl")).unwrap()
+    );
+    // Planning alone: of two replies to a question both are had, or it is asked again.
+    let server = Server::start([three(), three(), three(), busy(), three()]);
+    let (out, cfg) = (dir.path().join("planned"), sets(&server));
+    let more = ["--planner-only", "--vote", "2"];
+    let done = run(&out, &cfg, &more);
+    assert_eq!(done.status.code(), Some(1), "{}", text(&done.stderr));
+    assert!(run(&out, &cfg, &more).status.success());
+    let lines = std::fs::read_to_string(out.join("programs.jsonl")).unwrap();
+    assert_eq!((lines.lines().count(), server.heard().len()), (6, 8));
 }
 
 #[test]

@@ -57,7 +57,7 @@ fn the_configuration_shown_is_one_to_read() {
 }
 
 /// Bad input: exit code 2, nothing on stdout, one line on stderr that holds `parts`.
-fn refused(args: &[&str], parts: &[&str]) {
+pub fn refused(args: &[&str], parts: &[&str]) {
     let output = run(args);
     let error = stderr(&output);
     assert_eq!(output.status.code(), Some(2), "{args:?}: {error}");
@@ -402,6 +402,32 @@ fn checkpoints_of_pytorch_are_shown_and_converted_and_code_is_refused() {
         &["models", "show", &evil.display().to_string()],
         &["evil.pth", "posix.system", "nothing was run"],
     );
+}
+
+#[test]
+fn the_embedded_models_and_what_lies_on_them_fit() {
+    let dir = tempfile::tempdir().unwrap();
+    let whole = "data/embedded/planner-tuned";
+    let output = run(&["models", "verify", "--headers", "embedded", whole, "data/embedded/detector-tuned"]);
+    assert_eq!((output.status.code(), stdout(&output)), (Some(0), ""));
+    for part in [
+        "embedded planner-tuned: fits as planner",
+        "embedded detector-tuned: fits as detector",
+        "embedded box-verifier: fits as vlm",
+        "data/embedded/planner-tuned on embedded planner: fits as planner",
+        "data/embedded/detector-tuned on embedded detector: fits as detector",
+    ] {
+        assert!(stderr(&output).contains(part), "no {part:?} in: {}", stderr(&output));
+    }
+    for (name, bytes) in files(Path::new(whole)) {
+        let other = String::from_utf8_lossy(&bytes).replace("\"r\": 32", "\"r\": 16");
+        let bytes = if name.ends_with(".json") { other.into_bytes() } else { bytes };
+        std::fs::write(dir.path().join(name), bytes).unwrap();
+    }
+    let output = run(&["models", "verify", "--headers", dir.path().to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    let said = stdout(&output);
+    assert!(said.contains("on embedded planner: ") && said.contains("expected a rank of 16"), "{said}");
 }
 
 #[test]

@@ -80,6 +80,41 @@ fn a_request_goes_out_as_servers_want_it() {
 }
 
 #[test]
+fn what_a_server_takes_beside_is_the_users_to_say() {
+    let server = Server::start([reply("[x] max(boxes, key=len)")]);
+    let extra = "chat_template_kwargs = { enable_thinking = false }".parse().unwrap();
+    let cfg = config::Endpoint { send_temperature: false, extra, ..cfg(&server) };
+    let got = ask(&Endpoint::new("eyes", &cfg).unwrap(), &["Is it?"]).remove(0).unwrap();
+    let body = server.heard().remove(0).body;
+    assert_eq!(body["chat_template_kwargs"], json!({ "enable_thinking": false }));
+    assert!(body.get("temperature").is_none() && body.get("seed").is_some());
+    // What stands for a key where none is wanted is a word as any other.
+    assert_eq!(got.text, "[x] max(boxes, key=len)");
+}
+
+/// Of many requests those under way learn it for themselves, the rest are not sent.
+#[test]
+fn a_refused_key_is_offered_no_more() {
+    let server = Server::start([busy(401, "")]);
+    let endpoint = Endpoint::new("judge", &config::Endpoint { concurrency: 2, ..cfg(&server) }).unwrap();
+    let all = ask(&endpoint, &["Is it?"; 40]);
+    assert!(all.iter().all(|r| r.as_ref().is_err_and(|e| e.to_string().contains("refuses the key"))));
+    assert!(server.heard().len() <= 2, "{}", server.heard().len());
+}
+
+/// What was paid for is not lost to a full disk.
+#[test]
+fn a_cache_that_cannot_be_written_to_costs_no_reply() {
+    let server = Server::start([reply("yes")]);
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    std::fs::write(&file, "no folder").unwrap();
+    let cfg = config::Endpoint { cache: file.display().to_string(), ..cfg(&server) };
+    let got = ask(&Endpoint::new("judge", &cfg).unwrap(), &["Is it?"]).remove(0).unwrap();
+    assert_eq!(got.text, "yes");
+}
+
+#[test]
 fn passing_faults_are_tried_again_and_final_ones_are_not() {
     let unpaid = r#"{"error": {"message": "pay first", "code": "insufficient_quota"}}"#;
     let filtered = completion("x").replace("\"stop\"", "\"content_filter\"");
@@ -97,6 +132,8 @@ fn passing_faults_are_tried_again_and_final_ones_are_not() {
         (vec![Act::Cut], Err("tried 3 times"), 3, 3, 0, false),
         (vec![Act::Close], Err("tried 3 times"), 3, 3, 0, false),
         (vec![Act::Body("{}".into())], Err("no chat completion"), 3, 3, 0, false),
+        (vec![Act::Body(completion("x").replace("\"x\"", "null")), reply("yes")], Ok("yes"), 2, 1, 2, false),
+        (vec![reply("")], Err("the reply is empty (tried 3 times)"), 3, 3, 3, false),
         (vec![Act::Body(r#"{"choices": []}"#.into())], Err("no choice"), 3, 3, 3, false),
         (vec![Act::Huge(40)], Err("longer than 1024 kB (max_reply_kb)"), 1, 1, 0, false),
         (vec![Act::Body(filtered)], Err("content_filter"), 1, 1, 1, false),
@@ -222,7 +259,7 @@ fn a_reply_is_asked_for_once() {
 
 #[test]
 fn a_reply_that_does_not_fit_its_schema_is_no_reply() {
-    let ask = |acts: Vec<Act>| {
+    let ask = |acts: Vec<Act>, temperature| {
         let server = Server::start(acts);
         let endpoint = Endpoint::new("judge", &cfg(&server)).unwrap();
         let schema = Schema::new(
@@ -231,17 +268,20 @@ fn a_reply_that_does_not_fit_its_schema_is_no_reply() {
         );
         let schema = Some(Arc::new(schema.unwrap()));
         let request = ChatRequest { schema, ..ChatRequest::user("Is it?", 1, 20) };
-        let got = endpoint.chat(&[request], &SamplingOptions::greedy(), None).remove(0);
+        let got = endpoint.chat(&[request], &SamplingOptions::temperature(temperature), None).remove(0);
         (got, server.heard(), endpoint.usage().unwrap())
     };
-    let (got, heard, usage) =
-        ask(vec![reply("Yes, it is."), reply(r#"{"ok": 1}"#), reply(r#"{"ok": true}"#)]);
+    let acts = vec![reply("Yes, it is."), reply(r#"{"ok": 1}"#), reply("```json\n{\"ok\": true}\n```")];
+    let (got, heard, usage) = ask(acts, 0.7);
     assert_eq!(got.unwrap().text, r#"{"ok": true}"#);
     assert_eq!((heard.len(), usage.calls, usage.failed), (3, 3, 2));
     assert_eq!(heard[0].body["response_format"]["json_schema"]["name"], "verdict");
-    let (got, heard, _) = ask(vec![reply("Yes.")]);
-    assert!(got.unwrap_err().to_string().contains("the reply is no JSON for verdict"));
-    assert_eq!(heard.len(), 3);
+    // Without chance the next reply would be the same.
+    for (temperature, calls) in [(0.7, 3), (0., 1)] {
+        let (got, heard, _) = ask(vec![reply("Yes.")], temperature);
+        assert!(got.unwrap_err().to_string().contains("the reply is no JSON for verdict"));
+        assert_eq!(heard.len(), calls);
+    }
 }
 
 #[test]

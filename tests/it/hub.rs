@@ -222,6 +222,47 @@ fn a_pull_brings_what_a_model_is_loaded_from_once() {
 }
 
 #[test]
+fn a_pulled_adapter_comes_whole_and_names_its_base() {
+    let beside = ["adapter_config.json", "processor_config.json"];
+    let hub = FakeHub::start(&[("adapter_model.safetensors", 3000), (beside[1], 40), ("README.md", 9)]);
+    let adapter = |base: &str| {
+        let config =
+            json!({ "peft_type": "LORA", "r": 8, "lora_alpha": 16, "base_model_name_or_path": base });
+        hub.set(|s| drop(s.files.insert(beside[0].into(), config.to_string().into_bytes())));
+        let (code, stdout, stderr) = hub.run(&["pull", "hub:acme/tiny"]);
+        assert_eq!(code, Some(0), "{stderr}");
+        (PathBuf::from(stdout.trim()), stderr)
+    };
+    let (folder, stderr) = adapter("Qwen/Qwen3-8B");
+    assert!(stderr.contains("valor models pull hub:Qwen/Qwen3-8B"), "{stderr}");
+    hub.assert_whole(&folder, &["adapter_model.safetensors", beside[0], beside[1]]);
+    assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 3);
+    hub.run(&["rm", "hub:acme/tiny"]);
+    let (_, stderr) = adapter("/home/stranger/qwen");
+    assert!(stderr.contains("/home/stranger/qwen") && stderr.contains("adapter_config.json"), "{stderr}");
+}
+
+#[test]
+fn of_several_checkpoints_one_is_named_before_anything_is_fetched() {
+    let hub = FakeHub::start(&[("swinb.pth", 900), ("swint.pth", 800), ("vocab.txt", 70)]);
+    let (code, stdout, stderr) = hub.run(&["pull", "hub:acme/tiny"]);
+    assert_eq!((code, &*stdout), (Some(2), ""), "{stderr}");
+    let last = stderr.lines().last().unwrap();
+    assert!(last.contains("(swinb.pth, swint.pth)") && last.contains("hub:acme/tiny#swinb.pth"), "{last}");
+    assert_eq!(hub.state.lock().unwrap().heard.len(), 1, "the listing alone");
+    let (code, stdout, stderr) = hub.run(&["pull", "hub:acme/tiny#swint.pth"]);
+    assert_eq!(code, Some(0), "{stderr}");
+    hub.assert_whole(Path::new(stdout.trim()), &["swint.pth", "vocab.txt"]);
+    // What lies beside weights can be had without them.
+    let (_, stdout, _) = hub.run(&["pull", "hub:acme/tiny#vocab.txt", "--dry-run"]);
+    assert_eq!(stdout, "70 vocab.txt\n");
+    // One of the usual names is the one that is meant.
+    hub.set(|s| drop(s.files.insert("model.pt".into(), vec![1; 700])));
+    let (_, stdout, _) = hub.run(&["pull", "hub:acme/tiny", "--dry-run"]);
+    assert_eq!(stdout, "70 vocab.txt\n700 model.pt\n");
+}
+
+#[test]
 fn a_pull_that_is_killed_ten_times_ends_with_the_right_files() {
     let hub = FakeHub::start(FILES);
     hub.set(|s| s.slow = 3);
@@ -324,6 +365,28 @@ fn verify_tells_from_the_headers_whether_a_checkpoint_fits() {
     assert!(stdout.contains("input_layernorm.weight is missing"), "{stdout}");
     let (code, stdout, _) = hub.run(&["verify", "--headers", "qwen3-8b"]);
     assert!(code == Some(1) && stdout.contains("valor models pull qwen3-8b"), "{stdout}");
+}
+
+#[test]
+fn a_detector_without_a_tokenizer_takes_the_caches_or_says_what_to_pull() {
+    let hub = FakeHub::start(&[]);
+    let embedded = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/embedded/detector");
+    let dir = tempfile::tempdir().unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(embedded.join(file), dir.path().join(file)).unwrap();
+    }
+    let verify = || hub.run(&["verify", "--headers", dir.path().to_str().unwrap()]);
+    let (code, stdout, _) = verify();
+    assert_eq!((code, stdout.lines().count()), (Some(1), 1), "{stdout}");
+    assert!(stdout.contains("valor models pull hub:google-bert/bert-base-uncased#vocab.txt"), "{stdout}");
+    let repo = hub.home.path().join("hub/models--google-bert--bert-base-uncased");
+    let snapshot = repo.join("snapshots").join(COMMIT);
+    std::fs::create_dir_all(repo.join("refs")).unwrap();
+    std::fs::create_dir_all(&snapshot).unwrap();
+    std::fs::write(repo.join("refs/main"), COMMIT).unwrap();
+    std::fs::copy(embedded.join("tokenizer.json"), snapshot.join("tokenizer.json")).unwrap();
+    let (code, _, stderr) = verify();
+    assert!(code == Some(0) && stderr.contains("fits as detector"), "{stderr}");
 }
 
 #[test]

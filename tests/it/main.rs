@@ -10,6 +10,7 @@ mod hub;
 mod infer;
 mod llm;
 mod parity;
+mod refused;
 mod results;
 mod sandbox;
 mod server;

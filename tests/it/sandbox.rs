@@ -340,5 +340,45 @@ fn rewriting_changes_no_meaning() {
             got => wrong.push(format!("{source}\n  {got:?}, not {want}")),
         }
     }
+    // No more is asked for than is needed.
+    let asked = "seen=[]\ndef ask(x):\n seen.append(x)\n return x\n";
+    for (rest, want) in [
+        ("r=any(ask(x)>1 for x in [1,2,3])", json!([true, [1, 2]])),
+        ("r=all((ask(x)) < 2 for x in [1,2,3] )", json!([false, [1, 2]])),
+        ("r=next(ask(x) for x in [1,2,3])", json!([1, [1]])),
+        ("r=next((ask(x) for x in [1,2,3] if ask(x)>1), None)", json!([2, [1, 2, 2]])),
+        ("r=next((x for x in [1,2] if x > 2), (ask('none')))", json!(["none", ["none"]])),
+        ("r=next((x for x in [] ), -1 ,)", json!([-1, []])),
+        ("r=any(ask(x) for x in [])", json!([false, []])),
+        ("r=all(ask(x) for x in [])", json!([true, []])),
+        (
+            "r=any((ask(a + b) == 4\n  for a in [1, 2, 3] # loops\n  if a > 1 for b in (a, 1) if b < 3))",
+            json!([true, [4]]),
+        ),
+        ("r=any(ask(i * b) > 2 for i, (a, b) in enumerate([(1, 2), (3, 4), (5, 6)]))", json!([true, [0, 4]])),
+        ("r=all(ask(a) for _, a, _ in [(0, 1, 2), (3, 0, 4), (5, 6, 7)])", json!([false, [1, 0]])),
+        ("r=any(ask(_) for _, _ in [(1, 0), (0, 2), (3, 4)])", json!([true, [0, 2]])),
+        ("r=any(ask(x) == 2 for x in [[1], [2], [3]] for x in x)", json!([true, [1, 2]])),
+        (
+            "def f(k):\n return any(ask(x) == k for x in range(9) if x > 2 and x != 4)\nr=f(5)",
+            json!([true, [3, 5]]),
+        ),
+        ("r=all(any(ask(x) == y for x in [1, 2]) for y in [1, 3, 2])", json!([false, [1, 1, 2]])),
+        ("r=any(1 / x > 0 for x in [ask(1), 0])", json!([true, [1]])),
+        ("r=[any(ask(y) for x in [1, 2] if (y := x - 1)), y]", json!([[true, 1], [1]])),
+        (
+            "import numpy as np\nr=any(ask(int(a[0])) > 1 for a in np.array([[1, 2], [3, 4], [5, 6]]))",
+            json!([true, [1, 3]]),
+        ),
+        ("class C:\n k=[1, 2]\n r=any(ask(x) == 1 for x in k)\nr=C.r", json!([true, [1]])),
+        ("def any(x): return list(x)\nr=any(ask(x) for x in [1, 2])", json!([[1, 2], [1, 2]])),
+        ("r=f'{any(ask(x) for x in [0, 1, 2])}'", json!(["True", [0, 1]])),
+    ] {
+        let source = format!("{asked}{rest}\nfinal_answer=[r, seen]");
+        match sandbox.run(&source, "a.png", &mut StubTools).result {
+            Ok(got) if same(&got, &want) => {}
+            got => wrong.push(format!("{source}\n  {got:?}, not {want}")),
+        }
+    }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }

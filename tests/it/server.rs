@@ -135,7 +135,7 @@ fn serve(state: &State, mut stream: TcpStream) -> std::io::Result<()> {
             // Before the client can know of it and ask again.
             state.now.fetch_sub(1, Ordering::SeqCst);
             let said = body["messages"].as_array().and_then(|m| m.last()).map(|m| m["content"].clone());
-            send(200, "", &completion(said.unwrap_or_default().as_str().unwrap_or_default()))
+            send(200, "", &completion(said.unwrap_or_default().as_str().unwrap_or("pictures")))
         }
         Act::Status(status, headers, body) => send(status, headers, &body),
         Act::Body(body) => send(200, "", &body),

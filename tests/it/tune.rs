@@ -134,6 +134,70 @@ fn a_killed_tuning_goes_on_as_if_it_had_not_been() {
     assert!(pairs(&before).iter().all(|(id, name)| pairs(&after)[id] == *name));
 }
 
+/// No model could be loaded, and nothing is mined.
+#[test]
+fn wrong_files_and_settings_are_met_first() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let file = |name: &str, text: &str| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.display().to_string()
+    };
+    let refused = |out: &Path, sets: &[&str], more: &[&str], parts: &[&str]| {
+        let o = run(
+            out,
+            &[&["planner.model=/no/such", "grounding.mining.model=/no/such"][..], sets].concat(),
+            more,
+        );
+        let said = stderr(&o);
+        assert_eq!(o.status.code(), Some(2), "{said}");
+        for part in parts {
+            assert!(said.contains(part), "no {part:?} in: {said}");
+        }
+        assert!(!out.join("mined/settings.json").exists());
+    };
+    refused(&out, &["grounding.truth=/no/truth.json"], &[], &["grounding.truth", "/no/truth.json"]);
+    let replay = "grounding.training.replay=/no/replay.jsonl";
+    refused(&out, &[replay], &[], &["grounding.training.replay", "/no/replay.jsonl"]);
+    let freeze = "grounding.training.freeze=[\"bert.\"]";
+    refused(&out, &[freeze], &[], &["grounding.training.freeze", "\"bert.\""]);
+    let broken = file("broken.jsonl", "{\"image\": \"000000.png\"}\n");
+    refused(&out, &[], &["--overrule", &broken], &["--overrule", "broken.jsonl, line 1: expected"]);
+    assert!(!out.exists());
+    let strange = file("strange.jsonl", "{\"image\": \"a.png\", \"index\": 0, \"keep\": true}\n");
+    refused(
+        &out,
+        &[],
+        &["--overrule", &strange],
+        &["strange.jsonl, line 1: \"a.png\" is none of the pictures"],
+    );
+    let truth = file(
+        "truth.json",
+        r#"{"images": [{"id": 1, "file_name": "a.png", "width": 9, "height": 9}], "annotations": [], "categories": []}"#,
+    );
+    refused(&out, &[&format!("grounding.truth={truth}")], &[], &["truth.json", "none of the pictures"]);
+
+    // Another's log is not written over.
+    let foreign = dir.path().join("foreign");
+    std::fs::create_dir(&foreign).unwrap();
+    std::fs::write(foreign.join("metrics.jsonl"), "{\"step\": 9}\n").unwrap();
+    refused(&foreign, &[], &[], &["foreign is not empty and holds no run"]);
+    assert_eq!(std::fs::read_to_string(foreign.join("metrics.jsonl")).unwrap(), "{\"step\": 9}\n");
+
+    // A training that has begun is neither overruled nor begun anew.
+    let begun = dir.path().join("begun");
+    std::fs::create_dir_all(begun.join("checkpoints/step-000001")).unwrap();
+    std::fs::create_dir(begun.join("mined")).unwrap();
+    refused(
+        &begun,
+        &[],
+        &["--resume", "--overrule", &strange],
+        &["--overrule", "begun on its boxes as they are"],
+    );
+    refused(&begun, &[], &[], &["begun holds a training: give --resume"]);
+}
+
 /// A mining whose verifier is a server that always does the same.
 fn judged_by(act: Act, granularity: &str) -> (Output, tempfile::TempDir, Vec<Value>) {
     let server = Server::start([act]);

@@ -1,11 +1,16 @@
 //! Many questions: JSON lines in, JSON lines out.
 //!
 //! A row is written and flushed as soon as its question is answered, so what is there stays when a run
-//! is broken off; the next run goes on behind it. A picture that cannot be read is a row with an error,
-//! not the end.
+//! is broken off; the next run goes on behind it, under the same settings, which each row tells of. A
+//! picture that cannot be read is a row with an error, not the end. The next run tries such a row again, if
+//! the picture can be read then, and one to which the planner gave no reply; a program that failed would
+//! fail again.
 
+use super::settings::Settings;
 use super::{Query, Reasoner};
-use crate::cli::json_lines;
+use crate::cli::{appendable, json_lines, writable};
+use crate::config::Config;
+use crate::files::write_atomic;
 use crate::program::Sandbox;
 use crate::tools::Picture;
 use crate::tools::real::RealTools;
@@ -13,6 +18,7 @@ use anyhow::{Context, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -33,10 +39,21 @@ struct Line {
     seed: Option<u64>,
 }
 
+/// What is asked, and under what settings.
+struct Batch<'a> {
+    lines: Vec<Line>,
+    /// Of the pictures.
+    folder: &'a Path,
+    /// Of questions without their own.
+    seed: u64,
+    settings: Settings,
+}
+
 pub(super) fn run<'a>(
     batch: &Path,
     out: &Path,
     seed: u64,
+    config: &Config,
     load: impl FnOnce() -> Result<(Reasoner<'a>, Sandbox)>,
 ) -> Result<ExitCode> {
     let lines = read(batch)?;
@@ -44,80 +61,200 @@ pub(super) fn run<'a>(
         a == b || a.canonicalize().ok().is_some_and(|a| b.canonicalize().ok() == Some(a))
     };
     ensure!(!same(batch, out), "--out {} is the file of the questions", out.display());
-    let Held { whole, done, unanswered } = held(out, &lines)?;
+    appendable("--out", out)?;
+    let folder = batch.parent().unwrap_or(Path::new(""));
+    let batch = Batch { lines, folder, seed, settings: Settings::of(config)? };
+    let Held { mut rows, done, again, unanswered } = batch.held(out)?;
+    let all = batch.lines.len();
     if done > 0 {
-        eprintln!("valor: {done} of {} are answered in {} already", lines.len(), out.display());
+        let tried = match again.len() {
+            0 => String::new(),
+            n => format!("; {n} of them failed for want of a picture or a reply and are tried again"),
+        };
+        eprintln!("valor: {done} of {all} are answered in {} already{tried}", out.display());
     }
-    let bar = ProgressBar::new(lines.len() as u64);
+    if !again.is_empty() {
+        writable("--out", Some(out))?;
+    }
+    let bar = ProgressBar::new(all as u64);
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} eta {eta}")?);
-    bar.set_position(done as u64);
+    bar.set_position((done - again.len()) as u64);
     let mut failed = unanswered;
-    if done < lines.len() {
+    if done < all || !again.is_empty() {
         let (reasoner, mut sandbox) = load()?;
-        let mut file = open(out, whole)?;
-        let folder = batch.parent().unwrap_or(Path::new(""));
-        for (start, chunk) in
-            lines[done..].chunks(TOGETHER).enumerate().map(|(i, c)| (done + i * TOGETHER, c))
-        {
-            // Neighbours about the same picture share what is known of it.
-            let mut pictures: Vec<(&Path, Result<Picture, String>)> = Vec::new();
-            let mut of = Vec::new();
-            for line in chunk {
-                if pictures.last().is_none_or(|(path, _)| *path != line.image) {
-                    let picture = Picture::open(&folder.join(&line.image)).map_err(|e| e.to_string());
-                    pictures.push((&line.image, picture));
-                }
-                of.push(pictures.len() - 1);
-            }
-            let seen: Vec<&Picture> = pictures.iter().filter_map(|p| p.1.as_ref().ok()).collect();
-            let mut tools: Vec<RealTools> =
-                seen.iter().map(|p| RealTools::new(&reasoner.models.perception, p)).collect();
-            // The number of a picture among those that could be read.
-            let place = |i: usize| pictures[..i].iter().filter(|p| p.1.is_ok()).count();
-            let names: Vec<String> = chunk.iter().map(|l| l.image.display().to_string()).collect();
-            let queries: Vec<Query> = chunk
-                .iter()
-                .zip(&names)
-                .map(|(l, file)| Query { file, question: l.question.trim(), seed: l.seed.unwrap_or(seed) })
-                .collect();
-            let asked: Vec<(&Query, usize)> = queries
-                .iter()
-                .zip(&of)
-                .filter(|(_, i)| pictures[**i].1.is_ok())
-                .map(|(q, i)| (q, place(*i)))
-                .collect();
-            let replies = reasoner.answer(&mut sandbox, &asked, &mut tools);
-            let mut replies = match replies {
-                Ok(replies) => replies.into_iter(),
-                Err(e) => {
-                    eprintln!("valor: the planner failed: {e}; what is answered is in {}", out.display());
-                    return Ok(ExitCode::FAILURE);
+        let mut answer = |of: &[usize]| -> Result<Option<Vec<String>>> {
+            let rows = match batch.answer(&reasoner, &mut sandbox, of) {
+                Ok(rows) => rows,
+                Err(why) => {
+                    eprintln!("valor: {why}; what is answered is in {}", out.display());
+                    return Ok(None);
                 }
             };
-            let mut text = String::new();
-            for (i, (line, q)) in chunk.iter().zip(&queries).enumerate() {
-                let mut row = match &pictures[of[i]].1 {
-                    Ok(picture) => reasoner.trace(q, picture, &replies.next().expect("one for each")),
-                    Err(e) => json!({
-                        "answer": null, "question": q.question, "picture": { "file": q.file },
-                        "error": { "kind": "picture", "type": null, "line": null, "message": e },
-                    }),
-                };
-                failed += usize::from(row["answer"].is_null());
-                row["index"] = json!(start + i);
-                row["id"] = line.id.clone();
-                text.push_str(&row.to_string());
-                text.push('\n');
-                bar.inc(1);
-            }
+            failed += rows.iter().filter(|row| row["answer"].is_null()).count();
+            bar.inc(rows.len() as u64);
+            Ok(Some(rows.iter().map(Value::to_string).collect()))
+        };
+        for of in again.chunks(TOGETHER) {
+            let Some(new) = answer(of)? else { return Ok(ExitCode::FAILURE) };
+            rows = replaced(&rows, of.iter().copied().zip(new).collect());
+            // The file itself, where it is named by a link.
+            let file = out.canonicalize().with_context(|| out.display().to_string())?;
+            write_atomic(&file, |w| w.write_all(rows.as_bytes()))?;
+        }
+        let mut file = open(out, rows.len())?;
+        let open: Vec<usize> = (done..all).collect();
+        for of in open.chunks(TOGETHER) {
+            let Some(new) = answer(of)? else { return Ok(ExitCode::FAILURE) };
+            let text = new.join("\n") + "\n";
             file.write_all(text.as_bytes())
                 .and_then(|()| file.sync_data())
                 .with_context(|| out.display().to_string())?;
         }
     }
     bar.finish_and_clear();
-    eprintln!("valor: {} questions, {failed} of all without an answer", lines.len() - done);
+    eprintln!("valor: {} questions, {failed} of all without an answer", all - done + again.len());
     Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+impl Batch<'_> {
+    fn seed_of(&self, line: &Line) -> u64 {
+        line.seed.unwrap_or(self.seed)
+    }
+
+    fn picture(&self, line: &Line) -> Result<Picture, String> {
+        Picture::open(&self.folder.join(&line.image)).map_err(|e| e.to_string())
+    }
+
+    /// The rows of these questions, by number; or why a model will answer nothing more.
+    fn answer(&self, reasoner: &Reasoner, sandbox: &mut Sandbox, of: &[usize]) -> Result<Vec<Value>, String> {
+        let lines: Vec<&Line> = of.iter().map(|&i| &self.lines[i]).collect();
+        // Neighbours about the same picture share what is known of it.
+        let mut pictures: Vec<(&Path, Result<Picture, String>)> = Vec::new();
+        let mut sees = Vec::new();
+        for line in &lines {
+            if pictures.last().is_none_or(|(path, _)| *path != line.image) {
+                pictures.push((&line.image, self.picture(line)));
+            }
+            sees.push(pictures.len() - 1);
+        }
+        let seen: Vec<&Picture> = pictures.iter().filter_map(|p| p.1.as_ref().ok()).collect();
+        let perception = &reasoner.models.perception;
+        let mut tools: Vec<RealTools> = seen.iter().map(|p| RealTools::new(perception, p)).collect();
+        // The number of a picture among those that could be read.
+        let place = |i: usize| pictures[..i].iter().filter(|p| p.1.is_ok()).count();
+        let names: Vec<String> = lines.iter().map(|l| l.image.display().to_string()).collect();
+        let queries: Vec<Query> = lines
+            .iter()
+            .zip(&names)
+            .map(|(l, file)| Query { file, question: l.question.trim(), seed: self.seed_of(l) })
+            .collect();
+        let asked: Vec<(&Query, usize)> = queries
+            .iter()
+            .zip(&sees)
+            .filter(|(_, i)| pictures[**i].1.is_ok())
+            .map(|(q, i)| (q, place(*i)))
+            .collect();
+        let replies = reasoner.answer(sandbox, &asked, &mut tools);
+        let mut replies = replies.map_err(|e| format!("the planner failed: {e}"))?.into_iter();
+        // Programs take it for a call that failed; it is no failure of theirs.
+        if let Some(e) = perception.vlm.failed() {
+            return Err(format!("the VLM failed: {e}"));
+        }
+        let mut rows = Vec::with_capacity(of.len());
+        for (k, (line, q)) in lines.iter().zip(&queries).enumerate() {
+            let mut row = match &pictures[sees[k]].1 {
+                Ok(picture) => reasoner.trace(q, picture, &replies.next().expect("one for each")),
+                Err(e) => json!({
+                    "answer": null, "question": q.question, "picture": { "file": q.file },
+                    "error": { "kind": "picture", "type": null, "line": null, "message": e },
+                }),
+            };
+            row["index"] = json!(of[k]);
+            row["id"] = line.id.clone();
+            row["settings"] = self.settings.of_row(q.seed);
+            rows.push(row);
+        }
+        Ok(rows)
+    }
+
+    /// Looks at the rows that the output holds. A last one that was not written to its end does not count; a
+    /// file of anything else is refused.
+    fn held(&self, out: &Path) -> Result<Held> {
+        let named = || format!("--out {}", out.display());
+        let text = match std::fs::read_to_string(out) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
+            text => text.with_context(named)?,
+        };
+        let whole = text.rfind('\n').map_or(0, |end| end + 1);
+        // A row begins as an object, and one that is cut off is none.
+        let rest = &text[whole..];
+        let cut_off = rest.starts_with('{') && serde_json::from_str::<Value>(rest).is_err();
+        ensure!(rest.is_empty() || cut_off, "{} is not of this batch; name a new file", named());
+        let mut held = Held { rows: text[..whole].to_owned(), done: 0, again: Vec::new(), unanswered: 0 };
+        let mut untold = 0;
+        for (i, row) in text[..whole].lines().enumerate() {
+            let row: Value =
+                serde_json::from_str(row).with_context(|| format!("{}, line {}", out.display(), i + 1))?;
+            let same = |l: &&Line| {
+                row["index"] == i
+                    && row["question"] == l.question.trim()
+                    && row["picture"]["file"] == l.image.display().to_string()
+            };
+            let Some(line) = self.lines.get(i).filter(same) else {
+                bail!(
+                    "--out {}, line {}: answers another question than line {} of the batch; name a new file",
+                    out.display(),
+                    i + 1,
+                    i + 1
+                )
+            };
+            // Rows of earlier versions say nothing of their settings.
+            match &row["settings"] {
+                Value::Null => untold += 1,
+                settings => {
+                    let differ = self.settings.differences(settings, self.seed_of(line));
+                    ensure!(
+                        differ.is_empty(),
+                        "--out {}, line {}: was answered with other settings ({}); repeat them, or name a new file",
+                        out.display(),
+                        i + 1,
+                        differ.join(", ")
+                    );
+                }
+            }
+            held.done += 1;
+            let passing = match row["error"]["kind"].as_str() {
+                Some("planner") => true,
+                Some("picture") => self.picture(line).is_ok(),
+                _ => false,
+            };
+            match row["answer"].is_null() {
+                true if passing => held.again.push(i),
+                true => held.unanswered += 1,
+                false => {}
+            }
+        }
+        if untold > 0 {
+            eprintln!("valor: {untold} rows in {} do not say what settings they are of", out.display());
+        }
+        Ok(held)
+    }
+}
+
+/// What an output holds already.
+struct Held {
+    /// Its whole rows, and their number.
+    rows: String,
+    done: usize,
+    /// Of rows without an answer those to be tried again, and the number of the others.
+    again: Vec<usize>,
+    unanswered: usize,
+}
+
+/// Rows, with others in place of some.
+fn replaced(rows: &str, new: BTreeMap<usize, String>) -> String {
+    let line = |(i, old): (usize, &str)| new.get(&i).map_or(old, String::as_str).to_owned() + "\n";
+    rows.lines().enumerate().map(line).collect()
 }
 
 fn read(batch: &Path) -> Result<Vec<Line>> {
@@ -138,15 +275,6 @@ fn read(batch: &Path) -> Result<Vec<Line>> {
     Ok(lines)
 }
 
-/// What an output holds already.
-struct Held {
-    /// Bytes of its whole rows.
-    whole: usize,
-    /// Rows, and those of them without an answer.
-    done: usize,
-    unanswered: usize,
-}
-
 /// Opens the output behind its whole rows.
 fn open(out: &Path, whole: usize) -> Result<File> {
     if let Some(folder) = out.parent() {
@@ -156,40 +284,4 @@ fn open(out: &Path, whole: usize) -> Result<File> {
     let file = OpenOptions::new().create(true).append(true).open(out).with_context(named)?;
     file.set_len(whole as u64).with_context(named)?;
     Ok(file)
-}
-
-/// Looks at the rows that the output holds. A last one that was not written to its end does not count; a
-/// file of anything else is refused.
-fn held(out: &Path, lines: &[Line]) -> Result<Held> {
-    let named = || format!("--out {}", out.display());
-    let text = match std::fs::read_to_string(out) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
-        text => text.with_context(named)?,
-    };
-    let whole = text.rfind('\n').map_or(0, |end| end + 1);
-    // A row begins as an object, and one that is cut off is none.
-    let rest = &text[whole..];
-    let cut_off = rest.starts_with('{') && serde_json::from_str::<Value>(rest).is_err();
-    ensure!(rest.is_empty() || cut_off, "{} is not of this batch; name a new file", named());
-    let (mut done, mut unanswered) = (0, 0);
-    for (i, row) in text[..whole].lines().enumerate() {
-        let row: Value =
-            serde_json::from_str(row).with_context(|| format!("{}, line {}", out.display(), i + 1))?;
-        let same = lines.get(i).is_some_and(|l| {
-            row["index"] == i
-                && row["question"] == l.question.trim()
-                && row["picture"]["file"] == l.image.display().to_string()
-        });
-        if !same {
-            bail!(
-                "--out {}, line {}: answers another question than line {} of the batch; name a new file",
-                out.display(),
-                i + 1,
-                i + 1
-            )
-        }
-        done += 1;
-        unanswered += usize::from(row["answer"].is_null());
-    }
-    Ok(Held { whole, done, unanswered })
 }

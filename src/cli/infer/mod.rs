@@ -1,8 +1,9 @@
 //! `valor infer`: a picture and a question in, an answer out; or many at once.
 
 mod batch;
+mod settings;
 
-use super::{ExecutorArgs, ModelArgs};
+use super::{ExecutorArgs, ModelArgs, writable};
 use crate::config::{Config, EMBEDDED, EMBEDDED_BASE};
 use crate::files::write_atomic;
 use crate::llm::{ChatError, ChatModels};
@@ -34,7 +35,8 @@ pub struct InferArgs {
     /// Answer many: JSON lines {"image", "question"} (and "id", "seed" if wanted); - reads from stdin
     #[arg(long, value_name = "FILE", requires = "out", conflicts_with_all = ["image", "query"])]
     batch: Option<PathBuf>,
-    /// Where --batch writes its JSON lines; what stands there already is not answered again
+    /// Where --batch writes its JSON lines; what stands there already is not answered again, but where the
+    /// picture or the planner's reply was missing. Rows of other settings are refused
     #[arg(long, value_name = "FILE", requires = "batch")]
     out: Option<PathBuf>,
     /// Print answer, plan, program, tool calls, times, models and seed as JSON
@@ -192,7 +194,7 @@ pub fn run(args: InferArgs) -> anyhow::Result<ExitCode> {
     let (config, device) = (args.config()?, args.models.device()?);
     let chats = ChatModels::new(&config, &device);
     if let (Some(batch), Some(out)) = (&args.batch, &args.out) {
-        return batch::run(batch, out, args.seed, || Reasoner::load(&config, &device, &chats));
+        return batch::run(batch, out, args.seed, &config, || Reasoner::load(&config, &device, &chats));
     }
     let (Some(image), Some(query)) = (&args.image, &args.query) else {
         bail!("give a picture and a question, or --batch FILE")
@@ -201,6 +203,8 @@ pub fn run(args: InferArgs) -> anyhow::Result<ExitCode> {
     if question.is_empty() {
         bail!("the question is empty; ask something, such as \"How many chairs are there?\"")
     }
+    writable("--report", args.report.as_deref())?;
+    writable("--save-overlay", args.save_overlay.as_deref())?;
     let picture = open(image)?;
     let (reasoner, mut sandbox) = Reasoner::load(&config, &device, &chats)?;
     if let Some(notice) = strange(&config, &picture)? {

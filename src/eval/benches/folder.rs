@@ -18,11 +18,15 @@ use super::record::each;
 use crate::files::write_atomic;
 
 pub const SETTINGS: &str = "settings.json";
+pub const PICTURES: &str = "pictures";
 
 pub struct Folder {
     dir: PathBuf,
     lines: PathBuf,
     file: File,
+    /// Whether it is this call's alone, and whether the folder is too.
+    fresh: bool,
+    made: bool,
 }
 
 impl Folder {
@@ -42,7 +46,8 @@ impl Folder {
             bail!("{} is a file; name a folder", named())
         }
         let path = dir.join(SETTINGS);
-        if path.exists() {
+        let (fresh, made) = (!path.exists(), !dir.exists());
+        if !fresh {
             let old = read_json(&path)?;
             if let Some(key) = difference(&old, settings, "") {
                 bail!(
@@ -64,7 +69,12 @@ impl Folder {
             OpenOptions::new().create(true).read(true).append(true).open(&lines).with_context(named)?;
         drop_torn_line(&file, &lines)?;
         each(&lines, done)?;
-        Ok(Self { dir: dir.into(), lines, file })
+        Ok(Self { dir: dir.into(), lines, file, fresh, made })
+    }
+
+    /// Leaves the folder there, though it may hold no record.
+    pub fn keep(&mut self) {
+        self.fresh = false;
     }
 
     pub fn path(&self) -> &Path {
@@ -75,7 +85,57 @@ impl Folder {
     pub fn add(&mut self, record: &impl Serialize) -> Result<()> {
         let mut line = serde_json::to_vec(record)?;
         line.push(b'\n');
-        self.file.write_all(&line).with_context(|| self.lines.display().to_string())
+        self.file.write_all(&line).with_context(|| self.lines.display().to_string())?;
+        self.keep();
+        Ok(())
+    }
+
+    /// Has all lines made anew, in one step.
+    ///
+    /// # Errors
+    /// A line of another form, or a failure of `change`; the file is as it was then.
+    pub fn revise<T: DeserializeOwned + Serialize>(
+        &mut self,
+        change: impl FnOnce(Vec<T>) -> Result<Vec<T>>,
+    ) -> Result<()> {
+        let mut all = Vec::new();
+        each(&self.lines, |line| {
+            all.push(line);
+            Ok(())
+        })?;
+        let all = change(all)?;
+        write_atomic(&self.lines, |w| {
+            all.iter().try_for_each(|line| {
+                serde_json::to_writer(&mut *w, line)?;
+                w.write_all(b"\n")
+            })
+        })?;
+        // The file's name stands for another one now.
+        let named = || self.lines.display().to_string();
+        self.file = OpenOptions::new().read(true).append(true).open(&self.lines).with_context(named)?;
+        Ok(())
+    }
+
+    /// Puts the lines in the order of their places, if they are not: what was asked again stands behind what
+    /// came after it.
+    pub fn in_order<T: DeserializeOwned + Serialize, P: Ord>(
+        &mut self,
+        place: impl Fn(&T) -> P,
+    ) -> Result<()> {
+        let (mut last, mut sorted) = (None, true);
+        each(&self.lines, |line: T| {
+            let at = Some(place(&line));
+            sorted &= last <= at;
+            last = at;
+            Ok(())
+        })?;
+        if sorted {
+            return Ok(());
+        }
+        self.revise(|mut all: Vec<T>| {
+            all.sort_by_key(&place);
+            Ok(all)
+        })
     }
 
     /// Keeps a picture for the galleries.
@@ -84,8 +144,22 @@ impl Folder {
     }
 }
 
+/// Of a run that ended before its first record nothing is left: mended, it may have other settings.
+impl Drop for Folder {
+    fn drop(&mut self) {
+        if !self.fresh {
+            return;
+        }
+        let _ = std::fs::remove_file(self.dir.join(SETTINGS));
+        let _ = std::fs::remove_file(&self.lines);
+        if self.made {
+            let _ = std::fs::remove_dir(&self.dir);
+        }
+    }
+}
+
 pub fn picture_path(dir: &Path, bench: &str, index: usize) -> PathBuf {
-    dir.join("pictures").join(format!("{bench}-{index:06}.jpg"))
+    dir.join(PICTURES).join(format!("{bench}-{index:06}.jpg"))
 }
 
 pub fn read_json(path: &Path) -> Result<Value> {
@@ -159,6 +233,42 @@ mod tests {
         assert_eq!(difference(&old, &new, ""), None, "it was refused then");
         new["config"]["vlm"]["model"] = json!("b");
         assert_eq!(difference(&old, &new, "").unwrap(), "config.vlm.model: \"a\" there, \"b\" here");
+    }
+
+    #[test]
+    fn a_run_without_a_record_leaves_no_folder() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("run");
+        let settings = json!({ "seed": 1 });
+        let open = |settings: &Value| Folder::open(&out, settings, "rows.jsonl", |_: Value| Ok(())).unwrap();
+        drop(open(&settings));
+        assert!(!out.exists());
+        // One that was there stays, and so does what is in it.
+        std::fs::create_dir(&out).unwrap();
+        drop(open(&settings));
+        assert_eq!(std::fs::read_dir(&out).unwrap().count(), 0);
+        let mut folder = open(&json!({ "seed": 2 }));
+        folder.add(&1).unwrap();
+        drop(folder);
+        drop(open(&json!({ "seed": 2 })));
+        assert_eq!(std::fs::read_to_string(out.join("rows.jsonl")).unwrap(), "1\n");
+    }
+
+    #[test]
+    fn lines_are_put_in_order_and_go_on_growing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run");
+        let mut folder = Folder::open(&path, &json!({}), "rows.jsonl", |_: u32| Ok(())).unwrap();
+        for n in [1, 4, 2] {
+            folder.add(&n).unwrap();
+        }
+        folder.in_order(|n: &u32| *n).unwrap();
+        folder.revise(|all: Vec<u32>| Ok(all.into_iter().filter(|n| *n != 2).collect())).unwrap();
+        folder.add(&5).unwrap();
+        let read = || std::fs::read_to_string(path.join("rows.jsonl")).unwrap();
+        assert_eq!(read(), "1\n4\n5\n");
+        assert!(folder.revise(|_: Vec<u32>| bail!("no")).is_err());
+        assert_eq!(read(), "1\n4\n5\n");
     }
 
     #[test]

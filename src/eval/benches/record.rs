@@ -15,6 +15,7 @@ use serde_json::Value;
 use super::metric::Judged;
 use crate::data::Kind;
 use crate::pipeline::Answered;
+use crate::program::Flag;
 
 /// Whose fault a wrong answer is, as far as that can be told without a person.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -61,8 +62,8 @@ pub struct Record {
     pub duplicate_of: Option<usize>,
     /// `None` where there is none.
     pub answer: Option<Value>,
-    /// What kept the method from answering: [`REFUSED`] for a row that was not measured, else a kind of
-    /// the sandbox's errors, "malformed", "planner", or "vlm".
+    /// What kept the method from answering: [`REFUSED`] or [`NO_REPLY`] for a row that was not measured, else
+    /// a kind of the sandbox's errors, "malformed", "planner", or "vlm".
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -85,6 +86,12 @@ pub struct Record {
     pub seed: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reply: Option<String>,
+    /// The reply ended at its limit on tokens.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub cut: bool,
+    /// Where the reply was read although it is not of the form asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub flags: Vec<Flag>,
     #[serde(default, skip_serializing_if = "is_zero")]
     pub repairs: usize,
     /// The tools' calls with what they gave, without their times.
@@ -105,12 +112,16 @@ pub const SAMPLES: &str = "samples.jsonl";
 /// The failure of rows that are no question, or whose picture cannot be had.
 pub const REFUSED: &str = "refused";
 
+/// The failure of rows for which a server gave no reply; the same command asks again.
+pub const NO_REPLY: &str = "no-reply";
+
 impl Record {
     /// What a run of a program has to tell.
     pub fn set_outcome(&mut self, run: &Answered) {
         self.answer = run.value().cloned();
         self.failure = run.failure().map(str::to_owned);
         self.why = run.why();
+        self.flags = run.reply.as_ref().map_or_else(Vec::new, |r| r.flags.clone());
         let Ok(outcome) = &run.outcome else { return };
         self.line = outcome.result.as_ref().err().and_then(|e| e.line);
         for call in &outcome.calls {
@@ -131,7 +142,19 @@ impl Record {
 
     /// Was the method measured on it? A row without a picture that can be read was not.
     pub fn is_measured(&self) -> bool {
-        self.failure.as_deref() != Some(REFUSED)
+        !matches!(self.failure.as_deref(), Some(REFUSED | NO_REPLY))
+    }
+
+    /// That a server gave no reply.
+    pub fn set_outage(&mut self, why: String) {
+        self.failure = Some(NO_REPLY.into());
+        self.why = Some(why);
+        self.answer = None;
+    }
+
+    /// Is something missing that the same run may have another time: a server's reply, or a verdict?
+    pub fn is_open(&self) -> bool {
+        self.failure.as_deref() == Some(NO_REPLY) || self.judged == Some(Judged::Missing)
     }
 
     pub fn is_right(&self) -> bool {

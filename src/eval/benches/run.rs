@@ -7,8 +7,8 @@
 //! workers. Records are written in the order of the questions.
 //!
 //! An answer does not depend on the batch that it falls into (see [`crate::pipeline`]), so a run that was
-//! killed ends with the same records as one that was not. What a server failed to answer is recorded as a
-//! failure of the method and is not asked again; a server that will answer nothing more ends the run.
+//! killed ends with the same records as one that was not. What a server failed to answer is not measured, and
+//! the next run of the same command asks it again; a server that will answer nothing more ends the run.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::path::Path;
@@ -24,7 +24,7 @@ use super::batch::{BATCHES, Batch, Done, Event, Gallery, Job, LastWord, Planned,
 use super::feed::{Feed, Note, Seen, Task};
 use super::folder::Folder;
 use super::metric::{Form, Judged, Wanted, same_words, score};
-use super::record::{REFUSED, Record, each};
+use super::record::{NO_REPLY, REFUSED, Record, each};
 use crate::config::Inference;
 use crate::data::{Kind, Links, PictureRef};
 use crate::llm::{ChatError, ChatReply, Finish};
@@ -115,7 +115,11 @@ impl Programs {
         let path = if path.is_dir() { path.join(PROGRAMS) } else { path.to_owned() };
         let mut all = Self { file: path.display().to_string(), written: HashMap::new() };
         each(&path, |w: Written| {
-            all.written.entry((w.bench.clone(), w.index)).or_default().push(w);
+            let of_question: &mut Vec<Written> = all.written.entry((w.bench.clone(), w.index)).or_default();
+            // A run that was broken off among a question's replies wrote the first ones again.
+            if of_question.iter().all(|known| known.sample != w.sample) {
+                of_question.push(w);
+            }
             Ok(())
         })?;
         if all.written.is_empty() {
@@ -141,7 +145,7 @@ impl Programs {
                 new_tokens: 0,
                 trace: None,
             }),
-            None => Err(ChatError::NoReply("the planner gave none".into())),
+            None => Err(ChatError::Request("the planner gave none".into())),
         };
         Ok(written.iter().map(reply).collect())
     }
@@ -302,24 +306,31 @@ impl Runner<'_> {
         }
     }
 
-    /// Only plans: each reply appended to the folder.
+    /// Only plans: each reply appended to the folder. Questions to which a server gave none are left out, and
+    /// counted.
     pub fn plan_only(
         &self,
         mut feed: Feed,
         folder: &mut Folder,
         mut progress: impl FnMut(),
-    ) -> Result<BTreeMap<&'static str, Note>, Stopped> {
+    ) -> Result<(BTreeMap<&'static str, Note>, usize), Stopped> {
+        let mut unanswered = 0;
         loop {
             let tasks: Vec<Task> = feed.by_ref().take(self.together).collect();
             if tasks.is_empty() {
-                return Ok(feed.into_notes());
+                return Ok((feed.into_notes(), unanswered));
             }
             for Planned { task, replies } in self.plan(tasks)? {
+                // A question's replies are written together, or it is asked again as a whole.
+                if let Some(e) = replies.iter().find_map(|r| r.as_ref().err().filter(|e| e.is_of_model())) {
+                    return Err(e.clone().into());
+                }
+                if replies.iter().any(|r| matches!(r, Err(ChatError::NoReply(_)))) {
+                    unanswered += 1;
+                    continue;
+                }
                 for (sample, reply) in replies.into_iter().enumerate() {
-                    let reply = match reply {
-                        Err(e) if e.is_of_model() => return Err(e.into()),
-                        reply => reply.ok().map(|r| r.text),
-                    };
+                    let reply = reply.ok().map(|r| r.text);
                     folder.add(&Written {
                         bench: task.bench.to_owned(),
                         index: task.index,
@@ -418,22 +429,23 @@ impl Runner<'_> {
             if let Method::Direct(vlm) = &self.method {
                 let started = Instant::now();
                 let prompt = format!("{}\nAnswer with one word, number or phrase.", task.question);
-                match vlm.ask(&picture, None, &prompt) {
+                match vlm.prompted(&picture, None, &prompt) {
                     Ok(text) => record.answer = Some(text.into()),
+                    Err(ChatError::NoReply(why)) => record.set_outage(why),
                     Err(e) => {
                         record.failure = Some("vlm".into());
-                        record.why = Some(e.message);
+                        record.why = Some(e.to_string());
                     }
                 }
                 spend(times, "vqa", started);
-                if let (Seen::Room(_, q), Some(answer)) = (&task.seen, &record.answer) {
-                    record.set_score(score_room(q, answer));
+                if let (Seen::Room(_, q), true) = (&task.seen, record.is_measured()) {
+                    record.set_score(record.answer.as_ref().is_some_and(|a| score_room(q, a)));
                 }
             } else {
                 let tools = tools.as_mut().ok_or_else(|| anyhow!("only rooms have exact tools"))?;
                 let answered = self.answered(&task, replies, sandbox, tools, &mut record)?;
                 note_times(times, &answered);
-                if let Seen::Room(view, q) = &task.seen {
+                if let (Seen::Room(view, q), true) = (&task.seen, record.is_measured()) {
                     let right = answered.value().is_some_and(|a| score_room(q, a));
                     record.set_score(right);
                     // On exact tools the same program shows whose fault it was.
@@ -473,18 +485,44 @@ impl Runner<'_> {
             Method::Programs(_) => None,
             Method::Stored | Method::Direct(_) => return Err(anyhow!("there is no program").into()),
         };
+        let outage = replies.iter().find_map(|r| r.as_ref().err().filter(|e| is_outage(e)));
+        if let Some(e) = outage.cloned() {
+            record.set_outage(e.to_string());
+            return Ok(Answered::without_reply(&e));
+        }
         let seeds: Vec<u64> = (0..replies.len()).map(|k| question_seed(self.seed, task.index, k)).collect();
         let asked: Vec<Asked> =
             seeds.iter().map(|&seed| Asked { question: &task.question, seed, tools: 0 }).collect();
         let tools = std::slice::from_mut(tools);
         let mut runs = run_all(planner, sandbox, &asked, replies, tools, self.how.repairs, || ())?;
+        if let Some(why) = tools[0].outage() {
+            record.set_outage(why);
+            return Ok(runs.swap_remove(0).answered);
+        }
         let chosen = elect(self.referee, &task.question, &runs, sandbox)?;
         let Run { reply, answered, earlier } = runs.swap_remove(chosen);
         record.set_outcome(&answered);
         record.seed = planner.map(|_| seeds[chosen]);
+        record.cut = reply.as_ref().is_some_and(|r| r.finish == Finish::Length);
         record.reply = reply.map(|r| r.text);
         record.repairs = earlier.len();
         Ok(answered)
+    }
+
+    /// Goes over what a folder holds: rows to which a server gave no reply go, to be asked again, and verdicts
+    /// that are missing are asked for.
+    pub fn reopen(&self, folder: &mut Folder) -> Result<()> {
+        folder.revise(|records: Vec<Record>| {
+            let kept = records.into_iter().filter(|r| r.failure.as_deref() != Some(NO_REPLY));
+            let (open, mut all): (Vec<Record>, Vec<Record>) = kept.partition(Record::is_open);
+            let open = open.into_iter().map(|record| Done { record, thumbnail: None }).collect();
+            for Done { mut record, .. } in self.judge(open, &Mutex::default())? {
+                record.fault = None;
+                finish(&mut record);
+                all.push(record);
+            }
+            Ok(all)
+        })
     }
 
     /// Asks the judge about answers that need not match word for word.
@@ -542,6 +580,11 @@ fn finish(record: &mut Record) {
     }
 }
 
+/// Is it a server's fault of the moment?
+fn is_outage(e: &ChatError) -> bool {
+    matches!(e, ChatError::NoReply(_))
+}
+
 fn blank(task: &Task) -> Record {
     Record {
         bench: task.bench.to_owned(),
@@ -563,6 +606,8 @@ fn blank(task: &Task) -> Record {
         size: None,
         seed: None,
         reply: None,
+        cut: false,
+        flags: Vec::new(),
         repairs: 0,
         calls: Vec::new(),
         line: None,

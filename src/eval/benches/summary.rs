@@ -1,8 +1,9 @@
 //! The table of a run, made of its records: accuracy in both forms with intervals, failures, and the
 //! published rows beside it (method.md 8).
 //!
-//! Rows that could not be measured (broken picture, dead link) are counted and in no accuracy; failures
-//! of the method are wrong answers, counted by kind; answers without a verdict are in no strict figure.
+//! Rows that could not be measured (broken picture, dead link, a server that gave no reply) are counted and in
+//! no accuracy; failures of the method are wrong answers, counted by kind; answers without a verdict are in no
+//! strict figure, and where they are many there is none: the easy ones, word for word, need no verdict.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
@@ -47,6 +48,8 @@ pub struct Summary {
     pub table: Vec<Row>,
     /// Rows that could not be measured, with why, the first ones.
     pub unmeasured: usize,
+    /// Those among them to which a server gave no reply.
+    pub unanswered: usize,
     pub unmeasured_why: Vec<String>,
     /// Failures of the method, by kind.
     pub failures: BTreeMap<String, usize>,
@@ -54,6 +57,10 @@ pub struct Summary {
     pub faults: BTreeMap<String, usize>,
     /// Answers before which a detector's call gave no box, right or wrong.
     pub nothing_detected: usize,
+    /// Replies that ended at their limit on tokens.
+    pub cut: usize,
+    /// Replies that were read although they are not of the form asked for.
+    pub lenient: usize,
     /// Rows that ask what an earlier one asks about the same picture: the row, the earlier one.
     pub duplicates: Vec<[usize; 2]>,
     /// Words were compared where a judge should have been asked.
@@ -79,9 +86,15 @@ struct Tally {
     failures: BTreeMap<String, usize>,
     faults: BTreeMap<String, usize>,
     nothing_detected: usize,
+    unanswered: usize,
+    cut: usize,
+    lenient: usize,
     duplicates: Vec<[usize; 2]>,
     without_judge: bool,
 }
+
+/// Of answers without a verdict one in so many is too many for a strict figure.
+const UNJUDGED: usize = 20;
 
 /// The first reasons are worth reading, a thousand dead links are not.
 const REASONS: usize = 3;
@@ -99,6 +112,7 @@ pub fn summarise(dir: &Path, notes: &[(String, Note)]) -> Result<Vec<Summary>> {
         }
         if !r.is_measured() {
             t.unmeasured += 1;
+            t.unanswered += usize::from(r.is_open());
             if t.unmeasured_why.len() < REASONS {
                 t.unmeasured_why.push(format!("row {}: {}", r.index, r.why.unwrap_or_default()));
             }
@@ -111,6 +125,8 @@ pub fn summarise(dir: &Path, notes: &[(String, Note)]) -> Result<Vec<Summary>> {
             *t.faults.entry(f.word().to_owned()).or_default() += 1;
         }
         t.nothing_detected += usize::from(r.nothing_detected);
+        t.cut += usize::from(r.cut);
+        t.lenient += usize::from(!r.flags.is_empty());
         t.without_judge |= r.judged == Some(Judged::Nobody);
         let (reference, strict) = (r.reference, r.strict);
         t.kept.push(Kept { part: r.part, index: r.index, picture: r.picture, reference, strict });
@@ -161,10 +177,13 @@ impl Tally {
             note,
             table,
             unmeasured: self.unmeasured,
+            unanswered: self.unanswered,
             unmeasured_why: self.unmeasured_why,
             failures: self.failures,
             faults: self.faults,
             nothing_detected: self.nothing_detected,
+            cut: self.cut,
+            lenient: self.lenient,
             duplicates: self.duplicates,
             without_judge: self.without_judge,
             remarks,
@@ -177,13 +196,14 @@ fn row(part: &str, kept: &[Kept], of: impl Fn(&Kept) -> bool) -> Row {
     let mean = |score: fn(&Kept) -> Option<f64>| {
         Mean::accuracy(these().filter_map(|k| Some((k.picture.as_str(), score(k)?))))
     };
+    let (n, unjudged) = (these().count(), these().filter(|k| k.strict.is_none()).count());
     Row {
         part: part.to_owned(),
-        n: these().count(),
+        n,
         pictures: these().map(|k| &k.picture).collect::<BTreeSet<_>>().len(),
         reference: mean(|k| k.reference),
-        strict: mean(|k| k.strict),
-        unjudged: these().filter(|k| k.strict.is_none()).count(),
+        strict: if unjudged * UNJUDGED > n { None } else { mean(|k| k.strict) },
+        unjudged,
     }
 }
 
@@ -250,8 +270,19 @@ pub fn notes(s: &Summary) -> Vec<String> {
     if s.nothing_detected > 0 {
         lines.push(format!("nothing was detected in {}", s.nothing_detected));
     }
-    if let Some(unjudged) = s.table.first().map(|r| r.unjudged).filter(|n| *n > 0) {
-        lines.push(format!("{unjudged} answers have no verdict, and are in no strict figure"));
+    if s.cut > 0 {
+        lines.push(format!("{} replies ended at planner.max_new_tokens", s.cut));
+    }
+    if s.lenient > 0 {
+        lines.push(format!("{} replies were read although they are not of the form asked for", s.lenient));
+    }
+    if let Some(first) = s.table.first().filter(|r| r.unjudged > 0) {
+        let figure =
+            if first.strict.is_some() { "are in no strict figure" } else { "too many for a strict figure" };
+        lines.push(format!(
+            "{} answers have no verdict, {figure}; the same command asks for them again",
+            first.unjudged
+        ));
     }
     if s.without_judge {
         lines.push(

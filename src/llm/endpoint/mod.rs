@@ -13,8 +13,8 @@ mod ledger;
 mod limits;
 mod wire;
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{OnceLock, mpsc};
 use std::time::Duration;
 
 use crate::config;
@@ -37,6 +37,10 @@ pub struct Endpoint {
     ledger: Ledger,
     slots: Slots,
     pace: Pace,
+    /// Why no further request will fare better, once a server has said so.
+    closed: OnceLock<String>,
+    /// The cache's folder cannot be written to; said once.
+    full: AtomicBool,
 }
 
 /// A secret; has no `Debug`, and goes nowhere but into one header.
@@ -85,16 +89,8 @@ impl Endpoint {
         let wrong = |field: &str, message: String| {
             Err(ChatError::Request(format!("endpoints.{name}.{field}: {message}")))
         };
-        let rest = cfg.base_url.strip_prefix("https://").or_else(|| cfg.base_url.strip_prefix("http://"));
-        match rest.map(|rest| rest.split('/').next().unwrap_or_default()) {
-            None | Some("") => {
-                return wrong("base_url", format!("{:?} is no http or https address", cfg.base_url));
-            }
-            // Not shown: what stands there is a password.
-            Some(host) if host.contains('@') => {
-                return wrong("base_url", "must hold no password; name a variable in key_env".into());
-            }
-            Some(_) => {}
+        if let Some(why) = config::address_fault(&cfg.base_url, "name a variable in key_env") {
+            return wrong("base_url", why);
         }
         if cfg.model.is_empty() {
             return wrong("model", "is empty; name one that the server has".into());
@@ -112,6 +108,8 @@ impl Endpoint {
             ledger: Ledger::new(cfg),
             slots: Slots::new(cfg.concurrency),
             pace: Pace::new(cfg.requests_per_minute),
+            closed: OnceLock::new(),
+            full: AtomicBool::new(false),
             cfg: cfg.clone(),
         })
     }
@@ -125,26 +123,28 @@ impl Endpoint {
         opts.check()?;
         let body = wire::body(&self.cfg, request, opts)?;
         let key = Cache::key(&self.url(), &body, request.seed);
-        if let Some(reply) = self.cache.as_ref().and_then(|c| c.get(&key)) {
-            // What was valid when it was stored need not fit the schema of now.
-            if wire::check(&reply, request).is_ok() {
-                self.ledger.kept();
-                return Ok(reply);
-            }
+        // What was valid when it was stored need not fit the schema of now.
+        let kept = self.cache.as_ref().and_then(|c| c.get(&key));
+        if let Some(reply) = kept.and_then(|reply| wire::fitted(reply, request).ok()) {
+            self.ledger.kept();
+            return Ok(reply);
         }
         let _slot = self.slots.take();
         let mut tried = 0;
         loop {
+            if let Some(why) = self.closed.get() {
+                return Err(ChatError::Closed(why.clone()));
+            }
             self.ledger.open().map_err(|spent| ChatError::Closed(self.message(&spent)))?;
             self.pace.wait();
             tried += 1;
-            let failure = match self.attempt(&body).and_then(|reply| {
-                wire::check(&reply, request)?;
-                Ok(reply)
-            }) {
+            let failure = match self.attempt(&body).and_then(|reply| wire::fitted(reply, request)) {
                 Ok(reply) => {
-                    if let Some(cache) = &self.cache {
-                        cache.put(&key, &reply).map_err(|e| ChatError::NoReply(self.message(&e)))?;
+                    // Paid for: a full disk does not take it away.
+                    if let Some(Err(e)) = self.cache.as_ref().map(|cache| cache.put(&key, &reply))
+                        && !self.full.swap(true, Ordering::Relaxed)
+                    {
+                        eprintln!("warning: {}", self.message(&e));
                     }
                     return Ok(reply);
                 }
@@ -153,7 +153,7 @@ impl Endpoint {
             self.ledger.failed();
             let message = self.message(&failure.message);
             if failure.closes {
-                return Err(ChatError::Closed(message));
+                return Err(ChatError::Closed(self.closed.get_or_init(|| message).clone()));
             }
             let longest = Duration::from_secs_f64(self.cfg.longest_wait);
             let wait = match failure.retry_after {
@@ -165,7 +165,9 @@ impl Endpoint {
                 Some(asked) => asked,
                 None => backoff(tried, longest, &key),
             };
-            if !failure.passing || tried >= self.cfg.tries {
+            // Asked the same it would say the same.
+            let settled = failure.misfit && opts.temperature == 0.;
+            if !failure.passing || settled || tried >= self.cfg.tries {
                 let tries = if tried == 1 { String::new() } else { format!(" (tried {tried} times)") };
                 let message = format!("{message}{tries}");
                 return Err(match failure.misfit {
@@ -185,8 +187,11 @@ impl Endpoint {
         let response = call.send(body.bytes()).map_err(|e| Failure::of_transport(&e))?;
         let mut reply = wire::read(response, body, &self.cfg);
         if let (Ok(reply), Some(key)) = (&mut reply, &self.key) {
-            // A server that repeats what it was sent.
-            reply.text = key.hidden_in(&reply.text);
+            // A server that repeats what it was sent. What stands for a key with servers that want none, `none`
+            // or `x`, is also a word of programs.
+            if key.0.len() >= 16 {
+                reply.text = key.hidden_in(&reply.text);
+            }
         }
         // Billed, whatever is made of it.
         if let Some(tokens) =

@@ -73,9 +73,11 @@ pub(super) fn body(
     let mut body = json!({
         "model": cfg.model,
         "messages": messages,
-        "temperature": opts.temperature,
         cfg.max_tokens_key.as_str(): request.max_new_tokens,
     });
+    if cfg.send_temperature {
+        body["temperature"] = json!(opts.temperature);
+    }
     // Those that some servers refuse only where they say something.
     if let Some(p) = opts.top_p {
         body["top_p"] = json!(p);
@@ -95,6 +97,9 @@ pub(super) fn body(
             "type": "json_schema",
             "json_schema": { "name": schema.name, "strict": true, "schema": schema.json },
         });
+    }
+    for (key, value) in &cfg.extra {
+        body[key.as_str()] = serde_json::to_value(value).map_err(|e| ChatError::Request(e.to_string()))?;
     }
     let bytes = serde_json::to_vec(&body).map_err(|e| ChatError::Request(e.to_string()))?;
     Ok(Body(bytes))
@@ -196,15 +201,20 @@ pub(super) fn read(
         Some("stop") | None => Finish::Stop,
         Some(other) => return unusable(format!("the reply ended by {:?}", excerpt(other.as_bytes())), false),
     };
+    if text.is_empty() && finish == Finish::Stop {
+        return unusable("the reply is empty".into(), true);
+    }
     Ok(ChatReply { text, finish, prompt_tokens, new_tokens, trace: None })
 }
 
-/// That a reply fits its request's schema.
-pub(super) fn check(reply: &ChatReply, request: &ChatRequest) -> Result<(), Failure> {
-    match request.schema.as_ref().map(|s| s.check(&reply.text)) {
-        Some(Err(misfit)) => Err(Failure { misfit: true, ..Failure::new(misfit, true) }),
-        _ => Ok(()),
+/// A reply that fits its request's schema, as [`Schema::fitted`](crate::llm::Schema::fitted) leaves it.
+pub(super) fn fitted(mut reply: ChatReply, request: &ChatRequest) -> Result<ChatReply, Failure> {
+    if let Some(schema) = &request.schema {
+        let text = schema.fitted(&reply.text);
+        reply.text =
+            text.map_err(|misfit| Failure { misfit: true, ..Failure::new(misfit, true) })?.to_owned();
     }
+    Ok(reply)
 }
 
 fn refused(status: u16, body: &[u8]) -> Failure {

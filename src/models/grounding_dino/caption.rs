@@ -81,8 +81,11 @@ impl TextTokenizer {
 
     /// The text of a `tokenizer.json`; `name` is for error messages.
     pub fn from_json(json: &str, name: &str) -> Result<Self> {
-        let inner: Tokenizer =
-            json.parse().map_err(|e| candle_core::Error::Msg(format!("tokenizer {name}: {e}")))?;
+        let fail = |e: tokenizers::Error| candle_core::Error::Msg(format!("tokenizer {name}: {e}"));
+        let mut inner: Tokenizer = json.parse().map_err(fail)?;
+        // A file that asks for filling up or cutting would move phrases, or lose them.
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(fail)?;
         let id = |token: &str| match inner.token_to_id(token) {
             Some(id) => Ok(id),
             None => Err(candle_core::Error::Msg(format!("tokenizer {name} has no token {token:?}"))),
@@ -216,6 +219,20 @@ pub fn tokenizer_json<'a>(vocab: impl IntoIterator<Item = &'a str>) -> serde_jso
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_files_padding_and_truncation_do_not_count() {
+        let vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", ".", "?", "chair", "table"];
+        let mut json = tokenizer_json(vocab);
+        json["truncation"] =
+            json!({"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0});
+        json["padding"] = json!({"strategy": {"Fixed": 16}, "direction": "Right", "pad_to_multiple_of": null,
+                                 "pad_id": 0, "pad_type_id": 0, "pad_token": "[PAD]"});
+        let t = TextTokenizer::from_json(&json.to_string(), "test").unwrap();
+        let caption = t.caption_of(&["chair", "table"], Blanks::Keep).unwrap();
+        assert_eq!(caption.ids, [2, 6, 4, 7, 4, 3]);
+        assert_eq!(caption.phrases, [1..2, 3..4]);
+    }
 
     #[test]
     fn nouns_are_cleaned_and_named_once() {

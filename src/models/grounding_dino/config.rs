@@ -156,6 +156,15 @@ impl Config {
         cfg
     }
 
+    /// `groundingdino_swinb_cogcoor`: the same on the larger backbone, which was pretrained on 384 × 384.
+    pub fn original_swin_b() -> Self {
+        let mut cfg = Self::original_swin_t();
+        let swin = &mut cfg.backbone_config;
+        (swin.embed_dim, swin.window_size) = (128, 12);
+        (swin.depths, swin.num_heads) = (vec![2, 2, 18, 2], vec![4, 8, 16, 32]);
+        cfg
+    }
+
     /// The same for a training, which is the original's: its semantics ([`Semantics`]) and, as in
     /// [`Self::original_swin_t`], no dropout, where HF's files of the same checkpoints say 0.1.
     pub fn for_training(&self) -> Self {

@@ -114,6 +114,9 @@ const SPLITS: [(&str, &str); 4] = [
 
 const PARTS: [&str; 3] = ["query", "key", "value"];
 
+/// How many strange names an error tells.
+const SHOWN: usize = 12;
+
 /// If `name` starts with `pattern`, the same indices and rest after `template`.
 fn rewrite(name: &str, pattern: &str, template: &str) -> Option<String> {
     let (mut rest, mut indices) = (name, Vec::new());
@@ -183,11 +186,11 @@ pub fn is_original<'a>(mut names: impl Iterator<Item = &'a str>) -> bool {
 
 /// The original's tensors (also with the prefix `module.`) under HF's names.
 ///
-/// Errors: a name no rule knows, a fused tensor that does not divide by 3, or box heads that
+/// Errors: names no rule knows, a fused tensor that does not divide by 3, or box heads that
 /// differ between decoder layers (the architecture shares one).
 pub fn to_hf(tensors: HashMap<String, Tensor>) -> Result<HashMap<String, Tensor>> {
     let mut out = HashMap::with_capacity(tensors.len() * 2);
-    let mut heads = Vec::new();
+    let (mut heads, mut strange) = (Vec::new(), Vec::new());
     for (full, tensor) in tensors {
         let name = full.strip_prefix("module.").unwrap_or(&full);
         if unused(name) {
@@ -212,9 +215,18 @@ pub fn to_hf(tensors: HashMap<String, Tensor>) -> Result<HashMap<String, Tensor>
             continue;
         }
         match translate(name, |pair| pair, 1) {
-            Some(n) => out.insert(n, tensor),
-            None => candle_core::bail!("{full}: not a tensor of the original GroundingDINO"),
-        };
+            Some(n) => drop(out.insert(n, tensor)),
+            None => strange.push(full),
+        }
+    }
+    if !strange.is_empty() {
+        strange.sort();
+        let (count, shown) = (strange.len(), strange[..strange.len().min(SHOWN)].join(", "));
+        candle_core::bail!(
+            "{count} of its tensors are none of the original GroundingDINO's ({shown}{}): if they do not matter, \
+             save the checkpoint without them",
+            if count > SHOWN { ", …" } else { "" }
+        )
     }
     for (name, tensor) in heads {
         let Some(first) = out.get(&name) else {

@@ -41,6 +41,7 @@ pub struct Config {
 /// `model_config` of the released `model.pt`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ModelConfig {
+    #[serde(deserialize_with = "of_version_2")]
     pub encoder: EncoderConfig,
     pub neck: StackConfig,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -55,6 +56,20 @@ pub struct ModelConfig {
     pub remap_output: Remap,
     #[serde(default = "default_tokens")]
     pub num_tokens_range: [usize; 2],
+}
+
+/// In checkpoints of version 1 the encoder is a DINOv2's name by itself.
+fn of_version_2<'de, D: serde::Deserializer<'de>>(
+    encoder: D,
+) -> std::result::Result<EncoderConfig, D::Error> {
+    use serde::de::Error;
+    match serde_json::Value::deserialize(encoder)? {
+        serde_json::Value::String(name) => Err(D::Error::custom(format!(
+            "this is MoGe's version 1 (encoder {name:?}), and version 2 is read: take moge-2-vits, moge-2-vitb \
+             or moge-2-vitl"
+        ))),
+        other => EncoderConfig::deserialize(other).map_err(D::Error::custom),
+    }
 }
 
 fn default_tokens() -> [usize; 2] {
@@ -439,4 +454,21 @@ pub fn view_plane_uv(rows: usize, cols: usize, aspect: f64, device: &Device) -> 
         uv.extend(std::iter::repeat_n(camera::view_plane(y, rows, sy) as f32, cols));
     }
     Tensor::from_vec(uv, (1, 2, rows, cols), device)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn version_1_is_said_to_be_that() {
+        // As `Ruicheng/moge-vitl` describes itself.
+        let first = r#"{"model_config": {"encoder": "dinov2_vitl14", "remap_output": "exp", "split_head": true,
+            "intermediate_layers": 4, "dim_upsample": [256, 128, 64], "num_res_blocks": 2}}"#;
+        let e = serde_json::from_str::<Config>(first).unwrap_err().to_string();
+        assert!(e.contains("version 1 (encoder \"dinov2_vitl14\")") && e.contains("moge-2-vitl"), "{e}");
+        let odd = r#"{"model_config": {"encoder": {"backbone": "dinov2_vits14"}}}"#;
+        let e = serde_json::from_str::<Config>(odd).unwrap_err().to_string();
+        assert!(e.contains("intermediate_layers"), "{e}");
+    }
 }

@@ -1,7 +1,7 @@
 //! Moments and summed gradients of one parameter in the host's memory, where its steps are taken.
 
 use super::muon::{MOMENTUM, SIZE, orthogonal};
-use super::{Kept, Rule};
+use super::{Kept, Part, Rule};
 use crate::nn::cpu::{Held, rows_per_task};
 use crate::nn::simd::{sum_by, wide};
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Tensor, Var};
@@ -25,8 +25,13 @@ impl Here {
         Ok(Self { kept: Kept { m: vec![0.; n], v, master }, grad: vec![] })
     }
 
-    pub fn kept(&self) -> &Kept {
-        &self.kept
+    /// Empty where there is none.
+    pub fn part(&self, part: Part) -> &[f32] {
+        match part {
+            Part::Mean => &self.kept.m,
+            Part::Square => &self.kept.v,
+            Part::Master => &self.kept.master,
+        }
     }
 
     pub fn keep(&mut self, kept: Kept) {

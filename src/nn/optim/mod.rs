@@ -14,6 +14,7 @@
 mod here;
 mod muon;
 mod schedule;
+mod state;
 #[cfg(any(feature = "cuda", test))]
 mod there;
 
@@ -23,11 +24,10 @@ use self::here::Here;
 #[cfg(any(feature = "cuda", test))]
 use self::there::There;
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_core::{DType, Result, Tensor, Var};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
-use std::path::Path;
+use std::borrow::Cow;
 
 /// Hyper-parameters of AdamW (Loshchilov & Hutter 2019).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -111,13 +111,20 @@ enum Moments {
 }
 
 /// What a saved state holds of a parameter.
-#[derive(Clone)]
 struct Kept {
     /// Exponential averages of the gradient and of its square; Muon has the first only.
     m: Vec<f32>,
     v: Vec<f32>,
     /// The weights in full, of a parameter in half precision; else empty.
     master: Vec<f32>,
+}
+
+/// One of them.
+#[derive(Clone, Copy, PartialEq)]
+enum Part {
+    Mean,
+    Square,
+    Master,
 }
 
 /// One step of AdamW in numbers.
@@ -178,11 +185,11 @@ impl Slot {
         }
     }
 
-    fn kept(&self) -> Result<Kept> {
+    fn part(&self, part: Part) -> Result<Cow<'_, [f32]>> {
         match &self.moments {
-            Moments::Here(m) => Ok(m.kept().clone()),
+            Moments::Here(m) => Ok(Cow::Borrowed(m.part(part))),
             #[cfg(any(feature = "cuda", test))]
-            Moments::There(m) => m.kept(),
+            Moments::There(m) => Ok(Cow::Owned(m.part(part)?)),
         }
     }
 
@@ -314,78 +321,6 @@ impl AdamW {
             s.step(rule, lr)
         })?;
         Ok(StepReport { grad_norm, applied: true })
-    }
-
-    /// Moments as `NAME.exp_avg` and, of AdamW, `NAME.exp_avg_sq`, the weights in full of parameters in half
-    /// precision as `NAME.master`, and `step`, for exact resumption between steps.
-    pub fn state(&self) -> Result<HashMap<String, Tensor>> {
-        let mut out = HashMap::new();
-        for s in &self.slots {
-            let Kept { m, v, master } = s.kept()?;
-            for (kind, values) in [("exp_avg", m), ("exp_avg_sq", v), ("master", master)] {
-                if values.is_empty() {
-                    continue;
-                }
-                let t = Tensor::from_vec(values, s.var.shape(), &Device::Cpu)?;
-                out.insert(format!("{}.{kind}", s.name), t);
-            }
-        }
-        out.insert("step".into(), Tensor::new(&[self.steps as i64], &Device::Cpu)?);
-        Ok(out)
-    }
-
-    /// Takes over a [`AdamW::state`]; every trained parameter must be in it with its shape.
-    pub fn restore(&mut self, state: &HashMap<String, Tensor>) -> Result<()> {
-        let get = |name: &str| match state.get(name) {
-            Some(t) => Ok(t),
-            None => candle_core::bail!("optimiser state: tensor {name} is missing"),
-        };
-        let steps = get("step")?.to_vec1::<i64>()?;
-        let [steps] = steps[..] else { candle_core::bail!("optimiser state: step must be one number") };
-        let mut all = vec![];
-        for s in &self.slots {
-            let read = |kind: &str| -> Result<Vec<f32>> {
-                let name = format!("{}.{kind}", s.name);
-                let t = get(&name)?;
-                if t.shape() != s.var.shape() {
-                    let (got, want) = (t.shape(), s.var.shape());
-                    candle_core::bail!("optimiser state: {name} has shape {got:?}, expected {want:?}")
-                }
-                t.flatten_all()?.to_vec1()
-            };
-            let v = if s.group.muon { vec![] } else { read("exp_avg_sq")? };
-            let mut kept = Kept { m: read("exp_avg")?, v, master: vec![] };
-            // A run may go on where parameters are of another type than they were.
-            if state.contains_key(&format!("{}.master", s.name)) {
-                kept.master = read("master")?;
-            }
-            all.push(kept);
-        }
-        for (s, mut kept) in self.slots.iter_mut().zip(all) {
-            match (s.var.dtype() == DType::F32, kept.master.is_empty()) {
-                (true, false) => {
-                    let master = std::mem::take(&mut kept.master);
-                    let t = Tensor::from_vec(master, s.var.shape(), &Device::Cpu)?;
-                    s.var.set(&t.to_device(s.var.device())?)?;
-                }
-                (false, true) => kept.master = s.var.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?,
-                _ => {}
-            }
-            s.keep(kept)?;
-        }
-        self.steps = steps.max(0) as u64;
-        Ok(())
-    }
-
-    /// Writes [`AdamW::state`] as safetensors.
-    pub fn save(&self, path: &Path) -> Result<()> {
-        candle_core::safetensors::save(&self.state()?, path)
-    }
-
-    /// Reads what [`AdamW::save`] wrote.
-    pub fn load(&mut self, path: &Path) -> Result<()> {
-        let state = candle_core::safetensors::load(path, &Device::Cpu)?;
-        self.restore(&state).map_err(|e| candle_core::Error::Msg(format!("{}: {e}", path.display())))
     }
 }
 

@@ -1,6 +1,6 @@
 //! Moments and summed gradients of one parameter on the GPU that it is on, where its steps are taken.
 
-use super::{Kept, Rule};
+use super::{Kept, Part, Rule};
 use crate::nn::kernels::{self, Held, Memory, Owned};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
@@ -34,13 +34,18 @@ impl There {
         Ok(Self { m: zeros()?, v: zeros()?, master, grad: None, n })
     }
 
-    pub fn kept(&self) -> Result<Kept> {
-        let read = |o: &Owned| match o.values()? {
-            CpuStorage::F32(values) => Ok(values),
-            _ => candle_core::bail!("AdamW: a moment that is not f32"),
+    /// Empty where there is none.
+    pub fn part(&self, part: Part) -> Result<Vec<f32>> {
+        let of = match part {
+            Part::Mean => Some(&self.m),
+            Part::Square => Some(&self.v),
+            Part::Master => self.master.as_ref(),
         };
-        let master = self.master.as_ref().map_or(Ok(vec![]), read)?;
-        Ok(Kept { m: read(&self.m)?, v: read(&self.v)?, master })
+        match of.map(Owned::values).transpose()? {
+            None => Ok(vec![]),
+            Some(CpuStorage::F32(values)) => Ok(values),
+            Some(_) => candle_core::bail!("AdamW: a moment that is not f32"),
+        }
     }
 
     pub fn keep(&mut self, var: &Var, kept: Kept) -> Result<()> {

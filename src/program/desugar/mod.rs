@@ -9,6 +9,7 @@
 mod classes;
 mod edits;
 mod facts;
+mod lazy;
 mod matching;
 mod prelude;
 mod rewrite;

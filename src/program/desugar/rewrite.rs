@@ -12,7 +12,7 @@ use ruff_text_size::{Ranged, TextRange, TextSize};
 
 use super::edits::Edits;
 use super::facts::{Facts, REFUSED_MODULES};
-use super::{LINE, OURS, REFUSE, classes, indentation, line_of, matching, prelude};
+use super::{LINE, OURS, REFUSE, classes, indentation, lazy, line_of, matching, prelude};
 use crate::program::ProgramError;
 use crate::program::host::SIGNATURES;
 
@@ -203,6 +203,10 @@ impl Rewriter<'_, '_> {
                     // Of numbers alone, without what arrays need.
                     let known = if known == "round" && !self.facts.numpy { "nearest" } else { known };
                     self.edits.replace(name.range, format!("{OURS}{known}"));
+                }
+                let stops = matches!(known, "any" | "all" | "next") && self.facts.builtin(known);
+                if stops && lazy::call(self, known, call) {
+                    return;
                 }
                 if known == "next"
                     && let Some(Expr::Generator(g)) = call.arguments.args.first()
@@ -603,7 +607,10 @@ impl<'a> Visitor<'a> for Rewriter<'_, '_> {
                     self.edits.close(unary.range.end().to_usize(), ")");
                 }
             }
-            Expr::Generator(g) if g.parenthesized => {
+            Expr::Generator(g)
+                if g.parenthesized
+                    && !self.edits.touches(range(g.range.start(), g.range.start() + TextSize::new(1))) =>
+            {
                 let one = TextSize::new(1);
                 self.edits.replace(range(g.range.start(), g.range.start() + one), format!("{OURS}gen(["));
                 self.edits.replace(range(g.range.end() - one, g.range.end()), "])");

@@ -36,6 +36,32 @@ def _v_filter(function, items):
     return iter([item for item in items if function(item)])
 def _v_gen(items):
     return iter(items)
+def _v_any(body, items, *stages):
+    return _v_find(True, body, items, stages, ()) is not None
+def _v_all(body, items, *stages):
+    return _v_find(False, body, items, stages, ()) is None
+def _v_next(body, items, *stages, **options):
+    found = _v_find(None, body, items, stages, ())
+    if found is not None:
+        return found[0]
+    if 'default' in options:
+        return options['default']
+    return next(iter(()))
+def _v_find(want, body, items, stages, before):
+    for item in items:
+        now = before + (item,)
+        at = 0
+        while at < len(stages) and not stages[at][0] and stages[at][1](*now):
+            at += 1
+        if at == len(stages):
+            value = body(*now)
+            if want is None or want is (True if value else False):
+                return (value,)
+        elif stages[at][0]:
+            found = _v_find(want, body, stages[at][1](*now), stages[at + 1:], now)
+            if found is not None:
+                return found
+    return None
 def _v_nearest(number, ndigits=None):
     if ndigits is None:
         return round(number)

@@ -16,7 +16,7 @@ const LONGEST: usize = 1536;
 pub struct DepthEstimator {
     name: String,
     net: MoGe,
-    tokens: usize,
+    tokens: Tokens,
     sample: DepthSample,
     device: Device,
 }
@@ -31,7 +31,10 @@ impl DepthEstimator {
         Ok(Self {
             name: files.name(),
             net,
-            tokens: cfg.num_tokens,
+            tokens: match cfg.num_tokens {
+                0 => Tokens::Level(9.),
+                n => Tokens::Count(n),
+            },
             sample: cfg.sample,
             device: device.clone(),
         })
@@ -56,7 +59,7 @@ impl DepthEstimator {
         };
         let image = Tensor::from_slice(rgb, (size.0, size.1, 3), &Device::Cpu)?;
         let image = (image.permute((2, 0, 1))?.to_dtype(DType::F32)? / 255.)?;
-        Ok(self.net.infer(&image.to_device(&self.device)?, Tokens::Count(self.tokens), None)?.depth)
+        Ok(self.net.infer(&image.to_device(&self.device)?, self.tokens, None)?.depth)
     }
 }
 

@@ -10,15 +10,15 @@ mod questions;
 
 pub use detector::{Detector, DetectorParts};
 pub use estimator::DepthEstimator;
-pub use questions::{Vlm, crop};
+pub use questions::{Vlm, crop, vqa_prompts};
 
 use super::{BBox, Detection, Picture, ToolError, ToolErrorKind, Tools};
 use crate::config::{Config, ConfigError};
 use crate::llm::local;
-use crate::llm::{ChatModel, ChatModels};
+use crate::llm::{ChatError, ChatModel, ChatModels};
 use crate::models::grounding_dino::caption::nouns_of;
 use crate::models::moge::Depth;
-use crate::weights::{WeightsError, first_line};
+use crate::weights::{WeightsError, message_of};
 use candle_core::{Device, Tensor};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -31,7 +31,7 @@ pub enum LoadError {
     Weights(#[from] WeightsError),
     #[error(transparent)]
     Chat(#[from] local::LoadError),
-    #[error("{name}: {}", first_line(.source))]
+    #[error("{name}: {}", message_of(.source))]
     Model { name: String, source: candle_core::Error },
 }
 
@@ -45,6 +45,7 @@ pub struct Perception {
 impl Perception {
     /// Loads the three models of a configuration, each in a thread of its own.
     pub fn load(config: &Config, device: &Device, chats: &ChatModels) -> Result<Self, LoadError> {
+        chats.check_vlm()?;
         let (detector, depth, vlm) = std::thread::scope(|s| {
             let detector = s.spawn(|| Detector::load(&config.detector, device));
             let depth = s.spawn(|| DepthEstimator::load(&config.depth, device));
@@ -52,7 +53,7 @@ impl Perception {
             let join = "loading a model does not panic";
             (detector.join().expect(join), depth.join().expect(join), vlm)
         });
-        Ok(Self { detector: detector?, depth: depth?, vlm: Vlm::new(vlm?, &config.vlm) })
+        Ok(Self { detector: detector?, depth: depth?, vlm: Vlm::new(vlm?, &config.vlm)? })
     }
 
     /// With any chat model as the VLM, such as a remote one or a test's.
@@ -60,7 +61,7 @@ impl Perception {
         Ok(Self {
             detector: Detector::load(&config.detector, device)?,
             depth: DepthEstimator::load(&config.depth, device)?,
-            vlm: Vlm::new(vlm, &config.vlm),
+            vlm: Vlm::new(vlm, &config.vlm)?,
         })
     }
 }
@@ -73,17 +74,18 @@ pub struct RealTools<'a> {
     pixels: Option<Tensor>,
     detections: HashMap<Vec<String>, Vec<Detection>>,
     depth: Option<Depth>,
+    outage: Option<String>,
 }
 
 impl<'a> RealTools<'a> {
     pub fn new(models: &'a Perception, picture: &'a Picture) -> Self {
-        Self { models, picture, pixels: None, detections: HashMap::new(), depth: None }
+        Self { models, picture, pixels: None, detections: HashMap::new(), depth: None, outage: None }
     }
 
     /// Of the whole picture; computed now if no program has asked for it yet.
     pub fn depth_map(&mut self) -> Result<&Depth, ToolError> {
         if self.depth.is_none() {
-            self.depth = Some(self.models.depth.estimate(self.picture).map_err(runtime)?);
+            self.depth = Some(self.models.depth.estimate(self.picture).map_err(network)?);
         }
         Ok(self.depth.as_ref().expect("there now"))
     }
@@ -108,7 +110,7 @@ impl Tools for RealTools<'_> {
         let detector = &self.models.detector;
         let pixels = match &self.pixels {
             Some(p) => p,
-            None => self.pixels.insert(detector.pixels(self.picture).map_err(runtime)?),
+            None => self.pixels.insert(detector.pixels(self.picture).map_err(network)?),
         };
         let found = detector.detect(pixels, (self.picture.height(), self.picture.width()), &nouns)?;
         self.detections.insert(nouns, found.clone());
@@ -133,12 +135,25 @@ impl Tools for RealTools<'_> {
     }
 
     fn vqa(&mut self, bbox: Option<BBox>, prompt: &str) -> Result<String, ToolError> {
-        self.models.vlm.ask(self.picture, bbox, prompt)
+        self.models.vlm.ask(self.picture, bbox, prompt).map_err(|e| {
+            if let ChatError::NoReply(why) = &e {
+                self.outage.get_or_insert_with(|| why.clone());
+            }
+            runtime(e)
+        })
+    }
+
+    fn outage(&mut self) -> Option<String> {
+        self.outage.take()
     }
 }
 
 fn runtime(e: impl std::fmt::Display) -> ToolError {
     ToolError { kind: ToolErrorKind::Runtime, message: e.to_string() }
+}
+
+fn network(e: candle_core::Error) -> ToolError {
+    runtime(message_of(&e))
 }
 
 fn value(message: String) -> ToolError {

@@ -1,9 +1,9 @@
 //! A vision-language model as the `vqa` tool.
 
-use super::runtime;
-use crate::config;
+use crate::config::{self, ConfigError};
 use crate::llm::{ChatError, ChatModel, ChatRequest, Message, Role, SamplingOptions};
-use crate::tools::{BBox, Picture, ToolError};
+use crate::nn::resample::{Filter, resize_u8};
+use crate::tools::{BBox, Picture};
 use std::sync::{Arc, OnceLock};
 
 /// A chat model that sees, and how crops are shown to it.
@@ -11,6 +11,8 @@ pub struct Vlm {
     model: Arc<dyn ChatModel>,
     max_new_tokens: usize,
     margin: f64,
+    max_pixels: usize,
+    prompts: VqaPrompts,
     /// Why it will answer nothing more, once that is known.
     failed: OnceLock<ChatError>,
 }
@@ -27,6 +29,45 @@ pub fn crop(picture: &Picture, bbox: Option<BBox>, margin: f64) -> Picture {
     picture.crop([x1 - dx, y1 - dy, x2 + dx, y2 + dy])
 }
 
+/// The picture, smaller where it has more than `most` pixels (0: no limit).
+fn within(picture: &Picture, most: usize) -> Picture {
+    let (w, h) = (picture.width() as usize, picture.height() as usize);
+    if most == 0 || w * h <= most {
+        return picture.clone();
+    }
+    let scale = (most as f64 / (w * h) as f64).sqrt();
+    let to = |n: usize| ((n as f64 * scale) as usize).max(1);
+    let small = resize_u8(picture.rgb(), (h, w), 3, (to(h), to(w)), Filter::Bilinear);
+    Picture::new(to(w) as u32, to(h) as u32, small)
+}
+
+/// What stands before a program's question about the whole picture, and about a crop.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct VqaPrompts {
+    whole: String,
+    crop: String,
+}
+
+/// The instructions that a configuration names.
+///
+/// # Errors
+/// If they are a file's that cannot be read.
+pub fn vqa_prompts(cfg: &config::Vlm) -> Result<VqaPrompts, ConfigError> {
+    const GENERAL: &str = include_str!("../../../data/prompts/vqa-general.txt");
+    const CROP: &str = include_str!("../../../data/prompts/vqa-general-crop.txt");
+    match cfg.prompt.as_str() {
+        "plain" => Ok(VqaPrompts { whole: String::new(), crop: String::new() }),
+        "general" => Ok(VqaPrompts { whole: GENERAL.into(), crop: format!("{CROP}{GENERAL}") }),
+        file => {
+            let text = std::fs::read_to_string(file).map_err(|e| ConfigError::Invalid {
+                origin: "vlm.prompt".into(),
+                message: format!("{file}: {e}; give a file, or one of plain and general"),
+            })?;
+            Ok(VqaPrompts { whole: text.clone(), crop: text })
+        }
+    }
+}
+
 /// Stripped, lower case, without a final full stop or comma.
 fn tidy(reply: &str) -> String {
     let text = reply.trim().to_lowercase();
@@ -34,8 +75,17 @@ fn tidy(reply: &str) -> String {
 }
 
 impl Vlm {
-    pub fn new(model: Arc<dyn ChatModel>, cfg: &config::Vlm) -> Self {
-        Self { model, max_new_tokens: cfg.max_new_tokens, margin: cfg.crop_margin, failed: OnceLock::new() }
+    /// # Errors
+    /// If the instructions that the configuration names cannot be read.
+    pub fn new(model: Arc<dyn ChatModel>, cfg: &config::Vlm) -> Result<Self, ConfigError> {
+        Ok(Self {
+            model,
+            max_new_tokens: cfg.max_new_tokens,
+            margin: cfg.crop_margin,
+            max_pixels: cfg.max_pixels,
+            prompts: vqa_prompts(cfg)?,
+            failed: OnceLock::new(),
+        })
     }
 
     pub fn name(&self) -> &str {
@@ -47,29 +97,46 @@ impl Vlm {
         self.failed.get()
     }
 
-    /// The model's greedy answer about a box of the picture.
-    pub fn ask(&self, picture: &Picture, bbox: Option<BBox>, prompt: &str) -> Result<String, ToolError> {
-        let image = crop(picture, bbox, self.margin).to_image();
+    /// The model's greedy answer to a program's question about a box of the picture.
+    pub fn ask(&self, picture: &Picture, bbox: Option<BBox>, question: &str) -> Result<String, ChatError> {
+        let before = if bbox.is_some() { &self.prompts.crop } else { &self.prompts.whole };
+        self.prompted(picture, bbox, &format!("{before}{question}"))
+    }
+
+    /// The same, of a text that already says all.
+    pub fn prompted(&self, picture: &Picture, bbox: Option<BBox>, prompt: &str) -> Result<String, ChatError> {
+        let image = within(&crop(picture, bbox, self.margin), self.max_pixels).to_image();
         let request = ChatRequest {
             messages: vec![Message::new(Role::User, prompt).with_images(vec![image])],
             ..ChatRequest::user("", 0, self.max_new_tokens)
         };
         let replies = self.model.chat(&[request], &SamplingOptions::greedy(), None);
-        let reply = replies.into_iter().next().ok_or_else(|| runtime("the VLM gave no reply"))?;
-        let reply = reply.map_err(|e| {
-            if e.is_of_model() {
-                // Programs take it for one call that failed; whoever measures must not.
-                let _ = self.failed.set(e.clone());
-            }
-            runtime(e)
-        })?;
-        Ok(tidy(&reply.text))
+        let reply = replies.into_iter().next().expect("one for each request");
+        if let Err(e) = &reply
+            && e.is_of_model()
+        {
+            // Programs take it for one call that failed; whoever measures must not.
+            let _ = self.failed.set(e.clone());
+        }
+        Ok(tidy(&reply?.text))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn large_pictures_are_shown_smaller() {
+        let p = Picture::new(400, 100, vec![7; 400 * 100 * 3]);
+        let size = |most| {
+            let p = within(&p, most);
+            (p.width(), p.height())
+        };
+        assert_eq!((size(0), size(40_000)), ((400, 100), (400, 100)));
+        assert_eq!(size(10_000), (200, 50));
+        assert_eq!(size(1), (2, 1), "never none");
+    }
 
     #[test]
     fn replies_are_tidied() {

@@ -18,7 +18,7 @@ use super::checkpoint::{Checkpoints, Saved};
 use super::grpo::advantages;
 use super::lm::Sample;
 use super::rollout::{RolloutEngine, Servers};
-use super::run::{Metrics, MetricsLog};
+use super::run::{self, Metrics, MetricsLog};
 use super::{Broken, differences};
 use crate::config::{self, Algorithm, Config};
 use crate::files::{sha256_hex, write_atomic};
@@ -32,7 +32,7 @@ use crate::program::{Reply, Sandbox};
 use crate::report::{tensorboard, training};
 use crate::rooms::{self, OracleTools};
 use crate::verify::{Head, Scored, Verification};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
@@ -58,6 +58,12 @@ struct State {
 /// Steps of a run of so many questions.
 pub fn steps(cfg: &config::Reasoner, questions: usize) -> u64 {
     (cfg.epochs * questions as f64 / cfg.batch as f64).ceil().max(1.) as u64
+}
+
+/// That a run may write into a folder: a new or empty one, or a run's.
+pub fn check_folder(dir: &Path) -> Result<()> {
+    let config = || std::fs::read_to_string(dir.join("config.toml"));
+    run::check_folder(dir, || config().is_ok_and(|text| Config::parse(&text, "config.toml").is_ok()))
 }
 
 /// What a run needs besides its policy.
@@ -107,8 +113,16 @@ impl Training<'_> {
     /// What a resumed run may not change. Limits on memory and what is written when are one's own.
     fn settings(&self, policy: &Policy) -> Result<Value> {
         let mut of_run = json!(self.cfg());
-        for free in ["micro_tokens", "recompute", "offload", "save_every", "keep", "missing_limit", "servers"]
-        {
+        for free in [
+            "micro_tokens",
+            "kv_cache_mb",
+            "recompute",
+            "offload",
+            "save_every",
+            "keep",
+            "missing_limit",
+            "servers",
+        ] {
             of_run.as_object_mut().expect("a table").remove(free);
         }
         // Of instructions and questions what they say, too: files under one name can change, and of other
@@ -130,17 +144,7 @@ impl Training<'_> {
     /// checkpoint; without, a folder that holds one is refused.
     pub fn run(&mut self, policy: &Policy, resume: bool) -> Result<Ended> {
         let steps = self.steps();
-        let config = self.dir.join("config.toml");
-        let begun =
-            || std::fs::read_to_string(&config).is_ok_and(|text| toml::from_str::<Config>(&text).is_ok());
-        // What a kill left half written has a hidden name.
-        let shown = |e: std::fs::DirEntry| !e.file_name().to_string_lossy().starts_with('.');
-        let full = std::fs::read_dir(&self.dir).is_ok_and(|all| all.flatten().any(shown));
-        ensure!(
-            !full || begun(),
-            "--out {} is not empty and holds no run; name a new folder",
-            self.dir.display()
-        );
+        check_folder(&self.dir)?;
         std::fs::create_dir_all(&self.dir).with_context(|| self.dir.display().to_string())?;
         let checkpoints = Checkpoints::open(&self.dir.join("checkpoints"), self.cfg().keep)?;
         let mut optimiser = optimiser(policy, self.cfg())?;
@@ -170,6 +174,11 @@ impl Training<'_> {
         )?);
         if state.step == 0 {
             let figures = self.evaluate(policy, &bar)?;
+            // What the training has to beat.
+            state.best = reward_of(&figures).map(|reward| (0, reward));
+            if state.best.is_some() {
+                policy.export(&self.dir.join("best"))?;
+            }
             if !figures.is_empty() {
                 log.write(0, figures)?;
             }
@@ -180,6 +189,7 @@ impl Training<'_> {
             self.send(policy, servers, session, state.step)?;
         }
         let spent = state.usage;
+        let mut pulse = run::Pulse::default();
         while state.step < steps && !self.stop.load(Ordering::Relaxed) {
             let step = state.step;
             let engine = engine(policy, servers.as_ref(), self.cfg().algorithm);
@@ -194,11 +204,11 @@ impl Training<'_> {
             }
             log.write(state.step, figures)?;
             bar.set_position(state.step);
+            pulse.beat(&bar);
             let every = self.cfg().eval_every;
             if (every > 0 && state.step.is_multiple_of(every)) || state.step == steps {
                 let figures = self.evaluate(policy, &bar)?;
-                let reward = figures.get("held_out_reward").and_then(Value::as_f64);
-                if let Some(reward) = reward
+                if let Some(reward) = reward_of(&figures)
                     && state.best.is_none_or(|(_, best)| reward > best)
                 {
                     state.best = Some((state.step, reward));
@@ -307,38 +317,41 @@ impl Training<'_> {
         bar: &ProgressBar,
     ) -> Result<Metrics> {
         let mut clock = Clock::default();
-        let mut rollouts = Vec::new();
-        let mut asked = 0;
+        let (mut rollouts, mut silent) = (Vec::new(), Vec::new());
         for round in 0..=self.cfg().resample as u64 {
             let mut questions = self.queries.batch(self.cfg(), step, round);
             // Later rounds only fill the places of groups that say nothing.
             let wanted = self.cfg().batch - rollouts.len() / self.cfg().group;
             questions.truncate(wanted);
             let new = self.collect(engine, &questions, step, round, &mut clock, bar)?;
-            asked += new.len();
             let last = round == self.cfg().resample as u64;
             for group in chunks(new, self.cfg().group) {
                 let spread = group.iter().any(|r| r.advantage.is_some_and(|a| a != 0.));
                 if spread || last || self.cfg().algorithm == Algorithm::Sft {
                     rollouts.extend(group);
+                } else {
+                    silent.extend(group);
                 }
             }
             if rollouts.len() / self.cfg().group >= self.cfg().batch {
                 break;
             }
         }
+        // Figures are of all that was sampled: what says nothing to the update is good all the same, or missing.
+        let kept = rollouts.len();
+        rollouts.append(&mut silent);
         let rewards: Vec<Option<f64>> = rollouts.iter().map(|r| r.scored.reward).collect();
         self.check_missing(&format!("step {}", step + 1), &rewards, || {
             rollouts.iter().find_map(|r| why_missing(r.reply.as_ref().err().map(String::as_str), &r.scored))
         })?;
-        let learnt: Vec<update::Scored> = rollouts.iter().filter_map(|r| self.lesson(r)).collect();
+        let learnt: Vec<update::Scored> = rollouts[..kept].iter().filter_map(|r| self.lesson(r)).collect();
         let report =
             clock.time("update", || update(policy, optimiser, schedule, self.cfg(), step, &learnt))?;
         if !report.loss.is_finite() {
             let why = format!("step {}: the loss is not finite; the last checkpoint is kept", step + 1);
             return Err(Broken(why).into());
         }
-        let figures = self.figures(&rollouts, asked, learnt.len(), &report, clock);
+        let figures = self.figures(&rollouts, learnt.len(), &report, clock);
         bar.set_message(format!(
             "reward {:.3} kl {:.4} entropy {:.3}",
             figures["reward"].as_f64().unwrap_or(f64::NAN),
@@ -451,14 +464,7 @@ impl Training<'_> {
         Ok(out)
     }
 
-    fn figures(
-        &self,
-        rollouts: &[Rollout],
-        asked: usize,
-        learnt: usize,
-        u: &Update,
-        clock: Clock,
-    ) -> Metrics {
+    fn figures(&self, rollouts: &[Rollout], learnt: usize, u: &Update, clock: Clock) -> Metrics {
         let n = rollouts.len().max(1) as f64;
         let mean = |values: &mut dyn Iterator<Item = f64>| {
             let (sum, n) = values.fold((0., 0), |(s, n), v| (s + v, n + 1));
@@ -474,8 +480,10 @@ impl Training<'_> {
         let mut put = |name: &str, value: f64| m.insert(name.into(), json!(value));
         put("loss", u.loss);
         put("reward", mean(&mut rollouts.iter().filter_map(|r| r.scored.reward)));
-        put("format", mean(&mut rollouts.iter().map(|r| share(r.scored.format))));
-        put("syntax", mean(&mut rollouts.iter().map(|r| share(r.scored.syntax))));
+        // Of the replies that came: a server's fault is none of the policy's form.
+        let replied = || rollouts.iter().filter(|r| r.reply.is_ok());
+        put("format", mean(&mut replied().map(|r| share(r.scored.format))));
+        put("syntax", mean(&mut replied().map(|r| share(r.scored.syntax))));
         for head in Head::ALL {
             let verdicts = rollouts.iter().filter_map(|r| r.scored.heads.get(&head)?.ok);
             put(head.word(), mean(&mut verdicts.map(share)));
@@ -502,7 +510,7 @@ impl Training<'_> {
         );
         put("sampler_mismatch", u.mismatch);
         put("sampler_mismatch_most", u.mismatch_most);
-        put("rollouts", asked as f64);
+        put("rollouts", rollouts.len() as f64);
         put("learnt", learnt as f64);
         put("rollout_tokens_per_second", tokens as f64 / clock.seconds("rollouts").max(1e-9));
         put("trained_tokens_per_second", u.tokens as f64 / clock.seconds("update").max(1e-9));
@@ -624,14 +632,17 @@ impl Training<'_> {
             m.insert("held_out_reward".into(), json!(mean));
         }
         if let HeldOut::Rooms(asked) = &self.queries.held_out {
-            let mut right = 0;
-            for ((view, q), reply) in asked.iter().zip(&replies) {
+            let (mut right, mut replied) = (0, 0);
+            for ((view, q), reply) in
+                asked.iter().zip(&replies).zip(&errors).filter_map(|(r, e)| e.is_none().then_some(r))
+            {
+                replied += 1;
                 let run = answer(reply, &mut self.sandbox, &mut OracleTools::new(view));
                 right += usize::from(run.value().is_some_and(|a| crate::rooms::questions::score(q, a)));
             }
-            m.insert("held_out_right".into(), json!(right as f64 / asked.len() as f64));
+            m.insert("held_out_right".into(), json!(right as f64 / f64::from(replied.max(1))));
         }
-        bar.println(format!("step {}: {}", bar.position(), Value::Object(m.clone())));
+        run::say(bar, &format!("step {}: {}", bar.position(), Value::Object(m.clone())));
         write_atomic(&self.held_out_file(bar.position()), |w| {
             texts.iter().zip(&replies).zip(&scored).try_for_each(|((question, reply), s)| {
                 writeln!(w, "{}", json!({"question": question, "reply": reply, "reward": s.reward}))
@@ -639,6 +650,11 @@ impl Training<'_> {
         })?;
         Ok(m)
     }
+}
+
+/// The verifier's opinion in an evaluation's figures.
+fn reward_of(figures: &Metrics) -> Option<f64> {
+    figures.get("held_out_reward")?.as_f64()
 }
 
 /// Who samples: GRPO learns from its own policy's rollouts, SFT from the base's.

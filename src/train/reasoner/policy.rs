@@ -107,11 +107,7 @@ impl Policy {
                 other => other,
             })
         };
-        let mut options = EngineOptions::default();
-        if !device.is_cpu() {
-            // Memory of a card, not of a laptop: some hundred replies of a large planner at once.
-            options.max_kv_bytes = 16 << 30;
-        }
+        let options = EngineOptions::on(device, cfg.kv_cache_mb);
         let chat = |network| LocalChat::with_network(&files, network, device, options.clone());
         let network = built(false)?;
         ensure!(trained.count() > 0, "reasoner.adapter.targets: the network has none of these layers");

@@ -54,7 +54,9 @@ impl Queries {
                     training.push(question);
                 }
             }
-            let held_out = questions(Look::Studio, cfg.seed).take(cfg.held_out).collect();
+            // Whoever sees no picture knows a question again by its words.
+            let held_out = questions(Look::Studio, cfg.seed).filter(|(_, q)| !seen.contains(&q.text));
+            let held_out = held_out.take(cfg.held_out).collect();
             return Ok(Self { training, held_out: HeldOut::Rooms(held_out) });
         }
         let mut all = read(Path::new(&cfg.queries)).context("reasoner.queries")?;
@@ -107,7 +109,10 @@ fn read(path: &Path) -> Result<Vec<String>> {
         Ok(text.trim().to_owned())
     };
     let lines = || text.lines().map(str::trim).zip(1..).filter(|(l, _)| !l.is_empty());
-    let all: Vec<String> = if let Ok(Value::Array(all)) = serde_json::from_str(&text) {
+    let all: Vec<String> = if text.trim_start().starts_with('[') {
+        let all: Vec<Value> = serde_json::from_str(&text).with_context(|| {
+            format!("{name} begins as a JSON list and is none; a file of one question a line must not begin with [")
+        })?;
         all.iter().zip(1..).map(|(v, at)| question(v, at)).collect::<Result<_>>()?
     } else if lines().next().is_some_and(|(l, _)| l.starts_with(['{', '"'])) {
         lines()
@@ -155,6 +160,14 @@ mod tests {
         let e = format!("{:#}", of("{\"question\": \"a\"}\n{\"question\n").unwrap_err());
         assert!(e.contains("line 2"), "{e}");
         assert!(of("\n").is_err());
+        // Not read as lines.
+        for text in
+            ["[\"How many?\",\n \"Which one?\"\n", "[\"How many?\",\n Which one?]\n", "['How many?']\n"]
+        {
+            let e = format!("{:#}", of(text).unwrap_err());
+            assert!(e.contains("begins as a JSON list and is none") && e.contains(" at line "), "{e}");
+        }
+        assert_eq!(of(" [\"[1] How many?\"]\n").unwrap(), ["[1] How many?"]);
     }
 
     #[test]
@@ -173,6 +186,11 @@ mod tests {
 
     #[test]
     fn held_out_questions_are_not_trained_on() {
+        let of_rooms =
+            Queries::open(&cfg(&["reasoner.questions=3000".into(), "reasoner.held_out=200".into()])).unwrap();
+        let kept = of_rooms.held_out.texts();
+        assert_eq!(kept.len(), 200);
+        assert!(of_rooms.training.iter().all(|t| !kept.contains(&t.as_str())));
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("q.txt");
         std::fs::write(&path, (0..20).map(|i| format!("Question {i}?\n")).collect::<String>()).unwrap();

@@ -170,7 +170,11 @@ pub fn update(
                     }
                     let old = if old[i].is_empty() { new } else { &old[i] };
                     let l = loss(Tokens { new, old, reference, advantage: r.advantage }, &objective);
-                    part.policy += l.policy;
+                    // Of every reply at ratio 1 the surrogate is −1, whatever is learnt: the loss itself in its place.
+                    part.policy += match cfg.algorithm {
+                        Algorithm::Grpo => l.policy,
+                        Algorithm::Sft => -new.iter().sum::<f64>(),
+                    };
                     part.kl += l.kl;
                     part.clipped += l.clipped;
                     part.drift += l.drift;

@@ -126,6 +126,10 @@ impl<'a> Servers<'a> {
                             if route == "load_lora_adapter" && text.contains("already been loaded") {
                                 return Ok(text);
                             }
+                            // A server that was started anew, or a try whose reply was lost.
+                            if route == "unload_lora_adapter" && status.as_u16() == 404 {
+                                return Ok(text);
+                            }
                             if status.is_client_error() && status.as_u16() != 429 {
                                 break;
                             }
@@ -188,6 +192,11 @@ fn read(text: &str, prompt: &[u32]) -> Result<ChatReply, String> {
     }
     let reply: Reply = serde_json::from_str(text).map_err(|e| format!("its reply cannot be read: {e}"))?;
     let choice = reply.choices.into_iter().next().ok_or("its reply holds no choice")?;
+    let finish = match choice.finish_reason.as_deref() {
+        Some("length") => Finish::Length,
+        Some("stop") | None => Finish::Stop,
+        Some(other) => return Err(format!("its reply ended by {other:?}")),
+    };
     let lp = choice.logprobs.ok_or("its reply holds no logprobs")?;
     let id = |t: &String| {
         let id = t.strip_prefix("token_id:").and_then(|id| id.parse().ok());
@@ -204,7 +213,7 @@ fn read(text: &str, prompt: &[u32]) -> Result<ChatReply, String> {
     }
     Ok(ChatReply {
         text: choice.text,
-        finish: if choice.finish_reason.as_deref() == Some("length") { Finish::Length } else { Finish::Stop },
+        finish,
         prompt_tokens: prompt.len(),
         new_tokens: ids.len(),
         trace: Some(TokenTrace { prompt_ids: prompt.to_vec(), ids, log_probs }),
@@ -241,6 +250,9 @@ mod tests {
             assert!(e.contains(why), "{e}");
         }
         assert!(read("<html>", &[]).is_err());
+        let aborted = r#"{"choices": [{"text": "a", "finish_reason": "abort",
+            "logprobs": {"tokens": ["token_id:3"], "token_logprobs": [-0.5]}}]}"#;
+        assert!(read(aborted, &[7]).unwrap_err().contains("\"abort\""));
     }
 
     #[test]

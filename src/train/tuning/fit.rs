@@ -267,6 +267,28 @@ fn faults_table(boxes: &Boxes, faults: &[Fault]) -> String {
     out
 }
 
+/// That `grounding.training.freeze` names parameters of the detector, told before anything is trained.
+pub fn check_freeze(config: &Config) -> Result<()> {
+    let freeze = &config.grounding.training.freeze;
+    if freeze.is_empty() {
+        return Ok(());
+    }
+    let parts = DetectorParts::open(&config.detector)?;
+    let unused = parts.unused();
+    let names: Vec<String> = parts.weights.names().into_iter().filter(|n| !is_unused(n, &unused)).collect();
+    begins_names(freeze, &names)
+}
+
+fn begins_names(freeze: &[String], names: &[String]) -> Result<()> {
+    for prefix in freeze {
+        ensure!(
+            names.iter().any(|n| n.starts_with(prefix.as_str())),
+            "grounding.training.freeze: no parameter's name begins with {prefix:?}"
+        );
+    }
+    Ok(())
+}
+
 impl Fit<'_> {
     fn cfg(&self) -> &DetectorTraining {
         &self.config.grounding.training
@@ -283,6 +305,7 @@ impl Fit<'_> {
         let known: HashMap<String, Tensor> =
             original.iter().filter(|(n, _)| of_network(n)).map(|(n, t)| (n.clone(), t.clone())).collect();
         let had: Vec<String> = known.keys().cloned().collect();
+        begins_names(&t.freeze, &had)?;
         let params = Params::placed(seed, known, DType::F32, &self.device)?;
         let pictures = per_epoch(&t, self.boxes.records.len());
         let (steps, _) = schedule(&t, pictures);
@@ -327,10 +350,6 @@ impl Fit<'_> {
             fresh[0]
         );
         let mut tuning = Tuning { trainer, average: HashMap::new(), decay: t.ema, frozen: t.freeze.clone() };
-        for prefix in &t.freeze {
-            let known = params.named().iter().any(|(n, _)| n.starts_with(prefix.as_str()));
-            ensure!(known, "grounding.training.freeze: no parameter's name begins with {prefix:?}");
-        }
         let mut metrics = run::train(
             &mut tuning,
             &RunOptions {
@@ -452,6 +471,18 @@ mod tests {
             let want = if *n == name { 0.25 } else { 0. };
             assert!((most - want).abs() < 2e-3, "{n} moved by {most}");
         }
+    }
+
+    #[test]
+    fn what_is_to_be_frozen_is_known_before_the_training() {
+        let set = |freeze: &str| {
+            let sets = [format!("grounding.training.freeze={freeze}")];
+            check_freeze(&Config::resolve(None, &sets).unwrap()).map_err(|e| e.to_string())
+        };
+        set("[]").unwrap();
+        set("[\"model.text_backbone.\", \"model.backbone.\"]").unwrap();
+        let e = set("[\"model.text_backbone.\", \"backbone\"]").unwrap_err();
+        assert_eq!(e, "grounding.training.freeze: no parameter's name begins with \"backbone\"");
     }
 
     #[test]

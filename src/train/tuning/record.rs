@@ -2,6 +2,7 @@
 //! each stage of verification was where the truth is known.
 
 use crate::data::odvg::{Boxes, Detected, Instance, LabelMap, Record};
+use crate::data::queries::Asked;
 use crate::eval::stats::Share;
 use crate::tools::{BBox, bbox};
 use crate::verify::boxes::Stage;
@@ -61,22 +62,51 @@ pub struct Overrule {
     pub keep: bool,
 }
 
-/// Reads a file of overrules and puts them into the records.
-pub fn overrule(records: &mut [Mined], path: &Path) -> Result<usize> {
+/// The overrules of a file, each with its place for messages.
+pub fn overrules(path: &Path) -> Result<Vec<(String, Overrule)>> {
     let text = std::fs::read_to_string(path)
         .with_context(|| format!("cannot read --overrule {}", path.display()))?;
+    let lines = text.lines().zip(1..).filter(|(l, _)| !l.trim().is_empty());
+    let read = lines.map(|(line, number)| {
+        let at = format!("--overrule {}, line {number}", path.display());
+        let o = serde_json::from_str(line)
+            .with_context(|| format!("{at}: expected {{\"image\", \"index\", \"keep\"}}"))?;
+        Ok((at, o))
+    });
+    read.collect()
+}
+
+/// That a file of overrules can be followed, as far as it can be told before mining: each is of a picture
+/// that is to be mined or is mined, and if that is mined, of one of its boxes.
+pub fn check_overrules(path: &Path, records: &[Mined], pictures: &[Asked]) -> Result<()> {
+    for (at, o) in overrules(path)? {
+        match records.iter().find(|r| r.image == o.image) {
+            Some(record) => ensure!(o.index < record.found.len(), "{}", no_such_box(&at, &o, record)),
+            None => ensure!(
+                pictures.iter().any(|p| p.image == o.image),
+                "{at}: {:?} is none of the pictures of grounding.queries",
+                o.image
+            ),
+        }
+    }
+    Ok(())
+}
+
+fn no_such_box(at: &str, o: &Overrule, record: &Mined) -> String {
+    format!("{at}: {:?} has {} boxes, numbered from 0, and none is {}", o.image, record.found.len(), o.index)
+}
+
+/// Reads a file of overrules and puts them into the records.
+pub fn overrule(records: &mut [Mined], path: &Path) -> Result<usize> {
     let mut n = 0;
-    for (line, number) in text.lines().zip(1..).filter(|(l, _)| !l.trim().is_empty()) {
-        let at = || format!("--overrule {}, line {number}", path.display());
-        let o: Overrule = serde_json::from_str(line)
-            .with_context(|| format!("{}: expected {{\"image\", \"index\", \"keep\"}}", at()))?;
+    for (at, o) in overrules(path)? {
         let Some(record) = records.iter_mut().find(|r| r.image == o.image) else {
-            bail!("{}: {:?} was not mined", at(), o.image)
+            bail!("{at}: {:?} was not mined", o.image)
         };
-        let boxes = record.found.len();
-        let Some(found) = record.found.get_mut(o.index) else {
-            bail!("{}: {:?} has {boxes} boxes, numbered from 0", at(), o.image)
-        };
+        if o.index >= record.found.len() {
+            bail!("{}", no_such_box(&at, &o, record))
+        }
+        let found = &mut record.found[o.index];
         found.dropped = (!o.keep).then_some(Stage::Coarse);
         found.unsure = false;
         found.reason = "overruled".into();
@@ -415,6 +445,30 @@ mod tests {
             let e = format!("{:#}", overrule(&mut all, &path).unwrap_err());
             assert!(e.contains(why) && e.contains("line 1"), "{e}");
         }
+    }
+
+    #[test]
+    fn a_word_that_cannot_count_is_known_before_mining() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("o.jsonl");
+        let asked = |image: &str| Asked { image: image.into(), path: image.into(), questions: vec![] };
+        let (records, pictures) =
+            ([mined(&["chair"], vec![found("chair", 0., 0.9, None)], &[])], [asked("a.png"), asked("b.png")]);
+        let check = |image: &str, index: usize| {
+            let line = format!("{{\"image\": \"{image}\", \"index\": {index}, \"keep\": true}}\n");
+            std::fs::write(&path, line).unwrap();
+            check_overrules(&path, &records, &pictures).map_err(|e| format!("{e:#}"))
+        };
+        check("a.png", 0).unwrap();
+        // How many boxes it will have is not known yet.
+        check("b.png", 7).unwrap();
+        let e = check("a.png", 1).unwrap_err();
+        assert!(e.contains("o.jsonl, line 1: \"a.png\" has 1 boxes"), "{e}");
+        let e = check("c.png", 0).unwrap_err();
+        assert!(e.contains("line 1") && e.contains("none of the pictures of grounding.queries"), "{e}");
+        std::fs::write(&path, "{\"image\": \"a.png\"}\n").unwrap();
+        let e = format!("{:#}", check_overrules(&path, &records, &pictures).unwrap_err());
+        assert!(e.contains("line 1: expected") && e.contains("missing field `index`"), "{e}");
     }
 
     #[test]

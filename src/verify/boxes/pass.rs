@@ -61,7 +61,7 @@ fn partition() -> Arc<Schema> {
 /// Reads a partition of `asked`. Whole: each number told of once and no other. What is not whole is
 /// still worth its clear parts, which is what is left when nobody answers better.
 fn read(reply: &str, asked: &[usize]) -> (bool, Verdicts) {
-    let Ok(parted) = serde_json::from_str::<Parted>(unfenced(reply)) else { return (false, Verdicts::new()) };
+    let Ok(parted) = serde_json::from_str::<Parted>(reply) else { return (false, Verdicts::new()) };
     let told = parted
         .keep
         .iter()
@@ -82,13 +82,6 @@ fn read(reply: &str, asked: &[usize]) -> (bool, Verdicts) {
         verdicts.remove(&i);
     }
     (whole && verdicts.len() == asked.len(), verdicts)
-}
-
-/// Models put JSON into a Markdown fence now and then.
-fn unfenced(reply: &str) -> &str {
-    let text = reply.trim();
-    let inner = text.strip_prefix("```json").or_else(|| text.strip_prefix("```"));
-    inner.and_then(|t| t.strip_suffix("```")).map_or(text, str::trim)
 }
 
 fn list(boxes: &[(usize, &Detection)]) -> String {
@@ -168,8 +161,7 @@ fn crops(judge: &BoxJudge, cases: &mut [Open]) -> Result<(), ChatError> {
             at.push((c, i));
         }
     }
-    let replies =
-        judge.ask(requests, |_, reply| serde_json::from_str::<OfCrop>(unfenced(&reply.text)).ok())?;
+    let replies = judge.ask(requests, |_, reply| serde_json::from_str::<OfCrop>(&reply.text).ok())?;
     for ((c, i), reply) in at.into_iter().zip(replies) {
         match reply {
             Ok(Some(v)) => {
@@ -195,11 +187,6 @@ mod tests {
                 r#"{"keep": [0, 3], "drop": [{"index": 2, "reason": "a sofa"}]}"#,
                 true,
                 vec![(0, true), (2, false), (3, true)],
-            ),
-            (
-                "```json\n{\"keep\": [0, 2, 3], \"drop\": []}\n```",
-                true,
-                vec![(0, true), (2, true), (3, true)],
             ),
             (r#"{"keep": [0, 1], "drop": [{"index": 2, "reason": ""}]}"#, false, vec![(0, true), (2, false)]),
             (

@@ -24,9 +24,9 @@ impl<F: Fn(&str, usize) -> Result<String, ChatError> + Send + Sync> ChatModel fo
             .map(|r| {
                 let mut n = self.1.lock().unwrap();
                 *n += 1;
-                let text = (self.0)(&r.messages[0].text, *n)?;
+                let mut text = (self.0)(&r.messages[0].text, *n)?;
                 if let Some(schema) = &r.schema {
-                    schema.check(&text).map_err(ChatError::Misfit)?;
+                    text = schema.fitted(&text).map_err(ChatError::Misfit)?.to_owned();
                 }
                 Ok(ChatReply { text, finish: Finish::Stop, prompt_tokens: 0, new_tokens: 0, trace: None })
             })

@@ -8,6 +8,7 @@ use serde_json::{Map, Value as Json, json};
 use super::Gguf;
 use super::header::short;
 use crate::weights::WeightsError;
+use crate::weights::byte_level::{Added, tokenizer_json};
 
 const MODEL: &str = "tokenizer.ggml.model";
 const PRE: &str = "tokenizer.ggml.pre";
@@ -20,10 +21,6 @@ const EOS: &str = "tokenizer.ggml.eos_token_id";
 
 /// What GGUF calls the split of Qwen2, which Qwen3 has too.
 const SPLITS: [&str; 2] = ["qwen2", "qwen3"];
-
-/// How Qwen2's and Qwen3's `tokenizer.json` cut a text, before merges: contractions; letters with one
-/// sign or blank before them; single digits; signs; line breaks; blanks.
-const PIECES: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// Types of tokens that are kept apart from merges: special ones, and others that count as a whole.
 const CONTROL: i64 = 3;
@@ -99,10 +96,8 @@ pub(super) fn tokenizer(g: &Gguf) -> Result<Json, WeightsError> {
         // Special tokens too, so that they keep their ids whatever their place; no merge makes them.
         vocab.insert(text.into(), json!(id));
         if matches!(kind, CONTROL | USER_DEFINED) {
-            added.push(json!({
-                "id": id, "content": text, "single_word": false, "lstrip": false, "rstrip": false,
-                "normalized": false, "special": kind == CONTROL,
-            }));
+            let (id, content) = (id as u64, text.into());
+            added.push(Added { id, content, special: kind == CONTROL, ..Added::default() });
         }
     }
     let mut merges = Vec::new();
@@ -116,22 +111,9 @@ pub(super) fn tokenizer(g: &Gguf) -> Result<Json, WeightsError> {
                 g.fail(format!("{MERGES}, entry {i}: {merge} is no pair of tokens that make a third"))
             );
         };
-        merges.push(json!([a, b]));
+        merges.push((a, b));
     }
-    let byte_level = json!({
-        "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false,
-    });
-    let split =
-        json!({ "type": "Split", "pattern": { "Regex": PIECES }, "behavior": "Isolated", "invert": false });
-    Ok(json!({
-        "version": "1.0", "truncation": null, "padding": null, "added_tokens": added,
-        "normalizer": { "type": "NFC" },
-        "pre_tokenizer": { "type": "Sequence", "pretokenizers": [split, byte_level] },
-        "post_processor": byte_level, "decoder": byte_level,
-        "model": { "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": "",
-                   "end_of_word_suffix": "", "fuse_unk": false, "byte_fallback": false,
-                   "ignore_merges": false, "vocab": vocab, "merges": merges },
-    }))
+    Ok(tokenizer_json(vocab, &merges, &added))
 }
 
 /// `tokenizer_config.json`: the chat template, and the tokens that it may name.

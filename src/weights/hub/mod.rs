@@ -20,6 +20,7 @@ use serde::Deserialize;
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
+use super::PYTORCH_NAMES;
 use super::source::{HubSource, RepoKind, is_safe};
 
 #[derive(Debug, thiserror::Error)]
@@ -461,8 +462,10 @@ impl Listing {
     /// Those files that a model is loaded from: weights in the best form there is (or the one that is
     /// asked for), configuration and tokenizer.
     pub fn of_model(&self, source: &HubSource) -> Result<Vec<&RemoteFile>, HubError> {
-        const BESIDE: [&str; 14] = [
+        const BESIDE: [&str; 17] = [
             "config.json",
+            "adapter_config.json",
+            "delta_config.json",
             "generation_config.json",
             "tokenizer.json",
             "tokenizer_config.json",
@@ -474,6 +477,7 @@ impl Listing {
             "chat_template.json",
             "chat_template.jinja",
             "preprocessor_config.json",
+            "processor_config.json",
             "model.safetensors.index.json",
             "pytorch_model.bin.index.json",
         ];
@@ -482,11 +486,10 @@ impl Listing {
         };
         let weights = match &source.file {
             Some(file) => self.files.iter().filter(|f| &f.name == file).collect(),
-            None => [".safetensors", ".pt", ".pth", ".bin"]
-                .into_iter()
-                .map(at_top)
-                .find(|found| !found.is_empty())
-                .unwrap_or_default(),
+            None => match at_top(".safetensors") {
+                found if !found.is_empty() => found,
+                _ => self.of_pytorch(source)?,
+            },
         };
         if weights.is_empty() {
             let gguf = at_top(".gguf");
@@ -499,7 +502,29 @@ impl Listing {
             };
             return Err(Hub::fail(source, message));
         }
-        let beside = self.files.iter().filter(|f| BESIDE.contains(&f.name.as_str()));
+        let asked = |f: &RemoteFile| source.file.as_ref() == Some(&f.name);
+        let beside = self.files.iter().filter(|f| BESIDE.contains(&f.name.as_str()) && !asked(f));
         Ok(beside.chain(weights).collect())
+    }
+
+    /// PyTorch's own files, as their folder will be read: one of several has to be named, and better before all
+    /// are fetched than after.
+    fn of_pytorch(&self, source: &HubSource) -> Result<Vec<&RemoteFile>, HubError> {
+        let named = PYTORCH_NAMES.iter().find_map(|name| self.files.iter().find(|f| f.name == *name));
+        if let Some(file) = named {
+            return Ok(vec![file]);
+        }
+        let at_top = |endings: &[&str]| -> Vec<&RemoteFile> {
+            let ends = |f: &&RemoteFile| endings.iter().any(|e| f.name.ends_with(e));
+            self.files.iter().filter(|f| !f.name.contains('/')).filter(ends).collect()
+        };
+        let own = at_top(&[".pt", ".pth"]);
+        if own.len() > 1 {
+            let names = own.iter().map(|f| f.name.as_str()).collect::<Vec<_>>().join(", ");
+            let message =
+                format!("holds several checkpoints ({names}); choose one, such as {source}#{}", own[0].name);
+            return Err(Hub::fail(source, message));
+        }
+        Ok(if own.is_empty() { at_top(&[".bin"]) } else { own })
     }
 }

@@ -406,9 +406,10 @@ fn strange_names_and_unshared_heads_are_errors() {
     let f = Fixture::open("grounding-dino-original");
     let stored = candle_core::safetensors::load(f.dir.join("model.safetensors"), &super::device()).unwrap();
     let mut odd = stored.clone();
-    odd.insert("transformer.decoder.layers.0.nonsense".into(), stored["transformer.level_embed"].clone());
+    let strange = ["transformer.decoder.layers.0.nonsense", "ema.decay"];
+    odd.extend(strange.map(|name| (name.to_owned(), stored["transformer.level_embed"].clone())));
     let e = names::to_hf(odd).unwrap_err().to_string();
-    assert!(e.contains("transformer.decoder.layers.0.nonsense"), "{e}");
+    assert!(strange.iter().all(|name| e.contains(name)) && e.contains("without them"), "{e}");
     let mut apart = stored;
     let name = "transformer.decoder.bbox_embed.1.layers.0.bias";
     let moved = (&apart[name] + 1.).unwrap();

@@ -1,0 +1,188 @@
+//! What a run needs of its optimiser to go on exactly.
+//!
+//! Of large networks the state is several times their weights: it goes to its file and back parameter by
+//! parameter, and never is in memory twice.
+
+use super::{AdamW, Kept, Part, Slot};
+use candle_core::safetensors::MmapedSafetensors;
+use candle_core::{DType, Device, Error, Result, Shape, Tensor};
+use safetensors::{Dtype, View};
+use std::borrow::Cow;
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::path::Path;
+
+impl Part {
+    const ALL: [Self; 3] = [Self::Mean, Self::Square, Self::Master];
+
+    fn of(self, slot: &Slot) -> String {
+        let part = match self {
+            Self::Mean => "exp_avg",
+            Self::Square => "exp_avg_sq",
+            Self::Master => "master",
+        };
+        format!("{}.{part}", slot.name)
+    }
+
+    /// Does the state of such a parameter have it?
+    fn is_of(self, slot: &Slot) -> bool {
+        match self {
+            Self::Mean => true,
+            Self::Square => !slot.group.muon,
+            Self::Master => slot.var.dtype() != DType::F32,
+        }
+    }
+}
+
+const STEP: &str = "step";
+
+/// A tensor of the file, read when its turn comes.
+enum Written<'a> {
+    Part { slot: &'a Slot, part: Part, failed: &'a RefCell<Option<Error>> },
+    Step([u8; 8]),
+}
+
+impl View for Written<'_> {
+    fn dtype(&self) -> Dtype {
+        match self {
+            Self::Part { .. } => Dtype::F32,
+            Self::Step(_) => Dtype::I64,
+        }
+    }
+
+    fn shape(&self) -> &[usize] {
+        match self {
+            Self::Part { slot, .. } => slot.var.dims(),
+            Self::Step(_) => &[1],
+        }
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        let bytes = |values: &[f32]| values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
+        match self {
+            Self::Step(bytes) => Cow::Borrowed(bytes),
+            Self::Part { slot, part, failed } => match slot.part(*part) {
+                Ok(values) => Cow::Owned(bytes(&values)),
+                // The writer cannot be told; who called it asks.
+                Err(e) => {
+                    failed.replace(Some(e));
+                    Cow::Borrowed(&[])
+                }
+            },
+        }
+    }
+
+    fn data_len(&self) -> usize {
+        match self {
+            Self::Part { slot, .. } => slot.var.elem_count() * size_of::<f32>(),
+            Self::Step(bytes) => bytes.len(),
+        }
+    }
+}
+
+/// Where a state is read from.
+trait Source {
+    fn shape(&self, name: &str) -> Option<Shape>;
+    fn read(&self, name: &str) -> Result<Tensor>;
+}
+
+impl Source for HashMap<String, Tensor> {
+    fn shape(&self, name: &str) -> Option<Shape> {
+        Some(self.get(name)?.shape().clone())
+    }
+
+    fn read(&self, name: &str) -> Result<Tensor> {
+        self.get(name).cloned().ok_or_else(|| Error::Msg(format!("tensor {name} is missing")))
+    }
+}
+
+impl Source for MmapedSafetensors {
+    fn shape(&self, name: &str) -> Option<Shape> {
+        Some(self.get(name).ok()?.shape().into())
+    }
+
+    fn read(&self, name: &str) -> Result<Tensor> {
+        self.load(name, &Device::Cpu)
+    }
+}
+
+impl AdamW {
+    fn parts(&self) -> impl Iterator<Item = (&Slot, Part)> {
+        self.slots.iter().flat_map(|s| Part::ALL.into_iter().filter(move |p| p.is_of(s)).map(move |p| (s, p)))
+    }
+
+    /// Moments as `NAME.exp_avg` and, of AdamW, `NAME.exp_avg_sq`, the weights in full of parameters in half
+    /// precision as `NAME.master`, and `step`, for exact resumption between steps.
+    pub fn state(&self) -> Result<HashMap<String, Tensor>> {
+        let mut out = HashMap::new();
+        for (slot, part) in self.parts() {
+            let values = slot.part(part)?.into_owned();
+            out.insert(part.of(slot), Tensor::from_vec(values, slot.var.shape(), &Device::Cpu)?);
+        }
+        out.insert(STEP.into(), Tensor::new(&[self.steps as i64], &Device::Cpu)?);
+        Ok(out)
+    }
+
+    /// Takes over a [`AdamW::state`]; every trained parameter must be in it with its shape.
+    pub fn restore(&mut self, state: &HashMap<String, Tensor>) -> Result<()> {
+        self.restore_from(state)
+    }
+
+    fn restore_from(&mut self, state: &impl Source) -> Result<()> {
+        let missing = |name: &str| Error::Msg(format!("optimiser state: tensor {name} is missing"));
+        let steps = state.read(STEP).map_err(|_| missing(STEP))?.to_vec1::<i64>()?;
+        let [steps] = steps[..] else { candle_core::bail!("optimiser state: step must be one number") };
+        // All of it is looked at before any of it is taken over. A run may go on where parameters are of another
+        // type than they were.
+        for (slot, part) in self.parts().filter(|(_, part)| *part != Part::Master) {
+            let name = part.of(slot);
+            let got = state.shape(&name).ok_or_else(|| missing(&name))?;
+            if got != *slot.var.shape() {
+                let want = slot.var.shape();
+                candle_core::bail!("optimiser state: {name} has shape {got:?}, expected {want:?}")
+            }
+        }
+        for s in &mut self.slots {
+            let read = |part: Part| -> Result<Vec<f32>> {
+                state.read(&part.of(s))?.reshape(s.var.shape())?.flatten_all()?.to_vec1()
+            };
+            let v = if Part::Square.is_of(s) { read(Part::Square)? } else { vec![] };
+            let mut kept = Kept { m: read(Part::Mean)?, v, master: vec![] };
+            if state.shape(&Part::Master.of(s)).is_some() {
+                kept.master = read(Part::Master)?;
+            }
+            match (s.var.dtype() == DType::F32, kept.master.is_empty()) {
+                (true, false) => {
+                    let master = std::mem::take(&mut kept.master);
+                    let t = Tensor::from_vec(master, s.var.shape(), &Device::Cpu)?;
+                    s.var.set(&t.to_device(s.var.device())?)?;
+                }
+                (false, true) => kept.master = s.var.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?,
+                _ => {}
+            }
+            s.keep(kept)?;
+        }
+        self.steps = steps.max(0) as u64;
+        Ok(())
+    }
+
+    /// Writes [`AdamW::state`] as safetensors.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        let failed = RefCell::new(None);
+        let parts =
+            self.parts().map(|(slot, part)| (part.of(slot), Written::Part { slot, part, failed: &failed }));
+        let step = (STEP.to_owned(), Written::Step((self.steps as i64).to_le_bytes()));
+        let written = safetensors::serialize_to_file(parts.chain([step]), None, path);
+        match failed.take() {
+            Some(e) => Err(e),
+            None => written.map_err(|e| Error::Msg(format!("{}: {e}", path.display()))),
+        }
+    }
+
+    /// Reads what [`AdamW::save`] wrote.
+    pub fn load(&mut self, path: &Path) -> Result<()> {
+        // SAFETY: a checkpoint of this run's own, which nobody changes while it is read.
+        let state = unsafe { MmapedSafetensors::new(path)? };
+        self.restore_from(&state).map_err(|e| Error::Msg(format!("{}: {e}", path.display())))
+    }
+}

@@ -1,0 +1,219 @@
+//! What is refused, and where work would have to be done first, before it is: no model is loaded, nothing is
+//! left behind, nothing lost.
+
+use std::process::Command;
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::cli::refused;
+
+const DEMO: &str = "data/demo/room.png";
+
+/// A planner that is not there: what comes before it was met before it was opened.
+const NO_PLANNER: [&str; 2] = ["--set", "planner.model=/no/planner"];
+
+fn path(dir: &TempDir, name: &str) -> String {
+    dir.path().join(name).display().to_string()
+}
+
+fn write(dir: &TempDir, name: &str, text: &str) -> String {
+    std::fs::write(dir.path().join(name), text).unwrap();
+    path(dir, name)
+}
+
+fn names(dir: &TempDir) -> Vec<String> {
+    let entries = std::fs::read_dir(dir.path()).unwrap();
+    let mut names: Vec<String> = entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn where_nothing_can_be_written_is_told_before_the_work() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = write(&dir, "file", "old");
+    let below = path(&dir, "file/below/out");
+    let infer = ["infer", DEMO, "How many?"];
+    let rooms = ["eval", "--tools", "real", "--planner", "configured"];
+    let labels = write(&dir, "labels.jsonl", "");
+    let batch = write(&dir, "ask.jsonl", "{\"image\": \"a.png\", \"question\": \"Why?\"}\n");
+    for (args, option) in [
+        (&infer[..], "--report"),
+        (&infer, "--save-overlay"),
+        (&rooms, "--pictures"),
+        (&["eval", "--bench", "rooms-verifier", "--scenes", "2"], "--out"),
+        (&["verify", "audit", "--labels", &labels], "--out"),
+        (&["make-queries", "--images", "data/demo"], "--out"),
+        (&["rooms", "render", "-n", "3"], "--out"),
+        (&["train-reasoner"], "--out"),
+        (&["tune-grounding"], "--out"),
+    ] {
+        let mut all = [args, &[option, &below][..]].concat();
+        if args[0] != "rooms" {
+            all.extend(NO_PLANNER);
+        }
+        refused(&all, &[option, &below, &format!("{file}: is no folder"), "name another"]);
+    }
+    // A file where a folder is, and the other way round.
+    let folder = dir.path().display().to_string();
+    refused(&[&infer[..], &["--report", &folder], &NO_PLANNER].concat(), &["--report", "is a folder"]);
+    refused(
+        &[&rooms[..], &["--out", &path(&dir, "file/rows.jsonl")], &NO_PLANNER].concat(),
+        &["--out", "is no folder"],
+    );
+    // Of models that there are, the first question would have been answered.
+    refused(&["infer", "--batch", &batch, "--out", &below], &["--out", &below]);
+    refused(
+        &["rooms", "pretrain", "--only", "planner", "--runs", &path(&dir, "runs"), "--out", &below],
+        &["--out", &below],
+    );
+    assert_eq!(names(&dir), ["ask.jsonl", "file", "labels.jsonl"]);
+    assert_eq!(std::fs::read_to_string(file).unwrap(), "old");
+}
+
+#[test]
+fn stages_are_of_depth_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let runs = path(&dir, "runs");
+    let args = ["rooms", "pretrain", "--runs", &runs, "--out", &runs, "--only"];
+    refused(&[&args[..], &["vlm", "--stages", "2"]].concat(), &["--stages is of depth alone"]);
+    refused(&[&args[..], &["familiar", "--steps", "2"]].concat(), &["--only familiar", "--steps"]);
+    assert_eq!(names(&dir), [""; 0]);
+}
+
+#[test]
+fn precision_is_not_measured_without_boxes() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::copy(DEMO, dir.path().join("room.png")).unwrap();
+    let size = image::image_dimensions(DEMO).unwrap();
+    let coco = json!({
+        "images": [{ "id": 1, "file_name": "room.png", "width": size.0, "height": size.1 }],
+        "annotations": [], "categories": [{ "id": 1, "name": "chair" }],
+    });
+    let file = write(&dir, "coco.json", &coco.to_string());
+    refused(
+        &["eval", "--bench", "detection", "--data", &file, "--set", "detector.model=/no/detector"],
+        &["--data", &file, "there is no box in the 1 pictures"],
+    );
+}
+
+#[test]
+fn questions_and_replies_that_are_none_are_refused_with_their_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let list = write(&dir, "list.json", "[\"How many?\",\n \"Which one?\"\n");
+    let queries = format!("reasoner.queries={list}");
+    let out = path(&dir, "run");
+    refused(
+        &[&["train-reasoner", "--out", &out, "--set", &queries][..], &NO_PLANNER].concat(),
+        &["reasoner.queries", "list.json begins as a JSON list and is none", "at line 3"],
+    );
+    let rows = write(
+        &dir,
+        "rows.jsonl",
+        "{\"question\": \"Why?\", \"reply\": null}\n{\"question\": \"Why?\", \"failure\": \"planner\"}\n\
+         {\"question\": \"Why?\", \"answer\": 3}\n",
+    );
+    refused(
+        &["verify", "score", &rows, "--set", "verifier.model=/no/verifier"],
+        &["rows.jsonl, line 3: has no \"reply\"", "--planner"],
+    );
+    assert_eq!(names(&dir), ["list.json", "rows.jsonl"]);
+}
+
+#[test]
+fn verdicts_are_not_added_to_another_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let notes = write(&dir, "notes.txt", "dear diary\n");
+    let cache = format!("verifier.cache={notes}");
+    let sets = ["--set", &cache, "--set", "verifier.model=/no/verifier"];
+    refused(
+        &[&["verify", "audit", "--rooms", "1"][..], &sets].concat(),
+        &["verifier.cache", "notes.txt", "its first line is no verdict", "name a new file"],
+    );
+    let out = path(&dir, "run");
+    refused(&[&["train-reasoner", "--out", &out][..], &sets].concat(), &["verifier.cache"]);
+    assert_eq!(std::fs::read_to_string(notes).unwrap(), "dear diary\n");
+}
+
+#[test]
+fn a_model_that_sees_nothing_is_no_vlm() {
+    let blind = "vlm.model=tests/fixtures/qwen3-tiny";
+    refused(
+        &[&["infer", DEMO, "How many?", "--set", blind][..], &NO_PLANNER].concat(),
+        &["tests/fixtures/qwen3-tiny/config.json", "sees no pictures", "vlm.model"],
+    );
+}
+
+#[test]
+fn another_programs_folder_is_no_reasoners() {
+    let dir = tempfile::tempdir().unwrap();
+    write(&dir, "thesis.txt", "dear");
+    let out = dir.path().display().to_string();
+    refused(
+        &[&["train-reasoner", "--out", &out][..], &NO_PLANNER].concat(),
+        &["--out", "is not empty and holds no run"],
+    );
+    assert_eq!(names(&dir), ["thesis.txt"]);
+}
+
+/// Whatever the environment asks for, an error is a line.
+#[test]
+fn no_stack_is_told_with_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir("data/embedded/planner").unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), dir.path().join(entry.file_name())).unwrap();
+    }
+    write(&dir, "model.safetensors", "none");
+    let planner = format!("planner.model={}", dir.path().display());
+    let output = Command::new(env!("CARGO_BIN_EXE_valor"))
+        .args(["infer", DEMO, "How many?", "--set", &planner])
+        .env("RUST_BACKTRACE", "1")
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    let error = said.lines().last().unwrap_or_default();
+    assert!(error.contains("not a readable safetensors file"), "{said}");
+    assert!(!said.contains("candle_core::") && error.len() < 400, "{said}");
+}
+
+/// What made the rows is told in them; a file of rows is gone on with under the same settings.
+#[test]
+fn a_batch_is_not_gone_on_with_under_other_settings() {
+    let dir = tempfile::tempdir().unwrap();
+    let line =
+        |image: &str| format!("{{\"image\": \"{image}\", \"question\": \"How many chairs are there?\"}}\n");
+    let (batch, out) = (write(&dir, "ask.jsonl", &line("a.png")), path(&dir, "rows.jsonl"));
+    std::fs::copy(DEMO, dir.path().join("a.png")).unwrap();
+    let args = ["infer", "--batch", &batch, "--out", &out];
+    let run = || Command::new(env!("CARGO_BIN_EXE_valor")).args(args).output().unwrap();
+    let rows = || -> Vec<Value> {
+        let text = std::fs::read_to_string(&out).unwrap();
+        text.lines().map(|l| serde_json::from_str(l).unwrap()).collect()
+    };
+    assert!(run().status.success());
+    let first = rows().remove(0);
+    let before = std::fs::read(&out).unwrap();
+    // One whose picture comes later.
+    write(&dir, "ask.jsonl", &[line("a.png"), line("b.png")].concat());
+    for (more, parts) in [
+        (&["--set", "detector.box_threshold=0.3"][..], "(detector)"),
+        (&["--seed", "4", "--set", "sandbox.seconds=2"], "(sandbox, seed)"),
+        (&["--samples", "3"], "(inference)"),
+    ] {
+        let parts = ["rows.jsonl, line 1: was answered with other settings", parts, "name a new file"];
+        refused(&[&args[..], more].concat(), &parts);
+    }
+    assert_eq!(std::fs::read(&out).unwrap(), before);
+    assert_eq!(run().status.code(), Some(1));
+    assert_eq!(rows()[1]["error"]["kind"], "picture");
+    assert_eq!((&rows()[0], &rows()[1]["settings"]), (&first, &first["settings"]));
+    std::fs::copy(DEMO, dir.path().join("b.png")).unwrap();
+    let done = run();
+    let said = String::from_utf8_lossy(&done.stderr).into_owned();
+    assert!(done.status.success() && said.contains("1 of them failed"), "{said}");
+    assert_eq!((&rows()[0], &rows()[1]["answer"]), (&first, &first["answer"]));
+    assert_eq!((rows().len(), &rows()[1]["index"]), (2, &json!(1)));
+}
