@@ -3,9 +3,11 @@
 //! The defaults are `configs/rooms.toml`, compiled in. A key that the defaults do not have is
 //! refused with the nearest one that they do.
 
+mod check;
 mod eval;
 mod faults;
 mod grounding;
+mod merge;
 mod reasoner;
 mod sandbox;
 mod suited;
@@ -16,12 +18,12 @@ pub use grounding::{DetectorTraining, Granularity, Grounding, Mining};
 pub use reasoner::{Algorithm, Objective, RateDecay, Reasoner, Servers};
 pub use sandbox::{Fallback, ProgramExecutor, Sandbox};
 
-use crate::weights::gguf::is_gguf;
 use faults::{located, unread};
+use merge::{merge, nest, parse_value};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
-use toml::{Table, Value};
+use toml::Table;
 
 /// The default configuration as shipped.
 pub const ROOMS: &str = include_str!("../../configs/rooms.toml");
@@ -133,9 +135,6 @@ impl Default for Endpoint {
         }
     }
 }
-
-/// A program that failed three times will fail again.
-const MOST_REPAIRS: usize = 2;
 
 /// How a part's `model` names one of [`Config::endpoints`].
 pub const ENDPOINT: &str = "endpoint:";
@@ -298,183 +297,7 @@ impl Config {
         config.check().map_err(|e| located(e, &origins))?;
         Ok((config, origins))
     }
-
-    fn check(&self) -> Result<(), ConfigError> {
-        let unit = |key: &str, v: f64| match (0. ..=1.).contains(&v) {
-            true => Ok(()),
-            false => Err(invalid(key, &format!("{v} is outside 0…1"))),
-        };
-        unit("planner.top_p", self.planner.top_p)?;
-        unit("detector.box_threshold", self.detector.box_threshold)?;
-        unit("detector.text_threshold", self.detector.text_threshold)?;
-        let positive = |key: &str, v: f64| match v > 0. && v.is_finite() {
-            true => Ok(()),
-            false => Err(invalid(key, &format!("{v} is not positive"))),
-        };
-        let within = |key: &str, v: f64, least: f64, most: f64| match (least..=most).contains(&v) {
-            true => Ok(()),
-            false => Err(invalid(key, &format!("{v} is outside {least}…{most}"))),
-        };
-        positive("sandbox.seconds", self.sandbox.seconds)?;
-        within("sandbox.seconds", self.sandbox.seconds, 0., DAY)?;
-        within("sandbox.memory_mb", self.sandbox.memory_mb as f64, 1., (1 << 20) as f64)?;
-        if self.sandbox.python.is_empty() {
-            return Err(invalid("sandbox.python", &"is empty; name a Python, such as python3"));
-        }
-        let r = &self.reward;
-        for (head, weight) in [
-            ("syntax", r.syntax),
-            ("logic", r.logic),
-            ("attribute", r.attribute),
-            ("spatial", r.spatial),
-            ("adherence", r.adherence),
-        ] {
-            unit(&format!("reward.{head}"), weight)?;
-        }
-        if let Some((key, why)) = self.reasoner.fault() {
-            return Err(invalid(&format!("reasoner.{key}"), &why));
-        }
-        if let Some((key, why)) = self.grounding.fault() {
-            return Err(invalid(&format!("grounding.{key}"), &why));
-        }
-        within("inference.samples", self.inference.samples as f64, 1., 1000.)?;
-        if self.inference.repairs > MOST_REPAIRS {
-            return Err(invalid("inference.repairs", &format!("at most {MOST_REPAIRS}")));
-        }
-        positive("planner.max_new_tokens", self.planner.max_new_tokens as f64)?;
-        positive("vlm.max_new_tokens", self.vlm.max_new_tokens as f64)?;
-        positive("verifier.max_new_tokens", self.verifier.max_new_tokens as f64)?;
-        within("detector.shortest_side", self.detector.shortest_side as f64, 0., MOST_PIXELS)?;
-        within("detector.longest_side", self.detector.longest_side as f64, 0., MOST_PIXELS)?;
-        within("depth.num_tokens", self.depth.num_tokens as f64, 0., MOST_PIXELS)?;
-        within("inference.kv_cache_mb", self.inference.kv_cache_mb as f64, 0., MOST_MB)?;
-        within("reasoner.kv_cache_mb", self.reasoner.kv_cache_mb as f64, 0., MOST_MB)?;
-        within("vlm.crop_margin", self.vlm.crop_margin, 0., 10.)?;
-        for url in &self.reasoner.servers.urls {
-            if let Some(why) = address_fault(url, "these servers are asked without one") {
-                return Err(invalid("reasoner.servers.urls", &why));
-            }
-        }
-        for (name, e) in &self.endpoints {
-            let at = |field: &str| format!("endpoints.{name}.{field}");
-            // One that no part names may be half written.
-            if !e.base_url.is_empty()
-                && let Some(why) = address_fault(&e.base_url, "name a variable in key_env")
-            {
-                return Err(invalid(&at("base_url"), &why));
-            }
-            positive(&at("seconds"), e.seconds)?;
-            within(&at("seconds"), e.seconds, 0., DAY)?;
-            within(&at("longest_wait"), e.longest_wait, 0., DAY)?;
-            within(&at("requests_per_minute"), e.requests_per_minute as f64, 0., 1e6)?;
-            positive(&at("tries"), e.tries as f64)?;
-            positive(&at("concurrency"), e.concurrency as f64)?;
-            positive(&at("max_reply_kb"), e.max_reply_kb as f64)?;
-            for (field, v) in [
-                ("usd_per_million_prompt_tokens", e.usd_per_million_prompt_tokens),
-                ("usd_per_million_new_tokens", e.usd_per_million_new_tokens),
-                ("budget_usd", e.budget_usd),
-            ] {
-                if !(v >= 0. && v.is_finite()) {
-                    return Err(invalid(&at(field), &format!("{v} is negative or no number")));
-                }
-            }
-            if !["max_tokens", "max_completion_tokens"].contains(&e.max_tokens_key.as_str()) {
-                return Err(invalid(&at("max_tokens_key"), &"must be max_tokens or max_completion_tokens"));
-            }
-            const OWN: [&str; 10] = [
-                "model",
-                "messages",
-                "temperature",
-                "top_p",
-                "top_k",
-                "seed",
-                "stop",
-                "response_format",
-                "max_tokens",
-                "max_completion_tokens",
-            ];
-            if let Some(own) = OWN.iter().find(|key| e.extra.contains_key(**key)) {
-                return Err(invalid(
-                    &at(&format!("extra.{own}")),
-                    &"is sent by valor; set it where it is set",
-                ));
-            }
-            if e.budget_usd > 0. && e.usd_per_million_prompt_tokens + e.usd_per_million_new_tokens == 0. {
-                return Err(invalid(
-                    &at("budget_usd"),
-                    &"needs prices: without usd_per_million_prompt_tokens and usd_per_million_new_tokens nothing is ever spent",
-                ));
-            }
-        }
-        positive("eval.judge.max_new_tokens", self.eval.judge.max_new_tokens as f64)?;
-        for (part, model) in [
-            ("planner", &self.planner.model),
-            ("detector", &self.detector.model),
-            ("depth", &self.depth.model),
-            ("vlm", &self.vlm.model),
-            ("verifier", &self.verifier.model),
-        ] {
-            if model.trim().is_empty() {
-                let message = "is empty; name embedded, a folder, a preset or hub:OWNER/NAME";
-                return Err(invalid(&format!("{part}.model"), &message));
-            }
-        }
-        for (part, model) in [
-            ("planner", &self.planner.model),
-            ("vlm", &self.vlm.model),
-            ("verifier", &self.verifier.model),
-            ("grounding.mining", &self.grounding.mining.model),
-            ("eval.judge", &self.eval.judge.model),
-        ] {
-            let Some(name) = model.strip_prefix(ENDPOINT) else { continue };
-            if let Some(e) = self.endpoints.get(name) {
-                for (field, value) in [("base_url", &e.base_url), ("model", &e.model)] {
-                    if value.is_empty() {
-                        let message = format!("is empty, and {part}.model names this endpoint; set it");
-                        return Err(invalid(&format!("endpoints.{name}.{field}"), &message));
-                    }
-                }
-            } else {
-                let known: Vec<&str> = self.endpoints.keys().map(String::as_str).collect();
-                let message = match known[..] {
-                    [] => format!("names an endpoint, and there are none; add [endpoints.{name}]"),
-                    _ => format!("there is no endpoint {name}, only {}", known.join(", ")),
-                };
-                return Err(invalid(&format!("{part}.model"), &message));
-            }
-        }
-        for (part, model) in [("detector", &self.detector.model), ("depth", &self.depth.model)] {
-            if model.starts_with(ENDPOINT) {
-                return Err(invalid(&format!("{part}.model"), &"an endpoint serves chat models only"));
-            }
-        }
-        for (part, model) in [
-            ("detector", &self.detector.model),
-            ("depth", &self.depth.model),
-            ("vlm", &self.vlm.model),
-            ("grounding.mining", &self.grounding.mining.model),
-        ] {
-            if is_gguf(model) {
-                let message = "a GGUF file is read for the planner, the verifier and the judge only, who see no pictures";
-                return Err(invalid(&format!("{part}.model"), &message));
-            }
-        }
-        match self.planner.temperature >= 0. && self.planner.temperature.is_finite() {
-            true => Ok(()),
-            false => Err(invalid("planner.temperature", &"must be 0 (greedy) or more")),
-        }
-    }
 }
-
-/// The longest that anything is waited for, in seconds.
-const DAY: f64 = 86_400.;
-
-/// Of memory: far beyond any machine's, yet no overflow in bytes.
-const MOST_MB: f64 = (1u64 << 40) as f64;
-
-/// Of a side of a picture as a network sees it, and of its tokens: far beyond any, yet no overflow.
-const MOST_PIXELS: f64 = 32_768.;
 
 fn invalid(origin: &str, message: &dyn std::fmt::Display) -> ConfigError {
     ConfigError::Invalid { origin: origin.into(), message: message.to_string() }
@@ -490,146 +313,6 @@ fn syntax(origin: &str, text: &str, error: &toml::de::Error) -> ConfigError {
         }
         None => invalid(origin, &message),
     }
-}
-
-/// A value as TOML would read it, else as a bare string.
-fn parse_value(text: &str) -> Value {
-    let read = format!("v = {text}").parse::<Table>().ok().and_then(|mut t| t.remove("v"));
-    read.unwrap_or_else(|| Value::String(text.into()))
-}
-
-/// `a.b = v` as nested tables. An endpoint's name may have dots in it, in quotes or not: it ends before the
-/// first key that endpoints have.
-fn nest(key: &str, value: Value) -> Table {
-    let one = |key: &str, value: Value| Table::from_iter([(key.to_owned(), value)]);
-    if let Some(rest) = key.strip_prefix("endpoints.") {
-        let quoted = rest.strip_prefix('"').and_then(|r| r.split_once('"'));
-        let (name, field) = match quoted {
-            Some((name, field)) => (name, field.strip_prefix('.')),
-            None => {
-                let keys = endpoint_keys();
-                let dots: Vec<usize> = rest.match_indices('.').map(|(at, _)| at).collect();
-                let is_key =
-                    |at: &&usize| rest[**at + 1..].split('.').next().is_some_and(|k| keys.contains_key(k));
-                match dots.iter().find(is_key).or(dots.last()) {
-                    Some(&at) => (&rest[..at], Some(&rest[at + 1..])),
-                    None => (rest, None),
-                }
-            }
-        };
-        let inner = match field {
-            Some(field) => Value::Table(nest(field, value)),
-            None => value,
-        };
-        return one("endpoints", Value::Table(one(name, inner)));
-    }
-    let (head, rest) = key.split_once('.').map_or((key, None), |(h, r)| (h, Some(r)));
-    let inner = match rest {
-        Some(r) => Value::Table(nest(r, value)),
-        None => value,
-    };
-    one(head, inner)
-}
-
-fn merge(
-    into: &mut Table,
-    from: Table,
-    defaults: &Table,
-    path: &str,
-    origin: &str,
-    origins: &mut Origins,
-) -> Result<(), ConfigError> {
-    for (k, v) in from {
-        let full = if path.is_empty() { k.clone() } else { format!("{path}.{k}") };
-        // Endpoints have names of the user's choice, each the same keys.
-        if full == "endpoints" {
-            let Value::Table(named) = v else {
-                return Err(invalid(
-                    origin,
-                    &"`endpoints` must be a table of tables, such as [endpoints.gpt]",
-                ));
-            };
-            let all = into.entry(k).or_insert_with(|| Value::Table(Table::new()));
-            let all = all.as_table_mut().expect("made here");
-            let defaults = endpoint_keys();
-            for (name, keys) in named {
-                let full = format!("{full}.{name}");
-                let Value::Table(keys) = keys else {
-                    return Err(invalid(origin, &format!("`{full}` must be a table")));
-                };
-                let one = all.entry(name).or_insert_with(|| Value::Table(defaults.clone()));
-                merge(one.as_table_mut().expect("made here"), keys, &defaults, &full, origin, origins)?;
-            }
-            continue;
-        }
-        // What a server takes beside is not for us to know.
-        if k == "extra" && path.starts_with("endpoints.") && v.is_table() {
-            origins.insert(full, origin.into());
-            let all = into.entry(k).or_insert_with(|| Value::Table(Table::new()));
-            all.as_table_mut().expect("a table by default").extend(v.as_table().cloned().unwrap_or_default());
-            continue;
-        }
-        let Some(default) = defaults.get(&k) else {
-            let key = first_leaf(full, &v);
-            return Err(ConfigError::UnknownKey { origin: origin.into(), hint: nearest(&key), key });
-        };
-        match (default, v) {
-            (Value::Table(d), Value::Table(v)) => {
-                let Some(Value::Table(inner)) = into.get_mut(&k) else {
-                    unreachable!("same shape as the defaults")
-                };
-                merge(inner, v, d, &full, origin, origins)?;
-            }
-            (Value::Float(_), Value::Integer(i)) => {
-                into.insert(k, Value::Float(i as f64));
-                origins.insert(full, origin.into());
-            }
-            (d, v) if d.same_type(&v) => {
-                into.insert(k, v);
-                origins.insert(full, origin.into());
-            }
-            (d, v) => {
-                let message = format!("`{full}` must be a {}, not a {}", d.type_str(), v.type_str());
-                return Err(invalid(origin, &message));
-            }
-        }
-    }
-    Ok(())
-}
-
-/// An endpoint's keys, with their defaults.
-fn endpoint_keys() -> Table {
-    Table::try_from(Endpoint::default()).expect("all of its values have a form in TOML")
-}
-
-/// The first full key inside a table, so that `[planer] temprature` is compared as a whole.
-fn first_leaf(path: String, value: &Value) -> String {
-    match value.as_table().and_then(|t| t.iter().next()) {
-        Some((k, v)) => first_leaf(format!("{path}.{k}"), v),
-        None => path,
-    }
-}
-
-/// Says which valid key is nearest to a wrong one.
-fn nearest(key: &str) -> String {
-    fn keys(t: &Table, path: &str, out: &mut Vec<String>) {
-        for (k, v) in t {
-            let full = if path.is_empty() { k.clone() } else { format!("{path}.{k}") };
-            match v {
-                Value::Table(t) => keys(t, &full, out),
-                _ => out.push(full),
-            }
-        }
-    }
-    let mut all = Vec::new();
-    if let Ok(defaults) = ROOMS.parse::<Table>() {
-        keys(&defaults, "", &mut all);
-    }
-    if let Some((name, _)) = key.strip_prefix("endpoints.").and_then(|k| k.rsplit_once('.')) {
-        keys(&endpoint_keys(), &format!("endpoints.{name}"), &mut all);
-    }
-    let best = all.into_iter().min_by_key(|k| strsim::damerau_levenshtein(k, key));
-    best.map_or(String::new(), |b| format!("; did you mean `{b}`?"))
 }
 
 #[cfg(test)]

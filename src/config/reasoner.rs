@@ -180,7 +180,7 @@ impl Reasoner {
             ("servers.concurrency", self.servers.concurrency > 0, "must be at least 1"),
             (
                 "servers.seconds",
-                positive(self.servers.seconds) && self.servers.seconds <= 30. * super::DAY,
+                positive(self.servers.seconds) && self.servers.seconds <= 30. * super::check::DAY,
                 "must be positive, at most a month",
             ),
             ("adapter.alpha", self.adapter.rank == 0 || positive(self.adapter.alpha), "must be positive"),

@@ -12,3 +12,4 @@ pub mod metric;
 pub mod record;
 pub mod run;
 pub mod summary;
+mod verdicts;

@@ -18,15 +18,14 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use super::batch::{BATCHES, Batch, Done, Event, Gallery, Job, LastWord, Planned, StopOnDrop};
 use super::feed::{Feed, Note, Seen, Task};
 use super::folder::Folder;
-use super::metric::{Form, Judged, Wanted, same_words, score};
-use super::record::{NO_REPLY, REFUSED, Record, each};
+use super::metric::{Form, Judged, Wanted, score};
+use super::record::{REFUSED, Record, each};
 use crate::config::Inference;
-use crate::data::{Kind, Links, PictureRef};
+use crate::data::{Links, PictureRef};
 use crate::llm::{ChatError, ChatReply, Finish};
 use crate::pipeline::{Answered, Asked, Referee, Run, answer, elect, question_seed, run_all};
 use crate::planner::Planner;
@@ -36,7 +35,7 @@ use crate::rooms::questions::score as score_room;
 use crate::tools::picture::DecodeOptions;
 use crate::tools::real::{Perception, RealTools, Vlm};
 use crate::tools::{Picture, Tools};
-use crate::verify::{Pair, SynonymJudge};
+use crate::verify::SynonymJudge;
 
 /// Where answers come from.
 pub enum Method<'a> {
@@ -508,66 +507,10 @@ impl Runner<'_> {
         record.repairs = earlier.len();
         Ok(answered)
     }
-
-    /// Goes over what a folder holds: rows to which a server gave no reply go, to be asked again, and verdicts
-    /// that are missing are asked for.
-    pub fn reopen(&self, folder: &mut Folder) -> Result<()> {
-        folder.revise(|records: Vec<Record>| {
-            let kept = records.into_iter().filter(|r| r.failure.as_deref() != Some(NO_REPLY));
-            let (open, mut all): (Vec<Record>, Vec<Record>) = kept.partition(Record::is_open);
-            let open = open.into_iter().map(|record| Done { record, thumbnail: None }).collect();
-            for Done { mut record, .. } in self.judge(open, &Mutex::default())? {
-                record.fault = None;
-                finish(&mut record);
-                all.push(record);
-            }
-            Ok(all)
-        })
-    }
-
-    /// Asks the judge about answers that need not match word for word.
-    fn judge(&self, mut done: Vec<Done>, times: &Mutex<Times>) -> Result<Vec<Done>> {
-        let started = Instant::now();
-        let mut open = Vec::new();
-        for (i, Done { record, .. }) in done.iter_mut().enumerate() {
-            if record.kind != Kind::Synonym || !record.is_measured() {
-                continue;
-            }
-            record.judged = Some(match &record.answer {
-                _ if self.judge.is_none() => Judged::Nobody,
-                None => Judged::No,
-                Some(answer) if same_words(&record.truth, answer) => Judged::Yes,
-                Some(_) => {
-                    open.push(i);
-                    Judged::Missing
-                }
-            });
-        }
-        let Some(judge) = self.judge.filter(|_| !open.is_empty()) else { return Ok(done) };
-        let texts: Vec<[String; 3]> = open
-            .iter()
-            .map(|&i| {
-                let r = &done[i].record;
-                let text = |v: &Value| crate::report::plain(v);
-                [r.question.clone(), text(&r.truth), text(r.answer.as_ref().unwrap_or(&Value::Null))]
-            })
-            .collect();
-        let pairs: Vec<Pair> =
-            texts.iter().map(|[question, truth, given]| Pair { question, truth, given }).collect();
-        for (&i, verdict) in open.iter().zip(judge.verdicts(&pairs)?) {
-            done[i].record.judged = Some(match verdict {
-                Some(true) => Judged::Yes,
-                Some(false) => Judged::No,
-                None => Judged::Missing,
-            });
-        }
-        spend(times, "judge", started);
-        Ok(done)
-    }
 }
 
 /// Scores and blame, once everything else is known.
-fn finish(record: &mut Record) {
+pub(super) fn finish(record: &mut Record) {
     let bench = crate::data::Bench::by_name(&record.bench);
     if let Some(bench) = bench.filter(|_| record.is_measured()) {
         let of = Wanted { bench, kind: record.kind, truth: &record.truth };
@@ -643,7 +586,7 @@ fn thumbnail(picture: &Picture) -> Result<Vec<u8>> {
     Ok(jpeg)
 }
 
-fn spend(times: &Mutex<Times>, on: &str, since: Instant) {
+pub(super) fn spend(times: &Mutex<Times>, on: &str, since: Instant) {
     add(times, on, since.elapsed().as_secs_f64());
 }
 

@@ -9,6 +9,7 @@
 mod classes;
 mod edits;
 mod facts;
+mod imports;
 mod lazy;
 mod matching;
 mod prelude;

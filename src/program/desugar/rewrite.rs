@@ -11,8 +11,8 @@ use ruff_python_ast::{
 use ruff_text_size::{Ranged, TextRange, TextSize};
 
 use super::edits::Edits;
-use super::facts::{Facts, REFUSED_MODULES};
-use super::{LINE, OURS, REFUSE, classes, indentation, lazy, line_of, matching, prelude};
+use super::facts::Facts;
+use super::{LINE, OURS, REFUSE, classes, imports, indentation, lazy, line_of, matching, prelude};
 use crate::program::ProgramError;
 use crate::program::host::SIGNATURES;
 
@@ -47,7 +47,7 @@ pub(in crate::program) const REFUSED_ATTRIBUTES: &[&str] = &[
 const BOUND_METHODS: &[&str] = &["get", "count", "index", "append", "add", "__getitem__"];
 
 /// Modules that the interpreter lacks: the library alone stands for them.
-const OUR_MODULES: &[&str] = &["numpy", "statistics", "copy", "operator"];
+pub(super) const OUR_MODULES: &[&str] = &["numpy", "statistics", "copy", "operator"];
 
 /// Methods of `str` that programs pass around unbound.
 const STR_METHODS: &[&str] = &[
@@ -446,58 +446,6 @@ impl Rewriter<'_, '_> {
         self.edits.replace(delete.range, parts.join("; "));
     }
 
-    fn import(&mut self, stmt: &Stmt) {
-        let root_of = |module: &str| module.split('.').next().unwrap_or_default().to_owned();
-        match stmt {
-            Stmt::Import(import) => {
-                let ours = |module: &str| {
-                    let root = root_of(module);
-                    REFUSED_MODULES.contains(&root.as_str()) || OUR_MODULES.contains(&root.as_str())
-                };
-                if import.names.iter().any(|alias| ours(alias.name.as_str())) {
-                    let kept: Vec<&str> = import
-                        .names
-                        .iter()
-                        .filter(|alias| !ours(alias.name.as_str()))
-                        .map(|alias| self.text(alias.range()))
-                        .collect();
-                    let text = if kept.is_empty() {
-                        "pass".to_owned()
-                    } else {
-                        format!("import {}", kept.join(", "))
-                    };
-                    self.edits.replace(import.range, text);
-                }
-            }
-            Stmt::ImportFrom(import) if import.level == 0 => {
-                let module = import.module.as_ref().map_or("", |m| m.as_str());
-                let refused = REFUSED_MODULES.contains(&root_of(module).as_str());
-                let mut kept = vec![];
-                let mut parts = vec![];
-                for alias in &import.names {
-                    let bound = alias.asname.as_ref().unwrap_or(&alias.name).as_str();
-                    let path = format!("{module}.{}", alias.name.as_str());
-                    if let Some(ours) = prelude::for_path(&path) {
-                        parts.push(format!("{bound} = {ours}"));
-                    } else if refused {
-                        parts.push(format!("{REFUSE}(\"{path}\")"));
-                    } else if OUR_MODULES.contains(&root_of(module).as_str()) {
-                        parts.push(format!("{OURS}missing(\"{path}\")"));
-                    } else {
-                        kept.push(self.text(alias.range()));
-                    }
-                }
-                if !parts.is_empty() {
-                    if !kept.is_empty() {
-                        parts.insert(0, format!("from {module} import {}", kept.join(", ")));
-                    }
-                    self.edits.replace(import.range, parts.join("; "));
-                }
-            }
-            _ => {}
-        }
-    }
-
     /// A function that yields becomes one that collects and returns an iterator over what it
     /// collected: not lazy, but the same values.
     fn generator_body(&mut self, body: &[Stmt]) {
@@ -564,7 +512,7 @@ impl<'a> Visitor<'a> for Rewriter<'_, '_> {
             Stmt::ClassDef(class) => return classes::class(self, class),
             Stmt::Match(m) => return matching::rewrite(self, m),
             Stmt::Delete(delete) => return self.delete(delete),
-            Stmt::Import(_) | Stmt::ImportFrom(_) => return self.import(stmt),
+            Stmt::Import(_) | Stmt::ImportFrom(_) => return imports::rewrite(self, stmt),
             Stmt::AugAssign(assign) => self.aug_assign(assign),
             Stmt::Assign(assign) => self.assign(assign),
             Stmt::Return(r) if self.generator.last() == Some(&true) => {

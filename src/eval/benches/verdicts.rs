@@ -1,0 +1,73 @@
+//! Answers that a judge compares, and what is still open of a run.
+
+use std::sync::Mutex;
+use std::time::Instant;
+
+use anyhow::Result;
+use serde_json::Value;
+
+use super::batch::Done;
+use super::folder::Folder;
+use super::metric::{Judged, same_words};
+use super::record::{NO_REPLY, Record};
+use super::run::{Runner, Times, finish, spend};
+use crate::data::Kind;
+use crate::verify::Pair;
+
+impl Runner<'_> {
+    /// Goes over what a folder holds: rows to which a server gave no reply go, to be asked again, and verdicts
+    /// that are missing are asked for.
+    pub fn reopen(&self, folder: &mut Folder) -> Result<()> {
+        folder.revise(|records: Vec<Record>| {
+            let kept = records.into_iter().filter(|r| r.failure.as_deref() != Some(NO_REPLY));
+            let (open, mut all): (Vec<Record>, Vec<Record>) = kept.partition(Record::is_open);
+            let open = open.into_iter().map(|record| Done { record, thumbnail: None }).collect();
+            for Done { mut record, .. } in self.judge(open, &Mutex::default())? {
+                record.fault = None;
+                finish(&mut record);
+                all.push(record);
+            }
+            Ok(all)
+        })
+    }
+
+    /// Asks the judge about answers that need not match word for word.
+    pub(super) fn judge(&self, mut done: Vec<Done>, times: &Mutex<Times>) -> Result<Vec<Done>> {
+        let started = Instant::now();
+        let mut open = Vec::new();
+        for (i, Done { record, .. }) in done.iter_mut().enumerate() {
+            if record.kind != Kind::Synonym || !record.is_measured() {
+                continue;
+            }
+            record.judged = Some(match &record.answer {
+                _ if self.judge.is_none() => Judged::Nobody,
+                None => Judged::No,
+                Some(answer) if same_words(&record.truth, answer) => Judged::Yes,
+                Some(_) => {
+                    open.push(i);
+                    Judged::Missing
+                }
+            });
+        }
+        let Some(judge) = self.judge.filter(|_| !open.is_empty()) else { return Ok(done) };
+        let texts: Vec<[String; 3]> = open
+            .iter()
+            .map(|&i| {
+                let r = &done[i].record;
+                let text = |v: &Value| crate::report::plain(v);
+                [r.question.clone(), text(&r.truth), text(r.answer.as_ref().unwrap_or(&Value::Null))]
+            })
+            .collect();
+        let pairs: Vec<Pair> =
+            texts.iter().map(|[question, truth, given]| Pair { question, truth, given }).collect();
+        for (&i, verdict) in open.iter().zip(judge.verdicts(&pairs)?) {
+            done[i].record.judged = Some(match verdict {
+                Some(true) => Judged::Yes,
+                Some(false) => Judged::No,
+                None => Judged::Missing,
+            });
+        }
+        spend(times, "judge", started);
+        Ok(done)
+    }
+}
