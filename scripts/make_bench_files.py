@@ -113,7 +113,7 @@ def main():
     real = [("image", PICTURE), ("question", pa.string()), ("answer", pa.string()), ("image_path", pa.string())]
     letters = "Please answer directly with only the letter of the correct option and nothing else."
     write(
-        out / "realworldqa/data/test-00000-of-00001.parquet",
+        out / "realworldqa/data/test-00001-of-00001.parquet",
         real,
         [
             (picture(a), f"Where is the bed?\n\nA. on the left\nB. on the right\n{letters}", "A", "0"),

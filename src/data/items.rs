@@ -148,8 +148,13 @@ impl Items {
                 let (question, options) = lettered(&item.question);
                 let answer = text("answer")?;
                 item.kind = if options.is_empty() { Kind::Word } else { Kind::Choice };
-                let right = letter(&answer).and_then(|i| options.get(i));
-                item.truth = right.cloned().unwrap_or(answer).into();
+                item.truth = match letter(&answer).filter(|_| !options.is_empty()) {
+                    Some(i) => match options.get(i) {
+                        Some(option) => option.clone().into(),
+                        None => return Err(format!("answer {answer:?} is none of the options")),
+                    },
+                    None => answer.into(),
+                };
                 item.question = if options.is_empty() { question } else { with_options(&question, &options) };
                 item.options = options;
             }

@@ -22,7 +22,7 @@ pub struct Record {
     pub filename: String,
     pub height: u32,
     pub width: u32,
-    #[serde(default)]
+    /// Not there in records of phrases (`grounding`), which are refused: they are no pictures without boxes.
     pub detection: Detected,
 }
 

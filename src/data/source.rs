@@ -115,7 +115,9 @@ pub(super) fn complete(files: &[&str]) -> Result<(), String> {
     for path in files {
         let Some((_, of)) = counted(path) else { continue };
         let have = |i: usize| files.iter().any(|p| counted(p) == Some((i, of)));
-        if let Some(missing) = (0..of).find(|i| !have(*i)) {
+        // Most count from 0, some from 1.
+        let first = usize::from(!have(0) && have(of));
+        if let Some(missing) = (first..first + of).find(|i| !have(*i)) {
             return Err(format!(
                 "{path} is one of {of} files, and number {missing} is missing; fetch it too"
             ));
@@ -201,5 +203,9 @@ mod tests {
         assert_eq!(complete(&["test-00000-of-00001-0123abcd.parquet"]), Ok(()));
         assert!(complete(&whole[..1]).unwrap_err().contains("number 1 is missing"));
         assert_eq!(complete(&["plain.parquet"]), Ok(()));
+        // As RealWorldQA's are on the hub.
+        let from_one = ["data/test-00001-of-00002.parquet", "data/test-00002-of-00002.parquet"];
+        assert_eq!(complete(&from_one), Ok(()));
+        assert!(complete(&from_one[1..]).unwrap_err().contains("number 1 is missing"));
     }
 }

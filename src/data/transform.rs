@@ -5,22 +5,13 @@
 
 /// How options stand at a question's end.
 pub fn with_options(question: &str, options: &[String]) -> String {
-    format!("{} Options: {{{}}}", question.trim(), options.join(", "))
+    format!("{} Options: {{{}}}.", question.trim(), options.join(","))
 }
 
-/// "Is {caption}?", word for word as the published rows were asked: the caption's own verb stays where
-/// it is.
+/// "Is {caption}?", word for word as the published rows were asked: the caption's capital, its own verb and its
+/// full stop stay where they are.
 pub fn caption(text: &str) -> String {
-    let text = text.trim();
-    let text = text.strip_suffix('.').unwrap_or(text).trim_end();
-    let mut chars = text.chars();
-    let first = chars.next().map_or(String::new(), |c| {
-        // "The cat …", but "TV …".
-        let word = text.split_whitespace().next().unwrap_or_default();
-        let capitals = word.chars().count() > 1 && word.chars().all(|c| !c.is_lowercase());
-        if capitals { c.to_string() } else { c.to_lowercase().collect() }
-    });
-    format!("Is {first}{}?", chars.as_str())
+    format!("Is {text}?")
 }
 
 /// The number of an option from its letter: "B", "(b)", "B.", "(B) two".
@@ -39,15 +30,11 @@ pub fn letter(answer: &str) -> Option<usize> {
 }
 
 /// A question whose options stand in its text behind letters: the question without them and without the
-/// instruction how to answer, and the options' values. No options: a plain question.
+/// instruction how to answer, and the options' values. Without options it is asked as it stands.
 pub fn lettered(text: &str) -> (String, Vec<String>) {
-    let text = without_instruction(text);
-    for style in STYLES {
-        if let Some((stem, options)) = split(&text, style) {
-            return (stem, options);
-        }
-    }
-    (text.split_whitespace().collect::<Vec<_>>().join(" "), Vec::new())
+    let bare = without_instruction(text);
+    let found = STYLES.into_iter().find_map(|style| split(&bare, style));
+    found.unwrap_or_else(|| (text.to_owned(), Vec::new()))
 }
 
 /// How letters are written: before, after.
@@ -61,7 +48,10 @@ fn split(text: &str, (before, after): (&str, &str)) -> Option<(String, Vec<Strin
         let free = |at: usize| {
             let left = text[..at].chars().next_back().is_none_or(char::is_whitespace);
             let right = text[at + marker.len()..].chars().next();
-            left && (after != "." && before == "(" || right.is_none_or(char::is_whitespace))
+            // At the beginning of a line, "C.Red" is an option too.
+            let begins =
+                text[..at].trim_end_matches([' ', '\t']).chars().next_back().is_none_or(|c| c == '\n');
+            left && (begins || after != "." && before == "(" || right.is_none_or(char::is_whitespace))
         };
         let found = text[from..].match_indices(&marker).map(|(at, m)| (from + at, from + at + m.len()));
         found.filter(|(at, _)| free(*at)).collect()
@@ -119,7 +109,7 @@ mod tests {
 
     #[test]
     fn option_blocks_of_many_phrasings_become_values() {
-        let cases: [(&str, &str, &[&str]); 12] = [
+        let cases: [(&str, &str, &[&str]); 13] = [
             (
                 "In which direction is the car facing?\n\nA. Left\nB. Straight\nC. Right\nPlease answer directly \
                  with only the letter of the correct option and nothing else.",
@@ -136,10 +126,11 @@ mod tests {
             ("How far?\nA. 1.5 m\nB. 2.5 m\nC. 3 m\nD. 4 m", "How far?", &["1.5 m", "2.5 m", "3 m", "4 m"]),
             (
                 "How many cars are there? Please answer directly with a single word or number.",
-                "How many cars are there?",
+                "How many cars are there? Please answer directly with a single word or number.",
                 &[],
             ),
-            ("What  is\nit?", "What is it?", &[]),
+            ("What  is\nit?", "What  is\nit?", &[]),
+            ("Which light?\nA. Green\nB. Yellow\nC.Red", "Which light?", &["Green", "Yellow", "Red"]),
             ("Is the A. B. C. shop open?", "Is the A. B. C. shop open?", &[]),
         ];
         for (text, stem, options) in cases {
@@ -173,13 +164,11 @@ mod tests {
     #[test]
     fn captions_become_questions() {
         for (text, want) in [
-            ("The cat is under the table.", "Is the cat is under the table?"),
+            ("The cat is under the table.", "Is The cat is under the table.?"),
             ("TV is left of the bed", "Is TV is left of the bed?"),
-            ("A dog faces the car .", "Is a dog faces the car?"),
-            ("", "Is ?"),
         ] {
             assert_eq!(caption(text), want);
         }
-        assert_eq!(with_options("Which? ", &["a".into(), "b c".into()]), "Which? Options: {a, b c}");
+        assert_eq!(with_options("Which? ", &["a".into(), "b c".into()]), "Which? Options: {a,b c}.");
     }
 }

@@ -1,14 +1,15 @@
 //! Scores of answers, each in two forms (method.md 8 and 10).
 //!
-//! *Reference* compares as the released code does, so that figures stand beside the published ones;
-//! *strict* is the same with that code's defects mended. They differ in exactly what the tests at the
-//! end are named after: empty answers (10.3), relative error (10.10), failures that score, capitals and
-//! substrings (10.11), and verdicts that are missing (10.6). Where the released code's reading of a
-//! value is not known, both forms read it alike: numbers also from text, truth values as yes and no.
+//! *Reference* compares as the released code does ([`super::released`]), so that figures stand beside the
+//! published ones; *strict* is the same with that code's defects mended. They differ in exactly what the tests
+//! at the end are named after: empty answers (10.3), relative error (10.10), failures that score, capitals and
+//! substrings (10.11), and verdicts that are missing (10.6). Strictly numbers are read also from text, and truth
+//! values are yes and no.
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::Value;
 
+use super::released;
 use crate::data::{Bench, Kind};
 use crate::rooms::questions::{number, relative_accuracy};
 
@@ -55,13 +56,9 @@ pub struct Wanted<'a> {
 /// From 0 to 1; `None` where it is missing. No answer: the method failed.
 pub fn score(form: Form, of: Wanted, answer: Option<&Value>, judged: Judged) -> Option<f64> {
     let strict = form == Form::Strict;
-    let stand_in = match of.bench {
-        // As released, failures answer too (10.11).
-        Bench::Robospatial => Some(json!("no")),
-        Bench::Tallyqa => Some(json!(0)),
-        _ => None,
-    };
-    let answer = answer.or(stand_in.as_ref().filter(|_| !strict));
+    if !strict && of.kind != Kind::Synonym {
+        return Some(released::score(of, answer));
+    }
     let Some(answer) = answer else {
         let unmeasured = of.kind == Kind::Synonym && judged == Judged::Nobody && !strict;
         return (!unmeasured).then_some(0.);
@@ -69,7 +66,7 @@ pub fn score(form: Form, of: Wanted, answer: Option<&Value>, judged: Judged) -> 
     let hit = |yes: bool| Some(f64::from(u8::from(yes)));
     match of.kind {
         Kind::Int => hit(number(answer).is_some_and(|n| of.truth.as_f64() == Some(n))),
-        Kind::Float => Some(mean_relative_accuracy(form, of.truth, answer)),
+        Kind::Float => Some(mean_relative_accuracy(of.truth, answer)),
         Kind::Synonym => match judged {
             _ if strict && plain(answer).is_empty() => Some(0.),
             Judged::Yes => Some(1.),
@@ -79,33 +76,18 @@ pub fn score(form: Form, of: Wanted, answer: Option<&Value>, judged: Judged) -> 
             Judged::Nobody if strict => hit(same_words(of.truth, answer)),
             Judged::Nobody => None,
         },
-        _ if strict => hit(same_words(of.truth, answer)),
-        Kind::YesNo => hit(lower(answer) == lower(of.truth)),
-        Kind::Choice | Kind::Word => hit(match of.bench {
-            // Capitals of the truth are left as they are (10.11).
-            Bench::Blink => lower(answer) == plain(of.truth),
-            Bench::Realworldqa | Bench::Omni3d => lower(of.truth).contains(&lower(answer)),
-            _ => lower(answer) == lower(of.truth),
-        }),
+        _ => hit(same_words(of.truth, answer)),
     }
 }
 
-/// Of the relative error, in each form's way.
-fn mean_relative_accuracy(form: Form, truth: &Value, answer: &Value) -> f64 {
+/// Of the relative error: nothing divides by zero, and a sign changes nothing (10.10).
+fn mean_relative_accuracy(truth: &Value, answer: &Value) -> f64 {
     let (Some(t), Some(a)) = (truth.as_f64(), number(answer)) else { return 0. };
-    let error = match form {
-        // Nothing divides by zero, and a sign changes nothing (10.10).
-        Form::Strict if t == 0. => {
-            if a == 0. {
-                0.
-            } else {
-                f64::INFINITY
-            }
-        }
-        Form::Strict => (a - t).abs() / t.abs(),
-        Form::Reference => (a - t).abs() / t,
-    };
-    relative_accuracy(error)
+    relative_accuracy(match t {
+        0. if a == 0. => 0.,
+        0. => f64::INFINITY,
+        _ => (a - t).abs() / t.abs(),
+    })
 }
 
 /// As text: truth values are yes and no, 3.0 is 3.
@@ -142,6 +124,7 @@ pub fn same_words(truth: &Value, answer: &Value) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     fn both(bench: Bench, kind: Kind, truth: Value, answer: Option<Value>) -> [Option<f64>; 2] {
         Form::ALL
@@ -180,7 +163,7 @@ mod tests {
         assert_eq!(float(1., 1.25), [Some(0.5), Some(0.5)]);
         assert_eq!(float(1., 4.), [Some(0.), Some(0.)]);
         assert_eq!(float(-2., 50.), [Some(1.), Some(0.)], "a negative error is less than any bound");
-        assert_eq!(float(0., 0.), [Some(0.), Some(1.)], "0/0 is no number");
+        assert_eq!(float(0., 0.), [Some(0.), Some(1.)], "0/0 raises");
         assert_eq!(float(0., 0.1), [Some(0.), Some(0.)]);
         assert_eq!(both(Bench::Omni3d, Kind::Float, json!(2.), Some(json!("2.0"))), [Some(1.), Some(1.)]);
         assert_eq!(both(Bench::Omni3d, Kind::Float, json!(2.), Some(json!("nan"))), [Some(0.), Some(0.)]);
@@ -201,7 +184,7 @@ mod tests {
         assert_eq!(of(0, None), [Some(1.), Some(0.)]);
         assert_eq!(of(2, None), [Some(0.), Some(0.)]);
         assert_eq!(of(2, Some(json!(2.0))), [Some(1.), Some(1.)]);
-        assert_eq!(of(1, Some(json!(true))), [Some(0.), Some(0.)], "a truth value is no number");
+        assert_eq!(of(1, Some(json!(true))), [Some(1.), Some(0.)], "a truth value is no number");
     }
 
     #[test]
@@ -220,17 +203,18 @@ mod tests {
         };
         assert_eq!(of("turn left", "left"), [Some(1.), Some(0.)]);
         assert_eq!(of("turn left", "Turn  left."), [Some(0.), Some(1.)]);
+        assert_eq!(of("turn left", "Turn left."), [Some(1.), Some(1.)]);
         assert_eq!(of("left", "turn left"), [Some(0.), Some(0.)]);
     }
 
     #[test]
     fn whole_numbers_must_be_equal() {
-        let of = |answer: Value| both(Bench::Countbench, Kind::Int, json!(7), Some(answer));
+        let of = |answer: Value| both(Bench::Countbench, Kind::Int, json!(7), Some(answer))[1];
         for right in [json!(7), json!(7.0), json!("7"), json!(" 7 ")] {
-            assert_eq!(of(right), [Some(1.); 2]);
+            assert_eq!(of(right), Some(1.));
         }
         for wrong in [json!(6), json!(7.2), json!("seven"), json!([7]), Value::Null] {
-            assert_eq!(of(wrong), [Some(0.); 2]);
+            assert_eq!(of(wrong), Some(0.));
         }
     }
 }

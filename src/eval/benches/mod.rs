@@ -10,6 +10,7 @@ pub mod feed;
 pub mod folder;
 pub mod metric;
 pub mod record;
+mod released;
 pub mod run;
 pub mod summary;
 mod verdicts;
