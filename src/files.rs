@@ -1,16 +1,44 @@
 //! Files written whole or not at all: temporary file in the same folder, fsync, rename. And whether they
 //! could be written, told before the work whose result they hold.
 
+use std::fs::Metadata;
 use std::io::{self, BufWriter, ErrorKind, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+/// Do both name one file that is there?
+pub fn is_same(a: &Path, b: &Path) -> bool {
+    a.canonicalize().ok().is_some_and(|a| b.canonicalize().ok() == Some(a))
+}
+
+/// What a path stands for: behind links, and whether it is something that is written to and not replaced, as a
+/// pipe or a device is.
+fn target(path: &Path) -> io::Result<(PathBuf, Option<Metadata>)> {
+    match std::fs::metadata(path) {
+        Err(e) if [ErrorKind::NotFound, ErrorKind::NotADirectory].contains(&e.kind()) => {
+            Ok((path.to_owned(), None))
+        }
+        Err(e) => Err(e),
+        Ok(is) if is.is_dir() => Err(io::Error::new(ErrorKind::IsADirectory, "is a folder")),
+        Ok(is) if is.permissions().readonly() => {
+            Err(io::Error::new(ErrorKind::PermissionDenied, "is read-only"))
+        }
+        Ok(is) => Ok((std::fs::canonicalize(path)?, Some(is))),
+    }
+}
 
 /// Replaces `path` by what `fill` writes; on any error the old file stays as it was.
 pub fn write_atomic(
     path: &Path,
     fill: impl FnOnce(&mut BufWriter<&std::fs::File>) -> io::Result<()>,
 ) -> io::Result<()> {
-    let dir = folder_of(path);
     let named = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", path.display()));
+    let (path, old) = target(path).map_err(named)?;
+    if old.as_ref().is_some_and(|is| !is.is_file()) {
+        let file = std::fs::OpenOptions::new().write(true).open(&path).map_err(named)?;
+        let mut w = BufWriter::new(&file);
+        return fill(&mut w).and_then(|()| w.flush()).map_err(named);
+    }
+    let dir = folder_of(&path);
     std::fs::create_dir_all(dir).map_err(named)?;
     let tmp = tempfile::Builder::new().prefix(".").suffix(".tmp").tempfile_in(dir).map_err(named)?;
     let mut w = BufWriter::new(tmp.as_file());
@@ -18,12 +46,13 @@ pub fn write_atomic(
     drop(w);
     #[cfg(unix)]
     {
-        // tempfile makes private files; a result is readable as any other file of the user's.
+        // tempfile makes private files; a new result is readable as any other file of the user's.
         use std::os::unix::fs::PermissionsExt;
-        tmp.as_file().set_permissions(std::fs::Permissions::from_mode(0o644)).map_err(named)?;
+        let mode = old.map_or_else(|| std::fs::Permissions::from_mode(0o644), |is| is.permissions());
+        tmp.as_file().set_permissions(mode).map_err(named)?;
     }
     tmp.as_file().sync_all().map_err(named)?;
-    tmp.persist(path).map_err(|e| named(e.error))?;
+    tmp.persist(&path).map_err(|e| named(e.error))?;
     Ok(())
 }
 
@@ -37,10 +66,10 @@ fn folder_of(path: &Path) -> &Path {
 /// Whether [`write_atomic`] could write `path`. A file that is there stays as it is, and nothing is left
 /// behind.
 pub fn can_write(path: &Path) -> io::Result<()> {
-    if path.is_dir() {
-        return Err(io::Error::new(ErrorKind::IsADirectory, "is a folder"));
+    match target(path)? {
+        (_, Some(is)) if !is.is_file() => Ok(()),
+        (path, _) => can_fill(folder_of(&path)),
     }
-    can_fill(folder_of(path))
 }
 
 /// Whether lines could be added to `path`, or it could be made.
@@ -85,6 +114,30 @@ mod tests {
         assert!(err.unwrap_err().to_string().contains("a.json"));
         assert_eq!(std::fs::read(&path).unwrap(), b"old");
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_a_mode_and_what_is_no_file_stay() {
+        use std::os::unix::fs::{PermissionsExt, symlink};
+        let dir = tempfile::tempdir().unwrap();
+        let (file, link) = (dir.path().join("file"), dir.path().join("link"));
+        write_atomic(&file, |w| w.write_all(b"old")).unwrap();
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
+        symlink(&file, &link).unwrap();
+        write_atomic(&link, |w| w.write_all(b"new")).unwrap();
+        assert_eq!(std::fs::read(&file).unwrap(), b"new");
+        assert!(link.is_symlink());
+        assert_eq!(file.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o444)).unwrap();
+        for e in [write_atomic(&file, |w| w.write_all(b"x")), can_write(&file)] {
+            assert!(e.unwrap_err().to_string().contains("is read-only"));
+        }
+        assert_eq!(std::fs::read(&file).unwrap(), b"new");
+        can_write(Path::new("/dev/null")).unwrap();
+        write_atomic(Path::new("/dev/null"), |w| w.write_all(b"x")).unwrap();
+        assert!(!Path::new("/dev/null").is_file());
+        assert!(is_same(&file, &link) && !is_same(&file, dir.path()));
     }
 
     #[test]

@@ -336,8 +336,9 @@ fn tell(asked: usize, seconds: f64, times: &Times) {
     }
     let parts: Vec<String> =
         times.iter().filter(|(_, s)| **s >= 0.05).map(|(on, s)| format!("{on} {s:.1} s")).collect();
+    let semicolon = if parts.is_empty() { "" } else { "; " };
     eprintln!(
-        "valor: {asked} questions in {seconds:.1} s, {:.0} a minute; {}",
+        "valor: {asked} questions in {seconds:.1} s, {:.0} a minute{semicolon}{}",
         60. * asked as f64 / seconds.max(1e-9),
         parts.join(", ")
     );
@@ -416,6 +417,14 @@ fn settings(
     if (tools == ToolChoice::Real || how == How::Direct) && !args.planner_only {
         let mut section = json!(config.vlm);
         section["prompt"] = json!(vqa_prompts(&config.vlm)?);
+        // Runs of before these settings go on.
+        let section_of = section.as_object_mut().expect("a table");
+        if config.vlm.prompt == "plain" {
+            section_of.remove("prompt");
+        }
+        if config.vlm.max_pixels == 0 {
+            section_of.remove("max_pixels");
+        }
         add("vlm", &config.vlm.model, section)?;
     }
     if !config.eval.judge.model.is_empty() {

@@ -305,7 +305,7 @@ fn plan(args: &TuneGroundingArgs, config: &Config) -> Result<()> {
         "detector         {}, boxes from {} / {}",
         config.detector.model, m.box_threshold, m.text_threshold
     );
-    println!("verifier         {verifier}, one question a {:?}", m.granularity);
+    println!("verifier         {verifier}, {}", granularity(m.granularity));
     let per_epoch = per_epoch(t, pictures);
     let (steps, s) = schedule(t, per_epoch);
     println!("steps            at most {steps} of {} pictures ({} epochs of {per_epoch})", t.batch, t.epochs);
@@ -338,4 +338,12 @@ fn plan(args: &TuneGroundingArgs, config: &Config) -> Result<()> {
     }
     println!("folder           {}", args.out.display());
     Ok(())
+}
+
+fn granularity(of: Granularity) -> &'static str {
+    match of {
+        Granularity::Box => "one question a box",
+        Granularity::Pass => "one question a picture",
+        Granularity::None => "asked nothing: boxes are taken as they are",
+    }
 }

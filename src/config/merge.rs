@@ -77,7 +77,7 @@ pub(super) fn merge(
         if k == "extra" && path.starts_with("endpoints.") && v.is_table() {
             leaves(&full, &v, &mut |key| drop(origins.insert(key, origin.into())));
             let all = into.entry(k).or_insert_with(|| Value::Table(Table::new()));
-            all.as_table_mut().expect("a table by default").extend(v.as_table().cloned().unwrap_or_default());
+            overlay(all, v);
             continue;
         }
         let Some(default) = defaults.get(&k) else {
@@ -111,6 +111,18 @@ pub(super) fn merge(
 /// An endpoint's keys, with their defaults.
 fn endpoint_keys() -> Table {
     Table::try_from(Endpoint::default()).expect("all of its values have a form in TOML")
+}
+
+/// `from` over `into`, table by table.
+fn overlay(into: &mut Value, from: Value) {
+    match (into, from) {
+        (Value::Table(into), Value::Table(from)) => {
+            for (k, v) in from {
+                overlay(into.entry(k).or_insert_with(|| Value::Table(Table::new())), v);
+            }
+        }
+        (into, from) => *into = from,
+    }
 }
 
 /// Hears the full key of each value.

@@ -246,7 +246,7 @@ impl Report {
         let cell = |s: &Share| format!("{:<25}{:>5}", s.to_string(), s.n);
         let head = |s: &str| format!("{:<25}{:>5}", s, "n");
         let mut out = format!(
-            "{:<12} {}  {}  {}  MRA\n",
+            "{:<14} {}  {}  {}  MRA\n",
             "family",
             head("all"),
             head("seen frames"),
@@ -256,7 +256,7 @@ impl Report {
             let mra = r.mra.map_or(String::new(), |m| format!("{:.1} %", 100. * m));
             let _ = writeln!(
                 out,
-                "{:<12} {}  {}  {}  {mra}",
+                "{:<14} {}  {}  {}  {mra}",
                 r.family,
                 cell(&r.all),
                 cell(&r.seen),

@@ -127,7 +127,7 @@ pub enum ChatError {
     /// An endpoint gave no usable reply to this request; others may fare better.
     #[error("{0}")]
     NoReply(String),
-    /// A reply came, but is not of the form that the request's schema asks for.
+    /// A reply came, but is of no use: empty, refused, or not of the form that the request's schema asks for.
     #[error("{0}")]
     Misfit(String),
     /// An endpoint will answer nothing more, such as when the budget is spent.

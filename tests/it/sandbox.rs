@@ -350,6 +350,16 @@ fn rewriting_changes_no_meaning() {
         ("r=next((x for x in [1,2] if x > 2), (ask('none')))", json!(["none", ["none"]])),
         ("r=next((x for x in [] ), -1 ,)", json!([-1, []])),
         ("r=any(ask(x) for x in [])", json!([false, []])),
+        ("r=next(((x for x in [1, 2] if ask(x) > 1)), None)", json!([2, [1, 2]])),
+        ("r=any(((x for x in [0, 1])))", json!([true, []])),
+        (
+            "try:\n r=any(a > 4 for a, b in [[1, 2], [5, 6, 7]])\nexcept ValueError as e: r=str(e)",
+            json!(["too many values to unpack (expected 2)", []]),
+        ),
+        (
+            "fs=[]\nr=all(fs.append(lambda: x) is None for x in [1, 2])\nr=[f() for f in fs]",
+            json!([[2, 2], []]),
+        ),
         ("r=all(ask(x) for x in [])", json!([true, []])),
         (
             "r=any((ask(a + b) == 4\n  for a in [1, 2, 3] # loops\n  if a > 1 for b in (a, 1) if b < 3))",

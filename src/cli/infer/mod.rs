@@ -5,7 +5,7 @@ mod settings;
 
 use super::{ExecutorArgs, ModelArgs, writable};
 use crate::config::{Config, EMBEDDED, EMBEDDED_BASE};
-use crate::files::write_atomic;
+use crate::files::{is_same, write_atomic};
 use crate::llm::{ChatError, ChatModels};
 use crate::pipeline::{Answered, Asked, Models, Referee, Run, answer_all, elect, question_seed, sandbox};
 use crate::program::{IMAGE, Sandbox};
@@ -37,7 +37,7 @@ pub struct InferArgs {
     batch: Option<PathBuf>,
     /// Where --batch writes its JSON lines; what stands there already is not answered again, but where the
     /// picture or the planner's reply was missing. Rows of other settings are refused
-    #[arg(long, value_name = "FILE", requires = "batch")]
+    #[arg(long, value_name = "FILE", requires = "batch", conflicts_with_all = ["image", "query"])]
     out: Option<PathBuf>,
     /// Print answer, plan, program, tool calls, times, models and seed as JSON
     #[arg(long)]
@@ -203,8 +203,12 @@ pub fn run(args: InferArgs) -> anyhow::Result<ExitCode> {
     if question.is_empty() {
         bail!("the question is empty; ask something, such as \"How many chairs are there?\"")
     }
-    writable("--report", args.report.as_deref())?;
-    writable("--save-overlay", args.save_overlay.as_deref())?;
+    for (name, path) in [("--report", &args.report), ("--save-overlay", &args.save_overlay)] {
+        writable(name, path.as_deref())?;
+        if path.as_ref().is_some_and(|path| is_same(path, image)) {
+            bail!("{name} {} is the picture itself; name another file", image.display())
+        }
+    }
     let picture = open(image)?;
     let (reasoner, mut sandbox) = Reasoner::load(&config, &device, &chats)?;
     if let Some(notice) = strange(&config, &picture)? {

@@ -170,7 +170,8 @@ impl Endpoint {
             if !failure.passing || settled || tried >= self.cfg.tries {
                 let tries = if tried == 1 { String::new() } else { format!(" (tried {tried} times)") };
                 let message = format!("{message}{tries}");
-                return Err(match failure.misfit {
+                // What will not pass is no fault of the moment, but how this model takes this request.
+                return Err(match failure.misfit || !failure.passing {
                     true => ChatError::Misfit(message),
                     false => ChatError::NoReply(message),
                 });

@@ -202,7 +202,8 @@ pub(super) fn read(
         Some(other) => return unusable(format!("the reply ended by {:?}", excerpt(other.as_bytes())), false),
     };
     if text.is_empty() && finish == Finish::Stop {
-        return unusable("the reply is empty".into(), true);
+        let empty = Failure::unusable("the reply is empty", (prompt_tokens, new_tokens));
+        return Err(Failure { misfit: true, ..empty });
     }
     Ok(ChatReply { text, finish, prompt_tokens, new_tokens, trace: None })
 }

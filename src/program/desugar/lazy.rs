@@ -23,9 +23,13 @@ pub(super) fn call(rewriter: &mut Rewriter, name: &str, call: &ExprCall) -> bool
     if !call.arguments.keywords.is_empty() || !plain(generator) {
         return false;
     }
+    let one = TextSize::new(1);
+    let within = TextRange::new(call.arguments.start() + one, call.arguments.end() - one);
+    if generator.parenthesized && rewriter.parenthesized(generator.range, within) != generator.range {
+        return false;
+    }
     let Some(marks) = marks(rewriter, generator) else { return false };
     rewriter.edits.replace(call.func.range(), format!("{OURS}{name}"));
-    let one = TextSize::new(1);
     let (start, end) = (generator.range.start(), generator.range.end());
     if generator.parenthesized {
         rewriter.edits.replace(TextRange::new(start, start + one), "");
@@ -121,7 +125,7 @@ fn parameter(
     let parts: Vec<String> =
         parts.iter().map(|part| parameter(rewriter, part, fresh, &mut within, &mut after)).collect();
     open.push_str(&format!("(lambda {}: {within}", parts.join(", ")));
-    *close = format!("{after})(*{whole}){close}");
+    *close = format!("{after})(*{OURS}unpack({whole}, {})){close}", parts.len());
     whole
 }
 
@@ -158,7 +162,8 @@ struct Binds(bool);
 
 impl<'a> Visitor<'a> for Binds {
     fn visit_expr(&mut self, expr: &'a Expr) {
-        self.0 |= matches!(expr, Expr::Named(_) | Expr::Await(_));
+        // A function that is made there sees the variable as it is in the end.
+        self.0 |= matches!(expr, Expr::Named(_) | Expr::Await(_) | Expr::Lambda(_));
         visitor::walk_expr(self, expr);
     }
 }

@@ -47,6 +47,13 @@ def _v_next(body, items, *stages, **options):
     if 'default' in options:
         return options['default']
     return next(iter(()))
+def _v_unpack(value, count):
+    items = list(value)
+    if len(items) > count:
+        raise ValueError('too many values to unpack (expected ' + str(count) + ')')
+    if len(items) < count:
+        raise ValueError('not enough values to unpack (expected ' + str(count) + ', got ' + str(len(items)) + ')')
+    return items
 def _v_find(want, body, items, stages, before):
     for item in items:
         now = before + (item,)

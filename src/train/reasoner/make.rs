@@ -67,6 +67,7 @@ pub fn pictures(dir: &Path) -> Result<Vec<PathBuf>> {
         }
         Ok(())
     }
+    ensure!(dir.is_dir(), "--images {}: there is no such folder", dir.display());
     let mut out = Vec::new();
     walk(dir, &mut out).with_context(|| format!("cannot read --images {}", dir.display()))?;
     ensure!(!out.is_empty(), "--images {}: there is no picture in it", dir.display());

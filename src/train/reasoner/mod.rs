@@ -158,6 +158,9 @@ impl Training<'_> {
                 )
             }
             state = self.restore(policy, &mut optimiser, &saved, state)?;
+            eprintln!("valor: going on at step {} of {steps}", state.step);
+        } else if resume {
+            eprintln!("valor: {} holds no checkpoint yet; beginning at step 0", self.dir.display());
         }
         let resolved = toml::to_string(self.config)?;
         write_atomic(&self.dir.join("config.toml"), |w| w.write_all(resolved.as_bytes()))?;
