@@ -141,14 +141,6 @@ impl Answered {
         Self { reply: None, outcome: Err(NoProgram::NoReply(why.clone())) }
     }
 
-    /// Why no reply came, if that is a server's fault of the moment.
-    pub fn outage(&self) -> Option<&str> {
-        match &self.outcome {
-            Err(NoProgram::NoReply(ChatError::NoReply(why))) => Some(why),
-            _ => None,
-        }
-    }
-
     /// The answer, if there is one.
     pub fn value(&self) -> Option<&Value> {
         self.outcome.as_ref().ok()?.result.as_ref().ok()

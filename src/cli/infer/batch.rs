@@ -10,7 +10,7 @@ use super::settings::Settings;
 use super::{Query, Reasoner};
 use crate::cli::{appendable, json_lines, writable};
 use crate::config::Config;
-use crate::files::write_atomic;
+use crate::files::{is_same, write_atomic};
 use crate::program::Sandbox;
 use crate::tools::Picture;
 use crate::tools::real::RealTools;
@@ -57,10 +57,7 @@ pub(super) fn run<'a>(
     load: impl FnOnce() -> Result<(Reasoner<'a>, Sandbox)>,
 ) -> Result<ExitCode> {
     let lines = read(batch)?;
-    let same = |a: &Path, b: &Path| {
-        a == b || a.canonicalize().ok().is_some_and(|a| b.canonicalize().ok() == Some(a))
-    };
-    ensure!(!same(batch, out), "--out {} is the file of the questions", out.display());
+    ensure!(batch != out && !is_same(batch, out), "--out {} is the file of the questions", out.display());
     appendable("--out", out)?;
     let folder = batch.parent().unwrap_or(Path::new(""));
     let batch = Batch { lines, folder, seed, settings: Settings::of(config)? };

@@ -324,7 +324,7 @@ impl Runner<'_> {
                 if let Some(e) = replies.iter().find_map(|r| r.as_ref().err().filter(|e| e.is_of_model())) {
                     return Err(e.clone().into());
                 }
-                if replies.iter().any(|r| matches!(r, Err(ChatError::NoReply(_)))) {
+                if replies.iter().any(|r| r.as_ref().is_err_and(is_outage)) {
                     unanswered += 1;
                     continue;
                 }
