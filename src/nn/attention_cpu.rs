@@ -13,8 +13,11 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Queries per block: enough rows for the GEMM, few enough that their scores stay in cache.
-const BLOCK: usize = 64;
+/// Queries of a block at least and at most: enough rows for the GEMM, which lays out the keys and values anew for
+/// each block.
+const BLOCK: Range<usize> = 64..256;
+/// Scores of a block that stay in the cache.
+const SCORES: usize = 1 << 18;
 
 /// Which keys a query sees; `super::Mask` made ready for the op.
 pub(super) enum Visible {
@@ -104,9 +107,14 @@ impl AttentionOp {
             Visible::Segments(bounds) => &bounds[..],
             _ => &whole[..],
         };
+        // Where later queries see more keys, a larger block has more scores that none of its queries may see.
+        let block = match &self.visible {
+            Visible::Causal { .. } => BLOCK.start,
+            _ => (SCORES / s.keys.max(1)).clamp(BLOCK.start, BLOCK.end) / 8 * 8,
+        };
         let cut = |w: &[usize]| {
             let end = w[1];
-            (w[0]..end).step_by(BLOCK).map(|from| from..(from + BLOCK).min(end)).collect()
+            (w[0]..end).step_by(block).map(|from| from..(from + block).min(end)).collect()
         };
         bounds.windows(2).map(cut).collect()
     }

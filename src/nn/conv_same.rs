@@ -6,6 +6,7 @@
 //! optional ReLU on the input is folded in, which saves its own passes over memory.
 //! f32, square odd kernels.
 
+use super::cpu::{self, Mat, Out};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Storage, Tensor};
 use rayon::prelude::*;
 
@@ -115,31 +116,10 @@ fn gemm(
     assert!(m > 0 && n > 0 && k > 0);
     assert!(c.1 >= n && last(m, n, c.1, 1) < c.0.len());
     assert!(last(m, k, a.1, a.2) < a.0.len() && last(k, n, b.1, b.2) < b.0.len());
+    let [a, b] = [a, b].map(|(data, rows_apart, cols_apart)| Mat { data, rows_apart, cols_apart });
     // SAFETY: the assertions keep every element that the kernel touches inside its slice, and
     // `c` is borrowed mutably, so it overlaps neither operand; its rows do not overlap either.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            c.0.as_mut_ptr(),
-            1,
-            c.1 as isize,
-            add,
-            a.0.as_ptr(),
-            a.2 as isize,
-            a.1 as isize,
-            b.0.as_ptr(),
-            b.2 as isize,
-            b.1 as isize,
-            1f32,
-            1f32,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
-    }
+    unsafe { cpu::f32_gemm((m, n, k), Out::new(c.0), 0, c.1, add, 1., a, b, false) }
 }
 
 struct ConvSame {
@@ -291,7 +271,7 @@ pub fn conv_same(
 }
 
 fn convolved(x: &Tensor, weight: &Tensor, bias: &Tensor, relu: bool) -> Result<Tensor> {
-    if !super::cpu::fused(&[x, weight, bias]) {
+    if !cpu::fused(&[x, weight, bias]) {
         let p = weight.dim(2)? / 2;
         let x = if relu { x.relu()? } else { x.clone() };
         let x = x.pad_with_same(2, p, p)?.pad_with_same(3, p, p)?;

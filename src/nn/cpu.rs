@@ -121,6 +121,14 @@ const LEAST_SIDE: usize = 24;
 #[cfg(target_arch = "x86_64")]
 const LEAST_PRODUCT: usize = 64 * 64 * 64;
 
+/// Below these most of a panel would be padding.
+#[cfg(target_arch = "x86_64")]
+const LEAST_ROWS: usize = 6;
+#[cfg(target_arch = "x86_64")]
+const LEAST_COLS: usize = 16;
+#[cfg(target_arch = "x86_64")]
+const LEAST_DEPTH: usize = 8;
+
 /// Asks for elements that will be needed soon.
 pub(super) fn prefetch(data: &[f32], at: usize, len: usize) {
     ask_for(data.as_ptr().wrapping_add(at), len);
@@ -155,6 +163,13 @@ unsafe impl Sync for Out {}
 impl Out {
     pub fn new(data: &mut [f32]) -> Self {
         Self { ptr: data.as_mut_ptr(), len: data.len() }
+    }
+
+    /// Where element `at` is.
+    pub fn place(self, at: usize) -> *mut f32 {
+        assert!(at <= self.len, "place out of bounds");
+        // SAFETY: within the buffer as asserted, or at its end.
+        unsafe { self.ptr.add(at) }
     }
 
     /// The `len` elements from `at` on.
@@ -219,10 +234,37 @@ pub(super) unsafe fn gemm_into(
         }
         return;
     }
+    // SAFETY: the assertion keeps all three matrices inside their slices; `out` is the caller's word.
+    unsafe { f32_gemm((m, n, k), out, at, apart, accumulate, scale, a, b, parallel) }
+}
+
+/// [`gemm_into`] in f32, whatever the precision chosen.
+///
+/// # Safety
+/// As of `gemm_into`; the slices must hold the matrices, and `out` the result.
+pub(super) unsafe fn f32_gemm(
+    (m, n, k): (usize, usize, usize),
+    out: Out,
+    at: usize,
+    apart: usize,
+    accumulate: bool,
+    scale: f32,
+    a: Mat,
+    b: Mat,
+    parallel: bool,
+) {
+    #[cfg(target_arch = "x86_64")]
+    if m >= LEAST_ROWS && n >= LEAST_COLS && k >= LEAST_DEPTH && super::fma::available() {
+        // SAFETY: by the caller's word, and the processor has what it takes.
+        unsafe {
+            super::fma::product((m, n, k), out, at, apart, accumulate, scale, a, b, parallel);
+        }
+        return;
+    }
     let threads = rayon::current_num_threads();
     let parallelism =
         if parallel && threads > 1 { gemm::Parallelism::Rayon(threads) } else { gemm::Parallelism::None };
-    // SAFETY: the assertion keeps all three matrices inside their slices; `out` is the caller's word.
+    // SAFETY: by the caller's word.
     unsafe {
         gemm::gemm(
             m,

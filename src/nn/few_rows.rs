@@ -44,6 +44,15 @@ pub(super) fn product_f16(x: &[f32], w: &[f16], k: usize, part: &mut [f32], wide
         // SAFETY: the processor has it.
         return unsafe { avx512::blocks(x, w, k, part) };
     }
+    #[cfg(target_arch = "x86_64")]
+    if x.len() / k <= avx2::FEWEST
+        && is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("f16c")
+    {
+        // SAFETY: the processor has them.
+        return unsafe { avx2::dots_f16(x, w, k, part) };
+    }
     dots_f16(x, w, k, part, wide)
 }
 
@@ -78,7 +87,7 @@ fn dots(x: &[f32], w: &[f32], k: usize, part: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
         // SAFETY: the processor has both.
-        return unsafe { avx2::dots(x, w, k, part) };
+        return unsafe { avx2::dots_f32(x, w, k, part) };
     }
     plain_dots(x, w, k, part)
 }
@@ -150,26 +159,93 @@ fn tile<const FMA: bool, const R: usize, const C: usize>(x: &[f32], w: &[f32], k
 mod avx2 {
     use crate::nn::simd::avx2::load;
     use crate::nn::simd::{LANES, lanes_sum};
+    use gemm::f16;
     use std::arch::x86_64::*;
 
     const ROWS: usize = 3;
     const COLS: usize = 4;
 
+    /// Rows of `x` up to which halves are widened in registers, for each three rows anew; for more it pays to
+    /// write down what they are.
+    pub const FEWEST: usize = 2 * ROWS;
+
+    /// Numbers of a weight.
+    pub trait Element: Copy {
+        /// The first eight, as f32.
+        ///
+        /// # Safety
+        /// The processor must have AVX2, and F16C for halves; eight of them are read.
+        unsafe fn eight(from: *const Self) -> __m256;
+
+        /// Those from `at` on, fewer than eight, with zeros beyond.
+        ///
+        /// # Safety
+        /// As of [`eight`](Self::eight), but none beyond the row is read.
+        unsafe fn rest(row: &[Self], at: usize) -> __m256;
+    }
+
+    impl Element for f32 {
+        #[inline(always)]
+        unsafe fn eight(from: *const Self) -> __m256 {
+            // SAFETY: by the caller's word.
+            unsafe { _mm256_loadu_ps(from) }
+        }
+
+        #[inline(always)]
+        unsafe fn rest(row: &[Self], at: usize) -> __m256 {
+            // SAFETY: as above.
+            unsafe { load(row, at) }
+        }
+    }
+
+    impl Element for f16 {
+        #[inline(always)]
+        unsafe fn eight(from: *const Self) -> __m256 {
+            // SAFETY: by the caller's word.
+            unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
+        }
+
+        #[inline(always)]
+        unsafe fn rest(row: &[Self], at: usize) -> __m256 {
+            let mut halves = [f16::ZERO; LANES];
+            halves[..row.len() - at].copy_from_slice(&row[at..]);
+            // SAFETY: there are eight.
+            unsafe { Self::eight(halves.as_ptr()) }
+        }
+    }
+
     #[target_feature(enable = "avx2,fma")]
-    pub fn dots(x: &[f32], w: &[f32], k: usize, part: &mut [f32]) {
+    pub fn dots_f32(x: &[f32], w: &[f32], k: usize, part: &mut [f32]) {
+        // SAFETY: the processor has what f32 needs.
+        unsafe { dots(x, w, k, part) }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub fn dots_f16(x: &[f32], w: &[f16], k: usize, part: &mut [f32]) {
+        // SAFETY: the processor has what halves need.
+        unsafe { dots(x, w, k, part) }
+    }
+
+    /// # Safety
+    /// The processor must have AVX2, FMA and what the element needs.
+    #[inline(always)]
+    unsafe fn dots<T: Element>(x: &[f32], w: &[T], k: usize, part: &mut [f32]) {
         let (rows, out) = (x.len() / k, w.len() / k);
         assert!(x.len() == rows * k && w.len() == out * k && part.len() == rows * out);
         for (c, w) in w.chunks(COLS * k).enumerate() {
             for (r, x) in x.chunks(ROWS * k).enumerate() {
                 let to = &mut part[r * ROWS * out + c * COLS..];
-                match (x.len() / k, w.len() / k) {
-                    (ROWS, COLS) => tile::<ROWS, COLS>(x, w, k, to, out),
-                    (2, COLS) => tile::<2, COLS>(x, w, k, to, out),
-                    (1, COLS) => tile::<1, COLS>(x, w, k, to, out),
-                    _ => {
-                        for (i, x) in x.chunks_exact(k).enumerate() {
-                            for (j, w) in w.chunks_exact(k).enumerate() {
-                                tile::<1, 1>(x, w, k, &mut to[i * out + j..], out);
+                // SAFETY: by the caller's word.
+                unsafe {
+                    match (x.len() / k, w.len() / k) {
+                        (ROWS, COLS) => tile::<T, ROWS, COLS>(x, w, k, to, out),
+                        (2, COLS) => tile::<T, 2, COLS>(x, w, k, to, out),
+                        (1, COLS) => tile::<T, 1, COLS>(x, w, k, to, out),
+                        _ => {
+                            for (i, x) in x.chunks_exact(k).enumerate() {
+                                for (j, w) in w.chunks_exact(k).enumerate() {
+                                    tile::<T, 1, 1>(x, w, k, &mut to[i * out + j..], out);
+                                }
                             }
                         }
                     }
@@ -180,35 +256,46 @@ mod avx2 {
 
     /// `R` rows of `x` by `C` of `w`, each product in one set of lanes: summed in the same order whatever `R`
     /// and `C`.
-    #[target_feature(enable = "avx2,fma")]
-    fn tile<const R: usize, const C: usize>(x: &[f32], w: &[f32], k: usize, to: &mut [f32], out: usize) {
+    ///
+    /// # Safety
+    /// As of [`dots`].
+    #[inline(always)]
+    unsafe fn tile<T: Element, const R: usize, const C: usize>(
+        x: &[f32],
+        w: &[T],
+        k: usize,
+        to: &mut [f32],
+        out: usize,
+    ) {
         assert!(x.len() == R * k && w.len() == C * k);
-        let mut acc = [[_mm256_setzero_ps(); C]; R];
-        let whole = k / LANES * LANES;
-        for at in (0..whole).step_by(LANES) {
-            let mut xs = [_mm256_setzero_ps(); R];
-            for (i, x_i) in xs.iter_mut().enumerate() {
-                // SAFETY: `at + LANES <= k`, and there are `R` rows of `k`.
-                *x_i = unsafe { _mm256_loadu_ps(x.as_ptr().add(i * k + at)) };
-            }
-            for j in 0..C {
-                // SAFETY: as above, of `C` rows.
-                let w_j = unsafe { _mm256_loadu_ps(w.as_ptr().add(j * k + at)) };
-                for i in 0..R {
-                    acc[i][j] = _mm256_fmadd_ps(xs[i], w_j, acc[i][j]);
+        // SAFETY: the processor has the instructions by the caller's word; reads are as said beside them.
+        unsafe {
+            let mut acc = [[_mm256_setzero_ps(); C]; R];
+            let whole = k / LANES * LANES;
+            for at in (0..whole).step_by(LANES) {
+                // `at + LANES <= k`, and there are `R` rows of `k` in `x` and `C` in `w`.
+                let mut xs = [_mm256_setzero_ps(); R];
+                for (i, x_i) in xs.iter_mut().enumerate() {
+                    *x_i = _mm256_loadu_ps(x.as_ptr().add(i * k + at));
+                }
+                for j in 0..C {
+                    let w_j = T::eight(w.as_ptr().add(j * k + at));
+                    for i in 0..R {
+                        acc[i][j] = _mm256_fmadd_ps(xs[i], w_j, acc[i][j]);
+                    }
                 }
             }
-        }
-        for (i, acc) in acc.iter_mut().enumerate() {
-            for (j, acc) in acc.iter_mut().enumerate() {
-                if whole < k {
-                    let (x, w) = (&x[i * k..(i + 1) * k], &w[j * k..(j + 1) * k]);
-                    *acc = _mm256_fmadd_ps(load(x, whole), load(w, whole), *acc);
+            for (i, acc) in acc.iter_mut().enumerate() {
+                for (j, acc) in acc.iter_mut().enumerate() {
+                    if whole < k {
+                        let (x, w) = (&x[i * k..(i + 1) * k], &w[j * k..(j + 1) * k]);
+                        *acc = _mm256_fmadd_ps(load(x, whole), T::rest(w, whole), *acc);
+                    }
+                    let mut lanes = [0f32; LANES];
+                    // There is room for eight.
+                    _mm256_storeu_ps(lanes.as_mut_ptr(), *acc);
+                    to[i * out + j] = lanes_sum(lanes);
                 }
-                let mut lanes = [0f32; LANES];
-                // SAFETY: there is room for eight.
-                unsafe { _mm256_storeu_ps(lanes.as_mut_ptr(), *acc) };
-                to[i * out + j] = lanes_sum(lanes);
             }
         }
     }

@@ -19,6 +19,8 @@ pub mod conv;
 pub mod conv_same;
 mod cpu;
 mod few_rows;
+#[cfg(target_arch = "x86_64")]
+mod fma;
 pub mod frozen;
 mod gpu;
 #[cfg(feature = "cuda")]

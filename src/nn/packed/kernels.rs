@@ -1,7 +1,7 @@
 //! The inner loops of [`super::product`], by instructions.
 
-use super::formats::Format;
-use super::product::{DEPTH, Input, Kernel, SHARE, SIDE, Slab};
+use super::formats::{Format, widen};
+use super::product::{DEPTH, Input, Kernel, LINES, SHARE, SIDE, Slab};
 
 /// For any processor.
 pub(super) struct Portable;
@@ -175,6 +175,20 @@ pub(super) struct Avx2<const VNNI: bool>;
 
 #[cfg(target_arch = "x86_64")]
 impl<const VNNI: bool> Kernel for Avx2<VNNI> {
+    const FEW: usize = 8;
+
+    #[inline(always)]
+    unsafe fn dots<F: Format>(
+        w: &[u8],
+        x: &Input,
+        (first, rows): (usize, usize),
+        to: &mut [f32],
+        out: usize,
+    ) {
+        // SAFETY: by the caller's word.
+        unsafe { avx2_dots::<F, VNNI>(w, x, (first, rows), to, out) }
+    }
+
     #[inline(always)]
     unsafe fn fetch(first: *const u8, per_row: usize, len: usize) {
         fetch(first, per_row, len);
@@ -325,6 +339,113 @@ unsafe fn avx2_half<F: Format, const R: usize, const VNNI: bool>(
         }
         for (sum, kept) in sums.iter().zip(kept) {
             _mm256_storeu_ps(kept.as_mut_ptr().add(half), *sum);
+        }
+    }
+}
+
+/// [`Kernel::dots`]: products of bytes where they lie, each weight row's in a register that is summed over its
+/// lanes, eight of them together.
+///
+/// # Safety
+/// The processor must have AVX2, and AVX-VNNI where that is said.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn avx2_dots<F: Format, const VNNI: bool>(
+    w: &[u8],
+    x: &Input,
+    (first, rows): (usize, usize),
+    to: &mut [f32],
+    out: usize,
+) {
+    use std::arch::x86_64::*;
+    let (k, per_row) = (x.k, x.k / F::BLOCK * F::BYTES);
+    let cols = w.len() / per_row;
+    assert!((1..=LINES).contains(&cols) && w.len() == cols * per_row && x.holds::<F>(first, rows, 0, k));
+    assert!(rows <= Avx2::<VNNI>::FEW && (rows - 1) * out + cols <= to.len());
+    // As in `avx2_half`.
+    let signed = !VNNI && F::OFFSET == 128;
+    let groups = F::BLOCK / F::GROUP;
+    // A block of each weight row; of rows that are none what was there.
+    let mut q = [[0u8; DEPTH]; LINES];
+    let (mut scales, mut mins) = ([[0f32; LINES]; 16], [[0f32; LINES]; 16]);
+    // SAFETY: the processor has the instructions by the caller's word; what is read is in bounds as asserted, or
+    // in the arrays above.
+    unsafe {
+        let mut sums = [_mm256_setzero_ps(); 8];
+        for b in 0..k / F::BLOCK {
+            let (mut of_row, mut least, mut halves) = ([0.; 16], [0.; 16], [0u16; LINES]);
+            for (j, q) in q.iter_mut().enumerate().take(cols) {
+                let at = j * per_row + b * F::BYTES;
+                _mm_prefetch::<_MM_HINT_T0>(w.as_ptr().wrapping_add(w.len() + at).cast());
+                let block = w.get_unchecked(at..at + F::BYTES);
+                F::decode(block, &mut q[..F::BLOCK], &mut of_row, &mut least);
+                if F::HALF_FIRST {
+                    halves[j] = u16::from_le_bytes([block[0], block[1]]);
+                    continue;
+                }
+                for g in 0..groups {
+                    scales[g][j] = of_row[g];
+                    mins[g][j] = least[g];
+                }
+            }
+            if F::HALF_FIRST {
+                for (scale, half) in scales[0].iter_mut().zip(&halves) {
+                    *scale = widen(*half);
+                }
+            }
+            for u in 0..F::BLOCK / SHARE {
+                for (r, sum) in sums.iter_mut().enumerate().take(rows) {
+                    let here = (first + r) * k + b * F::BLOCK + u * SHARE;
+                    let input = _mm256_loadu_si256(x.q.as_ptr().add(here).cast());
+                    let mut dots = [_mm256_setzero_si256(); LINES];
+                    for (dot, q) in dots.iter_mut().zip(&q) {
+                        let w = _mm256_loadu_si256(q.as_ptr().add(u * SHARE).cast());
+                        *dot = if VNNI {
+                            _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), w, input)
+                        } else {
+                            let w = if signed { _mm256_xor_si256(w, _mm256_set1_epi8(-128)) } else { w };
+                            let pairs = match signed {
+                                true => _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(input, w)),
+                                false => _mm256_maddubs_epi16(w, input),
+                            };
+                            _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
+                        };
+                    }
+                    let two = |i: usize| _mm256_hadd_epi32(dots[i], dots[i + 1]);
+                    let (a, b) = (_mm256_hadd_epi32(two(0), two(2)), _mm256_hadd_epi32(two(4), two(6)));
+                    // Sums of the first 16 numbers, and of the others.
+                    let low = _mm256_permute2x128_si256::<0x20>(a, b);
+                    let high = _mm256_permute2x128_si256::<0x31>(a, b);
+                    let share = _mm256_set1_ps(*x.scales.get_unchecked(here / SHARE));
+                    let mut add = |g: usize, whole: __m256i| {
+                        let mut whole = whole;
+                        if F::OFFSET != 0 && !signed {
+                            let start = *x.starts.get_unchecked(here / F::GROUP + g);
+                            whole = _mm256_add_epi32(whole, _mm256_set1_epi32(start));
+                        }
+                        let g = u * SHARE / F::GROUP + g;
+                        let scales = _mm256_loadu_ps(scales[g].as_ptr());
+                        let part = _mm256_mul_ps(_mm256_cvtepi32_ps(whole), _mm256_mul_ps(scales, share));
+                        *sum = _mm256_add_ps(*sum, part);
+                        if F::MINS {
+                            let mins = _mm256_loadu_ps(mins[g].as_ptr());
+                            let of = _mm256_set1_ps(*x.sums.get_unchecked(here / SHARE));
+                            *sum = _mm256_sub_ps(*sum, _mm256_mul_ps(mins, of));
+                        }
+                    };
+                    if F::GROUP == SHARE {
+                        add(0, _mm256_add_epi32(low, high));
+                    } else {
+                        add(0, low);
+                        add(1, high);
+                    }
+                }
+            }
+        }
+        for (r, sum) in sums.iter().enumerate().take(rows) {
+            let mut row = [0f32; LINES];
+            _mm256_storeu_ps(row.as_mut_ptr(), *sum);
+            to[r * out..r * out + cols].copy_from_slice(&row[..cols]);
         }
     }
 }

@@ -15,6 +15,8 @@ pub(super) const SHARE: usize = 32;
 /// Weight rows of a slab, and how far it goes along them.
 pub(super) const SIDE: usize = 16;
 pub(super) const DEPTH: usize = 256;
+/// Weight rows of [`Kernel::dots`].
+pub(super) const LINES: usize = 8;
 /// Rows of the input that meet a slab: more of them share the work of taking it apart, fewer stay in a
 /// core's cache.
 const TILE: usize = 256;
@@ -163,6 +165,18 @@ impl Slab {
 
 /// The instructions of a processor.
 pub(super) trait Kernel {
+    /// Rows of the input for which taking slabs apart is not worth it.
+    const FEW: usize = 0;
+
+    /// Products of `rows` of the input from `first` on with at most [`LINES`] weight rows, for as many rows as
+    /// [`FEW`](Self::FEW) at most.
+    ///
+    /// # Safety
+    /// The processor must have the instructions.
+    unsafe fn dots<F: Format>(_: &[u8], _: &Input, (_, rows): (usize, usize), _: &mut [f32], _: usize) {
+        unreachable!("{rows} rows are not few")
+    }
+
     /// Begins to read `len` bytes of each of 16 rows, which need not be there.
     ///
     /// # Safety
@@ -205,6 +219,13 @@ unsafe fn panels<F: Format, K: Kernel>(
 ) {
     let per_row = x.k / F::BLOCK * F::BYTES;
     let out = w.len() / per_row;
+    if rows <= K::FEW {
+        for (c, w) in w.chunks(LINES * per_row).enumerate() {
+            // SAFETY: by the caller's word.
+            unsafe { K::dots::<F>(w, x, (first, rows), &mut part[c * LINES..], out) }
+        }
+        return;
+    }
     for (c, w) in w.chunks(SIDE * per_row).enumerate() {
         let cols = w.len() / per_row;
         for at in (0..x.k).step_by(DEPTH) {
