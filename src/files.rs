@@ -40,7 +40,7 @@ pub fn write_atomic(
     }
     let dir = folder_of(&path);
     std::fs::create_dir_all(dir).map_err(named)?;
-    let tmp = tempfile::Builder::new().prefix(".").suffix(".tmp").tempfile_in(dir).map_err(named)?;
+    let tmp = temporary(dir).map_err(named)?;
     let mut w = BufWriter::new(tmp.as_file());
     fill(&mut w).and_then(|()| w.flush()).map_err(named)?;
     drop(w);
@@ -54,6 +54,27 @@ pub fn write_atomic(
     tmp.as_file().sync_all().map_err(named)?;
     tmp.persist(&path).map_err(|e| named(e.error))?;
     Ok(())
+}
+
+/// Random characters in a temporary file's name.
+const RANDOM: usize = 6;
+
+fn temporary(dir: &Path) -> io::Result<tempfile::NamedTempFile> {
+    tempfile::Builder::new().prefix(".").rand_bytes(RANDOM).suffix(".tmp").tempfile_in(dir)
+}
+
+/// Removes the temporary files that killed processes left in a folder, as far as that can be done. For folders of
+/// one run alone: another process that writes there would lose its file.
+pub fn sweep(dir: &Path) {
+    let is_ours = |name: &str| {
+        let random = name.strip_prefix('.').and_then(|n| n.strip_suffix(".tmp"));
+        random.is_some_and(|r| r.len() == RANDOM && r.bytes().all(|b| b.is_ascii_alphanumeric()))
+    };
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_name().to_str().is_some_and(is_ours) && entry.file_type().is_ok_and(|t| t.is_file()) {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
 }
 
 fn folder_of(path: &Path) -> &Path {
@@ -88,7 +109,7 @@ pub fn can_fill(dir: &Path) -> io::Result<()> {
     if !at.is_dir() {
         return Err(named(io::Error::new(ErrorKind::NotADirectory, "is no folder")));
     }
-    tempfile::Builder::new().prefix(".").suffix(".tmp").tempfile_in(at).map_err(named)?;
+    temporary(at).map_err(named)?;
     Ok(())
 }
 
@@ -138,6 +159,21 @@ mod tests {
         write_atomic(Path::new("/dev/null"), |w| w.write_all(b"x")).unwrap();
         assert!(!Path::new("/dev/null").is_file());
         assert!(is_same(&file, &link) && !is_same(&file, dir.path()));
+    }
+
+    #[test]
+    fn what_kills_left_is_swept_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        // As a kill leaves it.
+        let left = temporary(dir.path()).unwrap().keep().unwrap().1;
+        assert!(left.is_file());
+        let others = [".cache.tmp", ".abc12.tmp", ".abc-12.tmp", "abc123.tmp", ".abc123.tmpx"];
+        others.iter().for_each(|name| std::fs::write(dir.path().join(name), "").unwrap());
+        std::fs::create_dir(dir.path().join(".abc123.tmp")).unwrap();
+        sweep(dir.path());
+        assert!(!left.exists());
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), others.len() + 1);
+        sweep(&dir.path().join("none"));
     }
 
     #[test]

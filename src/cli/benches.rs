@@ -317,7 +317,7 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode
             eprintln!("valor: {bench} is refused: {why}");
         }
         eprintln!("valor: the programs are in {}", out.join(PROGRAMS).display());
-        return Ok(again(unplanned, 0).unwrap_or(code(&notes)));
+        return Ok(again(unplanned, 0, SAME_COMMAND).unwrap_or(code(&notes)));
     }
     folder.in_order(|r: &Record| (order.iter().position(|b| *b == r.bench), r.index))?;
     report(out, &settings, &notes, args.json)
@@ -348,18 +348,24 @@ fn tell(asked: usize, seconds: f64, times: &Times) {
 fn report(out: &Path, settings: &Value, notes: &[(String, Note)], as_json: bool) -> Result<ExitCode> {
     let (text, all) = written(out, settings, notes, as_json)?;
     std::io::stdout().lock().write_all(text.as_bytes())?;
+    Ok(still_open(&all, SAME_COMMAND).unwrap_or(code(notes)))
+}
+
+const SAME_COMMAND: &str = "the same command asks again";
+
+/// What is still open of what was summarised, told.
+fn still_open(all: &[Summary], remedy: &str) -> Option<ExitCode> {
     let unjudged = all.iter().filter_map(|s| s.table.first()).map(|r| r.unjudged).sum();
-    Ok(again(all.iter().map(|s| s.unanswered).sum(), unjudged).unwrap_or(code(notes)))
+    again(all.iter().map(|s| s.unanswered).sum(), unjudged, remedy)
 }
 
 /// What is still open of a run, told: a server's silence is no answer, and work that failed.
-fn again(unanswered: usize, unjudged: usize) -> Option<ExitCode> {
+fn again(unanswered: usize, unjudged: usize, remedy: &str) -> Option<ExitCode> {
     if unanswered + unjudged == 0 {
         return None;
     }
     eprintln!(
-        "valor: {unanswered} questions had no reply and {unjudged} answers no verdict from their servers; the same \
-         command asks again"
+        "valor: {unanswered} questions had no reply and {unjudged} answers no verdict from their servers; {remedy}"
     );
     Some(ExitCode::FAILURE)
 }
@@ -594,8 +600,10 @@ fn merge(dirs: &[PathBuf], out: &Path, as_json: bool) -> Result<ExitCode> {
             let _ = std::fs::remove_dir(out);
         }
     }
-    std::io::stdout().lock().write_all(text?.0.as_bytes())?;
-    Ok(code(&notes))
+    let (text, all) = text?;
+    std::io::stdout().lock().write_all(text.as_bytes())?;
+    let remedy = format!("the run's command without --shard, with --out {}, asks again", out.display());
+    Ok(still_open(&all, &remedy).unwrap_or(code(&notes)))
 }
 
 /// Writes the shards' samples, in their order, and the pictures that are shown of them.

@@ -2,7 +2,7 @@
 
 mod machine;
 
-use super::{ModelArgs, gb};
+use super::{ModelArgs, gb, one_line};
 use crate::config::{BUILT_IN, Config, ENDPOINT, SHIPPED};
 use crate::fit;
 use crate::llm::endpoint::key_problem;
@@ -11,7 +11,6 @@ use crate::planner;
 use crate::program::{Executor, Python, Sandbox};
 use crate::weights::ModelFiles;
 use crate::weights::hub::Hub;
-use crate::weights::presets::Part;
 use machine::Room;
 use serde::Serialize;
 use std::io::Write;
@@ -57,6 +56,7 @@ struct Report {
 
 pub fn run(args: DoctorArgs) -> anyhow::Result<ExitCode> {
     let config = args.models.config()?;
+    args.models.gpu()?;
     let mut findings = Vec::new();
     let mut say = |what: &str, ok: bool, detail: String| {
         findings.push(Finding { what: what.into(), ok, detail });
@@ -122,6 +122,10 @@ pub fn run(args: DoctorArgs) -> anyhow::Result<ExitCode> {
                 missing_for_training: Vec::new(),
             },
         });
+    }
+    // Whatever is run, it is run there.
+    if let Err(e) = args.models.device() {
+        configs.iter_mut().for_each(|c| c.missing.insert(0, one_line(&e)));
     }
     let runs = configs[0].missing.is_empty();
     let report = Report { findings, configs };
@@ -196,7 +200,7 @@ fn verdict(name: &str, config: &Config, memory: Option<u64>) -> Verdict {
             continue;
         }
         match ModelFiles::open(model, part).map_err(Into::into).and_then(|files| fit::check(&files)) {
-            Ok(fit) if !serves(fit.part, part) => {
+            Ok(fit) if !fit.part.serves(part) => {
                 missing.push(format!("{part}: {model} is no {part} (but fits as {})", fit.part.word()));
             }
             // Verifiers are not loaded beside the others.
@@ -212,16 +216,6 @@ fn verdict(name: &str, config: &Config, memory: Option<u64>) -> Verdict {
         missing.push(format!("memory: {} of weights, {} free", gb(weights_bytes), gb(memory)));
     }
     Verdict { config: name.into(), weights_bytes, missing, missing_for_training: for_training }
-}
-
-/// Can a network do this part's work? One that sees can also read.
-fn serves(network: Part, part: &str) -> bool {
-    match part {
-        "detector" => network == Part::Detector,
-        "depth" => network == Part::Depth,
-        "vlm" | "box-verifier" => network == Part::Vlm,
-        _ => matches!(network, Part::Language | Part::Vlm),
-    }
 }
 
 /// What the processor has of what the kernels are written for.

@@ -6,11 +6,11 @@
 //! `valor infer DIR/INDEX.png QUESTION --seed SEED` with the row's index, question and seed, and
 //! the same settings (`--greedy` is `--set planner.temperature=0`).
 
-use super::{ExecutorArgs, ModelArgs, fillable, writable};
+use super::{ExecutorArgs, ModelArgs, fillable, replaceable};
 use crate::config::{EMBEDDED, EMBEDDED_BASE};
 use crate::eval::benches::feed::{ROOMS_N, Shard};
 use crate::eval::rooms::{Programs, Report, ToolSet, evaluate, questions};
-use crate::files::write_atomic;
+use crate::files::{sweep, write_atomic};
 use crate::llm::ChatModels;
 use crate::pipeline::{Referee, sandbox};
 use crate::planner::Planner;
@@ -132,7 +132,7 @@ pub struct EvalArgs {
     pub(super) planner: Option<String>,
     /// The planner's most likely reply instead of a sampled one
     #[arg(long)]
-    greedy: bool,
+    pub(super) greedy: bool,
     /// Sample so many replies a question; the most frequent answer counts (inference.samples)
     #[arg(long, value_name = "K", conflicts_with = "greedy")]
     pub(super) vote: Option<usize>,
@@ -174,7 +174,7 @@ pub struct EvalArgs {
     #[arg(long)]
     pub(super) json: bool,
     #[command(flatten)]
-    executor: ExecutorArgs,
+    pub(super) executor: ExecutorArgs,
     #[command(flatten)]
     pub(super) models: ModelArgs,
 }
@@ -231,7 +231,7 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
         }
         _ => return super::benches::run(&args, &config, &device),
     }
-    writable("--out", args.out.as_deref())?;
+    replaceable("--out", args.out.as_deref(), &["index", "question", "truth", "correct"])?;
     fillable("--pictures", args.pictures.as_deref())?;
     let chats = ChatModels::new(&config, &device);
     let planner = match args.planner.as_deref().unwrap_or("stored") {
@@ -259,6 +259,7 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
         bail!("--shuffle-pictures needs questions about more than one picture; raise --n")
     }
     if let Some(dir) = &args.pictures {
+        sweep(dir);
         for (i, (view, _)) in asked.iter().enumerate() {
             write_atomic(&dir.join(format!("{i}.png")), |w| w.write_all(&picture_png(view)?))?;
         }

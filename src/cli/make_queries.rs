@@ -18,19 +18,21 @@ use std::process::ExitCode;
 
 /// Gather questions about pictures to train on: written by a VLM, or of published training splits
 #[derive(Debug, clap::Args)]
+// A group, so that where neither is given both are named.
+#[command(group(clap::ArgGroup::new("pictures").args(["images", "from"]).required(true)))]
 pub struct MakeQueriesArgs {
     /// Folder of unlabelled pictures, about which the VLM writes spatial questions
-    #[arg(long, value_name = "DIR", required_unless_present = "from", conflicts_with = "from")]
+    #[arg(long, value_name = "DIR")]
     images: Option<PathBuf>,
     /// Training splits to draw questions from, as many of each as they have; their pictures are written to images/ beside
     /// --out. VSR's are fetched from the web
     #[arg(long, value_name = "SETS", value_delimiter = ',')]
     from: Vec<TrainingSet>,
     /// Folder that holds the training splits' files, each set's in one of its name, in place of the hub's cache
-    #[arg(long, value_name = "DIR", requires = "from")]
+    #[arg(long, value_name = "DIR", requires = "from", conflicts_with = "images")]
     data: Option<PathBuf>,
     /// Fetch training splits that are not in the hub's cache
-    #[arg(long, requires = "from", conflicts_with = "data")]
+    #[arg(long, requires = "from", conflicts_with_all = ["data", "images"])]
     pull: bool,
     /// Questions in all
     #[arg(long, default_value_t = 800)]

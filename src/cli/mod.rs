@@ -27,7 +27,9 @@ use clap::{CommandFactory, Parser, Subcommand};
 use crate::config::{Config, Origins};
 use crate::files;
 use crate::nn::Precision;
-use crate::weights::message_of;
+use crate::weights::hub::HubError;
+use crate::weights::source::Source;
+use crate::weights::{ModelFiles, message_of};
 
 #[derive(Debug, Parser)]
 #[command(name = "valor", version, about, max_term_width = 100)]
@@ -122,16 +124,22 @@ impl ModelArgs {
         Ok((config, origins))
     }
 
-    fn device(&self) -> anyhow::Result<Device> {
+    /// The GPU that --device names, `None` of the processor; whether it is there is not looked at.
+    fn gpu(&self) -> anyhow::Result<Option<usize>> {
         let ordinal = match self.device.split_once(':') {
-            None if self.device == "cpu" => return Ok(Device::Cpu),
+            None if self.device == "cpu" => return Ok(None),
             None if self.device == "cuda" => Some(0),
             Some(("cuda", n)) => n.parse().ok(),
             _ => None,
         };
-        let Some(ordinal) = ordinal else {
-            anyhow::bail!("--device {}: expected cpu, cuda or cuda:N", self.device)
-        };
+        match ordinal {
+            Some(_) => Ok(ordinal),
+            None => anyhow::bail!("--device {}: expected cpu, cuda or cuda:N", self.device),
+        }
+    }
+
+    fn device(&self) -> anyhow::Result<Device> {
+        let Some(ordinal) = self.gpu()? else { return Ok(Device::Cpu) };
         if !candle_core::utils::cuda_is_available() {
             anyhow::bail!(
                 "--device {}: this build has no CUDA; build with --features cuda, or use --device cpu",
@@ -188,7 +196,7 @@ pub fn main() -> ExitCode {
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("valor: {}", one_line(&error));
-            ExitCode::from(2)
+            if is_outage(&error) { ExitCode::FAILURE } else { ExitCode::from(2) }
         }
     }
 }
@@ -232,6 +240,25 @@ fn writable(option: &str, file: Option<&Path>) -> anyhow::Result<()> {
         .map_err(|e| anyhow!("{option} {} cannot be written: {e}; name another file", file.display()))
 }
 
+/// The same of a file of JSON lines with these keys: what is there already, and is no earlier result of the kind,
+/// is not written over.
+fn replaceable(option: &str, file: Option<&Path>, keys: &[&str]) -> anyhow::Result<()> {
+    writable(option, file)?;
+    let Some(file) = file.filter(|f| f.is_file()) else { return Ok(()) };
+    let is_row = |line: &str| {
+        let row = serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(line);
+        row.is_ok_and(|row| keys.iter().all(|key| row.contains_key(*key)))
+    };
+    // What cannot be read, as it is no text, is none either.
+    if std::fs::read_to_string(file).is_ok_and(|text| text.lines().all(is_row)) {
+        return Ok(());
+    }
+    Err(anyhow!(
+        "{option} {} is there and is no earlier result of this command; name another file",
+        file.display()
+    ))
+}
+
 /// The same of a file that grows.
 fn appendable(option: &str, file: &Path) -> anyhow::Result<()> {
     files::can_append(file)
@@ -243,6 +270,12 @@ fn fillable(option: &str, dir: Option<&Path>) -> anyhow::Result<()> {
     let Some(dir) = dir else { return Ok(()) };
     files::can_fill(dir)
         .map_err(|e| anyhow!("{option} {} cannot be written to: {e}; name another folder", dir.display()))
+}
+
+/// Is a part's model one of the hub's that a pull has yet to bring? A dry run plans without it.
+fn to_be_fetched(model: &str, part: &'static str) -> bool {
+    let of_hub = matches!(Source::parse(model), Ok(Source::Hub(_) | Source::Preset(_)));
+    of_hub && ModelFiles::open(model, part).is_err()
 }
 
 /// Chooses the precision of matrix products, and says so where this processor makes nothing of it.
@@ -276,6 +309,11 @@ fn one_line(error: &anyhow::Error) -> String {
         }
     }
     line
+}
+
+/// Did the hub, the network or the disk below its cache fail, and not what was asked for?
+fn is_outage(error: &anyhow::Error) -> bool {
+    error.chain().filter_map(|cause| cause.downcast_ref::<HubError>()).any(HubError::is_outage)
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {

@@ -91,7 +91,8 @@ struct RmArgs {
 
 #[derive(clap::Args, Debug)]
 struct ShowArgs {
-    /// A .safetensors, .gguf, .pth, .pt or .bin file, or a folder with one
+    /// A .safetensors, .gguf, .pth, .pt or .bin file, or a folder with one; of an adapter or a delta its own
+    /// tensors, not its base's
     checkpoint: PathBuf,
     /// As JSON: name to shape; of a GGUF file name to shape, type and bytes
     #[arg(long)]
@@ -147,7 +148,7 @@ fn on_hub(name: &str) -> Result<HubSource> {
         Some(preset) => Ok(preset.source()),
         None => bail!(
             "{name} is no preset (the nearest is {}; valor models list shows all), nor hub:OWNER/NAME",
-            presets::nearest(name).name
+            presets::nearest(name, "model").name
         ),
     }
 }
@@ -271,6 +272,9 @@ fn verify(args: &VerifyArgs) -> Result<ExitCode> {
         [] => hub.held().into_iter().map(|h| format!("{HUB}{}", h.repo)).collect(),
         _ => args.models.clone(),
     };
+    if models.is_empty() {
+        println!("no models in {}", hub.cache_folder().display());
+    }
     let is_here = |model: &String| match Source::parse(model) {
         Ok(Source::Path(p)) => p.exists(),
         Ok(Source::Embedded { .. }) => true,
@@ -284,17 +288,18 @@ fn verify(args: &VerifyArgs) -> Result<ExitCode> {
             .verify(&repo, &mut |file, done, all| bar.show(file, done, all))
             .with_context(|| format!("hub:{repo}"))?;
         bar.0.finish_and_clear();
-        let count = files.len();
+        let (count, mut wrong_here) = (files.len(), 0);
         for (name, problem) in files {
             let Some(problem) = problem else { continue };
-            wrong += 1;
+            wrong_here += 1;
             println!("hub:{repo} {name}: {problem}");
             if args.delete {
                 hub.forget(&repo, &name)?;
                 eprintln!("valor: deleted; valor models pull hub:{repo} brings it anew");
             }
         }
-        eprintln!("hub:{repo}: {count} files hashed");
+        println!("hub:{repo}: {count} files hashed, {wrong_here} wrong");
+        wrong += wrong_here;
     }
     Ok(if wrong == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -329,7 +334,7 @@ fn fit_of(model: &str, part: &'static str) -> Result<(String, Fit), String> {
 
 fn tell(fit: Result<(String, Fit), String>) -> bool {
     match &fit {
-        Ok((name, fit)) => eprintln!(
+        Ok((name, fit)) => println!(
             "{name}: fits as {}: {} tensors, {:.1} M parameters, {} when loaded",
             fit.part.word(),
             fit.tensors,
@@ -355,7 +360,12 @@ fn show(args: &ShowArgs) -> Result<()> {
     if args.checkpoint.to_str().is_some_and(gguf::is_gguf) {
         return show_gguf(args);
     }
-    let shapes = Checkpoint::open(&args.checkpoint)?.shapes();
+    let lies_on = match args.checkpoint.is_dir() {
+        true => ModelFiles::Folder(args.checkpoint.clone()).own_weights()?,
+        false => None,
+    };
+    let (file, base) = lies_on.map_or((args.checkpoint.clone(), None), |(file, base)| (file, Some(base)));
+    let shapes = Checkpoint::open(&file)?.shapes();
     let mut out = std::io::stdout().lock();
     if args.json {
         writeln!(out, "{:#}", json!(shapes))?;
@@ -365,7 +375,8 @@ fn show(args: &ShowArgs) -> Result<()> {
         writeln!(out, "{name} {shape:?}")?;
     }
     let parameters: usize = shapes.values().map(|shape| shape.iter().product::<usize>()).sum();
-    eprintln!("{} tensors, {parameters} numbers", shapes.len());
+    let what = base.map_or(String::new(), |base| format!(", what was changed of {base}"));
+    eprintln!("{} tensors, {parameters} numbers{what}", shapes.len());
     Ok(())
 }
 

@@ -1,7 +1,7 @@
 //! `valor eval --bench rooms-…`: what each model is worth by itself.
 
 use super::eval::{Bench, EvalArgs};
-use super::writable;
+use super::replaceable;
 use crate::config::Config;
 use crate::eval::detection::AveragePrecision;
 use crate::eval::honesty::honesty;
@@ -23,7 +23,17 @@ use std::io::Write;
 use std::process::ExitCode;
 
 pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> anyhow::Result<ExitCode> {
+    // Of these benches one alone asks a planner, and runs what it writes where --scenes is given.
+    let plans = bench == Bench::RoomsVerifier;
     let unused = [
+        ("--planner", args.planner.is_some() && !plans),
+        ("--planner stored", args.planner.as_deref() == Some("stored")),
+        ("--greedy", args.greedy && !plans),
+        ("--prompt", args.models.prompt.is_some() && !plans),
+        ("--tools", args.tools.is_some()),
+        ("--executor", args.executor.executor.is_some() && args.scenes.is_none()),
+        ("--fallback", args.executor.fallback.is_some() && args.scenes.is_none()),
+        ("--one-by-one", args.one_by_one),
         ("--vote", args.vote.is_some()),
         ("--shuffle-pictures", args.shuffle_pictures),
         ("--families", !args.families.is_empty()),
@@ -38,7 +48,7 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
     if let Some((name, _)) = unused.iter().find(|u| u.1) {
         bail!("{name} says nothing to --bench {}", bench.name())
     }
-    writable("--out", args.out.as_deref())?;
+    replaceable("--out", args.out.as_deref(), &["index", "question", "reply", "right", "passed"])?;
     let n = args.n() as u64;
     let bar = ProgressBar::new(n);
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} eta {eta}")?);

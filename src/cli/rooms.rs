@@ -140,14 +140,26 @@ fn pretrain(args: &PretrainArgs) -> Result<()> {
             || (args.steps.is_none() && args.seed.is_none() && args.from.is_none()),
         "--only familiar is made, not trained: --steps, --seed and --from say nothing to it"
     );
-    // Hours of training stand between these and the files.
-    fillable("--runs", Some(&args.runs))?;
+    let asked = |part: &&Part| args.only.is_none_or(|only| only == **part);
+    if args.export_only {
+        // Before the first is written: what is exported must have been trained.
+        let trained = |part: &&Part| !matches!(part, Part::Vision | Part::Familiar);
+        for part in Part::value_variants().iter().filter(asked).filter(trained) {
+            let run = args.runs.join(name_of(*part));
+            ensure!(
+                crate::train::run::has_checkpoint(&run),
+                "{} holds no checkpoint to export; train it first, without --export-only, or name the \
+                 runs' folder with --runs",
+                run.display()
+            );
+        }
+    } else {
+        // Hours of training stand between these and the files.
+        fillable("--runs", Some(&args.runs))?;
+    }
     fillable("--out", Some(&args.out))?;
     super::compute_in(args.precision);
-    for &part in Part::value_variants() {
-        if args.only.is_some_and(|only| only != part) {
-            continue;
-        }
+    for &part in Part::value_variants().iter().filter(asked) {
         let name = name_of(part);
         let (run, out) = (args.runs.join(&name), args.out.join(&name));
         if !args.export_only && part != Part::Familiar {

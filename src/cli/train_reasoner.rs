@@ -1,11 +1,12 @@
 //! `valor train-reasoner`: from questions without answers to a better planner.
 
-use super::{ModelArgs, fillable};
+use super::{ModelArgs, fillable, to_be_fetched};
 use crate::config::{Algorithm, Config, ENDPOINT};
 use crate::llm::ChatModels;
 use crate::pipeline::sandbox;
+use crate::planner;
 use crate::train::Broken;
-use crate::train::reasoner::{Policy, Queries, Training, check_folder, steps};
+use crate::train::reasoner::{Policy, Queries, Training, check_folder, check_trainable, steps};
 use crate::verify::{self, Head, Judge, Verification, check_files};
 use crate::weights::ModelFiles;
 use anyhow::Result;
@@ -33,22 +34,27 @@ pub struct TrainReasonerArgs {
 pub fn run(args: &TrainReasonerArgs) -> Result<ExitCode> {
     let (config, device) = (args.models.config()?, args.models.device()?);
     let queries = Queries::open(&config.reasoner)?;
+    // What can be refused before anything is loaded, a dry run refuses too.
+    check_folder(&args.out, args.resume)?;
+    fillable("--out", Some(&args.out))?;
+    check_files(&config.verifier)?;
+    planner::prompt(&config)?;
+    let here = !(args.dry_run && to_be_fetched(&config.planner.model, "planner"));
+    if here {
+        check_trainable(&ModelFiles::open(&config.planner.model, "planner")?)?;
+    }
     if args.dry_run {
         plan(&config, &queries);
-    } else {
-        check_folder(&args.out)?;
-        fillable("--out", Some(&args.out))?;
-        check_files(&config.verifier)?;
-    }
-    let asks_a_server = config.verifier.model.starts_with(ENDPOINT);
-    if args.dry_run && (asks_a_server || ModelFiles::open(&config.planner.model, "planner").is_err()) {
-        let why = if asks_a_server {
-            "the verifier is a server, which is not asked"
-        } else {
-            "the planner is not here"
+        let why = match config.verifier.model.starts_with(ENDPOINT) {
+            _ if !here => Some("the planner is not here"),
+            true => Some("the verifier is a server, which is not asked"),
+            false if to_be_fetched(&config.verifier.model, "verifier") => Some("the verifier is not here"),
+            false => None,
         };
-        println!("time, memory     not known: {why} in a dry run");
-        return Ok(ExitCode::SUCCESS);
+        if let Some(why) = why {
+            println!("time, memory     not known: {why} in a dry run");
+            return Ok(ExitCode::SUCCESS);
+        }
     }
     super::compute_in(config.reasoner.precision);
     let chats = ChatModels::new(&config, &device);
@@ -76,6 +82,7 @@ pub fn run(args: &TrainReasonerArgs) -> Result<ExitCode> {
         stop: &stop,
     };
     if args.dry_run {
+        training.check_resumed(&policy)?;
         let phases = training.probe(&policy)?;
         let each: Vec<String> = phases.iter().map(|(phase, s)| format!("{phase} {s:.0} s")).collect();
         let minutes = phases.values().sum::<f64>() * training.steps() as f64 / 60.;

@@ -1,21 +1,24 @@
 //! `valor tune-grounding`: from unlabelled pictures and questions to a better detector.
 
-use super::{ModelArgs, fillable};
+use super::{ModelArgs, fillable, to_be_fetched};
 use crate::config::{Config, ENDPOINT, Granularity};
 use crate::data::odvg::Boxes;
 use crate::data::queries::{self, Asked};
-use crate::files::write_atomic;
+use crate::files::{sweep, write_atomic};
 use crate::llm::ChatModels;
 use crate::pipeline::{Models, sandbox};
+use crate::planner;
 use crate::report::mining;
 use crate::rooms::Look;
+use crate::tools::real::vqa_prompts;
 use crate::train::Broken;
 use crate::train::checkpoint::Checkpoints;
 use crate::train::run::check_folder;
 use crate::train::tuning::fit::{Fit, check_freeze, checked, per_epoch, schedule};
 use crate::train::tuning::mine::{self, Miner, Outcome, PICTURES};
-use crate::train::tuning::{record, rooms};
-use crate::verify::boxes::BoxJudge;
+use crate::train::tuning::record::{self, Mined};
+use crate::train::tuning::rooms;
+use crate::verify::boxes::{BoxJudge, check_prompts};
 use anyhow::{Context, Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::collections::HashSet;
@@ -62,7 +65,22 @@ pub struct TuneGroundingArgs {
 pub fn run(args: &TuneGroundingArgs) -> Result<ExitCode> {
     let (config, device) = (args.models.config()?, args.models.device()?);
     if args.dry_run {
-        plan(args, &config)?;
+        // What the run would refuse before its work is refused here too.
+        let (trained, _) = (check_run(args)?, replay(args, &config)?);
+        let of = if trained || args.stage == Stage::Train {
+            (mined(args)?.records.len(), "none, as they are mined already".to_owned())
+        } else {
+            let (truth, records) = (truth(&config)?, records(args, &config)?);
+            match config.grounding.queries.as_str() {
+                // They would have to be rendered.
+                "rooms" => (config.grounding.pictures, "as many as Rooms gives".to_owned()),
+                _ => {
+                    let all = pictures(args, &config, truth.as_ref(), &records)?;
+                    (all.len(), all.iter().map(|a| a.questions.len()).sum::<usize>().to_string())
+                }
+            }
+        };
+        plan(args, &config, of);
         return Ok(ExitCode::SUCCESS);
     }
     let stop = Arc::new(AtomicBool::new(false));
@@ -76,8 +94,9 @@ pub fn run(args: &TuneGroundingArgs) -> Result<ExitCode> {
         if trained {
             eprintln!("valor: {} is in training: nothing more is mined for it", args.out.display());
         } else if args.stage != Stage::Train {
-            let truth = truth(&config)?;
-            let pictures = pictures(args, &config, truth.as_ref())?;
+            let (truth, records) = (truth(&config)?, records(args, &config)?);
+            render(args, &config)?;
+            let pictures = pictures(args, &config, truth.as_ref(), &records)?;
             if mine_all(args, &config, &device, &pictures, truth, &stop)?.stopped {
                 eprintln!("valor: stopped; what is mined is kept, the same command goes on");
                 return Ok(ExitCode::FAILURE);
@@ -143,7 +162,9 @@ fn replay(args: &TuneGroundingArgs, config: &Config) -> Result<Option<Boxes>> {
     if args.stage == Stage::Mine {
         return Ok(None);
     }
-    check_freeze(config)?;
+    if !(args.dry_run && to_be_fetched(&config.detector.model, "detector")) {
+        check_freeze(config)?;
+    }
     match config.grounding.training.replay.as_str() {
         "" | "rooms" => Ok(None),
         file => checked(Path::new(file), args.strict).context("grounding.training.replay").map(Some),
@@ -166,28 +187,45 @@ fn rooms_folder(config: &Config, out: &Path) -> PathBuf {
 /// How their folders' names begin.
 const ROOMS: &str = "rooms-";
 
-/// What is to be mined, once the files that speak of it are known to.
-fn pictures(args: &TuneGroundingArgs, config: &Config, truth: Option<&Boxes>) -> Result<Vec<Asked>> {
-    let g = &config.grounding;
-    // A broken file is met before rooms are rendered.
+/// What is mined already. Read before rooms are rendered, as all files that may be broken are.
+fn records(args: &TuneGroundingArgs, config: &Config) -> Result<Vec<Mined>> {
+    planner::prompt(config)?;
+    vqa_prompts(&config.vlm)?;
+    check_prompts(&config.grounding.mining)?;
     let records = record::read(&args.out.join("mined").join(PICTURES))?.0;
     if let Some(file) = &args.overrule {
         record::overrules(file)?;
     }
+    Ok(records)
+}
+
+/// Renders the rooms that are to be mined, if they are.
+fn render(args: &TuneGroundingArgs, config: &Config) -> Result<()> {
+    let g = &config.grounding;
     if g.queries == "rooms" {
         eprintln!("valor: rendering {} rooms", g.pictures);
         rooms::write(&rooms_folder(config, &args.out), Look::LivedIn, g.seed, g.pictures)?;
     }
+    Ok(())
+}
+
+/// What is to be mined, once the files that speak of it are known to.
+fn pictures(
+    args: &TuneGroundingArgs,
+    config: &Config,
+    truth: Option<&Boxes>,
+    records: &[Mined],
+) -> Result<Vec<Asked>> {
     let pictures = queries::by_picture(&source(config, &args.out)).context("grounding.queries")?;
     if let Some(file) = &args.overrule {
-        record::check_overrules(file, &records, &pictures)?;
+        record::check_overrules(file, records, &pictures)?;
     }
     if let Some(truth) = truth {
         let known: HashSet<&str> = truth.records.iter().map(|r| r.filename.as_str()).collect();
         ensure!(
             pictures.iter().any(|p| known.contains(p.image.as_str())),
             "grounding.truth: {} has none of the pictures of grounding.queries; give them the same names",
-            g.truth
+            config.grounding.truth
         );
     }
     Ok(pictures)
@@ -219,6 +257,7 @@ fn mine_all(
     let bar = ProgressBar::new(pictures.len() as u64);
     bar.set_style(ProgressStyle::with_template("mining {bar:30} {pos}/{len} pictures {elapsed} eta {eta}")?);
     let dir = args.out.join("mined");
+    sweep(&dir);
     let mut miner = Miner {
         config,
         planner: &models.planner,
@@ -289,15 +328,9 @@ fn mined(args: &TuneGroundingArgs) -> Result<Boxes> {
     checked(&path, args.strict)
 }
 
-fn plan(args: &TuneGroundingArgs, config: &Config) -> Result<()> {
+/// What a run would do with so many pictures and, in words, questions.
+fn plan(args: &TuneGroundingArgs, config: &Config, (pictures, questions): (usize, String)) {
     let (g, m, t) = (&config.grounding, &config.grounding.mining, &config.grounding.training);
-    let (pictures, questions) = match g.queries.as_str() {
-        "rooms" => (g.pictures, "as many as Rooms gives".to_owned()),
-        file => {
-            let all = queries::by_picture(Path::new(file)).context("grounding.queries")?;
-            (all.len(), all.iter().map(|a| a.questions.len()).sum::<usize>().to_string())
-        }
-    };
     let verifier = if m.model.is_empty() { &config.vlm.model } else { &m.model };
     println!("pictures         {pictures} of {}, questions: {questions}", g.queries);
     println!("planner          {}", config.planner.model);
@@ -337,7 +370,6 @@ fn plan(args: &TuneGroundingArgs, config: &Config) -> Result<()> {
         }
     }
     println!("folder           {}", args.out.display());
-    Ok(())
 }
 
 fn granularity(of: Granularity) -> &'static str {

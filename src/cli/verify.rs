@@ -1,6 +1,6 @@
 //! `valor verify`: the reward's heads on replies, and how far their judge can be trusted.
 
-use super::{ModelArgs, json_lines, writable};
+use super::{ModelArgs, json_lines, replaceable};
 use crate::eval::audit::{Audit, Labelled, rooms};
 use crate::eval::rooms::questions;
 use crate::files::write_atomic;
@@ -43,13 +43,15 @@ struct ScoreArgs {
 }
 
 #[derive(Debug, clap::Args)]
+// A group, so that where neither is given both are named.
+#[command(group(clap::ArgGroup::new("cases").args(["labels", "rooms"]).required(true)))]
 struct AuditArgs {
     /// JSON lines {"head", "question", "plan", "program", "ok"} (and "mistake", "cluster" if wanted)
-    #[arg(long, value_name = "FILE", required_unless_present = "rooms")]
+    #[arg(long, value_name = "FILE")]
     labels: Option<PathBuf>,
     /// Exact labels instead: right replies to so many questions about rooms, and replies with each usual
     /// mistake
-    #[arg(long, value_name = "N", conflicts_with = "labels")]
+    #[arg(long, value_name = "N")]
     rooms: Option<usize>,
     /// Seed of the questions about rooms
     #[arg(long, default_value_t = 1)]
@@ -173,7 +175,7 @@ fn tell(out: &mut impl Write, i: usize, question: &str, s: &Scored) -> std::io::
 }
 
 fn audit(args: &AuditArgs) -> Result<ExitCode> {
-    writable("--out", args.out.as_deref())?;
+    replaceable("--out", args.out.as_deref(), &["case", "verdict", "said"])?;
     let cases: Vec<Labelled> = match (&args.labels, args.rooms) {
         (Some(path), _) => {
             let read = lines(path, "{\"head\", \"question\", \"plan\", \"program\", \"ok\"}")?;

@@ -1,6 +1,6 @@
 //! What cannot be meant, told by its key.
 
-use super::{Config, ConfigError, ENDPOINT, address_fault, invalid};
+use super::{Config, ConfigError, EMBEDDED_BASE, ENDPOINT, address_fault, invalid};
 use crate::weights::gguf::is_gguf;
 
 /// A program that failed three times will fail again.
@@ -158,6 +158,17 @@ impl Config {
                     [] => format!("names an endpoint, and there are none; add [endpoints.{name}]"),
                     _ => format!("there is no endpoint {name}, only {}", known.join(", ")),
                 };
+                return Err(invalid(&format!("{part}.model"), &message));
+            }
+        }
+        for (part, model) in [
+            ("depth", &self.depth.model),
+            ("vlm", &self.vlm.model),
+            ("verifier", &self.verifier.model),
+            ("grounding.mining", &self.grounding.mining.model),
+        ] {
+            if model == EMBEDDED_BASE {
+                let message = "only the planner and the detector have an embedded-base; name embedded";
                 return Err(invalid(&format!("{part}.model"), &message));
             }
         }

@@ -33,7 +33,7 @@ pub struct Mining {
     pub confidence: f64,
     /// Folder of the verifier's prompts (`boxes-….txt`); empty: those that valor brings.
     pub prompts: String,
-    /// Boxes looked at alone are enlarged to this long side, pixels.
+    /// Boxes looked at alone are enlarged to this long side, pixels; with `pass`, larger ones are made smaller, too.
     pub side: u32,
     pub max_new_tokens: usize,
     /// Of nouns that other pictures were asked for, so many are put to the verifier in each: those that

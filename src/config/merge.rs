@@ -82,6 +82,18 @@ pub(super) fn merge(
         }
         let Some(default) = defaults.get(&k) else {
             let key = first_leaf(full, &v);
+            if is_secret(&key) {
+                // The value is not repeated.
+                let origin = match origin.split_once('=') {
+                    Some((key, _)) if origin.starts_with("--set ") => key.into(),
+                    _ => origin.into(),
+                };
+                let hint =
+                    "; keys of servers are read from the environment: set endpoints.NAME.key_env to the \
+                            name of the variable that holds it"
+                        .into();
+                return Err(ConfigError::UnknownKey { origin, hint, key });
+            }
             return Err(ConfigError::UnknownKey { origin: origin.into(), hint: nearest(&key), key });
         };
         match (default, v) {
@@ -139,6 +151,12 @@ fn first_leaf(path: String, value: &Value) -> String {
         Some((k, v)) => first_leaf(format!("{path}.{k}"), v),
         None => path,
     }
+}
+
+/// Is a key with this full name, by its last part, what someone would put a secret under?
+fn is_secret(key: &str) -> bool {
+    let last = key.rsplit('.').next().unwrap_or(key).to_lowercase().replace(['-', '_'], "");
+    ["apikey", "key", "token", "apitoken", "accesstoken", "password", "secret"].contains(&last.as_str())
 }
 
 /// Says which valid key is nearest to a wrong one.

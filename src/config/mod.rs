@@ -48,7 +48,7 @@ pub type Origins = BTreeMap<String, String>;
 /// Where a network's weights come from: `"embedded"`, a path, a preset, or the hub.
 pub const EMBEDDED: &str = "embedded";
 
-/// The embedded planner or detector before its training; of other models the same as [`EMBEDDED`].
+/// The embedded planner or detector before its training; of other parts refused.
 pub const EMBEDDED_BASE: &str = "embedded-base";
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -370,6 +370,28 @@ mod tests {
         assert!(e.contains("must be a float"), "{e}");
         let e = set("planner.top_p=7").unwrap_err().to_string();
         assert!(e.contains("outside 0…1"), "{e}");
+    }
+
+    #[test]
+    fn who_sets_a_servers_key_is_told_of_the_environment_and_the_key_is_not_repeated() {
+        for key in ["endpoints.gpt.api_key", "endpoints.gpt-4.1.token", "planner.api-key", "API_KEY"] {
+            let e = set(&format!("{key}=sk-a=b")).unwrap_err().to_string();
+            assert!(e.starts_with(&format!("--set {key}: unknown key `{key}`; keys of servers")), "{e}");
+            assert!(e.contains("endpoints.NAME.key_env") && !e.contains("sk-"), "{e}");
+        }
+        let e = Config::parse("[endpoints.gpt]\napi_key = \"sk-a\"\n", "a.toml").unwrap_err().to_string();
+        assert!(e.starts_with("a.toml: unknown key `endpoints.gpt.api_key`") && !e.contains("sk-"), "{e}");
+    }
+
+    #[test]
+    fn only_planner_and_detector_have_a_base() {
+        for part in ["depth", "vlm", "verifier", "grounding.mining"] {
+            let e = set(&format!("{part}.model=embedded-base")).unwrap_err().to_string();
+            assert!(e.starts_with(&format!("{part}.model: ")) && e.contains("name embedded"), "{e}");
+        }
+        for part in ["planner", "detector"] {
+            set(&format!("{part}.model=embedded-base")).unwrap();
+        }
     }
 
     #[test]

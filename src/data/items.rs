@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use crate::files::sha256_hex;
 use serde_json::{Map, Value};
 
+use super::inline;
 use super::lines::Lines;
 use super::table::{Cell, Column, Row, Table};
 use super::transform::{caption, letter, lettered, with_options};
@@ -94,11 +95,7 @@ impl Items {
             Some(Cell::Scalar(Value::String(s))) if !s.trim().is_empty() => Ok(s.trim().to_owned()),
             _ => Err(format!("{name} is empty")),
         };
-        let picture = |name: &str| match row.get(name) {
-            Some(Cell::Picture(bytes)) if !bytes.is_empty() => Ok(bytes.clone()),
-            _ => Err(format!("{name} holds no picture")),
-        };
-        let bytes = picture(columns(bench)[0].0)?;
+        let bytes = inline::of_row(&row, columns(bench)[0].0)?;
         let mut item = Item {
             part: self.part(part).to_owned(),
             index: self.next,
@@ -174,22 +171,30 @@ impl Items {
             let found = names.iter().find_map(|n| line.get(*n)).filter(|v| !v.is_null());
             found.ok_or(format!("there is no {}", names.join(" or ")))
         };
-        let text = |names: &[&str]| match value(names)? {
+        // The hub's pictures are objects of bytes and path.
+        let text = |names: &[&str]| match value(names).map(|v| v.get("path").unwrap_or(v))? {
             Value::String(s) if !s.trim().is_empty() => Ok(s.trim().to_owned()),
             Value::Number(n) => Ok(n.to_string()),
             _ => Err(format!("{} is empty", names.join(" or "))),
         };
-        let (picture, question) = (text(picture)?, text(question)?);
+        let question = text(question)?;
         let answer = match value(answer)? {
             // Several people's, of which the first counts.
             Value::Array(several) => several.first().ok_or("answer is an empty list")?.clone(),
             one => one.clone(),
         };
-        let (picture_id, picture) = match bench {
-            Bench::Vsr => (picture.clone(), PictureRef::Link(picture)),
-            _ => {
-                let file = self.file(&picture)?;
-                (picture, PictureRef::File(file))
+        let (picture_id, picture) = match inline::of_value(value(picture)?).filter(|_| bench != Bench::Vsr) {
+            Some(bytes) => {
+                let bytes = bytes.map_err(|why| format!("{} {why}", picture.join(" or ")))?;
+                (sha256_hex(&bytes, 8), PictureRef::Bytes(bytes))
+            }
+            None => {
+                let named = text(picture)?;
+                let place = match bench {
+                    Bench::Vsr => PictureRef::Link(named.clone()),
+                    _ => PictureRef::File(self.file(&named)?),
+                };
+                (named, place)
             }
         };
         let (kind, question, truth): (_, _, Value) = match bench {
@@ -219,11 +224,26 @@ impl Items {
             return Err(format!("the picture's path {path:?} leads out of the folder"));
         }
         let folder = &self.source.folder;
-        let places = [folder.join("images").join(path), folder.join(path)];
+        // Visual Genome's pictures come in two folders, which lie where one has them, and lines name more or less of
+        // the way there.
+        let short = path.strip_prefix("visual_genome/").unwrap_or(path);
+        let mut places = Vec::new();
+        for base in ["images", "", "visual_genome", "images/visual_genome"] {
+            for part in ["", "VG_100K", "VG_100K_2"] {
+                places.extend([path, short].map(|path| folder.join(base).join(part).join(path)));
+            }
+        }
         let with_ending =
             |p: &PathBuf| [p.clone(), p.with_added_extension("jpg"), p.with_added_extension("png")];
         let found = places.iter().flat_map(with_ending).find(|p| p.is_file());
-        found.ok_or_else(|| format!("the picture {} is missing", places[0].display()))
+        found.ok_or_else(|| {
+            format!(
+                "the picture {} is missing; of {} are looked through the folder itself, images/ and visual_genome/, \
+                 and of each VG_100K/ and VG_100K_2/",
+                places[0].display(),
+                folder.display()
+            )
+        })
     }
 }
 
@@ -309,5 +329,70 @@ impl Iterator for Items {
             self.next += 1;
             return Some(Ok(item.map_err(|why| BadRow { part: self.part(part).to_owned(), index, why })));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    /// TallyQA's rows with these pictures, and files of these names below the bench's folder.
+    fn pictures(rows: &[Value], files: &[&str]) -> Vec<Result<PictureRef, String>> {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("tallyqa");
+        for file in files {
+            std::fs::create_dir_all(folder.join(file).parent().unwrap()).unwrap();
+            std::fs::write(folder.join(file), "").unwrap();
+        }
+        let line = |image| json!({ "image": image, "question": "How many?", "answer": 2 }).to_string() + "\n";
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join("tallyqa_val.jsonl"), rows.iter().map(line).collect::<String>()).unwrap();
+        let items = Items::open(Source::local(dir.path(), Bench::Tallyqa).unwrap()).unwrap();
+        let picture = |item: Result<Item, BadRow>| -> Result<PictureRef, String> {
+            Ok(match item.map_err(|bad| bad.why)?.picture {
+                PictureRef::File(file) => PictureRef::File(file.strip_prefix(&folder).unwrap().to_owned()),
+                other => other,
+            })
+        };
+        items.map(|item| picture(item.unwrap())).collect()
+    }
+
+    #[test]
+    fn visual_genomes_pictures_are_found_where_its_users_have_them() {
+        for (named, file) in [
+            ("1.jpg", "images/1.jpg"),
+            ("1.jpg", "VG_100K_2/1.jpg"),
+            ("1", "images/VG_100K/1.jpg"),
+            ("VG_100K/1.jpg", "VG_100K/1.jpg"),
+            ("VG_100K_2/1.jpg", "visual_genome/VG_100K_2/1.jpg"),
+            ("visual_genome/VG_100K/1.jpg", "images/VG_100K/1.jpg"),
+            ("visual_genome/1.jpg", "visual_genome/1.jpg"),
+        ] {
+            assert_eq!(pictures(&[json!(named)], &[file]), [Ok(PictureRef::File(file.into()))], "{named}");
+        }
+        let why = pictures(&[json!("1.jpg")], &["elsewhere/1.jpg"]).remove(0).unwrap_err();
+        assert!(why.contains("images/1.jpg is missing") && why.contains("VG_100K_2/"), "{why}");
+    }
+
+    #[test]
+    fn a_rows_own_picture_needs_no_file() {
+        let long = "AAAA".repeat(1 << 19);
+        let rows = [
+            json!({ "bytes": "AQID", "path": "gone.jpg" }),
+            json!({ "bytes": null, "path": "1.jpg" }),
+            json!({ "bytes": "no base64" }),
+            // A line longer than a megabyte.
+            json!(long),
+        ];
+        let got = pictures(&rows, &["images/1.jpg"]);
+        assert_eq!(got[0], Ok(PictureRef::Bytes(vec![1, 2, 3])));
+        assert_eq!(got[1], Ok(PictureRef::File("images/1.jpg".into())));
+        assert!(
+            got[2].as_ref().unwrap_err().contains("is neither a picture's bytes nor base64"),
+            "{:?}",
+            got[2]
+        );
+        assert_eq!(got[3], Ok(PictureRef::Bytes(vec![0; 3 << 19])));
     }
 }

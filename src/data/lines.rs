@@ -6,10 +6,10 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::DataError;
+use super::{DataError, LARGEST_PICTURE};
 
-/// Longest line that is read.
-const LONGEST: u64 = 1 << 20;
+/// Longest line that is read: it may hold its picture as base64.
+const LONGEST: u64 = LARGEST_PICTURE / 3 * 4 + (1 << 20);
 
 pub struct Lines {
     file: String,

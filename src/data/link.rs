@@ -9,11 +9,10 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::LARGEST_PICTURE;
 use crate::files::{sha256_hex, write_atomic};
 use crate::weights::hub::is_offline;
 
-/// Largest picture that is fetched.
-const LARGEST: u64 = 64 << 20;
 const TRIES: u32 = 3;
 
 /// What keeps a picture from being here.
@@ -101,9 +100,11 @@ impl Links {
             }
             status => return Err((false, format!("the server answers with status {status}"))),
         }
-        let body = response.body_mut().with_config().limit(LARGEST);
+        let body = response.body_mut().with_config().limit(LARGEST_PICTURE);
         body.read_to_vec().map_err(|e| match e {
-            ureq::Error::BodyExceedsLimit(_) => (false, format!("is larger than {} MB", LARGEST >> 20)),
+            ureq::Error::BodyExceedsLimit(_) => {
+                (false, format!("is larger than {} MB", LARGEST_PICTURE >> 20))
+            }
             e => (true, format!("broke off: {e}")),
         })
     }

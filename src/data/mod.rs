@@ -11,6 +11,7 @@
 //! Memory holds one row group's pages and the rows in flight, never a whole file. What is not read: parquet files of
 //! other compressions than Snappy, Zstandard and gzip.
 
+mod inline;
 pub mod items;
 mod lines;
 mod link;
@@ -29,6 +30,9 @@ use serde_json::Value;
 pub use items::{BadRow, Items};
 pub use link::{LinkCause, LinkError, Links};
 pub use source::Source;
+
+/// Bytes of the largest picture that is taken from a link or a row.
+const LARGEST_PICTURE: u64 = 64 << 20;
 
 /// Rows of Omni3D-Bench that the released code tests on.
 pub const OMNI3D_PUBLISHED: usize = 100;

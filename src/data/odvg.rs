@@ -1,15 +1,16 @@
 //! Pictures with boxes, as ODVG JSON lines (method.md 5.5) or COCO's instances file.
 //!
-//! An ODVG file has its `label_map.json` beside it and its pictures under the same folder. Beyond the
-//! format's `instances` a record may hold, under `detection`, `ignore` (boxes where nothing is known), `crowds`
-//! (as instances), `hard_negatives` (nouns that a detector finds here and should not: part of each caption) and `absent`
-//! (nouns that are not here: candidates for a caption's negatives). Files are a stranger's until
-//! [`Boxes::check`] has looked at them. Not here: grounding records (phrases with spans), masks.
+//! An ODVG file has its `label_map.json` beside it. Pictures lie beside the file, or where `subfolders` says.
+//! Several records of one picture are made one. Beyond the format's `instances` a record may hold, under
+//! `detection`, `ignore` (boxes where nothing is known), `crowds` (as instances), `hard_negatives` (nouns that a
+//! detector finds here and should not: part of each caption) and `absent` (nouns that are not here: candidates for a
+//! caption's negatives). Files are a stranger's until [`Boxes::check`] has looked at them. Not here: grounding records
+//! (phrases with spans), masks.
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use crate::tools::{BBox, Picture, bbox};
@@ -18,7 +19,7 @@ use rayon::prelude::*;
 /// A line of an ODVG file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Record {
-    /// Relative to the file's folder.
+    /// Relative to a folder of pictures ([`Boxes::picture`]).
     pub filename: String,
     pub height: u32,
     pub width: u32,
@@ -108,8 +109,10 @@ impl LabelMap {
 pub struct Boxes {
     pub labels: LabelMap,
     pub records: Vec<Record>,
-    /// What file names are relative to.
+    /// Of the file.
     pub folder: PathBuf,
+    /// Where pictures may lie, below that folder or the one above it.
+    pub subfolders: Vec<String>,
 }
 
 /// What is wrong with a record or with one of its boxes.
@@ -127,7 +130,6 @@ pub enum FaultKind {
     MissingPicture,
     UnreadablePicture,
     OtherSize,
-    RepeatedPicture,
     NotFinite,
     Empty,
     Outside,
@@ -142,7 +144,6 @@ impl FaultKind {
             Self::MissingPicture => "the picture is missing",
             Self::UnreadablePicture => "the picture cannot be read",
             Self::OtherSize => "the picture is of another size",
-            Self::RepeatedPicture => "the picture stands in the file twice",
             Self::NotFinite => "a box is not of four finite numbers",
             Self::Empty => "a box has no area",
             Self::Outside => "a box reaches out of the picture",
@@ -160,11 +161,12 @@ impl Boxes {
     /// An ODVG file (`.jsonl`, `label_map.json` beside it) or a COCO instances file (`.json`).
     pub fn open(path: &Path) -> Result<Self> {
         let folder = path.parent().unwrap_or(Path::new("")).to_owned();
+        let subfolders = subfolders(path);
         let text =
             std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         if path.extension().is_some_and(|e| e == "json") {
             let (labels, records) = coco(&text).with_context(|| path.display().to_string())?;
-            return Ok(Self { labels, records, folder });
+            return Ok(Self { labels, records: merged(records), folder, subfolders });
         }
         let labels = LabelMap::read(&folder.join("label_map.json"))?;
         let lines = text.lines().zip(1..).filter(|(l, _)| !l.trim().is_empty());
@@ -173,11 +175,31 @@ impl Boxes {
                 format!("{}, line {number}: expected an ODVG record {{\"filename\", …}}", path.display())
             })
         };
-        Ok(Self { labels, records: lines.map(record).collect::<Result<_>>()?, folder })
+        let records = merged(lines.map(record).collect::<Result<_>>()?);
+        Ok(Self { labels, records, folder, subfolders })
     }
 
+    /// A record's picture: in the first of the places that has one of that name; where none has, beside the file.
     pub fn picture(&self, record: usize) -> PathBuf {
-        self.folder.join(&self.records[record].filename)
+        let name = &self.records[record].filename;
+        let beside = self.folder.join(name);
+        if beside.is_file() {
+            return beside;
+        }
+        let above = self.folder.join("..");
+        let of = |base: &Path| self.subfolders.iter().map(|s| base.join(s).join(name)).find(|p| p.is_file());
+        of(&self.folder).or_else(|| of(&above)).unwrap_or(beside)
+    }
+
+    /// Where pictures are looked for, in words.
+    pub fn places(&self) -> String {
+        let named: Vec<String> =
+            self.subfolders.iter().filter(|s| !s.is_empty()).map(|s| format!("{s}/")).collect();
+        let folder = match self.folder.display().to_string() {
+            here if here.is_empty() => ".".into(),
+            folder => folder,
+        };
+        format!("{folder} and the folder above it, there also in {}", named.join(", "))
     }
 
     /// Everything that is wrong; pictures are read whole, turned as their tags say.
@@ -185,12 +207,8 @@ impl Boxes {
         let size = |i: usize| Picture::open(&self.picture(i)).ok().map(|p| (p.width(), p.height()));
         let sizes: Vec<Option<(u32, u32)>> = (0..self.records.len()).into_par_iter().map(size).collect();
         let mut faults = Vec::new();
-        let mut seen = HashSet::new();
         for (i, r) in self.records.iter().enumerate() {
             let mut fault = |instance, kind| faults.push(Fault { record: i, instance, kind });
-            if !seen.insert(&r.filename) {
-                fault(None, FaultKind::RepeatedPicture);
-            }
             let path = self.picture(i);
             match sizes[i] {
                 _ if !path.is_file() => fault(None, FaultKind::MissingPicture),
@@ -247,6 +265,68 @@ impl Boxes {
             records.push(r);
         }
         Self { records, ..self }
+    }
+}
+
+/// Splits by which COCO and others name folders of pictures.
+const SPLITS: [&str; 8] =
+    ["train2017", "val2017", "test2017", "train2014", "val2014", "train", "val", "test"];
+
+/// Where the pictures of a file may lie, below its folder or the one above: as of COCO and Open-GroundingDino, whose
+/// files stand in a folder of their own, in `images`, in the folder of a split, or in that below `images`. Splits that
+/// the file's name tells come alone, the most alike first: pictures of two splits may have the same name. COCO's
+/// with a year never do, and are those of a file that tells none.
+fn subfolders(path: &Path) -> Vec<String> {
+    let file = path.file_stem().unwrap_or_default().to_string_lossy().to_lowercase();
+    let year = |c: char| c.is_ascii_digit();
+    let mut splits: Vec<&str> =
+        SPLITS.into_iter().filter(|s| file.contains(s.trim_end_matches(year))).collect();
+    if splits.is_empty() {
+        splits = SPLITS.into_iter().filter(|s| s.ends_with(year)).collect();
+    }
+    splits.sort_by_key(|s| !file.contains(s));
+    let of_splits = splits.iter().flat_map(|s| [(*s).to_owned(), format!("images/{s}")]);
+    [String::new(), "images".into()].into_iter().chain(of_splits).collect()
+}
+
+/// One record a picture, in the order in which they first occur. Miners write one a question, as the released code
+/// does, and a picture is trained on with all that is known of it. Records that differ in its size stay apart: those
+/// of the wrong one are at fault.
+fn merged(all: Vec<Record>) -> Vec<Record> {
+    let mut places = HashMap::new();
+    let mut records: Vec<Record> = Vec::with_capacity(all.len());
+    for r in all {
+        let known = *places.entry((r.filename.clone(), r.width, r.height)).or_insert(records.len());
+        match records.get_mut(known) {
+            Some(record) => record.detection.join(r.detection),
+            None => records.push(r),
+        }
+    }
+    records
+}
+
+impl Detected {
+    /// What another record says of the same picture; what both say, once.
+    fn join(&mut self, other: Self) {
+        fn add<T>(to: &mut Vec<T>, from: Vec<T>, same: impl Fn(&T, &T) -> bool) {
+            for new in from {
+                if !to.iter().any(|known| same(known, &new)) {
+                    to.push(new);
+                }
+            }
+        }
+        let same =
+            |a: &Instance, b: &Instance| (a.bbox, a.label, &a.category) == (b.bbox, b.label, &b.category);
+        add(&mut self.instances, other.instances, same);
+        add(&mut self.crowds, other.crowds, same);
+        add(&mut self.ignore, other.ignore, PartialEq::eq);
+        add(&mut self.hard_negatives, other.hard_negatives, PartialEq::eq);
+        add(&mut self.absent, other.absent, PartialEq::eq);
+        // Of which one record has a box, that is there, whatever another did not find.
+        let (things, crowds) = (&self.instances, &self.crowds);
+        let missing = |noun: &String| !things.iter().chain(crowds).any(|b| b.category == *noun);
+        self.hard_negatives.retain(missing);
+        self.absent.retain(missing);
     }
 }
 
@@ -347,7 +427,8 @@ mod tests {
             ),
             record("q.png", json!([ok])),
             record("gone.png", json!([])),
-            record("p.png", json!([])),
+            // Of another size than the first record says, so a record of its own.
+            record("p.png", json!([])).replace("40", "41"),
         ]
         .concat();
         let dir = folder(&lines, r#"{"0": "chair", "1": "sofa"}"#);
@@ -364,7 +445,7 @@ mod tests {
                 (0, Some(4), OtherName),
                 (1, None, UnreadablePicture),
                 (2, None, MissingPicture),
-                (3, None, RepeatedPicture),
+                (3, None, OtherSize),
             ]
         );
         let good = boxes.without(&faults);
@@ -385,6 +466,71 @@ mod tests {
             ]
         );
         assert_eq!(good.check(), []);
+    }
+
+    #[test]
+    fn records_of_one_picture_are_one_with_each_box_once() {
+        let instance = |x: i32, label: usize, name: &str| json!({ "bbox": [x, 2, 10, 20], "label": label, "category": name });
+        let mut with_negatives: Value =
+            serde_json::from_str(&record("p.png", json!([instance(1, 0, "chair")]))).unwrap();
+        with_negatives["detection"]["hard_negatives"] = json!(["sofa", "bed"]);
+        with_negatives["detection"]["ignore"] = json!([[0, 0, 5, 5]]);
+        let lines = [
+            format!("{with_negatives}\n"),
+            record("q.png", json!([instance(1, 0, "chair")])),
+            record(
+                "p.png",
+                json!([instance(1, 0, "chair"), instance(5, 0, "chair"), instance(1, 1, "sofa")]),
+            ),
+            format!("{with_negatives}\n"),
+        ]
+        .concat();
+        let dir = folder(&lines, r#"{"0": "chair", "1": "sofa"}"#);
+        let boxes = Boxes::open(&dir.path().join("a.jsonl")).unwrap();
+        let names: Vec<_> = boxes.records.iter().map(|r| r.filename.as_str()).collect();
+        assert_eq!(names, ["p.png", "q.png"]);
+        let d = &boxes.records[0].detection;
+        let got: Vec<_> = d.instances.iter().map(|b| (b.bbox[0], b.category.as_str())).collect();
+        assert_eq!(got, [(1., "chair"), (5., "chair"), (1., "sofa")]);
+        assert_eq!(d.ignore, [[0., 0., 5., 5.]]);
+        assert_eq!(d.hard_negatives, ["bed"], "another record has a box of the sofa");
+        assert_eq!(boxes.records[1].detection.instances.len(), 1);
+    }
+
+    #[test]
+    fn pictures_are_found_where_coco_has_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        let text = json!({
+            "images": [{ "id": 7, "file_name": "p.png", "width": 40, "height": 30 }],
+            "annotations": [], "categories": [],
+        })
+        .to_string();
+        for (file, picture, found) in [
+            ("a/instances_val2017.json", "a/val2017/p.png", true),
+            ("b/annotations/instances_val2017.json", "b/val2017/p.png", true),
+            ("c/annotations/instances_train2014.json", "c/images/train2014/p.png", true),
+            ("d/annotations/labels.json", "d/images/p.png", true),
+            ("e/annotations/labels.json", "e/train2017/p.png", true),
+            ("f/annotations/labels.json", "f/p.png", true),
+            // Another split's of that name is another picture.
+            ("g/annotations/instances_val2017.json", "g/train2017/p.png", false),
+        ] {
+            for path in [file, picture] {
+                std::fs::create_dir_all(root.join(path).parent().unwrap()).unwrap();
+            }
+            std::fs::write(root.join(file), &text).unwrap();
+            image::RgbImage::new(40, 30).save(root.join(picture)).unwrap();
+            let boxes = Boxes::open(&root.join(file)).unwrap();
+            assert_eq!(boxes.check().is_empty(), found, "{file} {picture}");
+            let here = |p: &Path| p.canonicalize().unwrap();
+            if found {
+                assert_eq!(here(&boxes.picture(0)), here(&root.join(picture)));
+            } else {
+                assert!(boxes.places().contains("images/val2017/"), "{}", boxes.places());
+                assert!(!boxes.places().contains("train2017"), "{}", boxes.places());
+            }
+        }
     }
 
     #[test]

@@ -32,13 +32,28 @@ fn part(bench: Bench, path: &str) -> Option<usize> {
     }
 }
 
+/// What must lie in a bench's folder, in words.
+fn wanted_files(bench: Bench) -> String {
+    match (bench, bench.files()) {
+        (Bench::Tallyqa, Files::Lines(name)) => format!(
+            "{name}, and Visual Genome's pictures in images/ or visual_genome/, or as VG_100K/ and VG_100K_2/"
+        ),
+        (Bench::Gqa, Files::Lines(name)) => format!("{name}, and its pictures in images/"),
+        (_, Files::Lines(name)) => name.into(),
+        (_, Files::Parquet(parts)) => {
+            let names: Vec<String> = parts.iter().map(|(_, words)| words.join("… ")).collect();
+            format!("its parquet files, named {}", names.join(" and "))
+        }
+    }
+}
+
 /// A bench's repository at a revision; GRIT's have none.
 pub fn on_hub(bench: Bench, revision: Option<&str>) -> Result<HubSource, DataError> {
     let fail = |message: String| DataError::Source { bench, message };
     let Some(repo) = bench.repo() else {
         return Err(fail(format!(
-            "is not on the hub with its pictures: put GRIT's file and its folder images into DIR/{bench}, and \
-             give --data DIR"
+            "is not on the hub with its pictures: put GRIT's into DIR/{bench} ({}), and give --data DIR",
+            wanted_files(bench)
         )));
     };
     HubSource::parse_dataset(repo, revision.unwrap_or("main")).map_err(fail)
@@ -54,7 +69,8 @@ impl Source {
     pub fn local(data: &Path, bench: Bench) -> Result<Self, DataError> {
         let folder = data.join(bench.name());
         if !folder.is_dir() {
-            let message = format!("there is no folder {}; put its files there", folder.display());
+            let message =
+                format!("there is no folder {}; put there {}", folder.display(), wanted_files(bench));
             return Err(DataError::Source { bench, message });
         }
         Self::in_folder(bench, folder.clone(), folder.display().to_string())
@@ -78,7 +94,9 @@ impl Source {
         let mut files: Vec<(usize, String)> =
             found.into_iter().filter_map(|path| Some((part(bench, &path)?, path))).collect();
         files.sort();
-        let missing = |what: String| fail(format!("{} holds no {what}", folder.display()));
+        let missing = |what: String| {
+            fail(format!("{} holds no {what}; put there {}", folder.display(), wanted_files(bench)))
+        };
         match bench.files() {
             Files::Lines(name) if files.is_empty() => return Err(missing(name.into())),
             Files::Lines(_) => {}
@@ -139,7 +157,8 @@ fn walk(root: &Path, dir: &Path, depth: usize, found: &mut Vec<String>) -> std::
         let path = entry?.path();
         if path.is_dir() {
             // Pictures are many and are not looked for.
-            if depth < 4 && path.file_name().is_none_or(|n| n != "images") {
+            let pictures = ["images", "visual_genome", "VG_100K", "VG_100K_2"];
+            if depth < 4 && path.file_name().is_none_or(|n| !pictures.iter().any(|p| n == *p)) {
                 walk(root, &path, depth + 1, found)?;
             }
         } else if let Some(path) = path.strip_prefix(root).ok().and_then(Path::to_str) {
@@ -171,7 +190,8 @@ pub fn pull(
 pub enum PullError {
     #[error(transparent)]
     Data(#[from] DataError),
-    #[error(transparent)]
+    // Not transparent: whether it was an outage is asked of the cause.
+    #[error("{0}")]
     Hub(#[from] HubError),
 }
 
@@ -194,6 +214,21 @@ mod tests {
         ] {
             assert_eq!(part(bench, path), want, "{path}");
         }
+    }
+
+    #[test]
+    fn what_a_folder_lacks_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = |bench| Source::local(dir.path(), bench).unwrap_err().to_string();
+        let e = error(Bench::Tallyqa);
+        assert!(e.contains("there is no folder") && e.contains("tallyqa_val.jsonl"), "{e}");
+        assert!(e.contains("visual_genome/") && e.contains("VG_100K_2/"), "{e}");
+        std::fs::create_dir_all(dir.path().join("tallyqa/VG_100K")).unwrap();
+        let e = error(Bench::Tallyqa);
+        assert!(e.contains("holds no tallyqa_val.jsonl; put there") && e.contains("VG_100K_2/"), "{e}");
+        let e = error(Bench::Blink);
+        assert!(e.contains("its parquet files, named Spatial_Relation… val- and Counting… val-"), "{e}");
+        assert!(on_hub(Bench::Gqa, None).unwrap_err().to_string().contains("gqa_val.jsonl"));
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! Rows of a parquet file, some columns of it, as the hub's data sets are stored: pictures are structs
-//! of `bytes` and `path`, lists have three levels.
+//! Rows of a parquet file, some columns of it, as the hub's data sets are stored: pictures are structs of `bytes` and
+//! `path`, in some sets bytes or base64 texts by themselves; lists have three levels.
 //!
 //! Read through parquet's record interface, a few rows at a time. The files are a stranger's: what is
 //! damaged is an error with the file's name, also where the reader itself gives up by a panic.
@@ -40,7 +40,7 @@ impl Column {
             Self::Integer => "integers",
             Self::Scalar => "texts or numbers",
             Self::Texts => "lists of texts",
-            Self::Picture => "pictures (a struct of bytes and path)",
+            Self::Picture => "pictures (a struct of bytes and path, bytes, or base64 texts)",
         }
     }
 
@@ -64,7 +64,10 @@ impl Column {
                 let inside = |f: &Arc<Type>| {
                     f.name() == "bytes" && f.is_primitive() && f.get_physical_type() == Physical::BYTE_ARRAY
                 };
-                physical.is_none() && of.get_fields().iter().any(inside)
+                match physical {
+                    Some(alone) => alone == Physical::BYTE_ARRAY,
+                    None => of.get_fields().iter().any(inside),
+                }
             }
         }
     }
@@ -197,11 +200,12 @@ fn cell(field: Field) -> Cell {
         Field::Float(v) => Cell::Scalar(f64::from(v).into()),
         Field::Double(v) => Cell::Scalar(v.into()),
         Field::Str(v) => Cell::Scalar(v.into()),
+        Field::Bytes(v) => Cell::Picture(v.data().to_vec()),
         Field::Group(row) => {
             let bytes = row.into_columns().into_iter().find(|(name, _)| name == "bytes");
             match bytes {
                 // Copied, so that the page that it lies in can go.
-                Some((_, Field::Bytes(bytes))) => Cell::Picture(bytes.data().to_vec()),
+                Some((_, bytes @ (Field::Bytes(_) | Field::Str(_)))) => cell(bytes),
                 _ => Cell::Null,
             }
         }

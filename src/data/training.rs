@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
+use super::inline;
 use super::items::checked_lines;
 use super::lines::Lines;
 use super::queries::Query;
@@ -55,7 +56,8 @@ impl TrainingSet {
         match self {
             Self::Vsr => "train.jsonl",
             Self::Gqa => "train_balanced_instructions/*.parquet and train_balanced_images/*.parquet",
-            Self::Omni3d | Self::Tallyqa => "data/train-*.parquet",
+            Self::Omni3d => "data/train-*.parquet",
+            Self::Tallyqa => "data/train-*.parquet (or train*.jsonl, pictures and all)",
         }
     }
 
@@ -84,7 +86,7 @@ impl TrainingSet {
     /// The folder of the set's name in `data`.
     pub fn local(self, data: &Path) -> Result<PathBuf, DataError> {
         let folder = data.join(self.name());
-        let message = || format!("there is no folder {}; put its files there", folder.display());
+        let message = || format!("there is no folder {}; put there {}", folder.display(), self.wanted());
         if folder.is_dir() { Ok(folder) } else { Err(self.fail(message())) }
     }
 
@@ -117,9 +119,13 @@ impl TrainingSet {
 
     /// The split's files in a folder, in order.
     fn files(self, folder: &Path) -> Result<Vec<PathBuf>, DataError> {
-        let mut all = super::source::files_below(folder)
+        let found = super::source::files_below(folder)
             .map_err(|e| self.fail(format!("{}: {e}", folder.display())))?;
-        all.retain(|path| self.holds(path));
+        let mut all: Vec<String> = found.iter().filter(|path| self.holds(path)).cloned().collect();
+        if all.is_empty() && self == Self::Tallyqa {
+            // The same rows, as one exports them. Beside the parquet files they would count twice.
+            all = found.into_iter().filter(|path| is_train_lines(path)).collect();
+        }
         all.sort();
         let of =
             |part: &str| all.iter().map(String::as_str).filter(|f| f.starts_with(part)).collect::<Vec<_>>();
@@ -137,6 +143,11 @@ impl TrainingSet {
         }
         Ok(all.into_iter().map(|path| folder.join(path)).collect())
     }
+}
+
+fn is_train_lines(path: &str) -> bool {
+    let file = path.rsplit('/').next().unwrap_or(path);
+    file.starts_with("train") && file.ends_with(".jsonl")
 }
 
 const QUESTIONS: &str = "train_balanced_instructions/";
@@ -180,6 +191,9 @@ impl Split {
             }
             let reader = match set {
                 TrainingSet::Vsr => Reader::Lines(checked_lines(&file, &[&["caption"], &["image_link"]])?),
+                _ if file.extension().is_some_and(|e| e == "jsonl") => {
+                    Reader::Lines(checked_lines(&file, &[&["question"], &["image"]])?)
+                }
                 _ => Reader::Table(Box::new(Table::open(&file, columns)?)),
             };
             total += reader.rows();
@@ -241,7 +255,7 @@ impl Split {
             progress(index, all);
             if index < first {
                 if let Raw::Row(row) = &row
-                    && let Ok(bytes) = bytes(row)
+                    && let Ok(bytes) = inline::of_row(row, PICTURE.0)
                 {
                     forbidden.insert(sha256_hex(&bytes, 16));
                 }
@@ -304,7 +318,7 @@ impl Split {
                 behind += 1;
                 progress(behind, all);
                 let Some(asked) = text(&row, "id").ok().and_then(|id| waiting.remove(&id)) else { continue };
-                let kept = match bytes(&row) {
+                let kept = match inline::of_row(&row, PICTURE.0) {
                     Ok(bytes) => album.keep(&bytes)?,
                     Err(why) => Err(why),
                 };
@@ -378,12 +392,19 @@ fn found(set: TrainingSet, row: &Raw) -> Result<Found, String> {
                 Some(text) if !text.is_empty() => Ok(text.to_owned()),
                 _ => Err(format!("{name} is empty")),
             };
-            Ok(Found { question: caption(&text("caption")?), picture: Place::Link(text("image_link")?) })
+            if set == TrainingSet::Vsr {
+                let question = caption(&text("caption")?);
+                return Ok(Found { question, picture: Place::Link(text("image_link")?) });
+            }
+            let inside = line.get(PICTURE.0).and_then(inline::of_value);
+            let bytes = inside.unwrap_or_else(|| Err("holds no picture".into()));
+            let bytes = bytes.map_err(|why| format!("{} {why}", PICTURE.0))?;
+            Ok(Found { question: text("question")?, picture: Place::Bytes(bytes) })
         }
         Raw::Row(row) => {
             let picture = match set {
                 TrainingSet::Gqa => Place::Id(text(row, "imageId")?),
-                _ => Place::Bytes(bytes(row)?),
+                _ => Place::Bytes(inline::of_row(row, PICTURE.0)?),
             };
             Ok(Found { question: text(row, "question")?, picture })
         }
@@ -397,13 +418,6 @@ fn text(row: &Row, name: &str) -> Result<String, String> {
             if text.is_empty() { Err(format!("{name} is empty")) } else { Ok(text) }
         }
         _ => Err(format!("{name} is empty")),
-    }
-}
-
-fn bytes(row: &Row) -> Result<Vec<u8>, String> {
-    match row.get("image") {
-        Some(Cell::Picture(bytes)) if !bytes.is_empty() => Ok(bytes.clone()),
-        _ => Err("image holds no picture".into()),
     }
 }
 
@@ -475,6 +489,42 @@ mod tests {
         assert_ne!(draw(4, 2).passed_over, drawn.passed_over);
         let all = draw(500, 1).passed_over;
         assert!(all.len() == 91 && all[90].contains("caption is empty"), "{all:?}");
+    }
+
+    #[test]
+    fn pictures_of_lines_are_read_from_the_lines() {
+        use base64::Engine as _;
+        let dir = tempfile::tempdir().unwrap();
+        let at = dir.path().join("tallyqa");
+        std::fs::create_dir(&at).unwrap();
+        let mut png = std::io::Cursor::new(Vec::new());
+        image::RgbImage::new(9, 7).write_to(&mut png, image::ImageFormat::Png).unwrap();
+        let base64 = base64::engine::general_purpose::STANDARD.encode(png.into_inner());
+        let lines = [
+            serde_json::json!({ "question": "How many?", "image": { "bytes": base64, "path": null } }),
+            serde_json::json!({ "question": "How many more?", "image": format!("data:image/png;base64,{base64}") }),
+            serde_json::json!({ "question": "How many not?", "image": { "bytes": "no base64" } }),
+            serde_json::json!({ "question": "Of what?", "image": { "bytes": null, "path": "1.jpg" } }),
+            serde_json::json!({ "question": "How long?", "image": { "bytes": "AAAA" } }),
+        ];
+        let lines: String = lines.iter().map(|l| format!("{l}\n")).collect();
+        std::fs::write(at.join("train.jsonl"), lines).unwrap();
+        let links = Links::new(dir.path().join("links"));
+        let split = Split::open(TrainingSet::Tallyqa, &at).unwrap();
+        let drawn = split.draw((9, 1), &links, dir.path(), &|_| Ok(()), |_, _| {}).unwrap();
+        let mut asked: Vec<_> = drawn.queries.iter().map(|q| q.question.as_str()).collect();
+        asked.sort_unstable();
+        assert_eq!(asked, ["How many more?", "How many?"]);
+        assert_eq!(drawn.queries[0].image, drawn.queries[1].image, "one picture");
+        assert!(dir.path().join(&drawn.queries[0].image).is_file());
+        let why = drawn.passed_over.join("; ");
+        for part in [
+            "row 2: image is neither a picture's bytes nor base64",
+            "row 3: image holds no picture",
+            "row 4: its picture is of no known format",
+        ] {
+            assert!(why.contains(part), "no {part:?} in {why}");
+        }
     }
 
     #[test]

@@ -318,6 +318,21 @@ mod tests {
         assert_eq!(got.truths, 2);
     }
 
+    #[test]
+    fn a_things_mask_decides_its_size_where_it_is_known() {
+        // A thin thing in a box of 100 × 100 pixels.
+        let bbox = [0., 0., 100., 100.];
+        let thing = Truth::new(0, bbox, false);
+        let sizes = |truth: Truth| {
+            let scored = Scored { truths: vec![truth], found: vec![Found { class: 0, bbox, score: 0.9 }] };
+            let all = average_precision(&[scored], 1);
+            [all.small, all.medium, all.large].map(|ap| !ap.is_nan())
+        };
+        assert_eq!(sizes(thing), [false, false, true]);
+        assert_eq!(sizes(Truth { area: 1500., ..thing }), [false, true, false]);
+        assert_eq!(sizes(Truth { area: 900., ..thing }), [true, false, false]);
+    }
+
     /// Figures of pycocotools on the same truths and detections (scripts/make_ap_fixture.py).
     #[test]
     fn figures_are_those_of_pycocotools() {

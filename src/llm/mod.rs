@@ -146,6 +146,11 @@ impl ChatError {
     pub fn is_of_model(&self) -> bool {
         !matches!(self, Self::Request(_) | Self::NoReply(_) | Self::Misfit(_))
     }
+
+    /// Is it a server's fault of the moment, so that the same request may fare better another time?
+    pub fn is_outage(&self) -> bool {
+        matches!(self, Self::NoReply(_))
+    }
 }
 
 /// Anything that continues conversations.

@@ -323,7 +323,8 @@ pub fn keep_freed_memory() {
     // SAFETY: mallopt only sets the allocator's thresholds.
     unsafe {
         libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 30);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
+        // Never: the most that fits the argument is 2 GiB, and a training step frees more at once.
+        libc::mallopt(libc::M_TRIM_THRESHOLD, -1);
         libc::mallopt(libc::M_TOP_PAD, 256 << 20);
     }
 }

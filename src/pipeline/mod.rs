@@ -10,6 +10,7 @@ mod vote;
 pub use vote::{Referee, elect};
 
 use crate::config::{self, Config, ENDPOINT, Fallback, ProgramExecutor};
+use crate::llm::endpoint::asked_model;
 use crate::llm::{ChatError, ChatModels, ChatReply};
 use crate::planner::{Failed, Planner};
 use crate::program::reply::ReplyError;
@@ -54,7 +55,7 @@ impl Models {
 /// training overwrites.
 pub fn identity(config: &Config, model: &str, part: &'static str) -> Result<String, WeightsError> {
     match model.strip_prefix(ENDPOINT).map(|name| &config.endpoints[name]) {
-        Some(e) => Ok(format!("{} {}", e.base_url, e.model)),
+        Some(e) => Ok(format!("{} {}", e.base_url, asked_model(e))),
         None => Ok(format!("{model} {}", ModelFiles::open(model, part)?.fingerprint())),
     }
 }
@@ -180,6 +181,9 @@ pub struct Run {
     /// The reply whose program ran last; `None` if the planner gave none.
     pub reply: Option<ChatReply>,
     pub answered: Answered,
+    /// Why a server, the planner's or a tool's, gave no reply: what a program made of that is no result, and another
+    /// time may have one.
+    pub outage: Option<String>,
     /// What failed before, and was given back to the planner, with why.
     pub earlier: Vec<(String, String)>,
 }
@@ -219,10 +223,13 @@ pub fn run_all(
     let mut run = |reply: Result<ChatReply, ChatError>, tools: &mut dyn Tools| match reply {
         Ok(reply) => {
             let answered = answer(&reply.text, sandbox, tools);
-            Ok(Run { reply: Some(reply), answered, earlier: Vec::new() })
+            Ok(Run { reply: Some(reply), answered, outage: tools.outage(), earlier: Vec::new() })
         }
         Err(e) if e.is_of_model() => Err(e),
-        Err(e) => Ok(Run { reply: None, answered: Answered::without_reply(&e), earlier: Vec::new() }),
+        Err(e) => {
+            let outage = e.is_outage().then(|| e.to_string());
+            Ok(Run { reply: None, answered: Answered::without_reply(&e), outage, earlier: Vec::new() })
+        }
     };
     let mut runs = Vec::with_capacity(asked.len());
     for (a, reply) in asked.iter().zip(replies) {
@@ -253,6 +260,8 @@ pub fn run_all(
                 let mut earlier = std::mem::take(&mut runs[i].earlier);
                 earlier.push((text, why));
                 runs[i] = Run { earlier, ..new };
+            } else {
+                runs[i].outage = new.outage;
             }
         }
     }
@@ -260,8 +269,22 @@ pub fn run_all(
 }
 
 impl Run {
+    /// The answer, if there is one.
+    pub fn value(&self) -> Option<&Value> {
+        self.answered.value().filter(|_| self.outage.is_none())
+    }
+
+    /// Why there is no answer, for people.
+    pub fn why(&self) -> Option<String> {
+        match &self.outage {
+            Some(why) => Some(format!("a server gave no reply: {why}")),
+            None => self.answered.why(),
+        }
+    }
+
+    /// A program that a server's silence ended has nothing to mend.
     fn is_to_repair(&self) -> bool {
-        self.reply.is_some() && self.answered.value().is_none()
+        self.reply.is_some() && self.outage.is_none() && self.answered.value().is_none()
     }
 }
 

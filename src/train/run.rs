@@ -9,7 +9,7 @@
 
 use super::Broken;
 use super::checkpoint::Checkpoints;
-use crate::files::write_atomic;
+use crate::files::{sweep, write_atomic};
 use crate::nn::Params;
 use anyhow::ensure;
 use candle_core::{Device, Tensor};
@@ -104,6 +104,7 @@ pub struct RunOptions {
 /// [`Broken`] if it was stopped, or its loss is no number; what was saved stays.
 pub fn train(trainee: &mut dyn Trainee, options: &RunOptions) -> anyhow::Result<Metrics> {
     std::fs::create_dir_all(&options.dir)?;
+    sweep(&options.dir);
     let checkpoints = Checkpoints::open(&options.dir.join(CHECKPOINTS), options.keep)?;
     let log = options.dir.join("metrics.jsonl");
     let mut start = 0;
@@ -210,6 +211,11 @@ fn load(path: &Path, trainee: &mut dyn Trainee, settings: &Value) -> anyhow::Res
 const CHECKPOINT: &str = "checkpoint.safetensors";
 /// Where those are, in a run's folder.
 const CHECKPOINTS: &str = "checkpoints";
+
+/// Has a run saved anything yet?
+pub fn has_checkpoint(run: &Path) -> bool {
+    Checkpoints::of(&run.join(CHECKPOINTS)).any()
+}
 
 /// Parameters of a finished or running run, for evaluation or export; `None` if the folder is no run's.
 pub fn parameters(run: &Path) -> anyhow::Result<Option<HashMap<String, Tensor>>> {

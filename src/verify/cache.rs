@@ -10,6 +10,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use crate::files::can_append;
+
 /// Readable verdicts only, one JSON line each, by the hash of everything that they hang on.
 pub(super) struct VerdictCache {
     known: Mutex<HashMap<String, bool>>,
@@ -52,6 +54,15 @@ impl VerdictCache {
             (&file).write_all(b"\n").map_err(named)?;
         }
         Ok(Self { known, file: Some(Mutex::new(file)) })
+    }
+
+    /// That [`VerdictCache::open`] would do; what is not there is not made.
+    pub fn check(path: &str, key: &str) -> io::Result<()> {
+        let at = Path::new(path);
+        if path.is_empty() || at.exists() {
+            return Self::open(path, key).map(|_| ());
+        }
+        can_append(at).map_err(|e| io::Error::new(e.kind(), format!("{key}: {path}: {e}")))
     }
 
     pub fn key(parts: &[&str]) -> String {
@@ -113,6 +124,15 @@ mod tests {
             let e = VerdictCache::open(path.to_str().unwrap(), "verifier.cache").err().unwrap().to_string();
             assert!(e.starts_with("verifier.cache: ") && e.contains("notes.txt: its first line"), "{e}");
             assert_eq!(std::fs::read_to_string(&path).unwrap(), text);
+        }
+        // What could be made is not made by being looked at.
+        let check =
+            |name: &str| VerdictCache::check(dir.path().join(name).to_str().unwrap(), "verifier.cache");
+        check("a/new.jsonl").unwrap();
+        assert!(!dir.path().join("a").exists());
+        for bad in ["notes.txt", "notes.txt/below"] {
+            let e = check(bad).unwrap_err().to_string();
+            assert!(e.starts_with("verifier.cache: ") && e.contains(bad), "{e}");
         }
     }
 }

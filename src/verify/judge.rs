@@ -60,7 +60,7 @@ fn prompts(cfg: &config::Verifier) -> Result<HashMap<Head, String>, ConfigError>
 /// That a verifier's prompts and cache will do, before its model is loaded.
 pub fn check_files(cfg: &config::Verifier) -> Result<(), JudgeError> {
     prompts(cfg)?;
-    VerdictCache::open(&cfg.cache, CACHE)?;
+    VerdictCache::check(&cfg.cache, CACHE)?;
     Ok(())
 }
 
@@ -131,11 +131,15 @@ impl Judge {
                     ChatRequest::user(turn, round as u64, self.max_new_tokens)
                 })
                 .collect();
-            let mut unread = Vec::new();
+            // What was decided before the model failed is paid for, and kept.
+            let (mut unread, mut closed) = (Vec::new(), None);
             for (&i, reply) in open.iter().zip(self.model.chat(&requests, opts, None)) {
                 let (ok, said) = match reply {
                     Ok(reply) => (parse_verdict(&reply.text), reply.text),
-                    Err(e) if e.is_of_model() => return Err(e.into()),
+                    Err(e) if e.is_of_model() => {
+                        closed.get_or_insert(e);
+                        continue;
+                    }
                     Err(e) => (None, e.to_string()),
                 };
                 match ok {
@@ -146,6 +150,9 @@ impl Judge {
                     None => unread.push(i),
                 }
                 decided.insert(&keys[i], Verdict { ok, said });
+            }
+            if let Some(e) = closed {
+                return Err(e.into());
             }
             open = unread;
         }

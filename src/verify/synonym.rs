@@ -63,15 +63,22 @@ impl SynonymJudge {
                 ChatRequest::user(turn, round as u64, self.max_new_tokens)
             };
             let requests: Vec<ChatRequest> = open.iter().map(request).collect();
+            // What was decided before the model failed is paid for, and kept.
+            let mut closed = None;
             for (&i, reply) in open.iter().zip(self.model.chat(&requests, opts, None)) {
                 match reply {
                     Ok(reply) => verdicts[i] = parse_verdict(&reply.text),
-                    Err(e) if e.is_of_model() => return Err(e.into()),
+                    Err(e) if e.is_of_model() => {
+                        closed.get_or_insert(e);
+                    }
                     Err(_) => {}
                 }
                 if let Some(same) = verdicts[i] {
                     self.cache.put(&keys[i], same)?;
                 }
+            }
+            if let Some(e) = closed {
+                return Err(e.into());
             }
         }
         Ok(verdicts)

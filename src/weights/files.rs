@@ -89,7 +89,7 @@ impl ModelFiles {
         }
         Err(fail(format!(
             "is neither a folder with the {part}'s config.json and weights, nor its weights, nor a preset (the nearest is {}; valor models list shows all)",
-            presets::nearest(source).name
+            presets::nearest(source, part).name
         )))
     }
 
@@ -133,6 +133,16 @@ impl ModelFiles {
         let repository = !Path::new(&source).exists() && source.split('/').count() == 2;
         let known = matches!(Source::parse(&source), Ok(Source::Path(_))) && repository;
         Ok(Some(if known { format!("{HUB}{source}") } else { source }))
+    }
+
+    /// Of a folder that lies on another model the file of its own weights, and what it lies on.
+    pub fn own_weights(&self) -> Result<Option<(PathBuf, String)>, WeightsError> {
+        let (Self::Folder(folder), Some(overlay)) = (self, self.lies_on()?) else { return Ok(None) };
+        let (file, base) = match overlay {
+            Overlay::Adapter(c) => (adapter::WEIGHTS, c.base_model_name_or_path),
+            Overlay::Delta(c) => (delta::WEIGHTS, c.base),
+        };
+        Ok(Some((folder.join(file), base)))
     }
 
     /// What makes these files more than themselves, if anything does.

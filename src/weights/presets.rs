@@ -21,6 +21,18 @@ impl Part {
             Self::Depth => "depth",
         }
     }
+
+    /// Can such a network do the work of a configuration's part? One that sees can also read.
+    pub fn serves(self, part: &str) -> bool {
+        match part {
+            "detector" => self == Self::Detector,
+            "depth" => self == Self::Depth,
+            "vlm" | "box-verifier" => self == Self::Vlm,
+            "planner" | "verifier" | "judge" => matches!(self, Self::Language | Self::Vlm),
+            // Of no part in particular.
+            _ => true,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -66,9 +78,10 @@ pub fn by_name(name: &str) -> Option<&'static Preset> {
     ALL.iter().find(|p| p.name == name)
 }
 
-/// The preset whose name is most like this one.
-pub fn nearest(name: &str) -> &'static Preset {
-    ALL.iter().min_by_key(|p| strsim::damerau_levenshtein(p.name, name)).expect("there are presets")
+/// Of the presets that can be a configuration's part the one whose name is most like this one.
+pub fn nearest(name: &str, part: &str) -> &'static Preset {
+    let of_part = ALL.iter().filter(|p| p.part.serves(part));
+    of_part.min_by_key(|p| strsim::damerau_levenshtein(p.name, name)).expect("each part has presets")
 }
 
 #[cfg(test)]
@@ -81,6 +94,17 @@ mod tests {
             assert!(ALL[i + 1..].iter().all(|q| q.name != p.name), "{}", p.name);
             assert_eq!(HubSource::parse(p.repo).unwrap(), p.source());
         }
-        assert_eq!(nearest("qwen3-8B").name, "qwen3-8b");
+        assert_eq!(nearest("qwen3-8B", "model").name, "qwen3-8b");
+    }
+
+    #[test]
+    fn what_is_suggested_can_do_the_parts_work() {
+        for part in ["planner", "verifier", "judge", "vlm", "box-verifier", "detector", "depth"] {
+            for name in ["qwen3-8b", "grounding-dino", "moge", "?"] {
+                assert!(nearest(name, part).part.serves(part), "{name} as {part}");
+            }
+        }
+        assert_eq!(nearest("qwen3-8b", "vlm").name, "qwen3-vl-8b");
+        assert_eq!(nearest("grounding-dino-large", "depth").part, Part::Depth);
     }
 }

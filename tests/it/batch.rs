@@ -66,12 +66,12 @@ fn many_questions_are_answered_as_each_alone_and_not_twice() {
     let cut = whole.match_indices('\n').nth(1).unwrap().0 + 30;
     std::fs::write(&out, &whole[..cut]).unwrap();
     let again = infer(&args);
-    assert!(stderr(&again).contains("2 of 5 are answered"), "{}", stderr(&again));
+    assert!(stderr(&again).contains("1 of 5 are answered, 1 failed (left so)"), "{}", stderr(&again));
     let resumed = rows(&out);
     for (a, b) in all.iter().zip(&resumed) {
         assert_eq!((&a["answer"], &a["program"], &a["index"]), (&b["answer"], &b["program"], &b["index"]));
     }
-    assert!(stderr(&infer(&args)).contains("5 of 5 are answered"));
+    assert!(stderr(&infer(&args)).contains("3 of 5 are answered, 2 failed (left so)"));
     // Another batch's rows are not mixed in.
     std::fs::write(&batch, text.replace("Is there a table?", "Is there a vase?")).unwrap();
     let mixed = infer(&args);
@@ -176,6 +176,50 @@ fn a_failed_program_goes_back_to_the_planner_with_its_error_and_line() {
     let (code, _, heard, _) = on_server(vec![broken()], &[]);
     assert_eq!((code, heard.len()), (Some(1), 1));
     assert!(on_server(vec![broken()], &["--repair", "3"]).3.contains("inference.repairs: at most 2"));
+}
+
+/// What a program makes of its VLM's silence is no result, is not given back to the planner, and is asked for another
+/// time.
+#[test]
+fn a_tools_silent_server_is_no_failure_of_the_program() {
+    let looks = "try:\n    final_answer = vqa(img_pth, None, 'What color?')\nexcept Exception:\n    final_answer = 'none'";
+    let busy = || Act::Status(503, "", "{}".into());
+    let planner =
+        Server::start([program("final_answer = vqa(img_pth, None, 'What color?')"), program(looks)]);
+    let vlm = Server::start([busy(), busy(), Act::Reply("Red.".into())]);
+    let sets: Vec<String> = [("s", &planner), ("v", &vlm)]
+        .into_iter()
+        .flat_map(|(name, server)| {
+            let set = |key: &str, value: &str| format!("endpoints.{name}.{key}={value}");
+            [set("base_url", &server.url), set("model", "m"), set("tries", "1"), set("concurrency", "1")]
+        })
+        .chain(["planner.model=endpoint:s".into(), "vlm.model=endpoint:v".into()])
+        .flat_map(|set| ["--set".to_owned(), set])
+        .collect();
+    let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
+    let alone = infer(&[&[DEMO, "What color is the bed?", "--json", "--repair", "2"][..], &sets].concat());
+    let trace: Value = serde_json::from_slice(&alone.stdout).unwrap();
+    assert_eq!((alone.status.code(), &trace["answer"]), (Some(1), &Value::Null), "{}", stderr(&alone));
+    assert_eq!(trace["error"]["kind"], "no-reply");
+    assert!(stderr(&alone).contains("a server gave no reply: endpoint v (m)"), "{}", stderr(&alone));
+    assert_eq!((planner.heard().len(), vlm.heard().len()), (1, 1));
+
+    let dir = tempfile::tempdir().unwrap();
+    let (batch, out) = (dir.path().join("ask.jsonl"), dir.path().join("rows.jsonl"));
+    let line = |question: &str| format!("{}\n", json!({ "image": DEMO, "question": question }));
+    std::fs::write(&batch, line("What color is the bed?") + &line("What color is the lamp?")).unwrap();
+    let args = [&["--batch", batch.to_str().unwrap(), "--out", out.to_str().unwrap()][..], &sets].concat();
+    let done = infer(&args);
+    assert_eq!(done.status.code(), Some(1), "{}", stderr(&done));
+    let first = rows(&out);
+    assert_eq!((&first[0]["answer"], &first[1]["answer"]), (&Value::Null, &json!("red")));
+    assert_eq!(first[0]["error"]["kind"], "no-reply");
+    let done = infer(&args);
+    assert_eq!(done.status.code(), Some(0), "{}", stderr(&done));
+    assert!(stderr(&done).contains("1 of 2 are answered, 1 failed for want of a picture or a reply"));
+    let second = rows(&out);
+    assert_eq!((&second[0]["answer"], &second[1]), (&json!("red"), &first[1]));
+    assert_eq!((planner.heard().len(), vlm.heard().len()), (4, 4), "only that row is asked again");
 }
 
 #[test]

@@ -743,6 +743,29 @@ fn a_servers_silence_is_not_measured_and_asked_again() {
         std::fs::read(out.join("samples.jsonl")).unwrap(),
         std::fs::read(once.join("samples.jsonl")).unwrap()
     );
+    // What a server is asked beside is a setting of the run.
+    let other = run(&out, &cfg, &["--set", "endpoints.s.extra.service_tier=flex"]);
+    assert_eq!(other.status.code(), Some(2));
+    assert!(text(&other.stderr).contains("other settings (models.planner"), "{}", text(&other.stderr));
+    // Of shards that are put together it is told too, and the command of the whole asks again.
+    let server = Server::start([busy(), three()]);
+    let cfg = sets(&server);
+    let shards = ["1/2", "2/2"].map(|shard| {
+        let out = dir.path().join(shard.replace('/', "of"));
+        run(&out, &cfg, &["--shard", shard]);
+        out
+    });
+    let merged = dir.path().join("merged");
+    let done = eval(&["merge", "--out", shown(&merged), shown(&shards[0]), shown(&shards[1])]);
+    let said = text(&done.stderr);
+    assert_eq!(done.status.code(), Some(1), "{said}");
+    assert!(said.contains("1 questions had no reply") && said.contains("without --shard"), "{said}");
+    let done = run(&merged, &cfg, &[]);
+    assert_eq!(done.status.code(), Some(0), "{}", text(&done.stderr));
+    assert_eq!(
+        std::fs::read(merged.join("samples.jsonl")).unwrap(),
+        std::fs::read(once.join("samples.jsonl")).unwrap()
+    );
     // Planning alone: of two replies to a question both are had, or it is asked again.
     let server = Server::start([three(), three(), three(), busy(), three()]);
     let (out, cfg) = (dir.path().join("planned"), sets(&server));
@@ -814,6 +837,31 @@ fn a_vlm_that_answers_nothing_more_ends_the_run_and_not_its_questions() {
     assert!(samples(&out).iter().all(|s| s["answer"] == "3"));
 }
 
+/// Programs that were written before the money ended are run and recorded, and not paid for again.
+#[test]
+fn a_planner_that_answers_nothing_more_leaves_what_it_wrote() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let server = Server::start([Act::Reply(reply("final_answer = 3"))]);
+    let run = |usd: &str| {
+        let url = format!("endpoints.s.base_url={}", server.url);
+        let budget = format!("endpoints.s.budget_usd={usd}");
+        let args = ["--bench", "countbench", "--data", FILES, "--out", shown(&out)];
+        let sets = ["--set", &url, "--set", "endpoints.s.model=m", "--set", "planner.model=endpoint:s"];
+        // Ten tokens of a dollar each a call.
+        let prices = ["--set", "endpoints.s.usd_per_million_prompt_tokens=1e6", "--set", &budget];
+        eval(&[&args[..], &sets[..], &prices[..], &["--set", "endpoints.s.concurrency=1"]].concat())
+    };
+    let done = run("15");
+    let error = text(&done.stderr);
+    assert_eq!((done.status.code(), text(&done.stdout)), (Some(1), ""), "{error}");
+    assert!(error.contains("is spent") && error.contains("goes on"), "{error}");
+    assert_eq!((samples(&out).len(), server.heard().len()), (2, 2));
+    let done = run("500");
+    assert_eq!(done.status.code(), Some(0), "{}", text(&done.stderr));
+    assert_eq!((samples(&out).len(), server.heard().len()), (3, 3));
+}
+
 /// A data set comes from the hub with its hashes checked, is read without a network from then on, and
 /// another revision is not taken for it.
 #[test]
@@ -858,7 +906,7 @@ fn a_bench_comes_from_the_hub_and_is_read_offline() {
     let mut spoilt = bytes.clone();
     spoilt[100] ^= 1;
     let (code, _, error) = run(&at(spoilt), &["pull", "countbench"], false);
-    assert!(code == Some(2) && error.contains("its hash is"), "{error}");
+    assert!(code == Some(1) && error.contains("its hash is"), "{error}");
     let (code, _, error) = run(&web, &["pull", "countbench"], false);
     assert_eq!(code, Some(0), "{error}");
     let (code, _, error) = run(&web, &measure, true);

@@ -105,6 +105,16 @@ fn usage() {
     misused(&["eval", "--bench", "nonesuch"], "nonesuch");
     misused(&["rooms", "render", "--out", "x"], "required");
     misused(&["program", "run", "x.py"], "required");
+    for (args, either) in [
+        (&["make-queries"][..], "<--images <DIR>|--from <SETS>>"),
+        (&["verify", "audit"], "<--labels <FILE>|--rooms <N>>"),
+    ] {
+        misused(args, "required");
+        assert!(stderr(&run(args)).contains(either), "{}", stderr(&run(args)));
+    }
+    misused(&["make-queries", "--images", "x", "--from", "vsr"], "cannot be used with");
+    misused(&["make-queries", "--images", "x", "--pull"], "cannot be used with");
+    misused(&["make-queries", "--images", "x", "--data", "y"], "cannot be used with");
     let help = run(&["--help"]);
     assert!(help.status.success() && stdout(&help).contains("rooms") && help.stderr.is_empty());
     let version = run(&["--version"]);
@@ -222,12 +232,22 @@ fn questions_of_some_families_are_those_among_all() {
     assert!(chosen.len() > 8, "{}", chosen.len());
     assert_eq!(some.iter().map(of).collect::<Vec<_>>(), chosen[..8]);
     misused(&["eval", "--bench", "rooms", "--families", "counts"], "there are count, exists,");
-    let output = run(&["eval", "--bench", "rooms-depth", "--families", "count"]);
-    assert_eq!(output.status.code(), Some(2));
-    assert!(
-        stderr(&output).contains("--families says nothing to --bench rooms-depth"),
-        "{}",
-        stderr(&output)
+    // What a bench has no use for is refused by its name.
+    for (bench, option) in [
+        ("rooms-depth", &["--families", "count"][..]),
+        ("rooms-depth", &["--planner", "base"]),
+        ("rooms-vlm", &["--greedy"]),
+        ("rooms-detector", &["--tools", "real"]),
+        ("detection", &["--prompt", "general"]),
+        ("rooms-vlm", &["--one-by-one"]),
+        ("rooms-verifier", &["--executor", "cpython"]),
+    ] {
+        let says = format!("{} says nothing to --bench {bench}", option[0]);
+        refused(&[&["eval", "--bench", bench][..], option].concat(), &[&says]);
+    }
+    refused(
+        &["eval", "--bench", "rooms-verifier", "--planner", "stored"],
+        &["--planner stored says nothing"],
     );
 }
 
@@ -409,7 +429,7 @@ fn the_embedded_models_and_what_lies_on_them_fit() {
     let dir = tempfile::tempdir().unwrap();
     let whole = "data/embedded/planner-tuned";
     let output = run(&["models", "verify", "--headers", "embedded", whole, "data/embedded/detector-tuned"]);
-    assert_eq!((output.status.code(), stdout(&output)), (Some(0), ""));
+    assert_eq!((output.status.code(), stderr(&output)), (Some(0), ""));
     for part in [
         "embedded planner-tuned: fits as planner",
         "embedded detector-tuned: fits as detector",
@@ -417,7 +437,7 @@ fn the_embedded_models_and_what_lies_on_them_fit() {
         "data/embedded/planner-tuned on embedded planner: fits as planner",
         "data/embedded/detector-tuned on embedded detector: fits as detector",
     ] {
-        assert!(stderr(&output).contains(part), "no {part:?} in: {}", stderr(&output));
+        assert!(stdout(&output).contains(part), "no {part:?} in: {}", stdout(&output));
     }
     for (name, bytes) in files(Path::new(whole)) {
         let other = String::from_utf8_lossy(&bytes).replace("\"r\": 32", "\"r\": 16");
@@ -428,6 +448,24 @@ fn the_embedded_models_and_what_lies_on_them_fit() {
     assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
     let said = stdout(&output);
     assert!(said.contains("on embedded planner: ") && said.contains("expected a rank of 16"), "{said}");
+}
+
+/// Of what lies on an embedded model its own tensors.
+#[test]
+fn adapters_and_deltas_are_shown() {
+    for (folder, tensor, base) in [
+        (
+            "planner-tuned",
+            "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight [",
+            "embedded-base",
+        ),
+        ("detector-tuned", ".scale [", "embedded-base"),
+    ] {
+        let output = run(&["models", "show", &format!("data/embedded/{folder}")]);
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        assert!(stdout(&output).contains(tensor), "{}", stdout(&output));
+        assert!(stderr(&output).ends_with(&format!("what was changed of {base}\n")), "{}", stderr(&output));
+    }
 }
 
 #[test]
@@ -475,6 +513,12 @@ fn doctor_says_what_is_missing_on_a_bare_machine() {
             cuda["ok"] == false && cuda["detail"].as_str().unwrap().contains("on the processor"),
             "{cuda}"
         );
+        let (code, report) = doctor(&["--device", "cuda"]);
+        let missing = report["configs"][0]["missing"][0].as_str().unwrap_or_default();
+        assert!(
+            code == Some(1) && missing.starts_with("--device cuda: this build has no CUDA"),
+            "{report:#}"
+        );
     }
     assert!(finding("model cache")["detail"].as_str().unwrap().ends_with(" free"));
     assert!(finding("this folder")["detail"].as_str().unwrap().ends_with(" free"));
@@ -483,4 +527,5 @@ fn doctor_says_what_is_missing_on_a_bare_machine() {
     let (code, report) = doctor(&["--set", "depth.model=tests/fixtures/qwen3-tiny"]);
     let missing = report["configs"][0]["missing"][0].as_str().unwrap();
     assert!(code == Some(1) && missing.contains("is no depth (but fits as planner, verifier)"), "{missing}");
+    refused(&["doctor", "--device", "gpu"], &["--device gpu", "expected cpu, cuda or cuda:N"]);
 }

@@ -83,8 +83,12 @@ impl FakeHub {
     }
 
     fn command(&self, args: &[&str]) -> Command {
+        self.valor(&[&["models"][..], args].concat())
+    }
+
+    fn valor(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_valor"));
-        command.arg("models").args(args).env("HF_ENDPOINT", &self.url).env("HF_HOME", self.home.path());
+        command.args(args).env("HF_ENDPOINT", &self.url).env("HF_HOME", self.home.path());
         for var in
             ["HF_HUB_CACHE", "HF_TOKEN_PATH", "HF_HUB_OFFLINE", "http_proxy", "HTTP_PROXY", "ALL_PROXY"]
         {
@@ -312,7 +316,7 @@ fn a_wrong_hash_is_refused_and_named() {
         s.spoilt.insert(name.into(), bytes);
     });
     let (code, stdout, stderr) = hub.run(&["pull", "hub:acme/tiny"]);
-    assert_eq!((code, &*stdout), (Some(2), ""));
+    assert_eq!((code, &*stdout), (Some(1), ""));
     let want = id(name, &hub.state.lock().unwrap().files[name]);
     let last = stderr.lines().last().unwrap();
     assert!(last.contains(name) && last.contains("its hash is ") && last.contains(&want), "{last}");
@@ -337,13 +341,26 @@ fn a_wrong_hash_is_refused_and_named() {
     let mut bytes = std::fs::read(&blob).unwrap();
     bytes[5] ^= 4;
     std::fs::write(&blob, bytes).unwrap();
-    let (code, stdout, _) = hub.run(&["verify", "--delete"]);
-    assert_eq!((code, stdout.lines().count()), (Some(1), 1));
+    let (code, stdout, stderr) = hub.run(&["verify", "--delete"]);
+    assert_eq!((code, stdout.lines().count()), (Some(1), 2));
     assert!(stdout.contains(name) && stdout.contains(&want), "{stdout}");
+    assert!(stdout.ends_with("hub:acme/tiny: 4 files hashed, 1 wrong\n"), "{stdout}");
+    assert!(stderr.contains("valor models pull hub:acme/tiny brings it anew"), "{stderr}");
     let (code, stdout, _) = hub.run(&["pull", "hub:acme/tiny"]);
     assert_eq!(code, Some(0));
     hub.assert_whole(Path::new(stdout.trim()), &WANTED);
-    assert_eq!(hub.run(&["verify", "hub:acme/tiny"]).0, Some(0));
+    let (code, stdout, _) = hub.run(&["verify", "hub:acme/tiny"]);
+    assert_eq!((code, &*stdout), (Some(0), "hub:acme/tiny: 4 files hashed, 0 wrong\n"));
+}
+
+#[test]
+fn verify_says_that_nothing_is_there() {
+    let hub = FakeHub::start(&[]);
+    let (code, stdout, stderr) = hub.run(&["verify"]);
+    assert_eq!((code, &*stderr), (Some(0), ""));
+    assert_eq!(stdout, format!("no models in {}\n", hub.home.path().join("hub").display()));
+    let (code, stdout, stderr) = hub.run(&["verify", "hub:acme/tiny"]);
+    assert!(code == Some(2) && stdout.is_empty() && stderr.contains("acme/tiny: is not in "), "{stderr}");
 }
 
 #[test]
@@ -351,8 +368,8 @@ fn verify_tells_from_the_headers_whether_a_checkpoint_fits() {
     let hub = FakeHub::start(FILES);
     let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/qwen3-tiny");
     let (code, stdout, stderr) = hub.run(&["verify", tiny.to_str().unwrap()]);
-    assert_eq!((code, &*stdout), (Some(0), ""), "{stderr}");
-    assert!(stderr.contains("fits as planner, verifier: "), "{stderr}");
+    assert_eq!((code, &*stderr), (Some(0), ""));
+    assert!(stdout.contains("fits as planner, verifier: "), "{stdout}");
     // The same weights under another configuration.
     let dir = tempfile::tempdir().unwrap();
     std::fs::copy(tiny.join("model.safetensors"), dir.path().join("model.safetensors")).unwrap();
@@ -385,8 +402,42 @@ fn a_detector_without_a_tokenizer_takes_the_caches_or_says_what_to_pull() {
     std::fs::create_dir_all(&snapshot).unwrap();
     std::fs::write(repo.join("refs/main"), COMMIT).unwrap();
     std::fs::copy(embedded.join("tokenizer.json"), snapshot.join("tokenizer.json")).unwrap();
-    let (code, _, stderr) = verify();
-    assert!(code == Some(0) && stderr.contains("fits as detector"), "{stderr}");
+    let (code, stdout, _) = verify();
+    assert!(code == Some(0) && stdout.contains("fits as detector"), "{stdout}");
+}
+
+/// Nothing is wrong with what was asked for: 1, and not 2.
+#[test]
+fn no_network_and_no_disk_are_outages() {
+    let hub = FakeHub::start(&[("a.gguf", 10)]);
+    // Both wait between their tries, and so are started before the first is waited for.
+    let silent: Vec<_> =
+        [hub.command(&["pull", "hub:acme/tiny#a.gguf"]), hub.valor(&["eval", "pull", "vsr"])]
+            .into_iter()
+            .map(|mut command| {
+                // A port that nobody listens on.
+                command
+                    .env("HF_ENDPOINT", "http://127.0.0.1:1")
+                    .stdout(Stdio::piped())
+                    .stderr(Stdio::piped());
+                command.spawn().unwrap()
+            })
+            .collect();
+    let outage = |out: std::process::Output, want: &str| {
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        let last = said.lines().last().unwrap_or_default();
+        assert!(out.status.code() == Some(1) && out.stdout.is_empty() && last.contains(want), "{said}");
+    };
+    let vast = json!({ "rfilename": "v.gguf", "size": 1u64 << 60, "blobId": "0".repeat(40) });
+    hub.set(|s| s.hostile = vec![vast]);
+    outage(hub.command(&["pull", "hub:acme/tiny#v.gguf"]).output().unwrap(), "make room, or set HF_HOME");
+    let file = hub.home.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let mut nowhere = hub.command(&["pull", "hub:acme/tiny#a.gguf"]);
+    outage(nowhere.env("HF_HOME", &file).output().unwrap(), "set HF_HOME to another disk");
+    for child in silent {
+        outage(child.wait_with_output().unwrap(), "cannot reach the hub");
+    }
 }
 
 #[test]
@@ -412,9 +463,6 @@ fn refusals_say_what_to_do() {
     }
     hub.set(|s| s.hostile = vec![json!({ "rfilename": "x", "size": 1, "blobId": "../../x" })]);
     says(&["pull", "hub:acme/tiny#a.gguf"], "impossible file");
-    let vast = json!({ "rfilename": "v.gguf", "size": 1u64 << 60, "blobId": "0".repeat(40) });
-    hub.set(|s| s.hostile = vec![vast]);
-    says(&["pull", "hub:acme/tiny#v.gguf"], "make room, or set HF_HOME");
     let out = hub.command(&["pull", "hub:acme/tiny"]).env("HF_HUB_OFFLINE", "1").output().unwrap();
     assert!(String::from_utf8_lossy(&out.stderr).contains("HF_HUB_OFFLINE forbids"));
     // A configuration that names what is not here says how to fetch it.

@@ -83,6 +83,18 @@ fn stages_are_of_depth_alone() {
 }
 
 #[test]
+fn what_was_never_trained_is_not_exported_and_leaves_no_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    let (runs, out) = (path(&dir, "runs"), path(&dir, "out"));
+    let args = ["rooms", "pretrain", "--export-only", "--runs", &runs, "--out", &out];
+    refused(&args, &["runs/planner holds no checkpoint", "--runs"]);
+    for part in ["vlm", "depth", "detector"] {
+        refused(&[&args[..], &["--only", part]].concat(), &[&format!("runs/{part} holds no checkpoint")]);
+    }
+    assert_eq!(names(&dir), [""; 0]);
+}
+
+#[test]
 fn precision_is_not_measured_without_boxes() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::copy(DEMO, dir.path().join("room.png")).unwrap();
@@ -96,6 +108,37 @@ fn precision_is_not_measured_without_boxes() {
         &["eval", "--bench", "detection", "--data", &file, "--set", "detector.model=/no/detector"],
         &["--data", &file, "there is no box in the 1 pictures"],
     );
+}
+
+#[test]
+fn pictures_that_are_nowhere_are_told_with_where_they_were_looked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let size = image::image_dimensions(DEMO).unwrap();
+    let coco = json!({
+        "images": [{ "id": 1, "file_name": "room.png", "width": size.0, "height": size.1 }],
+        "annotations": [], "categories": [{ "id": 1, "name": "chair" }],
+    });
+    let folder = dir.path().join("coco/annotations");
+    std::fs::create_dir_all(&folder).unwrap();
+    let file = write(&dir, "coco/annotations/instances_val2017.json", &coco.to_string());
+    let args = ["eval", "--bench", "detection", "--data", &file, "--set", "detector.model=/no/detector"];
+    let folder = folder.display().to_string();
+    refused(
+        &args,
+        &[
+            "--data",
+            &file,
+            "none of its 1 pictures",
+            "\"room.png\"",
+            &folder,
+            "images/val2017/",
+            "a link named images",
+        ],
+    );
+    // Where COCO has them they are found; what is missing now is a box.
+    std::fs::create_dir(dir.path().join("coco/val2017")).unwrap();
+    std::fs::copy(DEMO, dir.path().join("coco/val2017/room.png")).unwrap();
+    refused(&args, &["--data", &file, "there is no box in the 1 pictures"]);
 }
 
 #[test]
@@ -134,6 +177,34 @@ fn verdicts_are_not_added_to_another_file() {
     let out = path(&dir, "run");
     refused(&[&["train-reasoner", "--out", &out][..], &sets].concat(), &["verifier.cache"]);
     assert_eq!(std::fs::read_to_string(notes).unwrap(), "dear diary\n");
+}
+
+#[test]
+fn a_result_is_written_over_and_nothing_else_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let (notes, rows) = (write(&dir, "notes.jsonl", "{\"dear\": \"diary\"}\n"), path(&dir, "rows.jsonl"));
+    let verifier = ["--set", "verifier.model=/no/verifier"];
+    for args in [
+        &["eval", "--n", "3"][..],
+        &["eval", "--bench", "rooms-verifier", "--n", "3", "--scenes", "2"],
+        &[&["verify", "audit", "--rooms", "1"][..], &verifier].concat()[..],
+    ] {
+        refused(
+            &[args, &["--out", &notes][..]].concat(),
+            &["--out", "notes.jsonl is there and is no earlier result"],
+        );
+    }
+    assert_eq!(std::fs::read_to_string(notes).unwrap(), "{\"dear\": \"diary\"}\n");
+    for n in ["3", "2"] {
+        let args = ["eval", "--n", n, "--out", &rows];
+        assert!(Command::new(env!("CARGO_BIN_EXE_valor")).args(args).output().unwrap().status.success());
+        assert_eq!(std::fs::read_to_string(&rows).unwrap().lines().count().to_string(), n);
+    }
+    // Another command's result is none of this one's.
+    refused(
+        &[&["verify", "audit", "--rooms", "1", "--out", &rows][..], &verifier].concat(),
+        &["rows.jsonl is there"],
+    );
 }
 
 #[test]
@@ -213,7 +284,7 @@ fn a_batch_is_not_gone_on_with_under_other_settings() {
     std::fs::copy(DEMO, dir.path().join("b.png")).unwrap();
     let done = run();
     let said = String::from_utf8_lossy(&done.stderr).into_owned();
-    assert!(done.status.success() && said.contains("1 of them failed"), "{said}");
+    assert!(done.status.success() && said.contains("1 of 2 are answered, 1 failed for want of"), "{said}");
     assert_eq!((&rows()[0], &rows()[1]["answer"]), (&first, &first["answer"]));
     assert_eq!((rows().len(), &rows()[1]["index"]), (2, &json!(1)));
 }

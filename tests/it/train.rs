@@ -222,12 +222,15 @@ fn a_folder_with_a_run_and_other_settings_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("run");
     assert!(run(&out, &["reasoner.questions=2"], &[]).status.success());
-    let o = run(&out, &["reasoner.questions=2"], &[]);
-    assert_eq!(o.status.code(), Some(2));
-    assert!(stderr(&o).contains("--resume"), "{}", stderr(&o));
-    let o = run(&out, &["reasoner.questions=2", "reasoner.objective.kl=0.5"], &["--resume"]);
-    assert_eq!(o.status.code(), Some(2));
-    assert!(stderr(&o).contains("reasoner.objective.kl was 0.01, is 0.5"), "{}", stderr(&o));
+    for dry in [&["--dry-run"][..], &[]] {
+        let o = run(&out, &["reasoner.questions=2"], dry);
+        assert_eq!(o.status.code(), Some(2));
+        assert!(stderr(&o).contains("--resume"), "{}", stderr(&o));
+        let sets = ["reasoner.questions=2", "reasoner.objective.kl=0.5"];
+        let o = run(&out, &sets, &[&["--resume"][..], dry].concat());
+        assert_eq!(o.status.code(), Some(2));
+        assert!(stderr(&o).contains("reasoner.objective.kl was 0.01, is 0.5"), "{}", stderr(&o));
+    }
 }
 
 #[test]
@@ -250,6 +253,46 @@ fn a_dry_run_counts_and_does_nothing() {
     let said = String::from_utf8_lossy(&o.stdout).into_owned();
     assert!(o.status.success() && said.contains("4 of 2 questions × 3 rollouts"), "{said}");
     assert!(!out.exists());
+}
+
+#[test]
+fn a_dry_run_refuses_what_the_run_would() {
+    let dir = tempfile::tempdir().unwrap();
+    let (out, notes) = (dir.path().join("run"), dir.path().join("notes.txt"));
+    std::fs::write(&notes, "dear diary\n").unwrap();
+    let cache = format!("verifier.cache={}", notes.display());
+    // Whether it would load the models or, with a server, not.
+    let server = ["endpoints.judge.base_url=http://127.0.0.1:1", "endpoints.judge.model=m"];
+    let server = [&server[..], &["verifier.model=endpoint:judge"]].concat();
+    for verifier in [&server[..], &[]] {
+        for (out, set, parts) in [
+            (&out, "planner.prompt=/no/prompt", &["planner.prompt", "/no/prompt"][..]),
+            (&out, "planner.model=/no/planner", &["/no/planner"]),
+            (&out, "planner.model=tests/fixtures/gguf-qwen3/model.gguf", &["a GGUF file is for inference"]),
+            (&out, cache.as_str(), &["verifier.cache", "its first line is no verdict"]),
+            (&notes.join("below"), "reasoner.lr=1e-3", &["--out", "is no folder"]),
+            (&dir.path().to_path_buf(), "reasoner.lr=1e-3", &["is not empty and holds no run"]),
+        ] {
+            for dry in [&["--dry-run"][..], &[]] {
+                let o = run(out, &[verifier, &[set]].concat(), dry);
+                assert_eq!(
+                    (o.status.code(), &*o.stdout),
+                    (Some(2), &b""[..]),
+                    "{set} {dry:?}: {}",
+                    stderr(&o)
+                );
+                parts
+                    .iter()
+                    .for_each(|p| assert!(stderr(&o).contains(p), "{dry:?}: no {p:?} in: {}", stderr(&o)));
+            }
+        }
+    }
+    assert!(!out.exists());
+    // What is not here yet, and no mistake, is planned without.
+    let home = dir.path().join("home");
+    let o = command(&out, &["planner.model=qwen3-8b"], &["--dry-run"]).env("HF_HOME", home).output().unwrap();
+    let said = String::from_utf8_lossy(&o.stdout).into_owned();
+    assert!(o.status.success() && said.contains("the planner is not here"), "{said}{}", stderr(&o));
 }
 
 fn judged_by(server: &Server) -> Vec<String> {

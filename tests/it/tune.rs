@@ -144,29 +144,46 @@ fn wrong_files_and_settings_are_met_first() {
         std::fs::write(&path, text).unwrap();
         path.display().to_string()
     };
-    let refused = |out: &Path, sets: &[&str], more: &[&str], parts: &[&str]| {
-        let o = run(
-            out,
-            &[&["planner.model=/no/such", "grounding.mining.model=/no/such"][..], sets].concat(),
-            more,
-        );
-        let said = stderr(&o);
-        assert_eq!(o.status.code(), Some(2), "{said}");
-        for part in parts {
-            assert!(said.contains(part), "no {part:?} in: {said}");
+    // And a dry run approves of none of them.
+    let refused_by = |dry: &[&[&str]], out: &Path, sets: &[&str], more: &[&str], parts: &[&str]| {
+        for dry in dry {
+            let o = run(
+                out,
+                &[&["planner.model=/no/such", "grounding.mining.model=/no/such"][..], sets].concat(),
+                &[more, *dry].concat(),
+            );
+            let said = stderr(&o);
+            assert_eq!(o.status.code(), Some(2), "{dry:?}: {said}");
+            assert!(o.stdout.is_empty(), "{dry:?}");
+            for part in parts {
+                assert!(said.contains(part), "{dry:?}: no {part:?} in: {said}");
+            }
+            assert!(!out.join("mined/settings.json").exists());
         }
-        assert!(!out.join("mined/settings.json").exists());
+    };
+    let refused = |out: &Path, sets: &[&str], more: &[&str], parts: &[&str]| {
+        refused_by(&[&["--dry-run"], &[]], out, sets, more, parts);
     };
     refused(&out, &["grounding.truth=/no/truth.json"], &[], &["grounding.truth", "/no/truth.json"]);
     let replay = "grounding.training.replay=/no/replay.jsonl";
     refused(&out, &[replay], &[], &["grounding.training.replay", "/no/replay.jsonl"]);
     let freeze = "grounding.training.freeze=[\"bert.\"]";
     refused(&out, &[freeze], &[], &["grounding.training.freeze", "\"bert.\""]);
+    refused(
+        &out,
+        &["grounding.mining.prompts=/no/prompts"],
+        &[],
+        &["grounding.mining.prompts", "/no/prompts"],
+    );
+    refused(&out, &["planner.prompt=/no/prompt"], &[], &["planner.prompt", "/no/prompt"]);
+    refused(&out, &[], &["--stage", "train"], &["mined/odvg.jsonl is missing: mine first"]);
     let broken = file("broken.jsonl", "{\"image\": \"000000.png\"}\n");
     refused(&out, &[], &["--overrule", &broken], &["--overrule", "broken.jsonl, line 1: expected"]);
     assert!(!out.exists());
     let strange = file("strange.jsonl", "{\"image\": \"a.png\", \"index\": 0, \"keep\": true}\n");
-    refused(
+    // Of rooms that are yet to be rendered it cannot know.
+    refused_by(
+        &[&[]],
         &out,
         &[],
         &["--overrule", &strange],
@@ -176,7 +193,8 @@ fn wrong_files_and_settings_are_met_first() {
         "truth.json",
         r#"{"images": [{"id": 1, "file_name": "a.png", "width": 9, "height": 9}], "annotations": [], "categories": []}"#,
     );
-    refused(&out, &[&format!("grounding.truth={truth}")], &[], &["truth.json", "none of the pictures"]);
+    let of_rooms = format!("grounding.truth={truth}");
+    refused_by(&[&[]], &out, &[&of_rooms], &[], &["truth.json", "none of the pictures"]);
 
     // Another's log is not written over.
     let foreign = dir.path().join("foreign");

@@ -3,13 +3,14 @@
 //! A row is written and flushed as soon as its question is answered, so what is there stays when a run
 //! is broken off; the next run goes on behind it, under the same settings, which each row tells of. A
 //! picture that cannot be read is a row with an error, not the end. The next run tries such a row again, if
-//! the picture can be read then, and one to which the planner gave no reply; a program that failed would
-//! fail again.
+//! the picture can be read then, and one to which a server, the planner's or a tool's, gave no reply; a program
+//! that failed would fail again.
 
 use super::settings::Settings;
 use super::{Query, Reasoner};
 use crate::cli::{appendable, json_lines, writable};
 use crate::config::Config;
+use crate::eval::benches::record::NO_REPLY;
 use crate::files::{is_same, write_atomic};
 use crate::program::Sandbox;
 use crate::tools::Picture;
@@ -64,11 +65,16 @@ pub(super) fn run<'a>(
     let Held { mut rows, done, again, unanswered } = batch.held(out)?;
     let all = batch.lines.len();
     if done > 0 {
-        let tried = match again.len() {
-            0 => String::new(),
-            n => format!("; {n} of them failed for want of a picture or a reply and are tried again"),
-        };
-        eprintln!("valor: {done} of {all} are answered in {} already{tried}", out.display());
+        let mut said = format!("{} of {all} are answered", done - again.len() - unanswered);
+        for (n, what) in [
+            (again.len(), "failed for want of a picture or a reply (tried again)"),
+            (unanswered, "failed (left so)"),
+        ] {
+            if n > 0 {
+                said += &format!(", {n} {what}");
+            }
+        }
+        eprintln!("valor: {} is there already: {said}", out.display());
     }
     if !again.is_empty() {
         writable("--out", Some(out))?;
@@ -151,12 +157,7 @@ impl Batch<'_> {
             .filter(|(_, i)| pictures[**i].1.is_ok())
             .map(|(q, i)| (q, place(*i)))
             .collect();
-        let replies = reasoner.answer(sandbox, &asked, &mut tools);
-        let mut replies = replies.map_err(|e| format!("the planner failed: {e}"))?.into_iter();
-        // Programs take it for a call that failed; it is no failure of theirs.
-        if let Some(e) = perception.vlm.failed() {
-            return Err(format!("the VLM failed: {e}"));
-        }
+        let mut replies = reasoner.answer(sandbox, &asked, &mut tools)?.into_iter();
         let mut rows = Vec::with_capacity(of.len());
         for (k, (line, q)) in lines.iter().zip(&queries).enumerate() {
             let mut row = match &pictures[sees[k]].1 {
@@ -221,7 +222,7 @@ impl Batch<'_> {
             }
             held.done += 1;
             let passing = match row["error"]["kind"].as_str() {
-                Some("planner") => true,
+                Some("planner" | NO_REPLY) => true,
                 Some("picture") => self.picture(line).is_ok(),
                 _ => false,
             };

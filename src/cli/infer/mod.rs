@@ -5,8 +5,9 @@ mod settings;
 
 use super::{ExecutorArgs, ModelArgs, writable};
 use crate::config::{Config, EMBEDDED, EMBEDDED_BASE};
+use crate::eval::benches::record::NO_REPLY;
 use crate::files::{is_same, write_atomic};
-use crate::llm::{ChatError, ChatModels};
+use crate::llm::ChatModels;
 use crate::pipeline::{Answered, Asked, Models, Referee, Run, answer_all, elect, question_seed, sandbox};
 use crate::program::{IMAGE, Sandbox};
 use crate::report;
@@ -36,7 +37,7 @@ pub struct InferArgs {
     #[arg(long, value_name = "FILE", requires = "out", conflicts_with_all = ["image", "query"])]
     batch: Option<PathBuf>,
     /// Where --batch writes its JSON lines; what stands there already is not answered again, but where the
-    /// picture or the planner's reply was missing. Rows of other settings are refused
+    /// picture or a server's reply was missing. Rows of other settings are refused
     #[arg(long, value_name = "FILE", requires = "batch", conflicts_with_all = ["image", "query"])]
     out: Option<PathBuf>,
     /// Print answer, plan, program, tool calls, times, models and seed as JSON
@@ -123,13 +124,13 @@ impl<'a> Reasoner<'a> {
         std::iter::once(seed).chain(more).collect()
     }
 
-    /// Answers questions together; each names its tools by number.
+    /// Answers questions together; each names its tools by number. Or says why a model will answer nothing more.
     fn answer(
         &self,
         sandbox: &mut Sandbox,
         asked: &[(&Query, usize)],
         tools: &mut [RealTools],
-    ) -> Result<Vec<Reply>, ChatError> {
+    ) -> Result<Vec<Reply>, String> {
         let started = Instant::now();
         let samples = self.config.inference.samples;
         let all: Vec<Asked> = asked
@@ -140,12 +141,21 @@ impl<'a> Reasoner<'a> {
             })
             .collect();
         let repairs = self.config.inference.repairs;
-        let runs = answer_all(&self.models.planner, sandbox, &all, tools, repairs, || ())?;
-        let mut runs = runs.into_iter();
+        let runs = answer_all(&self.models.planner, sandbox, &all, tools, repairs, || ());
+        let mut runs = runs.map_err(|e| format!("the planner failed: {e}"))?.into_iter();
+        // Programs take it for a call that failed; it is no failure of theirs.
+        if let Some(e) = self.models.perception.vlm.failed() {
+            return Err(format!("the VLM failed: {e}"));
+        }
         let seconds = started.elapsed().as_secs_f64() / asked.len().max(1) as f64;
         let reply = |(q, _): &(&Query, usize)| {
             let runs: Vec<Run> = runs.by_ref().take(samples).collect();
-            let chosen = elect(self.referee.as_ref(), q.question, &runs, sandbox)?;
+            // A vote in which a server kept silent is none, as in `eval`.
+            let chosen = match runs.iter().position(|r| r.outage.is_some()) {
+                Some(silent) => silent,
+                None => elect(self.referee.as_ref(), q.question, &runs, sandbox)
+                    .map_err(|e| format!("the verifier failed: {e}"))?,
+            };
             Ok(Reply { runs, chosen, seconds })
         };
         asked.iter().map(reply).collect()
@@ -159,8 +169,8 @@ impl<'a> Reasoner<'a> {
         let models: Map<String, Value> =
             names.iter().map(|(part, name)| (part.to_string(), json!(name))).collect();
         let mut trace = json!({
-            "answer": answered.value(),
-            "error": error(answered),
+            "answer": run.value(),
+            "error": error(run),
             "question": q.question,
             "picture": { "file": q.file, "as": IMAGE, "width": picture.width(), "height": picture.height() },
             "plan": answered.reply.as_ref().and_then(|r| r.plan.clone()),
@@ -179,7 +189,7 @@ impl<'a> Reasoner<'a> {
             trace["repaired"] = earlier.collect();
         }
         if reply.runs.len() > 1 {
-            let said = |r: &Run| r.answered.value().cloned().unwrap_or(Value::Null);
+            let said = |r: &Run| r.value().cloned().unwrap_or(Value::Null);
             trace["votes"] = reply.runs.iter().map(said).collect();
         }
         let usage = self.chats.usage();
@@ -218,8 +228,8 @@ pub fn run(args: InferArgs) -> anyhow::Result<ExitCode> {
     let mut tools = [RealTools::new(&reasoner.models.perception, &picture)];
     let reply = match reasoner.answer(&mut sandbox, &[(&q, 0)], &mut tools) {
         Ok(mut replies) => replies.remove(0),
-        Err(e) => {
-            eprintln!("valor: the planner failed: {e}");
+        Err(why) => {
+            eprintln!("valor: {why}");
             return Ok(ExitCode::FAILURE);
         }
     };
@@ -238,10 +248,10 @@ pub fn run(args: InferArgs) -> anyhow::Result<ExitCode> {
     let mut out = std::io::stdout().lock();
     if args.json {
         writeln!(out, "{trace:#}")?;
-    } else if let Some(value) = run.answered.value() {
+    } else if let Some(value) = run.value() {
         writeln!(out, "{}", report::plain(value))?;
     }
-    Ok(match run.answered.why() {
+    Ok(match run.why() {
         Some(reason) => {
             eprintln!("valor: {reason}");
             ExitCode::FAILURE
@@ -291,11 +301,13 @@ fn strange(config: &Config, picture: &Picture) -> anyhow::Result<Option<&'static
     ))
 }
 
-/// As the sandbox's errors; also of the kind "malformed" for a reply without a program.
-fn error(answered: &Answered) -> Value {
-    match &answered.outcome {
-        Err(e) => json!({ "kind": answered.failure(), "type": null, "line": null, "message": e.to_string() }),
-        Ok(outcome) => json!(outcome.result.as_ref().err()),
+/// As the sandbox's errors; also of the kinds "malformed" for a reply without a program, "planner" for none, and
+/// "no-reply" where a server, the planner's or a tool's, may have one another time.
+fn error(run: &Run) -> Value {
+    let kind = if run.outage.is_some() { Some(NO_REPLY) } else { run.answered.failure() };
+    match &run.answered.outcome {
+        Ok(outcome) if run.outage.is_none() => json!(outcome.result.as_ref().err()),
+        _ => json!({ "kind": kind, "type": null, "line": null, "message": run.why() }),
     }
 }
 

@@ -75,4 +75,25 @@ mod tests {
         assert_eq!(against(&vote, 3), ["verifier", "inference"]);
         assert!(!of(&[]).differences(&Value::Null, 3).is_empty());
     }
+
+    #[test]
+    fn what_a_server_is_asked_beside_is_a_setting_and_how_it_is_reached_is_none() {
+        let server = ["endpoints.s.base_url=http://a/v1", "endpoints.s.model=m", "vlm.model=endpoint:s"];
+        let row = of(&server).of_row(3);
+        let against = |set: &str| of(&[&server[..], &[set]].concat()).differences(&row, 3);
+        for key in [
+            "extra.service_tier=flex",
+            "send_temperature=false",
+            "send_seed=false",
+            "send_top_k=true",
+            "max_tokens_key=max_completion_tokens",
+            "model=n",
+        ] {
+            assert_eq!(against(&format!("endpoints.s.{key}")), ["vlm"], "{key}");
+        }
+        for key in ["tries=2", "seconds=9", "key_env=KEY", "cache=replies", "concurrency=3", "send_seed=true"]
+        {
+            assert_eq!(against(&format!("endpoints.s.{key}")), [""; 0], "{key}");
+        }
+    }
 }

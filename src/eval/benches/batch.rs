@@ -1,6 +1,6 @@
 //! What is under way of a run: batches between planning and record, and which pictures are kept for pages.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 
@@ -88,7 +88,7 @@ impl Batch {
                 groups.push(Vec::new());
                 groups.len() - 1
             });
-            let shown = !gallery.is_full(planned.task.bench);
+            let shown = gallery.may_show(planned.task.bench, planned.task.index);
             groups[group].push(Job { batch, number, planned, shown });
         }
         let batch = Self { done, recorded: 0 };
@@ -124,23 +124,65 @@ impl Batch {
 pub const SHOWN_RIGHT: usize = 6;
 pub const SHOWN_WRONG: usize = 24;
 
-/// Which samples' pictures are kept: of each bench the first ones, right and not right.
+/// Which samples' pictures are kept: of each bench the first ones by their rows, right and not right. A row that
+/// is asked again comes after later ones and stands before them in the end.
 #[derive(Debug, Default)]
 pub struct Gallery {
-    seen: BTreeMap<String, [usize; 2]>,
+    first: BTreeMap<String, [BTreeSet<usize>; 2]>,
 }
 
 impl Gallery {
-    pub(super) fn is_full(&self, bench: &str) -> bool {
-        self.seen.get(bench).is_some_and(|[right, wrong]| *right >= SHOWN_RIGHT && *wrong >= SHOWN_WRONG)
+    /// Could a row be one of those that are shown?
+    pub(super) fn may_show(&self, bench: &str, row: usize) -> bool {
+        self.first.get(bench).is_none_or(|[right, wrong]| {
+            is_among(right, SHOWN_RIGHT, row) || is_among(wrong, SHOWN_WRONG, row)
+        })
     }
 
     /// Counts a record; is it one of those that are shown?
     pub fn takes(&mut self, record: &Record) -> bool {
-        let right = record.is_right();
-        let [rights, wrongs] = self.seen.entry(record.bench.clone()).or_default();
-        let (count, most) = if right { (rights, SHOWN_RIGHT) } else { (wrongs, SHOWN_WRONG) };
-        *count += 1;
-        *count <= most
+        let [right, wrong] = self.first.entry(record.bench.clone()).or_default();
+        let (rows, most) = if record.is_right() { (right, SHOWN_RIGHT) } else { (wrong, SHOWN_WRONG) };
+        let taken = is_among(rows, most, record.index);
+        if taken {
+            rows.insert(record.index);
+            if rows.len() > most {
+                rows.pop_last();
+            }
+        }
+        taken
+    }
+}
+
+/// Would a row be one of the first so many?
+fn is_among(first: &BTreeSet<usize>, most: usize, row: usize) -> bool {
+    first.len() < most || first.last().is_some_and(|last| row < *last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_row_that_is_asked_again_takes_its_place_among_those_shown() {
+        let record = |index: usize, strict: f64| -> Record {
+            serde_json::from_value(json!({
+                "bench": "vsr", "index": index, "picture": "p", "question": "q", "kind": "word", "truth": "yes",
+                "answer": "yes", "reference": strict, "strict": strict,
+            }))
+            .unwrap()
+        };
+        let mut gallery = Gallery::default();
+        assert!(gallery.may_show("vsr", 9));
+        // A server was silent at row 2.
+        let rights: Vec<usize> = (0..20).filter(|i| *i != 2 && gallery.takes(&record(*i, 1.))).collect();
+        assert_eq!(rights, [0, 1, 3, 4, 5, 6]);
+        assert!(gallery.may_show("vsr", 2) && gallery.takes(&record(2, 1.)));
+        assert!(!gallery.takes(&record(6, 1.)) && !gallery.takes(&record(7, 1.)));
+        // The places of what is not right are apart.
+        let wrongs = (100..200).filter(|i| gallery.takes(&record(*i, 0.))).count();
+        assert_eq!(wrongs, SHOWN_WRONG);
+        assert!(!gallery.may_show("vsr", 200) && gallery.may_show("vsr", 50));
     }
 }

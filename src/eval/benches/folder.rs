@@ -15,7 +15,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::record::each;
-use crate::files::write_atomic;
+use crate::files::{sweep, write_atomic};
 
 pub const SETTINGS: &str = "settings.json";
 pub const PICTURES: &str = "pictures";
@@ -62,6 +62,7 @@ impl Folder {
                 dir.is_dir() && std::fs::read_dir(dir).with_context(named)?.flatten().any(|e| is_shown(&e));
             ensure!(!full, "{} is not empty and holds no run; name a new folder", named());
         }
+        [dir.to_owned(), dir.join(PICTURES)].iter().for_each(|of_run| sweep(of_run));
         // Also where they are there: what was refused then may be known now.
         write_atomic(&path, |w| writeln!(w, "{settings:#}"))?;
         let lines = dir.join(lines);
@@ -250,7 +251,12 @@ mod tests {
         let mut folder = open(&json!({ "seed": 2 }));
         folder.add(&1).unwrap();
         drop(folder);
+        // What a kill left half written is not kept.
+        let half = [out.join(".Ab3dE9.tmp"), out.join(PICTURES).join(".x0y1z2.tmp")];
+        std::fs::create_dir(out.join(PICTURES)).unwrap();
+        half.iter().for_each(|file| std::fs::write(file, "half").unwrap());
         drop(open(&json!({ "seed": 2 })));
+        assert!(half.iter().all(|file| !file.exists()));
         assert_eq!(std::fs::read_to_string(out.join("rows.jsonl")).unwrap(), "1\n");
     }
 

@@ -188,11 +188,14 @@ impl Runner<'_> {
                     self.fetch(&mut tasks);
                     spend(times, "links", started);
                     let started = Instant::now();
-                    let batch = self.plan(tasks)?;
+                    let (batch, closed) = whole(self.plan(tasks)?);
                     spend(times, "planning", started);
-                    if tell.0.send(Event::Planned(batch)).is_err() {
+                    if !batch.is_empty() && tell.0.send(Event::Planned(batch)).is_err() {
                         // The other side has stopped and says why.
                         break;
+                    }
+                    if let Some(e) = closed {
+                        return Err(e.into());
                     }
                 }
                 Ok(feed.into_notes())
@@ -319,12 +322,10 @@ impl Runner<'_> {
             if tasks.is_empty() {
                 return Ok((feed.into_notes(), unanswered));
             }
-            for Planned { task, replies } in self.plan(tasks)? {
-                // A question's replies are written together, or it is asked again as a whole.
-                if let Some(e) = replies.iter().find_map(|r| r.as_ref().err().filter(|e| e.is_of_model())) {
-                    return Err(e.clone().into());
-                }
-                if replies.iter().any(|r| r.as_ref().is_err_and(is_outage)) {
+            // A question's replies are written together, or it is asked again as a whole.
+            let (batch, closed) = whole(self.plan(tasks)?);
+            for Planned { task, replies } in batch {
+                if replies.iter().any(|r| r.as_ref().is_err_and(ChatError::is_outage)) {
                     unanswered += 1;
                     continue;
                 }
@@ -340,6 +341,9 @@ impl Runner<'_> {
                     })?;
                 }
                 progress();
+            }
+            if let Some(e) = closed {
+                return Err(e.into());
             }
         }
     }
@@ -476,7 +480,10 @@ impl Runner<'_> {
     ) -> Result<Answered, Stopped> {
         if let (Method::Stored, Seen::Room(_, q)) = (&self.method, &task.seen) {
             let answered = stored(&q.program, sandbox, tools);
-            record.set_outcome(&answered);
+            match tools.outage() {
+                Some(why) => record.set_outage(why),
+                None => record.set_outcome(&answered),
+            }
             return Ok(answered);
         }
         let planner = match &self.method {
@@ -484,7 +491,7 @@ impl Runner<'_> {
             Method::Programs(_) => None,
             Method::Stored | Method::Direct(_) => return Err(anyhow!("there is no program").into()),
         };
-        let outage = replies.iter().find_map(|r| r.as_ref().err().filter(|e| is_outage(e)));
+        let outage = replies.iter().find_map(|r| r.as_ref().err().filter(|e| e.is_outage()));
         if let Some(e) = outage.cloned() {
             record.set_outage(e.to_string());
             return Ok(Answered::without_reply(&e));
@@ -494,12 +501,12 @@ impl Runner<'_> {
             seeds.iter().map(|&seed| Asked { question: &task.question, seed, tools: 0 }).collect();
         let tools = std::slice::from_mut(tools);
         let mut runs = run_all(planner, sandbox, &asked, replies, tools, self.how.repairs, || ())?;
-        if let Some(why) = tools[0].outage() {
+        if let Some(why) = runs.iter().find_map(|r| r.outage.clone()) {
             record.set_outage(why);
             return Ok(runs.swap_remove(0).answered);
         }
         let chosen = elect(self.referee, &task.question, &runs, sandbox)?;
-        let Run { reply, answered, earlier } = runs.swap_remove(chosen);
+        let Run { reply, answered, outage: _, earlier } = runs.swap_remove(chosen);
         record.set_outcome(&answered);
         record.seed = planner.map(|_| seeds[chosen]);
         record.cut = reply.as_ref().is_some_and(|r| r.finish == Finish::Length);
@@ -507,6 +514,17 @@ impl Runner<'_> {
         record.repairs = earlier.len();
         Ok(answered)
     }
+}
+
+/// Of a batch in which the planner's model failed the questions that were answered before, which are paid for, and
+/// the failure.
+fn whole(batch: Vec<Planned>) -> (Vec<Planned>, Option<ChatError>) {
+    let failure = |p: &Planned| {
+        let mut errors = p.replies.iter().filter_map(|r| r.as_ref().err());
+        errors.find(|e| e.is_of_model()).cloned()
+    };
+    let closed = batch.iter().find_map(failure);
+    (batch.into_iter().filter(|p| failure(p).is_none()).collect(), closed)
 }
 
 /// Scores and blame, once everything else is known.
@@ -521,11 +539,6 @@ pub(super) fn finish(record: &mut Record) {
     if record.fault.is_none() {
         record.fault = record.blame(None);
     }
-}
-
-/// Is it a server's fault of the moment?
-fn is_outage(e: &ChatError) -> bool {
-    matches!(e, ChatError::NoReply(_))
 }
 
 fn blank(task: &Task) -> Record {

@@ -22,6 +22,7 @@ use cache::Cache;
 use ledger::Ledger;
 pub use ledger::Usage;
 use limits::{Pace, Slots, backoff};
+use serde_json::json;
 use wire::{Body, Failure};
 
 use super::{ChatError, ChatModel, ChatReply, ChatRequest, SamplingOptions};
@@ -67,6 +68,24 @@ impl Key {
     /// The text without this key, whoever put it there.
     fn hidden_in(&self, text: &str) -> String {
         text.replace(&self.0, "[key]")
+    }
+}
+
+/// A server's model, and what else decides what it is asked and how its reply is taken; not where it is, nor any key.
+/// Settings that are as by default are left out, so that what was made before there were such settings is still known.
+pub fn asked_model(cfg: &config::Endpoint) -> String {
+    let of = |e: &config::Endpoint| {
+        json!({
+            "max_reply_kb": e.max_reply_kb, "max_tokens_key": e.max_tokens_key, "send_seed": e.send_seed,
+            "send_top_k": e.send_top_k, "send_temperature": e.send_temperature, "extra": e.extra,
+        })
+    };
+    let (mut own, default) = (of(cfg), of(&config::Endpoint::default()));
+    let settings = own.as_object_mut().expect("made above");
+    settings.retain(|key, value| *value != default[key.as_str()]);
+    match settings.is_empty() {
+        true => cfg.model.clone(),
+        false => format!("{} {own}", cfg.model),
     }
 }
 
@@ -253,10 +272,30 @@ impl ChatModel for Endpoint {
     }
 
     fn identity(&self) -> String {
-        format!("{} {}", self.url(), self.cfg.model)
+        format!("{} {}", self.url(), asked_model(&self.cfg))
     }
 
     fn usage(&self) -> Option<Usage> {
         Some(self.ledger.usage())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_is_known_by_its_name_and_by_what_is_not_as_by_default() {
+        let cfg = config::Endpoint {
+            model: "m".into(),
+            key_env: "KEY".into(),
+            tries: 1,
+            cache: "replies".into(),
+            ..config::Endpoint::default()
+        };
+        assert_eq!(asked_model(&cfg), "m");
+        let extra = "service_tier = 'flex'".parse().unwrap();
+        let other = config::Endpoint { send_seed: false, extra, ..cfg };
+        assert_eq!(asked_model(&other), r#"m {"send_seed":false,"extra":{"service_tier":"flex"}}"#);
     }
 }

@@ -3,7 +3,7 @@
 //! Level by level, each twice the size of the one before: project this level's input to the
 //! level's width and add it, run residual blocks, hand a resampled copy to the next level.
 
-use crate::nn::{self, Filter, GroupNorm, conv_same, resize, silu};
+use crate::nn::{self, Filter, GroupNorm, conv_same, pixel_shuffle, resize, silu};
 use candle_core::{D, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use serde::{Deserialize, Serialize};
@@ -241,12 +241,6 @@ impl Resample {
         };
         self.conv.forward(&x)
     }
-}
-
-/// `[batch, 4 · c, h, w]` → `[batch, c, 2h, 2w]`.
-fn pixel_shuffle(x: &Tensor) -> Result<Tensor> {
-    let (b, c4, h, w) = x.dims4()?;
-    x.reshape((b, c4 / 4, 2, 2, h, w))?.permute((0, 1, 4, 2, 5, 3))?.reshape((b, c4 / 4, 2 * h, 2 * w))
 }
 
 #[derive(Clone, Debug)]

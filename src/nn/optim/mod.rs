@@ -527,6 +527,56 @@ mod tests {
         Ok(())
     }
 
+    /// Also where it is the last parameter's master copy that does not fit.
+    #[test]
+    fn a_state_that_does_not_fit_changes_nothing() -> Result<()> {
+        use candle_core::{Device, Shape};
+        let half = |seed| Var::from_tensor(&random((4, 3), seed)?.to_dtype(DType::BF16)?);
+        let make = |seed| -> Result<(Var, AdamW)> {
+            let (a, b) = (half(seed)?, half(seed + 1)?);
+            let named = vec![("a".to_string(), a.clone()), ("b".to_string(), b.clone())];
+            let mut opt = AdamW::new(named, AdamWConfig::default(), |_, v| Some(Group::usual(v)))?;
+            opt.accumulate(&(a.as_tensor() * b.as_tensor())?.sum_all()?.backward()?, 1.)?;
+            opt.step(0.01)?;
+            Ok((a, opt))
+        };
+        let (_, other) = make(1)?;
+        let (a, mut opt) = make(5)?;
+        opt.accumulate(&a.as_tensor().sqr()?.sum_all()?.backward()?, 1.)?;
+        opt.step(0.01)?;
+        let all = |opt: &AdamW| -> Result<Vec<(String, Vec<f32>)>> {
+            let state = opt.state()?.into_iter();
+            let values = |t: Tensor| t.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>();
+            let mut all = state.map(|(name, t)| Ok((name, values(t)?))).collect::<Result<Vec<_>>>()?;
+            all.sort_by(|x, y| x.0.cmp(&y.0));
+            Ok(all)
+        };
+        let (before, weights) = (all(&opt)?, values(&a)?);
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("optim.safetensors");
+        let f32s = |shape: &[usize]| Tensor::zeros(Shape::from(shape), DType::F32, &Device::Cpu);
+        for (name, bad) in [
+            ("b.master", f32s(&[3, 4])?),
+            ("b.master", f32s(&[2])?),
+            ("b.master", f32s(&[4, 3])?.to_dtype(DType::F64)?),
+            ("b.exp_avg_sq", f32s(&[4, 3])?.to_dtype(DType::BF16)?),
+            ("b.exp_avg", f32s(&[12])?),
+        ] {
+            let mut state = other.state()?;
+            state.insert(name.into(), bad);
+            candle_core::safetensors::save(&state, &path)?;
+            for e in [opt.restore(&state), opt.load(&path)] {
+                let e = e.unwrap_err().to_string();
+                assert!(e.contains(name) && e.contains("expected F32 of shape [4, 3]"), "{e}");
+            }
+            assert_eq!((all(&opt)?, values(&a)?), (before.clone(), weights.clone()), "{name}");
+        }
+        candle_core::safetensors::save(&other.state()?, &path)?;
+        opt.load(&path)?;
+        assert_eq!(all(&opt)?, all(&other)?);
+        Ok(())
+    }
+
     #[test]
     fn micro_batches_add_up_and_bad_gradients_change_nothing() -> Result<()> {
         let (w, b, mut opt) = setup(AdamWConfig { max_grad_norm: None, ..Default::default() })?;

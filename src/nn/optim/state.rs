@@ -82,13 +82,15 @@ impl View for Written<'_> {
 
 /// Where a state is read from.
 trait Source {
-    fn shape(&self, name: &str) -> Option<Shape>;
+    /// Type and shape of what stands there.
+    fn form(&self, name: &str) -> Option<(Dtype, Shape)>;
     fn read(&self, name: &str) -> Result<Tensor>;
 }
 
 impl Source for HashMap<String, Tensor> {
-    fn shape(&self, name: &str) -> Option<Shape> {
-        Some(self.get(name)?.shape().clone())
+    fn form(&self, name: &str) -> Option<(Dtype, Shape)> {
+        let t = self.get(name)?;
+        Some((t.dtype().into(), t.shape().clone()))
     }
 
     fn read(&self, name: &str) -> Result<Tensor> {
@@ -97,8 +99,9 @@ impl Source for HashMap<String, Tensor> {
 }
 
 impl Source for MmapedSafetensors {
-    fn shape(&self, name: &str) -> Option<Shape> {
-        Some(self.get(name).ok()?.shape().into())
+    fn form(&self, name: &str) -> Option<(Dtype, Shape)> {
+        let t = self.get(name).ok()?;
+        Some((t.dtype(), t.shape().into()))
     }
 
     fn read(&self, name: &str) -> Result<Tensor> {
@@ -123,7 +126,8 @@ impl AdamW {
         Ok(out)
     }
 
-    /// Takes over a [`AdamW::state`]; every trained parameter must be in it with its shape.
+    /// Takes over a [`AdamW::state`]; every trained parameter must be in it with its shape. One that does not fit
+    /// changes nothing.
     pub fn restore(&mut self, state: &HashMap<String, Tensor>) -> Result<()> {
         self.restore_from(state)
     }
@@ -133,13 +137,19 @@ impl AdamW {
         let steps = state.read(STEP).map_err(|_| missing(STEP))?.to_vec1::<i64>()?;
         let [steps] = steps[..] else { candle_core::bail!("optimiser state: step must be one number") };
         // All of it is looked at before any of it is taken over. A run may go on where parameters are of another
-        // type than they were.
-        for (slot, part) in self.parts().filter(|(_, part)| *part != Part::Master) {
-            let name = part.of(slot);
-            let got = state.shape(&name).ok_or_else(|| missing(&name))?;
-            if got != *slot.var.shape() {
-                let want = slot.var.shape();
-                candle_core::bail!("optimiser state: {name} has shape {got:?}, expected {want:?}")
+        // type than they were: a master copy may be there or not.
+        for (slot, part) in self.slots.iter().flat_map(|s| Part::ALL.map(|part| (s, part))) {
+            if part == Part::Square && slot.group.muon {
+                continue;
+            }
+            let (name, want) = (part.of(slot), slot.var.shape());
+            match state.form(&name) {
+                None if part == Part::Master => {}
+                None => return Err(missing(&name)),
+                Some((dtype, got)) if dtype != Dtype::F32 || got != *want => candle_core::bail!(
+                    "optimiser state: {name} is {dtype:?} of shape {got:?}, expected F32 of shape {want:?}"
+                ),
+                Some(_) => {}
             }
         }
         for s in &mut self.slots {
@@ -148,7 +158,7 @@ impl AdamW {
             };
             let v = if Part::Square.is_of(s) { read(Part::Square)? } else { vec![] };
             let mut kept = Kept { m: read(Part::Mean)?, v, master: vec![] };
-            if state.shape(&Part::Master.of(s)).is_some() {
+            if state.form(&Part::Master.of(s)).is_some() {
                 kept.master = read(Part::Master)?;
             }
             match (s.var.dtype() == DType::F32, kept.master.is_empty()) {

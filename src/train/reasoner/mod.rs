@@ -12,7 +12,7 @@ mod policy;
 mod queries;
 mod update;
 
-pub use policy::Policy;
+pub use policy::{Policy, check_trainable};
 pub use queries::{HeldOut, Queries, ROOMS};
 
 use super::checkpoint::{Checkpoints, Saved};
@@ -22,7 +22,7 @@ use super::rollout::{RolloutEngine, Servers};
 use super::run::{self, Metrics, MetricsLog};
 use super::{Broken, differences};
 use crate::config::{self, Algorithm, Config};
-use crate::files::{sha256_hex, write_atomic};
+use crate::files::{sha256_hex, sweep, write_atomic};
 use crate::llm::endpoint::Usage;
 use crate::llm::{ChatReply, ChatRequest, Finish, Message};
 use crate::nn::AdamW;
@@ -31,7 +31,7 @@ use crate::pipeline::question_seed;
 use crate::planner::{self, user_turn};
 use crate::program::Sandbox;
 use crate::verify::{Scored, Verification};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::Device;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
@@ -59,10 +59,17 @@ pub fn steps(cfg: &config::Reasoner, questions: usize) -> u64 {
     (cfg.epochs * questions as f64 / cfg.batch as f64).ceil().max(1.) as u64
 }
 
-/// That a run may write into a folder: a new or empty one, or a run's.
-pub fn check_folder(dir: &Path) -> Result<()> {
+/// That a run may write into a folder: a new or empty one, or a run's. One that has saved something is only gone on
+/// with.
+pub fn check_folder(dir: &Path, resume: bool) -> Result<()> {
     let config = || std::fs::read_to_string(dir.join("config.toml"));
-    run::check_folder(dir, || config().is_ok_and(|text| Config::parse(&text, "config.toml").is_ok()))
+    run::check_folder(dir, || config().is_ok_and(|text| Config::parse(&text, "config.toml").is_ok()))?;
+    ensure!(
+        resume || !run::has_checkpoint(dir),
+        "{} holds a run: give --resume to go on with it, or another --out",
+        dir.display()
+    );
+    Ok(())
 }
 
 /// What a run needs besides its policy.
@@ -139,25 +146,29 @@ impl Training<'_> {
         }))
     }
 
+    /// That a run which is resumed has the settings that it began with.
+    pub fn check_resumed(&self, policy: &Policy) -> Result<()> {
+        if run::has_checkpoint(&self.dir)
+            && let Some(saved) = Checkpoints::of(&self.dir.join("checkpoints")).newest(|_| ())?
+        {
+            self.saved_state(&saved, &self.settings(policy)?)?;
+        }
+        Ok(())
+    }
+
     /// Trains `policy` to the end, or to a stop. With `resume` it goes on from the folder's newest whole
     /// checkpoint; without, a folder that holds one is refused.
     pub fn run(&mut self, policy: &Policy, resume: bool) -> Result<Ended> {
         let steps = self.steps();
-        check_folder(&self.dir)?;
+        check_folder(&self.dir, resume)?;
         std::fs::create_dir_all(&self.dir).with_context(|| self.dir.display().to_string())?;
+        ["", "best", "model", "rollouts", "held_out"].iter().for_each(|folder| sweep(&self.dir.join(folder)));
         let checkpoints = Checkpoints::open(&self.dir.join("checkpoints"), self.cfg().keep)?;
         let mut optimiser = optimiser(policy, self.cfg())?;
         let schedule = schedule(self.cfg(), steps);
         let mut state = State { settings: self.settings(policy)?, ..State::default() };
         if let Some(saved) = checkpoints.newest(|why| eprintln!("valor: passing over {why}"))? {
-            if !resume {
-                bail!(
-                    "{} holds a run that is at step {}: give --resume to go on with it, or another --out",
-                    self.dir.display(),
-                    saved.step
-                )
-            }
-            state = self.restore(policy, &mut optimiser, &saved, state)?;
+            state = self.restore(policy, &mut optimiser, &saved, &state.settings)?;
             eprintln!("valor: going on at step {} of {steps}", state.step);
         } else if resume {
             eprintln!("valor: {} holds no checkpoint yet; beginning at step 0", self.dir.display());
@@ -286,23 +297,29 @@ impl Training<'_> {
         Ok(clock.0.into_iter().map(|(phase, seconds)| (phase, seconds * whole)).collect())
     }
 
+    /// Where a checkpoint stands, if it was made with these settings.
+    fn saved_state(&self, saved: &Saved, settings: &Value) -> Result<State> {
+        let named = || saved.path.display().to_string();
+        let text = std::fs::read_to_string(saved.path.join("state.json")).with_context(named)?;
+        let state: State = serde_json::from_str(&text).with_context(named)?;
+        if state.settings != *settings {
+            bail!(
+                "{} was made with other settings: {}",
+                self.dir.display(),
+                differences(&state.settings, settings).join("; ")
+            )
+        }
+        Ok(state)
+    }
+
     fn restore(
         &self,
         policy: &Policy,
         optimiser: &mut AdamW,
         saved: &Saved,
-        expected: State,
+        settings: &Value,
     ) -> Result<State> {
-        let named = || saved.path.display().to_string();
-        let text = std::fs::read_to_string(saved.path.join("state.json")).with_context(named)?;
-        let state: State = serde_json::from_str(&text).with_context(named)?;
-        if state.settings != expected.settings {
-            bail!(
-                "{} was made with other settings: {}",
-                self.dir.display(),
-                differences(&state.settings, &expected.settings).join("; ")
-            )
-        }
+        let state = self.saved_state(saved, settings)?;
         policy.trained().load(&saved.path.join("trained.safetensors"))?;
         optimiser.load(&saved.path.join("optimiser.safetensors"))?;
         policy.changed();

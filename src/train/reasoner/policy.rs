@@ -49,19 +49,7 @@ impl Policy {
         device: &Device,
     ) -> Result<Self> {
         let files = ModelFiles::open(model, "planner")?;
-        ensure!(
-            !matches!(files, ModelFiles::Gguf(_)),
-            "{}: a GGUF file is for inference; train the checkpoint that it was made from (or write one from \
-             it: valor models convert)",
-            files.name()
-        );
-        let kind: Value = files.json("config.json")?;
-        ensure!(
-            kind["model_type"] == "qwen3",
-            "{}/config.json: model_type {} cannot be trained as a planner yet; qwen3 can",
-            files.name(),
-            kind["model_type"]
-        );
+        check_trainable(&files)?;
         let net: Config = files.json("config.json")?;
         let mut tensors = files.checkpoint()?.tensors()?;
         if net.tie_word_embeddings {
@@ -169,6 +157,24 @@ impl Policy {
         let config = peft_config(&self.source, lora);
         Ok(write_atomic(&dir.join("adapter_config.json"), |w| writeln!(w, "{config:#}"))?)
     }
+}
+
+/// That a planner is of a kind that can be trained, told before it is loaded.
+pub fn check_trainable(files: &ModelFiles) -> Result<()> {
+    ensure!(
+        !matches!(files, ModelFiles::Gguf(_)),
+        "{}: a GGUF file is for inference; train the checkpoint that it was made from (or write one from \
+         it: valor models convert)",
+        files.name()
+    );
+    let kind: Value = files.json("config.json")?;
+    ensure!(
+        kind["model_type"] == "qwen3",
+        "{}/config.json: model_type {} cannot be trained as a planner yet; qwen3 can",
+        files.name(),
+        kind["model_type"]
+    );
+    Ok(())
 }
 
 /// As one safetensors file, in the layout that transformers reads.

@@ -240,6 +240,15 @@ pub fn checked(path: &Path, strict: bool) -> Result<Boxes> {
         ensure!(!boxes.records.is_empty(), "{} holds no record", path.display());
         return Ok(boxes);
     }
+    let missing = faults.iter().filter(|f| f.kind == FaultKind::MissingPicture).count();
+    ensure!(
+        missing < boxes.records.len(),
+        "{}: none of its {missing} pictures is there, such as {:?}: looked in {}; put the file where they are, or a \
+         link named images to their folder beside it",
+        path.display(),
+        boxes.records[0].filename,
+        boxes.places()
+    );
     eprint!("valor: wrong in {}:\n{}", path.display(), faults_table(&boxes, &faults));
     ensure!(!strict, "--strict: {} faults in {}", faults.len(), path.display());
     let left = boxes.without(&faults);
@@ -256,7 +265,11 @@ fn faults_table(boxes: &Boxes, faults: &[Fault]) -> String {
     let mut out = String::new();
     for (kind, (n, first)) in kinds {
         let record: &Record = &boxes.records[first.record];
-        let place = first.instance.map_or(String::new(), |k| format!(", box {k}"));
+        let place = match (first.instance, kind) {
+            (Some(k), _) => format!(", box {k}"),
+            (None, FaultKind::MissingPicture) => format!("; looked in {}", boxes.places()),
+            (None, _) => String::new(),
+        };
         out += &format!(
             "{n:>7}  {}; the first: record {}, {}{place}\n",
             kind.text(),

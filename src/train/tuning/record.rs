@@ -132,8 +132,13 @@ pub fn odvg(records: &[Mined], labels: &mut LabelMap) -> Vec<Record> {
                 }),
                 // A box over most of the picture would hide all that is wrong in it.
                 Some(stage) => {
+                    // A duplicate's object is in the box that stays. Without one it was no duplicate, and is unknown.
+                    let stays = |k: &Found| {
+                        k.dropped.is_none() && k.label == f.label && bbox::intersection(k.bbox, f.bbox) > 0.
+                    };
+                    let lone = stage == Stage::Dedupe && !r.found.iter().any(stays);
                     let small = bbox::area(f.bbox) <= 0.5 * f64::from(r.width) * f64::from(r.height);
-                    if (stage == Stage::Crop || f.unsure) && small {
+                    if (stage == Stage::Crop || f.unsure || lone) && small {
                         detection.ignore.push(f.bbox);
                     }
                 }
@@ -353,13 +358,16 @@ mod tests {
     #[test]
     fn what_was_only_badly_framed_is_no_negative() {
         let r = mined(
-            &["chair", "sofa", "bed", "ball"],
+            &["chair", "sofa", "bed", "ball", "stool"],
             vec![
                 found("chair", 0., 0.9, None),
                 found("chair", 50., 0.3, Some(Stage::Coarse)),
                 found("sofa", 20., 0.5, Some(Stage::Coarse)),
                 found("bed", 70., 0.5, Some(Stage::Coarse)),
                 found("bed", 72., 0.5, Some(Stage::Crop)),
+                // A duplicate of the first, and one of nothing.
+                found("chair", 2., 0.8, Some(Stage::Dedupe)),
+                found("stool", 30., 0.4, Some(Stage::Dedupe)),
             ],
             &["lamp", "bed", "ball", "sofa"],
         );
@@ -375,7 +383,7 @@ mod tests {
         assert_eq!(labels.names(), ["vase", "chair"], "known ids stay");
         assert_eq!(d.hard_negatives, ["sofa"]);
         assert_eq!(d.absent, ["lamp", "ball"]);
-        assert_eq!(d.ignore, [[72., 0., 82., 10.]]);
+        assert_eq!(d.ignore, [[72., 0., 82., 10.], [30., 0., 40., 10.]]);
     }
 
     #[test]
@@ -389,6 +397,7 @@ mod tests {
         let truth = Boxes {
             labels: LabelMap::default(),
             folder: Default::default(),
+            subfolders: Vec::new(),
             records: vec![Record {
                 filename: "a.png".into(),
                 width: 100,

@@ -1,7 +1,7 @@
 //! Rooms as unlabelled pictures with questions, and beside them the truth that mining is not shown.
 
 use crate::data::odvg::{Detected, Instance, LabelMap, Record};
-use crate::files::write_atomic;
+use crate::files::{sweep, write_atomic};
 use crate::rooms::export::picture_png;
 use crate::rooms::questions::{Questions, Split, scene_seed};
 use crate::rooms::{self, Look, View};
@@ -25,6 +25,7 @@ pub fn write(dir: &Path, look: Look, seed: u64, n: usize) -> Result<()> {
     {
         return Ok(());
     }
+    sweep(dir);
     let name = |i: usize| format!("{i:06}.png");
     let views: Vec<Arc<View>> = (0..n)
         .into_par_iter()

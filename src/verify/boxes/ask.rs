@@ -3,6 +3,7 @@
 use super::show;
 use crate::llm::{ChatRequest, Message};
 use crate::tools::{BBox, Picture};
+use image::RgbImage;
 
 /// The three questions; each has a prompt in which `{noun}` stands for a noun and `{an}` for the noun
 /// with its article.
@@ -52,7 +53,12 @@ pub fn parse(reply: &str) -> Option<bool> {
 
 /// A request about one box.
 pub fn about(picture: &Picture, b: BBox, text: String, side: u32, seed: u64, tokens: usize) -> ChatRequest {
-    let message = Message::user(text).with_images(vec![show::alone(picture, b, side)]);
+    of_image(show::alone(picture, b, side), text, seed, tokens)
+}
+
+/// A request about what one sees.
+pub fn of_image(image: RgbImage, text: String, seed: u64, tokens: usize) -> ChatRequest {
+    let message = Message::user(text).with_images(vec![image]);
     ChatRequest { messages: vec![message], ..ChatRequest::user("", seed, tokens) }
 }
 

@@ -85,8 +85,13 @@ const TRIES: usize = 3;
 /// What a reply of no use is asked for again with: the most likely one would be the same.
 const SECOND: f64 = 0.7;
 
-impl BoxJudge {
-    pub fn new(model: Arc<dyn ChatModel>, cfg: &config::Mining) -> Result<Self, ConfigError> {
+/// That a verifier's prompts are there, before its model is loaded.
+pub fn check_prompts(cfg: &config::Mining) -> Result<(), ConfigError> {
+    Prompts::open(cfg).map(|_| ())
+}
+
+impl Prompts {
+    fn open(cfg: &config::Mining) -> Result<Self, ConfigError> {
         let prompt = |file: &str, shipped: &str| match cfg.prompts.as_str() {
             "" => Ok(shipped.to_owned()),
             folder => {
@@ -110,7 +115,13 @@ impl BoxJudge {
             Granularity::None => Default::default(),
         };
         let absent = prompt("boxes-absent.txt", include_str!("../../../data/prompts/boxes-absent.txt"))?;
-        let prompts = Prompts { stages, absent };
+        Ok(Self { stages, absent })
+    }
+}
+
+impl BoxJudge {
+    pub fn new(model: Arc<dyn ChatModel>, cfg: &config::Mining) -> Result<Self, ConfigError> {
+        let prompts = Prompts::open(cfg)?;
         Ok(Self {
             model,
             granularity: cfg.granularity,

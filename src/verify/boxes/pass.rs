@@ -100,8 +100,8 @@ fn parted(judge: &BoxJudge, cases: &mut [Open], stage: Stage) -> Result<(), Chat
     let (mut at, mut requests) = (Vec::new(), Vec::new());
     for (c, case) in cases.iter().enumerate() {
         let kept = case.kept();
-        // One box is no duplicate.
-        if kept.len() < if stage == Stage::Dedupe { 2 } else { 1 } {
+        // The last stage is a last look, too, as in the released code: also at one box.
+        if kept.is_empty() {
             continue;
         }
         let boxes: Vec<(usize, &Detection)> = kept.iter().map(|&i| (i, &case.case.boxes[i])).collect();
@@ -155,8 +155,8 @@ fn crops(judge: &BoxJudge, cases: &mut [Open]) -> Result<(), ChatError> {
         for i in case.kept() {
             let found = &case.case.boxes[i];
             let text = super::worded(&judge.prompts.stages[1], &found.label);
-            let request =
-                super::ask::about(case.case.picture, found.bbox, text, judge.side, 0, judge.max_new_tokens);
+            let image = show::framed(case.case.picture, found.bbox, judge.side);
+            let request = super::ask::of_image(image, text, 0, judge.max_new_tokens);
             requests.push(ChatRequest { schema: Some(schema.clone()), ..request });
             at.push((c, i));
         }

@@ -16,14 +16,24 @@ const BLUE: [u8; 3] = [20, 60, 230];
 
 /// Enlarged, never made smaller, until the long side is `side`.
 fn enlarged(picture: Picture, side: u32) -> (Picture, f64) {
-    let (w, h) = (picture.width(), picture.height());
-    let scale = f64::from(side) / f64::from(w.max(h));
-    if scale <= 1. {
+    if picture.width().max(picture.height()) >= side {
         return (picture, 1.);
     }
+    scaled(picture, side)
+}
+
+/// Enlarged or made smaller until the long side is `side`.
+fn scaled(picture: Picture, side: u32) -> (Picture, f64) {
+    let (w, h) = (picture.width(), picture.height());
+    let scale = f64::from(side) / f64::from(w.max(h));
     let to = |n: u32| ((f64::from(n) * scale).round() as usize).max(1);
     let rgb = resize_u8(picture.rgb(), (h as usize, w as usize), 3, (to(h), to(w)), Filter::Bicubic);
     (Picture::new(to(w) as u32, to(h) as u32, rgb), scale)
+}
+
+/// A box alone, its long side of `side` pixels whatever it was before, as the released code shows it.
+pub fn framed(picture: &Picture, b: BBox, side: u32) -> RgbImage {
+    scaled(crop(picture, Some(b), MARGIN), side).0.to_image()
 }
 
 /// A box alone.
@@ -57,4 +67,18 @@ pub fn numbered(picture: &Picture, boxes: &[(usize, &Detection)]) -> [RgbImage; 
         canvas.label(d.bbox, &format!("{i} {}", d.label), colour, thick, scale);
     }
     [picture.to_image(), canvas.finish().to_image()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn large_boxes_keep_their_size_alone_and_lose_it_framed() {
+        let picture = Picture::new(200, 100, vec![90; 200 * 100 * 3]);
+        let sizes = |b: BBox| [alone(&picture, b, 80).dimensions(), framed(&picture, b, 80).dimensions()];
+        // Each side grows by a tenth.
+        assert_eq!(sizes([50., 20., 150., 70.]), [(120, 60), (80, 40)]);
+        assert_eq!(sizes([50., 20., 70., 30.]), [(80, 40), (80, 40)]);
+    }
 }

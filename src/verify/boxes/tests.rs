@@ -116,6 +116,21 @@ fn what_says_nothing_of_use_is_asked_again_and_then_costs_the_box_not_the_pictur
 }
 
 #[test]
+fn pass_by_pass_the_last_look_is_also_at_one_box() {
+    let (out, asked) = judged("pass", &three()[..1], |_, n| {
+        let replies = [
+            r#"{"keep": [0], "drop": []}"#,
+            r#"{"keep": true, "reason": ""}"#,
+            r#"{"keep": [], "drop": [{"index": 0, "reason": "a stool"}]}"#,
+        ];
+        Ok(replies[n - 1].into())
+    });
+    let out = out.unwrap();
+    assert_eq!((dropped(&out), asked), (vec![Some(Stage::Dedupe)], 3));
+    assert_eq!(out[0].reason, "a stool");
+}
+
+#[test]
 fn a_verifier_that_is_away_decides_nothing() {
     for granularity in ["box", "pass"] {
         let (out, asked) =

@@ -22,15 +22,31 @@ use sha2::{Digest, Sha256};
 
 use super::PYTORCH_NAMES;
 use super::source::{HubSource, RepoKind, is_safe};
+use transfer::Failure;
 
 #[derive(Debug, thiserror::Error)]
 pub enum HubError {
     #[error("{repo}: {message}")]
     Repo { repo: String, message: String },
-    #[error("{repo}, {file}: {message}")]
-    File { repo: String, file: String, message: String },
+    /// The network, the hub or the disk failed, and not what was asked for.
+    #[error("{of}: {message}")]
+    Outage { of: String, message: String },
     #[error(transparent)]
     Io(#[from] std::io::Error),
+}
+
+impl HubError {
+    pub fn is_outage(&self) -> bool {
+        matches!(self, Self::Outage { .. } | Self::Io(_))
+    }
+
+    /// A request's, with what it was for.
+    fn of(of: String, failure: Failure) -> Self {
+        match failure {
+            Failure::Refused(message) => Self::Repo { repo: of, message },
+            Failure::Outage(message) => Self::Outage { of, message },
+        }
+    }
 }
 
 /// The hub as the environment describes it.
@@ -245,7 +261,7 @@ impl Hub {
         let revision = source.revision.replace('/', "%2F");
         let (kind, repo) = (api_name(source.kind), &source.repo);
         let url = format!("{}/api/{kind}/{repo}/revision/{revision}?blobs=true", self.endpoint);
-        let text = self.text(&url).map_err(|m| Self::fail(source, m))?;
+        let text = self.text(&url).map_err(|e| HubError::of(source.to_string(), e))?;
         let model: Model = serde_json::from_str(&text)
             .map_err(|e| Self::fail(source, format!("the hub's answer cannot be read: {e}")))?;
         // A stranger's names become paths here.
@@ -278,7 +294,11 @@ impl Hub {
     ) -> Result<PathBuf, HubError> {
         let folder = self.folder_of(source);
         let blobs = folder.join("blobs");
-        std::fs::create_dir_all(&blobs)?;
+        let disk = |at: &Path, e: std::io::Error| HubError::Outage {
+            of: at.display().to_string(),
+            message: format!("{e}; mend that, or set HF_HOME to another disk"),
+        };
+        std::fs::create_dir_all(&blobs).map_err(|e| disk(&blobs, e))?;
         let missing = self.missing(source, files);
         if let Some(free) = free_space(&blobs).filter(|free| *free < missing) {
             let gb = |bytes: u64| bytes as f64 / 1e9;
@@ -288,7 +308,7 @@ impl Hub {
                 gb(free),
                 self.cache.path().display()
             );
-            return Err(Self::fail(source, message));
+            return Err(HubError::Outage { of: source.to_string(), message });
         }
         for file in files {
             let below = match source.kind {
@@ -297,16 +317,13 @@ impl Hub {
             };
             let repo = format!("{}/{below}{}", self.endpoint, source.repo);
             let url = format!("{repo}/resolve/{}/{}", listing.commit, file.name);
-            self.transfer(&url, &blobs, file, progress).map_err(|message| HubError::File {
-                repo: source.to_string(),
-                file: file.name.clone(),
-                message,
-            })?;
+            self.transfer(&url, &blobs, file, progress)
+                .map_err(|e| HubError::of(format!("{source}, {}", file.name), e))?;
         }
         let at = self.at(source);
         let snapshot = at.pointer_path(&listing.commit);
         for file in files {
-            link(&snapshot, file)?;
+            link(&snapshot, file).map_err(|e| disk(&snapshot, e))?;
         }
         if source.revision != listing.commit {
             at.create_ref(&listing.commit)?;
@@ -351,6 +368,9 @@ impl Hub {
     /// Hashes all of a repository's blobs here anew: each file's name, and what is wrong with it.
     pub fn verify(&self, repo: &str, progress: Progress) -> Result<Vec<(String, Option<String>)>, HubError> {
         let folder = self.folder(repo);
+        if !folder.join("blobs").is_dir() {
+            return Err(self.not_here(repo));
+        }
         let named = names(&folder);
         let mut all = Vec::new();
         for blob in std::fs::read_dir(folder.join("blobs"))?.flatten() {
@@ -379,13 +399,14 @@ impl Hub {
         }
     }
 
+    fn not_here(&self, repo: &str) -> HubError {
+        HubError::Repo { repo: repo.into(), message: format!("is not in {}", self.cache.path().display()) }
+    }
+
     /// Deletes a repository from the cache; gives the bytes that were freed.
     pub fn remove(&self, repo: &str) -> Result<u64, HubError> {
         let held = self.held().into_iter().find(|h| h.repo == repo);
-        let held = held.ok_or_else(|| HubError::Repo {
-            repo: repo.into(),
-            message: format!("is not in {}", self.cache.path().display()),
-        })?;
+        let held = held.ok_or_else(|| self.not_here(repo))?;
         std::fs::remove_dir_all(self.folder(repo))?;
         Ok(held.bytes + held.incomplete_bytes)
     }

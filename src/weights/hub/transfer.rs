@@ -16,20 +16,32 @@ pub(super) fn incomplete(blobs: &Path, id: &str) -> PathBuf {
     blobs.join(format!("{id}.incomplete"))
 }
 
+/// Why nothing came.
+pub(super) enum Failure {
+    /// What was asked for cannot be had.
+    Refused(String),
+    /// The network or the disk failed; of the same request later something may come.
+    Outage(String),
+}
+
 enum Stop {
     /// Another request may bring the rest.
     Passing(String, Option<Duration>),
-    Final(String),
+    Final(Failure),
 }
 
 /// For the disk's own errors, which no request mends.
 fn disk(path: &Path) -> impl Fn(std::io::Error) -> Stop + '_ {
-    move |e| Stop::Final(format!("{}: {e}", path.display()))
+    move |e| Stop::Final(Failure::Outage(format!("{}: {e}", path.display())))
+}
+
+fn refused(why: impl Into<String>) -> Stop {
+    Stop::Final(Failure::Refused(why.into()))
 }
 
 impl Hub {
     /// A small text from the hub.
-    pub(super) fn text(&self, url: &str) -> Result<String, String> {
+    pub(super) fn text(&self, url: &str) -> Result<String, Failure> {
         let mut failed = 0;
         loop {
             let got = self.get(url, 0).and_then(|mut response| {
@@ -51,14 +63,14 @@ impl Hub {
         blobs: &Path,
         file: &RemoteFile,
         progress: Progress,
-    ) -> Result<(), String> {
+    ) -> Result<(), Failure> {
         let blob = blobs.join(file.hash.name());
         if blob.is_file() {
             progress(&file.name, file.bytes, file.bytes);
             return Ok(());
         }
         let growing = incomplete(blobs, file.hash.name());
-        let told = |e: std::io::Error| format!("{}: {e}", growing.display());
+        let told = |e: std::io::Error| Failure::Outage(format!("{}: {e}", growing.display()));
         let mut part = OpenOptions::new()
             .create(true)
             .truncate(false)
@@ -90,7 +102,8 @@ impl Hub {
         let got = file.hash.of(&growing, |_| ()).map_err(told)?;
         if got != file.hash.name() {
             std::fs::remove_file(&growing).map_err(told)?;
-            return Err(format!("its hash is {got}, and should be {}; it was thrown away", file.hash.name()));
+            let why = format!("its hash is {got}, and should be {}; it was thrown away", file.hash.name());
+            return Err(Failure::Outage(why));
         }
         std::fs::rename(&growing, &blob).map_err(told)
     }
@@ -148,26 +161,28 @@ impl Hub {
                     header("content-range").and_then(|r| r.strip_prefix("bytes ")?.split('-').next());
                 match starts.and_then(|s| s.parse::<u64>().ok()) {
                     Some(start) if start == from => Ok(response),
-                    _ => Err(Stop::Final("the hub sends another part than was asked for".into())),
+                    _ => Err(refused("the hub sends another part than was asked for")),
                 }
             }
-            401 | 403 => Err(Stop::Final(format!(
+            401 | 403 => Err(refused(format!(
                 "the hub refuses (status {status}): the repository does not exist or is gated; accept its terms \
                  on its page and set HF_TOKEN"
             ))),
-            404 => Err(Stop::Final("the hub has no such repository, revision or file".into())),
+            404 => Err(refused("the hub has no such repository, revision or file")),
             408 | 429 | 500..=599 => {
                 Err(Stop::Passing(format!("the hub answers with status {status}"), wait()))
             }
-            _ => Err(Stop::Final(format!("the hub answers with status {status}"))),
+            _ => Err(refused(format!("the hub answers with status {status}"))),
         }
     }
 }
 
-fn wait_or_give_up(stop: Stop, failed: u32) -> Result<(), String> {
+fn wait_or_give_up(stop: Stop, failed: u32) -> Result<(), Failure> {
     match stop {
-        Stop::Final(message) => Err(message),
-        Stop::Passing(message, _) if failed >= TRIES => Err(format!("{message} (tried {failed} times)")),
+        Stop::Final(why) => Err(why),
+        Stop::Passing(message, _) if failed >= TRIES => {
+            Err(Failure::Outage(format!("{message} (tried {failed} times)")))
+        }
         Stop::Passing(_, asked) => {
             let wait = asked.unwrap_or(Duration::from_millis(250 << failed));
             std::thread::sleep(wait.min(LONGEST_WAIT));
