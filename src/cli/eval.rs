@@ -10,7 +10,7 @@ use super::{ExecutorArgs, ModelArgs, fillable, replaceable};
 use crate::config::{EMBEDDED, EMBEDDED_BASE};
 use crate::eval::benches::feed::{ROOMS_N, Shard};
 use crate::eval::rooms::{Programs, Report, ToolSet, evaluate, questions};
-use crate::files::{sweep, write_atomic};
+use crate::files::write_atomic;
 use crate::llm::ChatModels;
 use crate::pipeline::{Referee, sandbox};
 use crate::planner::Planner;
@@ -259,7 +259,6 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
         bail!("--shuffle-pictures needs questions about more than one picture; raise --n")
     }
     if let Some(dir) = &args.pictures {
-        sweep(dir);
         for (i, (view, _)) in asked.iter().enumerate() {
             write_atomic(&dir.join(format!("{i}.png")), |w| w.write_all(&picture_png(view)?))?;
         }
@@ -272,7 +271,7 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
     let samples = match scored {
         Ok(samples) => samples,
         Err(e) => {
-            eprintln!("valor: the planner failed: {e}");
+            eprintln!("valor: a model failed: {e}");
             return Ok(ExitCode::FAILURE);
         }
     };
@@ -287,6 +286,13 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
         writeln!(stdout, "{}", serde_json::to_string_pretty(&report)?)?;
     } else {
         write!(stdout, "{}", report.table())?;
+    }
+    if report.unanswered > 0 {
+        let n = report.unanswered;
+        eprintln!(
+            "valor: {n} questions had no reply from their servers and are not scored; run the same command again"
+        );
+        return Ok(ExitCode::FAILURE);
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -75,7 +75,12 @@ pub(super) fn merge(
         }
         // What a server takes beside is not for us to know.
         if k == "extra" && path.starts_with("endpoints.") && v.is_table() {
-            leaves(&full, &v, &mut |key| drop(origins.insert(key, origin.into())));
+            let mut keys = Vec::new();
+            leaves(&full, &v, &mut |key| keys.push(key));
+            if let Some(key) = keys.iter().find(|key| is_secret(key)) {
+                return Err(secret(origin, key.clone()));
+            }
+            origins.extend(keys.into_iter().map(|key| (key, origin.into())));
             let all = into.entry(k).or_insert_with(|| Value::Table(Table::new()));
             overlay(all, v);
             continue;
@@ -83,16 +88,7 @@ pub(super) fn merge(
         let Some(default) = defaults.get(&k) else {
             let key = first_leaf(full, &v);
             if is_secret(&key) {
-                // The value is not repeated.
-                let origin = match origin.split_once('=') {
-                    Some((key, _)) if origin.starts_with("--set ") => key.into(),
-                    _ => origin.into(),
-                };
-                let hint =
-                    "; keys of servers are read from the environment: set endpoints.NAME.key_env to the \
-                            name of the variable that holds it"
-                        .into();
-                return Err(ConfigError::UnknownKey { origin, hint, key });
+                return Err(secret(origin, key));
             }
             return Err(ConfigError::UnknownKey { origin: origin.into(), hint: nearest(&key), key });
         };
@@ -153,10 +149,34 @@ fn first_leaf(path: String, value: &Value) -> String {
     }
 }
 
+/// The error of a key under which a secret was put; its value is not repeated.
+fn secret(origin: &str, key: String) -> ConfigError {
+    let origin = match origin.split_once('=') {
+        Some((key, _)) if origin.starts_with("--set ") => key.into(),
+        _ => origin.into(),
+    };
+    let hint = "; keys of servers are read from the environment: set endpoints.NAME.key_env to the name of the variable \
+                that holds it"
+        .into();
+    ConfigError::UnknownKey { origin, hint, key }
+}
+
 /// Is a key with this full name, by its last part, what someone would put a secret under?
 fn is_secret(key: &str) -> bool {
     let last = key.rsplit('.').next().unwrap_or(key).to_lowercase().replace(['-', '_'], "");
-    ["apikey", "key", "token", "apitoken", "accesstoken", "password", "secret"].contains(&last.as_str())
+    const WHOLE: [&str; 3] = ["key", "token", "bearer"];
+    const ENDS: [&str; 9] = [
+        "apikey",
+        "secretkey",
+        "apitoken",
+        "accesstoken",
+        "authtoken",
+        "hftoken",
+        "password",
+        "secret",
+        "authorization",
+    ];
+    WHOLE.contains(&last.as_str()) || ENDS.iter().any(|end| last.ends_with(end))
 }
 
 /// Says which valid key is nearest to a wrong one.

@@ -374,7 +374,14 @@ mod tests {
 
     #[test]
     fn who_sets_a_servers_key_is_told_of_the_environment_and_the_key_is_not_repeated() {
-        for key in ["endpoints.gpt.api_key", "endpoints.gpt-4.1.token", "planner.api-key", "API_KEY"] {
+        for key in [
+            "endpoints.gpt.api_key",
+            "endpoints.gpt-4.1.token",
+            "planner.api-key",
+            "API_KEY",
+            "endpoints.a.openai_api_key",
+            "endpoints.gpt.extra.authorization",
+        ] {
             let e = set(&format!("{key}=sk-a=b")).unwrap_err().to_string();
             assert!(e.starts_with(&format!("--set {key}: unknown key `{key}`; keys of servers")), "{e}");
             assert!(e.contains("endpoints.NAME.key_env") && !e.contains("sk-"), "{e}");

@@ -1,13 +1,13 @@
 //! Rows of a bench's files as questions.
 
 use std::collections::VecDeque;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::files::sha256_hex;
 use serde_json::{Map, Value};
 
 use super::inline;
-use super::lines::Lines;
+use super::lines::{self, Lines};
 use super::table::{Cell, Column, Row, Table};
 use super::transform::{caption, letter, lettered, with_options};
 use super::{Bench, DataError, Files, Item, Kind, PictureRef, Source};
@@ -58,6 +58,11 @@ fn keys(bench: Bench) -> &'static [&'static [&'static str]] {
     }
 }
 
+/// The longest line of a bench's files. VSR has links to its pictures, and those alone.
+fn longest(bench: Bench) -> u64 {
+    if bench == Bench::Vsr { lines::TEXT } else { lines::WITH_PICTURE }
+}
+
 impl Items {
     /// # Errors
     /// The first file that cannot be read, or lacks a column.
@@ -66,7 +71,7 @@ impl Items {
         for (_, file) in &source.files {
             total += match source.bench.files() {
                 Files::Parquet(_) => Table::open(file, columns(source.bench))?.rows(),
-                Files::Lines(_) => checked_lines(file, keys(source.bench))?.rows(),
+                Files::Lines(_) => checked_lines(file, longest(source.bench), keys(source.bench))?.rows()?,
             };
         }
         let waiting = source.files.iter().cloned().collect();
@@ -248,9 +253,10 @@ impl Items {
 }
 
 /// A file of lines of which the first has what is needed: of each set of names one.
-pub(super) fn checked_lines(file: &std::path::Path, keys: &[&[&str]]) -> Result<Lines, DataError> {
+pub(super) fn checked_lines(file: &Path, longest: u64, keys: &[&[&str]]) -> Result<Lines, DataError> {
     let fail = |message: String| DataError::File { file: file.display().to_string(), message };
-    let first = Lines::open(file)?.next().ok_or_else(|| fail("is empty; fetch it again".into()))??;
+    let mut lines = Lines::open(file, longest)?;
+    let first = lines.next().ok_or_else(|| fail("is empty; fetch it again".into()))??;
     let first = first.map_err(|e| fail(format!("line 1 {e}; fetch it again")))?;
     for names in keys {
         if !names.iter().any(|n| first.contains_key(*n)) {
@@ -262,7 +268,8 @@ pub(super) fn checked_lines(file: &std::path::Path, keys: &[&[&str]]) -> Result<
             )));
         }
     }
-    Lines::open(file)
+    lines.rewind()?;
+    Ok(lines)
 }
 
 fn number(v: &Value) -> Option<Value> {
@@ -292,7 +299,7 @@ impl Iterator for Items {
                 let (part, file) = self.waiting.pop_front()?;
                 let reader = match self.source.bench.files() {
                     Files::Parquet(_) => Table::open(&file, columns(self.source.bench)).map(Reader::Table),
-                    Files::Lines(_) => Lines::open(&file).map(Reader::Lines),
+                    Files::Lines(_) => Lines::open(&file, longest(self.source.bench)).map(Reader::Lines),
                 };
                 match reader {
                     Ok(reader) => self.current = Some((part, reader)),

@@ -1,44 +1,66 @@
 //! Objects of a file of JSON lines, one at a time.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Seek};
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
 use super::{DataError, LARGEST_PICTURE};
 
-/// Longest line that is read: it may hold its picture as base64.
-const LONGEST: u64 = LARGEST_PICTURE / 3 * 4 + (1 << 20);
+/// Longest line that is read of a file without pictures: as values it takes many times its length.
+pub const TEXT: u64 = 1 << 20;
+/// And of one whose lines may hold their pictures, as base64.
+pub const WITH_PICTURE: u64 = LARGEST_PICTURE / 3 * 4 + TEXT;
 
 pub struct Lines {
     file: String,
     reader: BufReader<File>,
-    count: usize,
+    longest: u64,
 }
 
 impl Lines {
-    pub fn open(path: &Path) -> Result<Self, DataError> {
+    /// A line longer than `longest` is read as several.
+    pub fn open(path: &Path, longest: u64) -> Result<Self, DataError> {
         let file = path.display().to_string();
-        let fail = |e: std::io::Error| DataError::File { file: file.clone(), message: e.to_string() };
-        let mut count = 0;
-        let mut reader = BufReader::new(File::open(path).map_err(fail)?);
-        // Counted first: a bar that knows its end is worth a pass over a text file.
-        loop {
-            let mut line = Vec::new();
-            let n = reader.by_ref().take(LONGEST).read_until(b'\n', &mut line).map_err(fail)?;
-            if n == 0 {
-                break;
-            }
-            count += usize::from(!line.trim_ascii().is_empty());
+        match File::open(path) {
+            Ok(opened) => Ok(Self { file, reader: BufReader::new(opened), longest }),
+            Err(e) => Err(DataError::File { file, message: e.to_string() }),
         }
-        let reader = BufReader::new(File::open(path).map_err(fail)?);
-        Ok(Self { file, reader, count })
     }
 
-    /// Lines that are not empty.
-    pub fn rows(&self) -> usize {
-        self.count
+    /// Counts the lines that are not empty, and goes back to the first: a bar that knows its end is worth a pass over a
+    /// text file.
+    pub fn rows(&mut self) -> Result<usize, DataError> {
+        self.rewind()?;
+        let mut count = 0;
+        while self.line()?.is_some() {
+            count += 1;
+        }
+        self.rewind()?;
+        Ok(count)
+    }
+
+    pub fn rewind(&mut self) -> Result<(), DataError> {
+        self.reader.rewind().map_err(|e| self.fail(&e))
+    }
+
+    /// The next line that is not empty.
+    fn line(&mut self) -> Result<Option<Vec<u8>>, DataError> {
+        loop {
+            let mut line = Vec::new();
+            let read = self.reader.by_ref().take(self.longest).read_until(b'\n', &mut line);
+            if read.map_err(|e| self.fail(&e))? == 0 {
+                return Ok(None);
+            }
+            if !line.trim_ascii().is_empty() {
+                return Ok(Some(line));
+            }
+        }
+    }
+
+    fn fail(&self, e: &std::io::Error) -> DataError {
+        DataError::File { file: self.file.clone(), message: e.to_string() }
     }
 }
 
@@ -47,20 +69,24 @@ impl Iterator for Lines {
     type Item = Result<Result<Map<String, Value>, String>, DataError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        loop {
-            let mut line = Vec::new();
-            match self.reader.by_ref().take(LONGEST).read_until(b'\n', &mut line) {
-                Err(e) => {
-                    let (file, message) = (self.file.clone(), e.to_string());
-                    return Some(Err(DataError::File { file, message }));
-                }
-                Ok(0) => return None,
-                Ok(_) if line.trim_ascii().is_empty() => {}
-                Ok(_) => {
-                    let object = serde_json::from_slice(&line).map_err(|e| format!("is no JSON object: {e}"));
-                    return Some(Ok(object));
-                }
-            }
+        let line = self.line().transpose()?;
+        Some(line.map(|l| serde_json::from_slice(&l).map_err(|e| format!("is no JSON object: {e}"))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_longer_than_the_limit_are_no_objects() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.jsonl");
+        std::fs::write(&path, format!("{{\"a\": \"{}\"}}\n\n{{\"a\": 1}}\n", "x".repeat(40))).unwrap();
+        for (longest, rows, objects) in [(20, 4, 1), (100, 2, 2)] {
+            let mut lines = Lines::open(&path, longest).unwrap();
+            assert_eq!(lines.rows(), Ok(rows));
+            assert_eq!(lines.filter(|l| l.as_ref().unwrap().is_ok()).count(), objects);
         }
     }
 }

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::hash::Hash;
 use std::path::{Path, PathBuf};
 
 use crate::tools::{BBox, Picture, bbox};
@@ -273,18 +274,19 @@ const SPLITS: [&str; 8] =
     ["train2017", "val2017", "test2017", "train2014", "val2014", "train", "val", "test"];
 
 /// Where the pictures of a file may lie, below its folder or the one above: as of COCO and Open-GroundingDino, whose
-/// files stand in a folder of their own, in `images`, in the folder of a split, or in that below `images`. Splits that
-/// the file's name tells come alone, the most alike first: pictures of two splits may have the same name. COCO's
-/// with a year never do, and are those of a file that tells none.
+/// files stand in a folder of their own, in `images`, in the folder of a split, or in that below `images`. Splits that a
+/// word of the file's name tells come alone, the most alike first: pictures of two splits may have the same name.
+/// COCO's with a year never do, and are those of a file that tells none.
 fn subfolders(path: &Path) -> Vec<String> {
     let file = path.file_stem().unwrap_or_default().to_string_lossy().to_lowercase();
     let year = |c: char| c.is_ascii_digit();
-    let mut splits: Vec<&str> =
-        SPLITS.into_iter().filter(|s| file.contains(s.trim_end_matches(year))).collect();
+    let words: Vec<&str> = file.split(|c: char| !c.is_alphanumeric()).collect();
+    let told = |s: &str| words.iter().any(|w| w.trim_end_matches(year) == s.trim_end_matches(year));
+    let mut splits: Vec<&str> = SPLITS.into_iter().filter(|s| told(s)).collect();
     if splits.is_empty() {
         splits = SPLITS.into_iter().filter(|s| s.ends_with(year)).collect();
     }
-    splits.sort_by_key(|s| !file.contains(s));
+    splits.sort_by_key(|s| !words.iter().any(|w| w.starts_with(*s)));
     let of_splits = splits.iter().flat_map(|s| [(*s).to_owned(), format!("images/{s}")]);
     [String::new(), "images".into()].into_iter().chain(of_splits).collect()
 }
@@ -294,39 +296,54 @@ fn subfolders(path: &Path) -> Vec<String> {
 /// of the wrong one are at fault.
 fn merged(all: Vec<Record>) -> Vec<Record> {
     let mut places = HashMap::new();
-    let mut records: Vec<Record> = Vec::with_capacity(all.len());
+    let mut records: Vec<(Record, Vec<Detected>)> = Vec::with_capacity(all.len());
     for r in all {
         let known = *places.entry((r.filename.clone(), r.width, r.height)).or_insert(records.len());
         match records.get_mut(known) {
-            Some(record) => record.detection.join(r.detection),
-            None => records.push(r),
+            Some((_, others)) => others.push(r.detection),
+            None => records.push((r, Vec::new())),
         }
     }
-    records
+    let joined = |(mut r, others): (Record, Vec<Detected>)| {
+        if !others.is_empty() {
+            r.detection.join(others);
+        }
+        r
+    };
+    records.into_iter().map(joined).collect()
 }
 
 impl Detected {
-    /// What another record says of the same picture; what both say, once.
-    fn join(&mut self, other: Self) {
-        fn add<T>(to: &mut Vec<T>, from: Vec<T>, same: impl Fn(&T, &T) -> bool) {
-            for new in from {
-                if !to.iter().any(|known| same(known, &new)) {
-                    to.push(new);
-                }
-            }
+    /// What other records say of the same picture; what several say, once.
+    fn join(&mut self, others: Vec<Self>) {
+        fn once<T, K: Eq + Hash>(list: &mut Vec<T>, key: impl Fn(&T) -> K) {
+            let mut seen = HashSet::new();
+            list.retain(|one| seen.insert(key(one)));
         }
-        let same =
-            |a: &Instance, b: &Instance| (a.bbox, a.label, &a.category) == (b.bbox, b.label, &b.category);
-        add(&mut self.instances, other.instances, same);
-        add(&mut self.crowds, other.crowds, same);
-        add(&mut self.ignore, other.ignore, PartialEq::eq);
-        add(&mut self.hard_negatives, other.hard_negatives, PartialEq::eq);
-        add(&mut self.absent, other.absent, PartialEq::eq);
-        // Of which one record has a box, that is there, whatever another did not find.
-        let (things, crowds) = (&self.instances, &self.crowds);
-        let missing = |noun: &String| !things.iter().chain(crowds).any(|b| b.category == *noun);
-        self.hard_negatives.retain(missing);
-        self.absent.retain(missing);
+        fn bits(bbox: &BBox) -> [u64; 4] {
+            bbox.map(f64::to_bits)
+        }
+        for other in others {
+            self.instances.extend(other.instances);
+            self.crowds.extend(other.crowds);
+            self.ignore.extend(other.ignore);
+            self.hard_negatives.extend(other.hard_negatives);
+            self.absent.extend(other.absent);
+        }
+        let thing = |b: &Instance| (bits(&b.bbox), b.label, b.category.clone());
+        once(&mut self.instances, thing);
+        once(&mut self.crowds, thing);
+        once(&mut self.ignore, bits);
+        once(&mut self.hard_negatives, String::clone);
+        once(&mut self.absent, String::clone);
+        // Of which one record has a box, that is there, whatever another did not find or does not know.
+        let boxes: HashSet<[u64; 4]> = self.instances.iter().map(|b| bits(&b.bbox)).collect();
+        self.ignore.retain(|b| !boxes.contains(&bits(b)));
+        let things = self.instances.iter().chain(&self.crowds);
+        let mut known: HashSet<&str> = things.map(|b| b.category.as_str()).collect();
+        self.hard_negatives.retain(|noun| !known.contains(noun.as_str()));
+        known.extend(self.hard_negatives.iter().map(String::as_str));
+        self.absent.retain(|noun| !known.contains(noun.as_str()));
     }
 }
 
@@ -474,7 +491,8 @@ mod tests {
         let mut with_negatives: Value =
             serde_json::from_str(&record("p.png", json!([instance(1, 0, "chair")]))).unwrap();
         with_negatives["detection"]["hard_negatives"] = json!(["sofa", "bed"]);
-        with_negatives["detection"]["ignore"] = json!([[0, 0, 5, 5]]);
+        with_negatives["detection"]["absent"] = json!(["bed", "sofa", "lamp"]);
+        with_negatives["detection"]["ignore"] = json!([[0, 0, 5, 5], [5, 2, 10, 20]]);
         let lines = [
             format!("{with_negatives}\n"),
             record("q.png", json!([instance(1, 0, "chair")])),
@@ -492,8 +510,9 @@ mod tests {
         let d = &boxes.records[0].detection;
         let got: Vec<_> = d.instances.iter().map(|b| (b.bbox[0], b.category.as_str())).collect();
         assert_eq!(got, [(1., "chair"), (5., "chair"), (1., "sofa")]);
-        assert_eq!(d.ignore, [[0., 0., 5., 5.]]);
+        assert_eq!(d.ignore, [[0., 0., 5., 5.]], "another record knows the other box");
         assert_eq!(d.hard_negatives, ["bed"], "another record has a box of the sofa");
+        assert_eq!(d.absent, ["lamp"]);
         assert_eq!(boxes.records[1].detection.instances.len(), 1);
     }
 
@@ -513,6 +532,9 @@ mod tests {
             ("d/annotations/labels.json", "d/images/p.png", true),
             ("e/annotations/labels.json", "e/train2017/p.png", true),
             ("f/annotations/labels.json", "f/p.png", true),
+            // "val" and "test" are no words of these names.
+            ("h/annotations/valor_boxes.json", "h/train2017/p.png", true),
+            ("i/latest.json", "i/train2017/p.png", true),
             // Another split's of that name is another picture.
             ("g/annotations/instances_val2017.json", "g/train2017/p.png", false),
         ] {

@@ -13,7 +13,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::inline;
 use super::items::checked_lines;
-use super::lines::Lines;
+use super::lines::{self, Lines};
 use super::queries::Query;
 use super::table::{Cell, Column, Row, Table};
 use super::transform::caption;
@@ -189,14 +189,16 @@ impl Split {
                 pictures.push(Table::open(&file, &[("id", Column::Text), PICTURE])?);
                 continue;
             }
-            let reader = match set {
-                TrainingSet::Vsr => Reader::Lines(checked_lines(&file, &[&["caption"], &["image_link"]])?),
+            let mut reader = match set {
+                TrainingSet::Vsr => {
+                    Reader::Lines(checked_lines(&file, lines::TEXT, &[&["caption"], &["image_link"]])?)
+                }
                 _ if file.extension().is_some_and(|e| e == "jsonl") => {
-                    Reader::Lines(checked_lines(&file, &[&["question"], &["image"]])?)
+                    Reader::Lines(checked_lines(&file, lines::WITH_PICTURE, &[&["question"], &["image"]])?)
                 }
                 _ => Reader::Table(Box::new(Table::open(&file, columns)?)),
             };
-            total += reader.rows();
+            total += reader.rows()?;
             readers.push(reader);
         }
         // Of the one split of Omni3D-Bench neither the released test's rows nor any but the last.
@@ -347,10 +349,10 @@ enum Reader {
 }
 
 impl Reader {
-    fn rows(&self) -> usize {
+    fn rows(&mut self) -> Result<usize, DataError> {
         match self {
             Self::Lines(l) => l.rows(),
-            Self::Table(t) => t.rows(),
+            Self::Table(t) => Ok(t.rows()),
         }
     }
 }

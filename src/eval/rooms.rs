@@ -3,10 +3,11 @@
 //! Test scenes are never training scenes; a fifth of the questions stand in sentence frames that
 //! no training data holds, and are reported apart.
 
+use super::benches::record::NO_REPLY;
 use super::stats::Share;
 use crate::config::Inference;
 use crate::llm::ChatError;
-use crate::pipeline::{Answered, Asked, Referee, answer_all, elect, question_seed};
+use crate::pipeline::{Answered, Asked, Referee, Run, answer_all, elect, question_seed};
 use crate::planner::Planner;
 use crate::program::{IMAGE, Sandbox};
 use crate::rooms::questions::{Question, Questions, Split, mean_relative_accuracy, score};
@@ -27,7 +28,7 @@ pub fn questions(look: Look, seed: u64) -> impl Iterator<Item = (Arc<View>, Ques
     Questions::new(Split::Test, seed, move |s| rooms::generate(s, look, SIZE.0, SIZE.1))
 }
 
-/// One scored question.
+/// One question, scored unless a server gave no reply.
 #[derive(Clone, Debug, Serialize)]
 pub struct Sample {
     pub index: usize,
@@ -38,11 +39,12 @@ pub struct Sample {
     pub truth: Value,
     /// What the program answered; `None` where it failed.
     pub answer: Option<Value>,
-    pub correct: bool,
+    /// `None` where a server gave no reply.
+    pub correct: Option<bool>,
     /// Mean relative accuracy, for floats (method.md 8).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mra: Option<f64>,
-    /// Why there is no answer.
+    /// Why there is no answer; [`NO_REPLY`] where a server may give one another time.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub failure: Option<String>,
     /// With a planner: what `valor infer --seed` needs to repeat this row.
@@ -64,9 +66,9 @@ fn is_zero(n: &usize) -> bool {
 }
 
 impl Sample {
-    /// Scores one run. A failed program is wrong, never an answer.
-    pub fn new(index: usize, view: &View, q: &Question, run: &Answered) -> Self {
-        let answer = run.value().cloned();
+    /// Scores one run. A failed program is wrong, never an answer; a server's silence is neither.
+    pub fn new(index: usize, view: &View, q: &Question, run: &Run) -> Self {
+        let (answer, silent) = (run.value().cloned(), run.outage.is_some());
         Self {
             index,
             scene: view.seed,
@@ -74,13 +76,11 @@ impl Sample {
             held_out: q.held_out,
             question: q.text.clone(),
             truth: q.answer.clone(),
-            correct: answer.as_ref().is_some_and(|a| score(q, a)),
-            mra: q
-                .answer
-                .is_f64()
+            correct: (!silent).then(|| answer.as_ref().is_some_and(|a| score(q, a))),
+            mra: (!silent && q.answer.is_f64())
                 .then(|| answer.as_ref().and_then(|a| mean_relative_accuracy(q, a)).unwrap_or(0.)),
             answer,
-            failure: run.failure().map(str::to_owned),
+            failure: if silent { Some(NO_REPLY) } else { run.answered.failure() }.map(str::to_owned),
             seed: None,
             reply: None,
             repairs: 0,
@@ -114,8 +114,8 @@ const BATCH: usize = 32;
 /// question, half of the run away: what is still right then did not need the picture.
 ///
 /// # Errors
-/// If the planner's model fails; a failed program is a result, and so is a question to which an
-/// endpoint gave no reply.
+/// If a model fails: the planner's, the VLM's or the referee's. A failed program is a result; a question to which
+/// an endpoint gave no reply is none, and does not end the run.
 ///
 /// # Panics
 /// If the pictures are to be shuffled and there is only one.
@@ -134,6 +134,11 @@ pub fn evaluate(
         }
         let mut others = (0..n).map(|k| &*asked[(i + n / 2 + k) % n].0);
         others.find(|v| v.seed != asked[i].0.seed).expect("pictures of more than one room")
+    };
+    // Programs take it for a call that failed; it is no failure of theirs.
+    let vlm_works = || match tools {
+        ToolSet::Oracle => Ok(()),
+        ToolSet::Real(models) => models.vlm.failed().cloned().map_or(Ok(()), Err),
     };
     let mut samples = Vec::with_capacity(n);
     for start in (0..n).step_by(BATCH) {
@@ -163,8 +168,12 @@ pub fn evaluate(
             Programs::Stored => {
                 for (i, of) in batch.zip(of) {
                     let (view, q) = &asked[i];
-                    let outcome = sandbox.run(&q.program, IMAGE, &mut *contexts[of]);
-                    samples.push(Sample::new(i, view, q, &Answered { reply: None, outcome: Ok(outcome) }));
+                    let outcome = Ok(sandbox.run(&q.program, IMAGE, &mut *contexts[of]));
+                    let answered = Answered { reply: None, outcome };
+                    let run =
+                        Run { reply: None, answered, outage: contexts[of].outage(), earlier: Vec::new() };
+                    vlm_works()?;
+                    samples.push(Sample::new(i, view, q, &run));
                     progress();
                 }
             }
@@ -182,6 +191,7 @@ pub fn evaluate(
                         progress();
                     }
                 })?;
+                vlm_works()?;
                 for (i, runs) in batch.zip(runs.chunks(votes)) {
                     let (view, q) = &asked[i];
                     let chosen = elect(referee, &q.text, runs, sandbox)?;
@@ -190,9 +200,9 @@ pub fn evaluate(
                         seed: Some(question_seed(seed, i, chosen)),
                         reply: run.reply.as_ref().map(|r| r.text.clone()),
                         repairs: run.earlier.len(),
-                        any_correct: (votes > 1)
-                            .then(|| runs.iter().any(|r| r.answered.value().is_some_and(|a| score(q, a)))),
-                        ..Sample::new(i, view, q, &run.answered)
+                        any_correct: (votes > 1 && run.outage.is_none())
+                            .then(|| runs.iter().any(|r| r.value().is_some_and(|a| score(q, a)))),
+                        ..Sample::new(i, view, q, run)
                     });
                 }
             }
@@ -214,13 +224,16 @@ pub struct Row {
     pub pass: Option<Share>,
 }
 
-/// Accuracy per family and in all, with the failures counted.
+/// Accuracy per family and in all of what was scored, with the failures counted.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
     pub bench: &'static str,
     pub rooms_version: u32,
     pub rows: Vec<Row>,
     pub failures: BTreeMap<String, usize>,
+    /// Questions not scored, as a server gave no reply.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub unanswered: usize,
 }
 
 impl Report {
@@ -234,11 +247,12 @@ impl Report {
         families.sort_unstable();
         let mut rows: Vec<Row> = families.iter().map(|f| row(f, samples, |s| s.family == *f)).collect();
         rows.push(row("all", samples, |_| true));
-        let mut failures = BTreeMap::new();
+        let mut failures: BTreeMap<String, usize> = BTreeMap::new();
         for f in samples.iter().filter_map(|s| s.failure.as_ref()) {
             *failures.entry(f.clone()).or_default() += 1;
         }
-        Self { bench: "rooms", rooms_version: rooms::VERSION, rows, failures }
+        let unanswered = failures.remove(NO_REPLY).unwrap_or(0);
+        Self { bench: "rooms", rooms_version: rooms::VERSION, rows, failures, unanswered }
     }
 
     /// For a terminal.
@@ -277,7 +291,7 @@ impl Report {
 fn row(family: &str, samples: &[Sample], keep: impl Fn(&Sample) -> bool) -> Row {
     let share = |held_out: Option<bool>| {
         let these = samples.iter().filter(|s| keep(s) && held_out.is_none_or(|h| s.held_out == h));
-        Share::clustered(these.map(|s| (s.scene, s.correct)))
+        Share::clustered(these.filter_map(|s| Some((s.scene, s.correct?))))
     };
     let mra: Vec<f64> = samples.iter().filter(|s| keep(s)).filter_map(|s| s.mra).collect();
     let pass = samples.iter().filter(|s| keep(s)).filter_map(|s| Some((s.scene, s.any_correct?)));

@@ -13,10 +13,12 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Queries of a block at least and at most: enough rows for the GEMM, which lays out the keys and values anew for
-/// each block.
-const BLOCK: Range<usize> = 64..256;
-/// Scores of a block that stay in the cache.
+/// Queries of a block: at least enough rows for the GEMM, which lays out the keys and values anew for each block;
+/// at most these, and few enough that there are eight blocks to share out.
+const LEAST_BLOCK: usize = 64;
+const MOST_BLOCK: usize = 256;
+const BLOCKS: usize = 8;
+/// Scores of a block that stay in the cache that cores share.
 const SCORES: usize = 1 << 18;
 
 /// Which keys a query sees; `super::Mask` made ready for the op.
@@ -109,8 +111,8 @@ impl AttentionOp {
         };
         // Where later queries see more keys, a larger block has more scores that none of its queries may see.
         let block = match &self.visible {
-            Visible::Causal { .. } => BLOCK.start,
-            _ => (SCORES / s.keys.max(1)).clamp(BLOCK.start, BLOCK.end) / 8 * 8,
+            Visible::Causal { .. } => LEAST_BLOCK,
+            _ => (SCORES / s.keys.max(1)).min(s.queries / BLOCKS).clamp(LEAST_BLOCK, MOST_BLOCK) / 8 * 8,
         };
         let cut = |w: &[usize]| {
             let end = w[1];

@@ -166,6 +166,7 @@ impl Out {
     }
 
     /// Where element `at` is.
+    #[cfg(target_arch = "x86_64")]
     pub fn place(self, at: usize) -> *mut f32 {
         assert!(at <= self.len, "place out of bounds");
         // SAFETY: within the buffer as asserted, or at its end.
@@ -322,7 +323,10 @@ pub(super) fn product((m, n, k): (usize, usize, usize), a: Mat, b: Mat) -> Vec<f
 pub fn keep_freed_memory() {
     // SAFETY: mallopt only sets the allocator's thresholds.
     unsafe {
-        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 30);
+        // Before 2.35 glibc refused more than 32 MiB, and kept to 128 KiB.
+        if libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 30) == 0 {
+            libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20);
+        }
         // Never: the most that fits the argument is 2 GiB, and a training step frees more at once.
         libc::mallopt(libc::M_TRIM_THRESHOLD, -1);
         libc::mallopt(libc::M_TOP_PAD, 256 << 20);

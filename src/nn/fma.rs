@@ -8,7 +8,7 @@
 //! shapes, AMD Zen 3).
 //!
 //! An element is summed over `k` in one order, whatever else is in the matrices and however many threads there
-//! are.
+//! are; but products of a few rows or columns are not made here (see `cpu`).
 
 use super::cpu::{Mat, Out};
 use rayon::prelude::*;
@@ -28,8 +28,9 @@ const WIDTH: usize = 192 * COLS;
 const MANY: usize = 8;
 /// Rows this many numbers apart meet in few places of the innermost cache.
 const CROWDED: usize = 256;
-/// Panels that are packed in one task.
-const PACKED: usize = 8;
+/// Panels that are packed, or met by a block of rows, in one task, at most and at least.
+const MOST_PANELS: usize = 8;
+const LEAST_PANELS: usize = 4;
 /// Products below this many multiplications are not worth a second thread.
 const WORTH_A_THREAD: usize = 1 << 20;
 /// Tasks a thread, for threads are not equally fast.
@@ -81,7 +82,7 @@ struct Place {
 /// elements apart.
 ///
 /// # Safety
-/// [`available`] must have said yes; the slices must hold matrices of these sizes, and `out` the result; its
+/// The processor must have AVX2 and FMA; the slices must hold matrices of these sizes, and `out` the result; its
 /// buffer must be alive and no other thread may touch these elements meanwhile.
 pub(super) unsafe fn product(
     (m, n, k): (usize, usize, usize),
@@ -101,8 +102,8 @@ pub(super) unsafe fn product(
     };
     let a = Lines { data: a.data, apart: a.rows_apart, k_apart: a.cols_apart, first: 0, count: m };
     let b = Lines { data: b.data, apart: b.cols_apart, k_apart: b.rows_apart, first: 0, count: n };
-    let width = WIDTH.min(n.next_multiple_of(COLS));
-    // Parts of one length, nearly.
+    // Parts of one size, nearly.
+    let width = n.div_ceil(n.div_ceil(WIDTH)).next_multiple_of(COLS);
     let depth = k.div_ceil(k.div_ceil(DEPTH));
     with_room(1, width * depth, |panels| {
         for first in (0..n).step_by(width) {
@@ -122,17 +123,18 @@ pub(super) unsafe fn product(
 /// As of [`product`]; `panels` has room for `b`, and is this call's alone.
 unsafe fn part(a: Lines, b: Lines, (from, depth): (usize, usize), panels: Out, to: Place, threads: usize) {
     let count = b.count.div_ceil(COLS);
+    let least = if threads > 1 { threads * TASKS } else { 1 };
+    let together = count.div_ceil(least).min(MOST_PANELS);
     let pack = |i: usize| {
-        for panel in i * PACKED..((i + 1) * PACKED).min(count) {
+        for panel in i * together..((i + 1) * together).min(count) {
             // SAFETY: as above; each panel is one call's.
             unsafe { b.pack::<COLS>(panel * COLS, from, depth, panels.place(panel * COLS * depth)) }
         }
     };
     // Blocks of fewer rows where there would be too few, then parts of them by columns.
-    let least = if threads > 1 { threads * TASKS } else { 1 };
     let block = BLOCK.min(a.count.div_ceil(least).next_multiple_of(ROWS).max(4 * ROWS));
     let blocks = a.count.div_ceil(block);
-    let wide = count.div_ceil(least.div_ceil(blocks));
+    let wide = count.div_ceil(least.div_ceil(blocks)).max(LEAST_PANELS);
     let parts = count.div_ceil(wide);
     let packed = count >= MANY || a.k_apart != 1 || a.apart.is_multiple_of(CROWDED);
     let multiply = |task: usize| {
@@ -159,10 +161,10 @@ unsafe fn part(a: Lines, b: Lines, (from, depth): (usize, usize), panels: Out, t
         });
     };
     if threads > 1 {
-        (0..count.div_ceil(PACKED)).into_par_iter().for_each(pack);
+        (0..count.div_ceil(together)).into_par_iter().for_each(pack);
         (0..blocks * parts).into_par_iter().with_max_len(1).for_each(multiply);
     } else {
-        (0..count.div_ceil(PACKED)).for_each(pack);
+        (0..count.div_ceil(together)).for_each(pack);
         (0..blocks * parts).for_each(multiply);
     }
 }
@@ -244,7 +246,7 @@ impl Lines<'_> {
     /// second. Zeros stand for lines that are none.
     ///
     /// # Safety
-    /// [`available`] must have said yes; the slice must hold the lines, and `to` have room for `W · depth`
+    /// The processor must have AVX2 and FMA; the slice must hold the lines, and `to` have room for `W · depth`
     /// numbers, and for two more unless `W` is a multiple of eight.
     #[target_feature(enable = "avx2,fma")]
     unsafe fn pack<const W: usize>(self, line: usize, from: usize, depth: usize, to: *mut f32) {
@@ -316,7 +318,7 @@ fn transpose(r: [__m256; 8]) -> [__m256; 8] {
 /// `R` rows of `a` by 16 columns of `b`, of which `cols` are wanted.
 ///
 /// # Safety
-/// [`available`] must have said yes; `b` must be a packed panel, `depth` deep and aligned by 32 bytes; `a` too if
+/// The processor must have AVX2 and FMA; `b` must be a packed panel, `depth` deep and aligned by 32 bytes; `a` one if
 /// `PACKED`, else `R` rows of `depth` numbers, as far apart as is said; and `R` rows of `cols` numbers of the
 /// result be there and this call's alone.
 #[target_feature(enable = "avx2,fma")]
@@ -401,7 +403,7 @@ mod tests {
         let run = |parallel: bool| {
             let mut c = before.clone();
             let (a, b) = (mat(&a, a_at), mat(&b, b_at));
-            // SAFETY: the buffer is this function's, and available() was asked.
+            // SAFETY: the buffer is this function's, and the caller asked for the instructions.
             unsafe { product((m, n, k), Out::new(&mut c), 2, apart, add, 0.5, a, b, parallel) };
             c
         };

@@ -4,7 +4,6 @@
 
 use super::cpu;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
-use rayon::prelude::*;
 
 /// `[batch, 4 · c, h, w]` → `[batch, c, 2h, 2w]`.
 pub fn pixel_shuffle(x: &Tensor) -> Result<Tensor> {
@@ -32,34 +31,30 @@ impl CustomOp1 for Shuffle {
         let (b, c, h, w) = layout.shape().dims4()?;
         let x = cpu::values(x, layout)?;
         let mut y = vec![0f32; x.len()];
-        let fine = |p: &mut [f32], plane: usize| {
-            // A line of the finer picture has pixels of two channels by turns.
-            for (line, p) in p.chunks_exact_mut(2 * w).enumerate() {
-                let of = |j: usize| &x[((4 * plane + 2 * (line % 2) + j) * h + line / 2) * w..][..w];
-                for ((p, left), right) in p.as_chunks_mut::<2>().0.iter_mut().zip(of(0)).zip(of(1)) {
-                    *p = [*left, *right];
+        let shape = if self.finer {
+            cpu::par_rows(&mut y, 2 * w, |first, lines| {
+                for (i, to) in lines.chunks_exact_mut(2 * w).enumerate() {
+                    // A line of the finer picture has pixels of two channels by turns.
+                    let (plane, line) = ((first + i) / (2 * h), (first + i) % (2 * h));
+                    let of = |j: usize| &x[((4 * plane + 2 * (line % 2) + j) * h + line / 2) * w..][..w];
+                    for ((to, left), right) in to.as_chunks_mut::<2>().0.iter_mut().zip(of(0)).zip(of(1)) {
+                        *to = [*left, *right];
+                    }
                 }
-            }
-        };
-        let coarse = |p: &mut [f32], plane: usize, (h, w): (usize, usize)| {
-            let (of, i, j) = (plane / 4, plane / 2 % 2, plane % 2);
-            for (line, p) in p.chunks_exact_mut(w).enumerate() {
-                let fine = &x[of * 4 * h * w + (2 * line + i) * 2 * w..][..2 * w];
-                for (p, two) in p.iter_mut().zip(fine.as_chunks::<2>().0) {
-                    *p = two[j];
+            });
+            (b, c / 4, 2 * h, 2 * w)
+        } else {
+            let (h, w) = (h / 2, w / 2);
+            cpu::par_rows(&mut y, w, |first, lines| {
+                for (i, to) in lines.chunks_exact_mut(w).enumerate() {
+                    let (plane, line) = ((first + i) / h, (first + i) % h);
+                    let fine = &x[((plane / 4 * h + line) * 2 + plane / 2 % 2) * 2 * w..][..2 * w];
+                    for (to, two) in to.iter_mut().zip(fine.as_chunks::<2>().0) {
+                        *to = two[plane % 2];
+                    }
                 }
-            }
-        };
-        let shape = match self.finer {
-            true => {
-                y.par_chunks_mut(4 * h * w).enumerate().for_each(|(i, p)| fine(p, i));
-                (b, c / 4, 2 * h, 2 * w)
-            }
-            false => {
-                let (h, w) = (h / 2, w / 2);
-                y.par_chunks_mut(h * w).enumerate().for_each(|(i, p)| coarse(p, i, (h, w)));
-                (b, 4 * c, h, w)
-            }
+            });
+            (b, 4 * c, h, w)
         };
         Ok((CpuStorage::F32(y), shape.into()))
     }

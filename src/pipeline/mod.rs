@@ -253,7 +253,8 @@ pub fn run_all(
             .collect();
         for (&i, reply) in failed.iter().zip(planner.ask_again(&again)) {
             let new = run(reply, &mut tools[asked[i].tools])?;
-            // Where no reply came the first one stands.
+            // Where no reply came the first one is kept; if for a server's silence it is no result, and another
+            // time may have one.
             if let (Some(text), true) = (runs[i].reply.as_ref().map(|r| r.text.clone()), new.reply.is_some())
             {
                 let why = runs[i].answered.why().unwrap_or_default();

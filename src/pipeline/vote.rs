@@ -55,7 +55,8 @@ impl Referee {
 }
 
 /// The run whose answer counts: the most frequent one, by its first run. Of equally frequent answers the
-/// referee's choice, or without one the first. Where no run gave an answer, the first run.
+/// referee's choice, or without one the first. Where no run gave an answer, the first run. A vote in which a server
+/// kept silent is none: it is the silent run, which has no result.
 ///
 /// # Errors
 /// If the referee's model fails.
@@ -65,6 +66,9 @@ pub fn elect(
     runs: &[Run],
     sandbox: &mut Sandbox,
 ) -> Result<usize, ChatError> {
+    if let Some(silent) = runs.iter().position(|r| r.outage.is_some()) {
+        return Ok(silent);
+    }
     let leaders = leaders(runs.iter().map(|r| &r.answered));
     match (referee, &leaders[..]) {
         (Some(referee), [_, _, ..]) => referee.best(question, runs, &leaders, sandbox).map_err(|e| match e {

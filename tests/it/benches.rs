@@ -766,6 +766,31 @@ fn a_servers_silence_is_not_measured_and_asked_again() {
         std::fs::read(merged.join("samples.jsonl")).unwrap(),
         std::fs::read(once.join("samples.jsonl")).unwrap()
     );
+    // Of rooms by themselves too; and a vote in which a server kept silent is none.
+    let server = Server::start([three(), three(), three(), busy(), three()]);
+    let rows = dir.path().join("rows.jsonl");
+    let args = ["--bench", "rooms", "--n", "3", "--planner", "configured", "--vote", "2", "--json", "--out"];
+    let cfg = sets(&server);
+    let cfg: Vec<&str> = cfg.iter().map(String::as_str).collect();
+    let rooms = || eval(&[&args[..], &[shown(&rows)], &cfg].concat());
+    let done = rooms();
+    assert_eq!(done.status.code(), Some(1), "{}", text(&done.stderr));
+    let said = "1 questions had no reply from their servers and are not scored; run the same command again";
+    assert!(text(&done.stderr).contains(said), "{}", text(&done.stderr));
+    let report: Value = serde_json::from_slice(&done.stdout).unwrap();
+    let all = report["rows"].as_array().unwrap().last().unwrap();
+    assert_eq!((&all["all"]["n"], &all["pass"]["n"]), (&json!(2), &json!(2)), "{report}");
+    assert_eq!((&report["unanswered"], &report["failures"]), (&json!(1), &json!({})));
+    let read = || std::fs::read_to_string(&rows).unwrap();
+    let (silent, scored): (Vec<Value>, Vec<Value>) = read()
+        .lines()
+        .map(|l| serde_json::from_str::<Value>(l).unwrap())
+        .partition(|row| row["failure"] == "no-reply");
+    assert_eq!((silent.len(), scored.len()), (1, 2));
+    assert_eq!((&silent[0]["answer"], &silent[0]["correct"]), (&Value::Null, &Value::Null));
+    assert!(silent[0].get("any_correct").is_none() && scored.iter().all(|row| row["answer"] == 3));
+    assert_eq!(rooms().status.code(), Some(0));
+    assert!(!read().contains("no-reply"));
     // Planning alone: of two replies to a question both are had, or it is asked again.
     let server = Server::start([three(), three(), three(), busy(), three()]);
     let (out, cfg) = (dir.path().join("planned"), sets(&server));

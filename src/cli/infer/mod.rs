@@ -150,12 +150,8 @@ impl<'a> Reasoner<'a> {
         let seconds = started.elapsed().as_secs_f64() / asked.len().max(1) as f64;
         let reply = |(q, _): &(&Query, usize)| {
             let runs: Vec<Run> = runs.by_ref().take(samples).collect();
-            // A vote in which a server kept silent is none, as in `eval`.
-            let chosen = match runs.iter().position(|r| r.outage.is_some()) {
-                Some(silent) => silent,
-                None => elect(self.referee.as_ref(), q.question, &runs, sandbox)
-                    .map_err(|e| format!("the verifier failed: {e}"))?,
-            };
+            let chosen = elect(self.referee.as_ref(), q.question, &runs, sandbox)
+                .map_err(|e| format!("the verifier failed: {e}"))?;
             Ok(Reply { runs, chosen, seconds })
         };
         asked.iter().map(reply).collect()

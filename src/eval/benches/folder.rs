@@ -55,6 +55,7 @@ impl Folder {
                     named()
                 )
             }
+            [dir.to_owned(), dir.join(PICTURES)].iter().for_each(|of_run| sweep(of_run));
         } else {
             // What a kill left half written has a hidden name.
             let is_shown = |e: &std::fs::DirEntry| !e.file_name().to_string_lossy().starts_with('.');
@@ -62,7 +63,6 @@ impl Folder {
                 dir.is_dir() && std::fs::read_dir(dir).with_context(named)?.flatten().any(|e| is_shown(&e));
             ensure!(!full, "{} is not empty and holds no run; name a new folder", named());
         }
-        [dir.to_owned(), dir.join(PICTURES)].iter().for_each(|of_run| sweep(of_run));
         // Also where they are there: what was refused then may be known now.
         write_atomic(&path, |w| writeln!(w, "{settings:#}"))?;
         let lines = dir.join(lines);

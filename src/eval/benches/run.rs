@@ -501,12 +501,12 @@ impl Runner<'_> {
             seeds.iter().map(|&seed| Asked { question: &task.question, seed, tools: 0 }).collect();
         let tools = std::slice::from_mut(tools);
         let mut runs = run_all(planner, sandbox, &asked, replies, tools, self.how.repairs, || ())?;
-        if let Some(why) = runs.iter().find_map(|r| r.outage.clone()) {
-            record.set_outage(why);
-            return Ok(runs.swap_remove(0).answered);
-        }
         let chosen = elect(self.referee, &task.question, &runs, sandbox)?;
-        let Run { reply, answered, outage: _, earlier } = runs.swap_remove(chosen);
+        let Run { reply, answered, outage, earlier } = runs.swap_remove(chosen);
+        if let Some(why) = outage {
+            record.set_outage(why);
+            return Ok(answered);
+        }
         record.set_outcome(&answered);
         record.seed = planner.map(|_| seeds[chosen]);
         record.cut = reply.as_ref().is_some_and(|r| r.finish == Finish::Length);

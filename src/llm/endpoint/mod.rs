@@ -18,6 +18,7 @@ use std::sync::{OnceLock, mpsc};
 use std::time::Duration;
 
 use crate::config;
+use crate::files::sha256_hex;
 use cache::Cache;
 use ledger::Ledger;
 pub use ledger::Usage;
@@ -61,6 +62,11 @@ impl Key {
         }
         match std::env::var(var) {
             Ok(key) if !key.trim().is_empty() => Ok(Some(Self(key.trim().to_owned()))),
+            // Not repeated where it may be the key itself, put in the wrong place.
+            _ if var.bytes().any(|b| !(b.is_ascii_uppercase() || b.is_ascii_digit() || b == b'_')) => {
+                Err("the environment has no variable of that name; give the name, not the key, and export it"
+                    .into())
+            }
             _ => Err(format!("the environment has no {var}; export it")),
         }
     }
@@ -71,13 +77,14 @@ impl Key {
     }
 }
 
-/// A server's model, and what else decides what it is asked and how its reply is taken; not where it is, nor any key.
-/// Settings that are as by default are left out, so that what was made before there were such settings is still known.
+/// A server's model, and what else decides what it is asked; not where it is, nor any key. Settings that are as by
+/// default are left out, so that what was made before there were such settings is still known. Of `extra`, in
+/// which people put what they like, there is a hash.
 pub fn asked_model(cfg: &config::Endpoint) -> String {
     let of = |e: &config::Endpoint| {
         json!({
-            "max_reply_kb": e.max_reply_kb, "max_tokens_key": e.max_tokens_key, "send_seed": e.send_seed,
-            "send_top_k": e.send_top_k, "send_temperature": e.send_temperature, "extra": e.extra,
+            "max_tokens_key": e.max_tokens_key, "send_seed": e.send_seed, "send_top_k": e.send_top_k,
+            "send_temperature": e.send_temperature, "extra": sha256_hex(json!(e.extra).to_string().as_bytes(), 8),
         })
     };
     let (mut own, default) = (of(cfg), of(&config::Endpoint::default()));
@@ -294,8 +301,11 @@ mod tests {
             ..config::Endpoint::default()
         };
         assert_eq!(asked_model(&cfg), "m");
-        let extra = "service_tier = 'flex'".parse().unwrap();
-        let other = config::Endpoint { send_seed: false, extra, ..cfg };
-        assert_eq!(asked_model(&other), r#"m {"send_seed":false,"extra":{"service_tier":"flex"}}"#);
+        let with = |tier: &str| {
+            let extra = format!("service_tier = '{tier}'").parse().unwrap();
+            asked_model(&config::Endpoint { send_seed: false, extra, ..cfg.clone() })
+        };
+        assert!(with("flex").starts_with(r#"m {"send_seed":false,"extra":""#), "{}", with("flex"));
+        assert!(with("flex") != with("default") && !with("flex").contains("flex"));
     }
 }

@@ -1,7 +1,12 @@
 //! The inner loops of [`super::product`], by instructions.
 
-use super::formats::{Format, widen};
-use super::product::{DEPTH, Input, Kernel, LINES, SHARE, SIDE, Slab};
+use super::formats::Format;
+use super::product::{Input, Kernel, SHARE, SIDE, Slab};
+#[cfg(target_arch = "x86_64")]
+use super::{
+    formats::widen,
+    product::{DEPTH, LINES},
+};
 
 /// For any processor.
 pub(super) struct Portable;
@@ -73,14 +78,18 @@ fn check<F: Format, const R: usize>(
 
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-fn fetch(first: *const u8, per_row: usize, len: usize) {
+fn fetch(first: *const u8, len: usize) {
     use std::arch::x86_64::*;
-    for row in 0..SIDE {
-        for at in (0..len).step_by(64) {
-            // SAFETY: a hint, for any address.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(first.wrapping_add(row * per_row + at).cast()) }
-        }
+    for at in (0..len).step_by(64) {
+        // SAFETY: a hint, for any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(first.wrapping_add(at).cast()) }
     }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn fetch_rows(first: *const u8, per_row: usize, len: usize) {
+    (0..SIDE).for_each(|row| fetch(first.wrapping_add(row * per_row), len));
 }
 
 /// 16 sums in a register, and products of bytes summed by fours.
@@ -91,7 +100,7 @@ pub(super) struct Avx512;
 impl Kernel for Avx512 {
     #[inline(always)]
     unsafe fn fetch(first: *const u8, per_row: usize, len: usize) {
-        fetch(first, per_row, len);
+        fetch_rows(first, per_row, len);
     }
 
     #[inline(always)]
@@ -191,7 +200,7 @@ impl<const VNNI: bool> Kernel for Avx2<VNNI> {
 
     #[inline(always)]
     unsafe fn fetch(first: *const u8, per_row: usize, len: usize) {
-        fetch(first, per_row, len);
+        fetch_rows(first, per_row, len);
     }
 
     #[inline(always)]
@@ -376,7 +385,7 @@ unsafe fn avx2_dots<F: Format, const VNNI: bool>(
             let (mut of_row, mut least, mut halves) = ([0.; 16], [0.; 16], [0u16; LINES]);
             for (j, q) in q.iter_mut().enumerate().take(cols) {
                 let at = j * per_row + b * F::BYTES;
-                _mm_prefetch::<_MM_HINT_T0>(w.as_ptr().wrapping_add(w.len() + at).cast());
+                fetch(w.as_ptr().wrapping_add(w.len() + at), F::BYTES);
                 let block = w.get_unchecked(at..at + F::BYTES);
                 F::decode(block, &mut q[..F::BLOCK], &mut of_row, &mut least);
                 if F::HALF_FIRST {

@@ -266,16 +266,11 @@ fn faults_table(boxes: &Boxes, faults: &[Fault]) -> String {
     for (kind, (n, first)) in kinds {
         let record: &Record = &boxes.records[first.record];
         let place = match (first.instance, kind) {
-            (Some(k), _) => format!(", box {k}"),
+            (Some(k), _) => format!(", box {:?}", record.detection.instances[k].bbox),
             (None, FaultKind::MissingPicture) => format!("; looked in {}", boxes.places()),
             (None, _) => String::new(),
         };
-        out += &format!(
-            "{n:>7}  {}; the first: record {}, {}{place}\n",
-            kind.text(),
-            first.record + 1,
-            record.filename
-        );
+        out += &format!("{n:>7}  {}; the first: {}{place}\n", kind.text(), record.filename);
     }
     out
 }
