@@ -142,19 +142,25 @@ fn host<'a>(s: &'a Storage, l: &Layout) -> Result<&'a [f32]> {
 
 impl ConvSame {
     fn forward(&self, g: Geometry, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
-        let (plane, rows) = (g.h * g.w, g.rows());
-        let mut y = vec![0f32; x.len() / (g.cin * plane) * g.cout * plane];
-        y.par_chunks_mut(g.cout * plane).zip(x.par_chunks(g.cin * plane)).for_each_init(
-            || vec![0f32; g.taps() * rows * g.w],
-            |col, (y, x)| {
-                for (out, b) in y.chunks_mut(plane).zip(bias) {
-                    out.fill(*b);
-                }
-                for y0 in (0..g.h).step_by(rows) {
-                    let n = rows.min(g.h - y0) * g.w;
-                    g.unfold(x, y0, n / g.w, self.relu, col);
-                    let (t, dst) = (g.taps(), &mut y[y0 * g.w..]);
-                    gemm((g.cout, n, t), (dst, plane), true, (weight, t, 1), (col, n, 1));
+        let (plane, rows, t) = (g.h * g.w, g.rows(), g.taps());
+        let (images, strips) = (x.len() / (g.cin * plane), g.h.div_ceil(rows));
+        let mut y = vec![0f32; images * g.cout * plane];
+        let out = Out::new(&mut y);
+        (0..images * strips).into_par_iter().for_each_init(
+            || vec![0f32; t * rows * g.w],
+            |col, task| {
+                let (image, y0) = (task / strips, task % strips * rows);
+                let n = rows.min(g.h - y0) * g.w;
+                g.unfold(&x[image * g.cin * plane..][..g.cin * plane], y0, n / g.w, self.relu, col);
+                let at = image * g.cout * plane + y0 * g.w;
+                let (weight, col) = (Mat::rows(weight, t), Mat::rows(&col[..t * n], n));
+                // SAFETY: these lines of the picture's planes are this task's alone; the matrices are as long as is
+                // said, the weight by `Geometry::of`.
+                unsafe {
+                    for (c, b) in bias.iter().enumerate() {
+                        out.part(at + c * plane, n).fill(*b);
+                    }
+                    cpu::f32_gemm((g.cout, n, t), out, at, plane, true, 1., weight, col, false);
                 }
             },
         );
