@@ -3,9 +3,8 @@
 //!
 //! Both matrices are packed: `b` into panels of 16 columns, of which a part of `k` stays in the innermost
 //! cache, `a` into panels of 6 rows, of which a block stays in a core's own. A kernel keeps 6 × 16 sums in
-//! registers. The `gemm` crate, which multiplies on other processors, has the same kernel, but reads `b` where
-//! it lies and cuts the work by threads: with two of them it took 1.1 to 1.3 times as long (`benches/speed.rs`'s
-//! shapes, AMD Zen 3).
+//! registers. The `gemm` crate multiplies on other processors; on those with AVX2 alone it was slower
+//! (`scripts/peers.py --only vitl_1800` shows it).
 //!
 //! An element is summed over `k` in one order, whatever else is in the matrices and however many threads there
 //! are; but products of a few rows or columns are not made here (see `cpu`).

@@ -835,21 +835,24 @@ fn calls_of_a_slow_vlm_overlap() {
     assert!((8..=16).contains(&server.most_at_once()), "{} at once", server.most_at_once());
 }
 
+/// A bench on a server each of whose calls costs ten dollars, one at a time.
+fn on_budget(server: &Server, usd: &str, out: &Path, more: &[&str]) -> Output {
+    let (url, budget) = (format!("base_url={}", server.url), format!("budget_usd={usd}"));
+    // Ten tokens of a dollar each a call.
+    let keys = [&url, &budget, "model=m", "usd_per_million_prompt_tokens=1e6", "concurrency=1"];
+    let sets = keys.map(|key| format!("--set=endpoints.s.{key}"));
+    let args = ["--bench", "countbench", "--data", FILES, "--out", shown(out)];
+    eval(&[&args[..], &sets.each_ref().map(String::as_str)[..], more].concat())
+}
+
 /// A budget that is spent is no failure of the method: nothing is recorded for it, and more money goes on.
 #[test]
 fn a_vlm_that_answers_nothing_more_ends_the_run_and_not_its_questions() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("run");
     let server = Server::start([Act::Reply("3".into())]);
-    let run = |usd: &str| {
-        let url = format!("endpoints.s.base_url={}", server.url);
-        let budget = format!("endpoints.s.budget_usd={usd}");
-        let args = ["--bench", "countbench", "--data", FILES, "--method", "direct", "--out", shown(&out)];
-        let sets = ["--set", &url, "--set", "endpoints.s.model=m", "--set", "vlm.model=endpoint:s"];
-        // Ten tokens of a dollar each a call.
-        let prices = ["--set", "endpoints.s.usd_per_million_prompt_tokens=1e6", "--set", &budget];
-        eval(&[&args[..], &sets[..], &prices[..], &["--set", "endpoints.s.concurrency=1"]].concat())
-    };
+    let run =
+        |usd: &str| on_budget(&server, usd, &out, &["--method", "direct", "--set", "vlm.model=endpoint:s"]);
     let done = run("15");
     let error = text(&done.stderr);
     assert_eq!((done.status.code(), text(&done.stdout)), (Some(1), ""), "{error}");
@@ -868,15 +871,7 @@ fn a_planner_that_answers_nothing_more_leaves_what_it_wrote() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("run");
     let server = Server::start([Act::Reply(reply("final_answer = 3"))]);
-    let run = |usd: &str| {
-        let url = format!("endpoints.s.base_url={}", server.url);
-        let budget = format!("endpoints.s.budget_usd={usd}");
-        let args = ["--bench", "countbench", "--data", FILES, "--out", shown(&out)];
-        let sets = ["--set", &url, "--set", "endpoints.s.model=m", "--set", "planner.model=endpoint:s"];
-        // Ten tokens of a dollar each a call.
-        let prices = ["--set", "endpoints.s.usd_per_million_prompt_tokens=1e6", "--set", &budget];
-        eval(&[&args[..], &sets[..], &prices[..], &["--set", "endpoints.s.concurrency=1"]].concat())
-    };
+    let run = |usd: &str| on_budget(&server, usd, &out, &["--set", "planner.model=endpoint:s"]);
     let done = run("15");
     let error = text(&done.stderr);
     assert_eq!((done.status.code(), text(&done.stdout)), (Some(1), ""), "{error}");
