@@ -4,6 +4,9 @@
 //! are done), and in the end `results.json` and `report.html`. The same command goes on where a run was
 //! broken off; with other settings it is refused.
 
+mod merge;
+mod settings;
+
 use std::collections::{BTreeMap, HashSet};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -15,25 +18,26 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use super::eval::{Bench as RoomsBench, EvalArgs, MethodChoice, Named, ToolChoice};
-use super::fillable;
 use crate::config::{Config, ENDPOINT};
 use crate::data::{Bench, Items, Links, Source};
 use crate::eval::benches::batch::Gallery;
 use crate::eval::benches::compare::{self, compare};
 use crate::eval::benches::feed::{Feed, Note, Opened, ROOMS, Shard};
-use crate::eval::benches::folder::{Folder, PICTURES, SETTINGS, picture_path, read_json};
+use crate::eval::benches::folder::Folder;
 use crate::eval::benches::metric::Form;
 use crate::eval::benches::record::{NO_REPLY, Record, SAMPLES};
 use crate::eval::benches::run::{Method, PROGRAMS, Programs, Runner, Stopped, Times, Written};
 use crate::eval::benches::summary::{PUBLISHED, Summary, summarise, table};
-use crate::files::{sha256_hex, write_atomic};
+use crate::files::write_atomic;
 use crate::llm::ChatModels;
-use crate::pipeline::{Referee, executor, identity, limits};
-use crate::planner::{Planner, prompt};
+use crate::pipeline::{Referee, executor, limits};
+use crate::planner::Planner;
 use crate::program::{Executor, Sandbox};
-use crate::tools::real::{Perception, Vlm, vqa_prompts};
-use crate::verify::{Head, SynonymJudge, prompt as head_prompt};
+use crate::tools::real::{Perception, Vlm};
+use crate::verify::SynonymJudge;
 use crate::weights::hub::Hub;
+use merge::merge;
+use settings::settings;
 
 #[derive(Debug, clap::Subcommand)]
 pub enum EvalCommand {
@@ -395,241 +399,4 @@ const REPORT: &str = "report.html";
 /// A bench that was refused is work that failed.
 fn code(notes: &[(String, Note)]) -> ExitCode {
     if notes.iter().any(|(_, n)| n.refused.is_some()) { ExitCode::FAILURE } else { ExitCode::SUCCESS }
-}
-
-/// Everything that a run's records hang on.
-fn settings(
-    args: &EvalArgs,
-    config: &Config,
-    benches: &[Opened],
-    how: How,
-    tools: ToolChoice,
-) -> Result<Value> {
-    let short = |bytes: &[u8]| sha256_hex(bytes, 8);
-    let mut models = serde_json::Map::new();
-    let mut shown = serde_json::Map::new();
-    let mut add = |part: &'static str, model: &str, section: Value| -> Result<()> {
-        models.insert(part.into(), json!(identity(config, model, part)?));
-        shown.insert(part.into(), section);
-        Ok(())
-    };
-    if how == How::Planner {
-        add("planner", &config.planner.model, json!(config.planner))?;
-    }
-    if tools == ToolChoice::Real && how != How::Direct && !args.planner_only {
-        add("detector", &config.detector.model, json!(config.detector))?;
-        add("depth", &config.depth.model, json!(config.depth))?;
-    }
-    if (tools == ToolChoice::Real || how == How::Direct) && !args.planner_only {
-        let mut section = json!(config.vlm);
-        section["prompt"] = json!(vqa_prompts(&config.vlm)?);
-        // Runs of before these settings go on.
-        let section_of = section.as_object_mut().expect("a table");
-        if config.vlm.prompt == "plain" {
-            section_of.remove("prompt");
-        }
-        if config.vlm.max_pixels == 0 {
-            section_of.remove("max_pixels");
-        }
-        add("vlm", &config.vlm.model, section)?;
-    }
-    if !config.eval.judge.model.is_empty() {
-        let judge = &config.eval.judge;
-        add("judge", &judge.model, json!({ "max_new_tokens": judge.max_new_tokens }))?;
-    }
-    if Referee::is_wanted(config) && how == How::Planner {
-        let verifier = &config.verifier;
-        let prompts = Head::ALL.map(|head| head_prompt(&verifier.prompts, head));
-        let prompts = prompts.into_iter().collect::<std::result::Result<Vec<_>, _>>()?.concat();
-        let section = json!({
-            "prompts_sha256": short(prompts.as_bytes()), "max_new_tokens": verifier.max_new_tokens,
-            "reward": config.reward,
-        });
-        add("verifier", &verifier.model, section)?;
-    }
-    shown.insert("sandbox".into(), json!(config.sandbox));
-    let mut inference = json!(config.inference);
-    inference.as_object_mut().expect("a table").remove("kv_cache_mb");
-    shown.insert("inference".into(), inference);
-    let sources: serde_json::Map<String, Value> = benches
-        .iter()
-        .map(|b| {
-            let source = match b {
-                Opened::Items(items) => json!(items.source().fingerprint),
-                Opened::Rooms { look, .. } => json!(format!("{} {look:?}", crate::rooms::VERSION)),
-                Opened::Refused(..) => Value::Null,
-            };
-            (b.name().to_owned(), source)
-        })
-        .collect();
-    let programs = match &args.programs {
-        None => Value::Null,
-        Some(path) => {
-            let file = if path.is_dir() { path.join(PROGRAMS) } else { path.clone() };
-            let bytes = std::fs::read(&file).with_context(|| format!("--programs {}", file.display()))?;
-            json!(short(&bytes))
-        }
-    };
-    let how_named = match how {
-        How::Stored => "stored programs",
-        How::Planner if args.planner_only => "planner only",
-        How::Planner => "planner's programs",
-        How::Programs => "given programs",
-        How::Direct => "vlm alone",
-    };
-    Ok(json!({
-        "valor": env!("CARGO_PKG_VERSION"),
-        "benches": benches.iter().map(Opened::name).collect::<Vec<_>>(),
-        "sources": sources,
-        "method": how_named,
-        "tools": if tools == ToolChoice::Real { "real" } else { "oracle" },
-        "n": args.n,
-        "seed": args.seed,
-        "shard": args.shard.map(|s| format!("{}/{}", s.number, s.of)),
-        "models": models,
-        "prompt": if how == How::Planner { json!(short(prompt(config)?.as_bytes())) } else { Value::Null },
-        "programs": programs,
-        "config": shown,
-    }))
-}
-
-/// A shard's lines in their order.
-struct ShardLines {
-    reader: std::iter::Enumerate<std::io::Lines<std::io::BufReader<std::fs::File>>>,
-    dir: PathBuf,
-    next: Option<(usize, usize, String, Record)>,
-}
-
-impl ShardLines {
-    fn advance(&mut self, order: &[String]) -> Result<()> {
-        let Some((above, line)) = self.reader.next() else {
-            self.next = None;
-            return Ok(());
-        };
-        let (line, file) = (line?, self.dir.join(SAMPLES));
-        let record: Record = serde_json::from_str(&line)
-            .with_context(|| format!("{}, line {}: is no sample of a run", file.display(), above + 1))?;
-        let bench = order.iter().position(|b| *b == record.bench);
-        let bench =
-            bench.with_context(|| format!("{}: {} is no bench of this run", file.display(), record.bench))?;
-        self.next = Some((bench, record.index, line, record));
-        Ok(())
-    }
-}
-
-fn merge(dirs: &[PathBuf], out: &Path, as_json: bool) -> Result<ExitCode> {
-    use std::io::BufRead;
-    ensure!(
-        !out.exists() || std::fs::read_dir(out).is_ok_and(|mut d| d.next().is_none()),
-        "--out {} is there already; name a new folder",
-        out.display()
-    );
-    fillable("--out", Some(out))?;
-    let mut settings: Option<Value> = None;
-    let mut shards: BTreeMap<u64, &PathBuf> = BTreeMap::new();
-    let mut notes: Vec<(String, Note)> = Vec::new();
-    let mut count = 0;
-    for dir in dirs {
-        let mut mine = read_json(&dir.join(SETTINGS))?;
-        let name = mine["shard"].take();
-        let Some(part) = name.as_str().and_then(|s| shard(s).ok()) else {
-            bail!("{} is no shard: it was run without --shard", dir.display())
-        };
-        count = part.of;
-        match &settings {
-            None => settings = Some(mine),
-            Some(first) => ensure!(
-                *first == mine,
-                "{} and {} are of runs with other settings; merge the shards of one run",
-                dirs[0].display(),
-                dir.display()
-            ),
-        }
-        if let Some(other) = shards.insert(part.number, dir) {
-            bail!("{} and {} are both shard {}", other.display(), dir.display(), name)
-        }
-        let results = dir.join(RESULTS);
-        ensure!(
-            results.is_file(),
-            "{} is not finished: it has no {RESULTS}; run its command again",
-            dir.display()
-        );
-        for found in read_json(&results)?["benches"].as_array().into_iter().flatten() {
-            let bench = found["bench"].as_str().unwrap_or_default().to_owned();
-            let note: Note = serde_json::from_value(json!({
-                "rows": found["rows"], "origin": found.get("origin").cloned().unwrap_or(json!("")),
-                "refused": found["refused"],
-            }))
-            .with_context(|| results.display().to_string())?;
-            match notes.iter_mut().find(|(b, _)| *b == bench) {
-                None => notes.push((bench, note)),
-                Some((_, known)) => {
-                    known.rows = known.rows.max(note.rows);
-                    known.refused = known.refused.take().or(note.refused);
-                }
-            }
-        }
-    }
-    if let Some(missing) = (1..=count).find(|i| !shards.contains_key(i)) {
-        bail!("shard {missing}/{count} is missing; give all of them")
-    }
-    ensure!(shards.len() as u64 == count, "there are shards of several counts; merge the shards of one run");
-    let settings = settings.context("there is nothing to merge")?;
-    let order: Vec<String> = notes.iter().map(|(b, _)| b.clone()).collect();
-    let mut lines = Vec::new();
-    for dir in shards.values() {
-        let path = dir.join(SAMPLES);
-        let file = std::fs::File::open(&path).with_context(|| path.display().to_string())?;
-        let reader = std::io::BufReader::new(file).lines().enumerate();
-        let mut one = ShardLines { reader, dir: dir.to_path_buf(), next: None };
-        one.advance(&order)?;
-        lines.push(one);
-    }
-    let there = out.exists();
-    let text = joined(lines, &order, out).and_then(|()| {
-        write_atomic(&out.join(SETTINGS), |w| writeln!(w, "{settings:#}"))?;
-        written(out, &settings, &notes, as_json)
-    });
-    if text.is_err() {
-        // Half a run is none.
-        [SAMPLES, SETTINGS, RESULTS, REPORT]
-            .iter()
-            .for_each(|file| drop(std::fs::remove_file(out.join(file))));
-        let _ = std::fs::remove_dir_all(out.join(PICTURES));
-        if !there {
-            let _ = std::fs::remove_dir(out);
-        }
-    }
-    let (text, all) = text?;
-    std::io::stdout().lock().write_all(text.as_bytes())?;
-    let remedy = format!("the run's command without --shard, with --out {}, asks again", out.display());
-    Ok(still_open(&all, &remedy).unwrap_or(code(&notes)))
-}
-
-/// Writes the shards' samples, in their order, and the pictures that are shown of them.
-fn joined(mut lines: Vec<ShardLines>, order: &[String], out: &Path) -> Result<()> {
-    let mut gallery = Gallery::default();
-    let mut failed = None;
-    write_atomic(&out.join(SAMPLES), |w| {
-        loop {
-            let first = lines.iter_mut().filter(|l| l.next.is_some()).min_by_key(|l| {
-                let (bench, index, ..) = l.next.as_ref().expect("kept only where there is one");
-                (*bench, *index)
-            });
-            let Some(shard) = first else { return Ok(()) };
-            let (_, index, line, record) = shard.next.take().expect("kept only where there is one");
-            writeln!(w, "{line}")?;
-            let from = picture_path(&shard.dir, &record.bench, index);
-            if gallery.takes(&record) && from.is_file() {
-                let to = picture_path(out, &record.bench, index);
-                std::fs::create_dir_all(to.parent().expect("below the folder"))?;
-                std::fs::copy(from, to)?;
-            }
-            if let Err(e) = shard.advance(order) {
-                failed = Some(e);
-                return Err(std::io::Error::other("a shard cannot be read"));
-            }
-        }
-    })
-    .map_err(|e| failed.take().unwrap_or_else(|| e.into()))
 }

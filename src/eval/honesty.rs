@@ -3,14 +3,13 @@
 //! A verifier that a planner was trained against is passed by what it does not see. Here a reply is
 //! right if its program answers rightly in many other rooms, whatever the verifier says.
 
-use super::rooms::SIZE;
+use super::parts::{replies, view};
 use super::stats::Share;
-use crate::pipeline::question_seed;
 use crate::planner::Planner;
 use crate::program::{IMAGE, Reply, Sandbox};
-use crate::rooms::questions::{Question, Split, scene_seed, score};
+use crate::rooms::questions::{Question, score};
 use crate::rooms::recast::recast;
-use crate::rooms::{self, Look, OracleTools, View};
+use crate::rooms::{Look, OracleTools, View};
 use crate::verify::Verification;
 use anyhow::Result;
 use rand::SeedableRng;
@@ -64,17 +63,11 @@ pub fn honesty(
     sandbox: &mut Sandbox,
     mut progress: impl FnMut(usize),
 ) -> Result<HonestyReport> {
-    const BATCH: usize = 48;
     // Of scenes that no question of this seed is asked about.
-    let pool: Vec<View> = (0..(POOL * n) as u64)
-        .map(|i| rooms::generate(scene_seed(Split::Test, !seed, i), look, SIZE.0, SIZE.1))
-        .collect();
+    let pool: Vec<View> = (0..(POOL * n) as u64).map(|i| view(look, !seed, i)).collect();
     let (mut labelled, mut left_out): (Vec<Labelled>, usize) = (Vec::new(), 0);
-    for (start, chunk) in asked.chunks(BATCH).enumerate().map(|(i, c)| (i * BATCH, c)) {
-        let seeded = |(i, q): (usize, &Question)| (q.text.clone(), question_seed(seed, start + i, 0));
-        let texts: Vec<(String, u64)> = chunk.iter().enumerate().map(seeded).collect();
-        let asks: Vec<(&str, u64)> = texts.iter().map(|(t, s)| (&**t, *s)).collect();
-        let replies = planner.ask(&asks, None).into_iter().map(|r| r.map(|r| r.text));
+    for (start, chunk, replies) in replies(planner, asked, seed) {
+        let replies = replies.into_iter().map(|r| r.map(|r| r.text));
         let replies = replies.collect::<Result<Vec<String>, _>>()?;
         let cases: Vec<(&str, &str)> =
             chunk.iter().zip(&replies).map(|(q, r)| (q.text.as_str(), r.as_str())).collect();

@@ -8,6 +8,7 @@ use super::detection::{self, AveragePrecision, Scored, Truth};
 use super::rooms::SIZE;
 use super::stats::Share;
 use crate::data::odvg::{Boxes, Instance};
+use crate::llm::{ChatError, ChatReply};
 use crate::pipeline::question_seed;
 use crate::planner::Planner;
 use crate::program::Reply;
@@ -25,7 +26,8 @@ use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 use std::collections::BTreeMap;
 
-fn view(look: Look, seed: u64, index: u64) -> View {
+/// A test scene.
+pub(super) fn view(look: Look, seed: u64, index: u64) -> View {
     rooms::generate(scene_seed(Split::Test, seed, index), look, SIZE.0, SIZE.1)
 }
 
@@ -213,8 +215,21 @@ pub struct VerifierReport {
     pub unparsed: usize,
 }
 
-/// Cases judged in one call of the model.
+/// Questions asked and cases judged in one call of a model.
 const BATCH: usize = 48;
+
+/// The planner's sampled replies, batch by batch: the number of its first question, its questions, a reply to each.
+pub(super) fn replies<'a>(
+    planner: &'a Planner,
+    asked: &'a [Question],
+    seed: u64,
+) -> impl Iterator<Item = (usize, &'a [Question], Vec<Result<ChatReply, ChatError>>)> {
+    asked.chunks(BATCH).enumerate().map(move |(batch, chunk)| {
+        let start = batch * BATCH;
+        let seeded = chunk.iter().enumerate().map(|(i, q)| (&*q.text, question_seed(seed, start + i, 0)));
+        (start, chunk, planner.ask(&seeded.collect::<Vec<_>>(), None))
+    })
+}
 
 /// Verdicts of all heads on the planner's sampled replies to `asked`, against exact labels; and of
 /// the attribute head on [`Mistake::KEPT_FROM_VERIFIER`], put into replies to the same questions.
@@ -238,12 +253,7 @@ pub fn verifier(
         mistake: None,
         cluster: number as u64,
     };
-    for (start, chunk) in asked.chunks(BATCH).enumerate().map(|(i, c)| (i * BATCH, c)) {
-        let seeded = |(i, q)| -> (&str, u64) {
-            let q: &Question = q;
-            (&q.text, question_seed(seed, start + i, 0))
-        };
-        let replies = planner.ask(&chunk.iter().enumerate().map(seeded).collect::<Vec<_>>(), None);
+    for (start, chunk, replies) in replies(planner, asked, seed) {
         for (i, (q, reply)) in chunk.iter().zip(replies).enumerate() {
             let (reply, number) = (reply?, start + i);
             if Mistake::that_fit(&q.spec).any(|m| m == Mistake::KEPT_FROM_VERIFIER) {

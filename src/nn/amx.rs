@@ -11,7 +11,7 @@
 //! Both matrices are packed into tiles, then each task multiplies blocks of 2 × 2 tiles. An element is
 //! summed over `k` in one order, whatever else is in the matrices and however many threads there are.
 
-use super::cpu::{Mat, Out};
+use super::cpu::{Place, Product};
 use super::simd::transpose;
 use rayon::prelude::*;
 use std::arch::asm;
@@ -73,24 +73,12 @@ thread_local! {
     static BUFFERS: Cell<[Vec<Tile>; 2]> = const { Cell::new([vec![], vec![]]) };
 }
 
-/// `out = scale · a b (+ out)` with `a` `[m, k]`, `b` `[k, n]`, each cut into `parts` (1 or 2) parts;
-/// `out` starts at `at`, its rows are `apart` elements apart.
+/// Makes the product of numbers cut into `parts` (1 or 2) parts.
 ///
 /// # Safety
-/// [`available`] must have said yes; the slices must hold matrices of these sizes, and `out` the
+/// [`available`] must have said yes; the slices must hold matrices of these sizes, and `to` the
 /// result; its buffer must be alive and no other thread may touch these elements meanwhile.
-pub(super) unsafe fn product(
-    (m, n, k): (usize, usize, usize),
-    parts: usize,
-    out: Out,
-    at: usize,
-    apart: usize,
-    accumulate: bool,
-    scale: f32,
-    a: Mat,
-    b: Mat,
-    parallel: bool,
-) {
+pub(super) unsafe fn product(Product { sizes: (m, n, k), a, b, parallel }: Product, parts: usize, to: Place) {
     assert!((1..=2).contains(&parts) && m > 0 && n > 0 && k > 0);
     let a = Side { data: a.data, lines: m, k, line_apart: a.rows_apart, k_apart: a.cols_apart };
     let b = Side { data: b.data, lines: n, k, line_apart: b.cols_apart, k_apart: b.rows_apart };
@@ -105,8 +93,8 @@ pub(super) unsafe fn product(
         for col in (0..n).step_by(block) {
             let cols = block.min(n - col);
             b.pack(col, cols, parts, Layout::Pairs, &mut right, parallel);
-            let to = Place { out, at: at + row * apart + col, apart, rows, cols, accumulate, scale };
-            multiply(&left, &right, line, parts, to, parallel);
+            let to = Place { at: to.at + row * to.apart + col, ..to };
+            multiply(&left, &right, line, parts, Block { rows, cols, to }, parallel);
         }
     }
     BUFFERS.set([left, right]);
@@ -229,21 +217,17 @@ fn first_part(x: &mut __m512) -> __m512i {
     word
 }
 
-/// Where a block of the result goes.
+/// A block of the result, and where it goes.
 #[derive(Clone, Copy)]
-struct Place {
-    out: Out,
-    at: usize,
-    apart: usize,
+struct Block {
     rows: usize,
     cols: usize,
-    accumulate: bool,
-    scale: f32,
+    to: Place,
 }
 
 /// Multiplies packed matrices whose lines have `line` tiles each.
-fn multiply(a: &[Tile], b: &[Tile], line: usize, parts: usize, to: Place, parallel: bool) {
-    let (high, wide) = (to.rows.div_ceil(2 * LINES), to.cols.div_ceil(2 * LINES));
+fn multiply(a: &[Tile], b: &[Tile], line: usize, parts: usize, block: Block, parallel: bool) {
+    let (high, wide) = (block.rows.div_ceil(2 * LINES), block.cols.div_ceil(2 * LINES));
     let threads = if parallel { rayon::current_num_threads() } else { 1 };
     // Squares of 2 × 2 tiles in a task: few rows, so that they stay in the second-level cache, and a
     // few tasks per thread.
@@ -261,7 +245,7 @@ fn multiply(a: &[Tile], b: &[Tile], line: usize, parts: usize, to: Place, parall
         for x in left..(left + cols).min(wide) {
             for y in top..(top + rows).min(high) {
                 // SAFETY: the tiles are configured, and no two squares share an element.
-                unsafe { square(a, b, line, parts, to, y, x) }
+                unsafe { square(a, b, line, parts, block, y, x) }
             }
         }
     };
@@ -363,12 +347,13 @@ macro_rules! with_b {
 ///
 /// # Safety
 /// This thread's tiles must be [`Configured`], and no other thread may touch the square.
-unsafe fn square(a: &[Tile], b: &[Tile], line: usize, parts: usize, to: Place, y: usize, x: usize) {
+unsafe fn square(a: &[Tile], b: &[Tile], line: usize, parts: usize, block: Block, y: usize, x: usize) {
+    let Block { rows: all_rows, cols: all_cols, to } = block;
     let lines = |of: &[Tile], first: usize, count: usize| {
         [first, (first + 1).min(count - 1)].map(|i| of[i * line..(i + 1) * line].as_ptr())
     };
-    let a = lines(a, 2 * y, to.rows.div_ceil(LINES));
-    let b = lines(b, 2 * x, to.cols.div_ceil(LINES));
+    let a = lines(a, 2 * y, all_rows.div_ceil(LINES));
+    let b = lines(b, 2 * x, all_cols.div_ceil(LINES));
     let count = line / parts;
     let mut sums = Sums([[[0.; LINES]; LINES]; 4]);
     // SAFETY: each pointer is followed by `count` times `parts` tiles, and `sums` is four.
@@ -387,16 +372,16 @@ unsafe fn square(a: &[Tile], b: &[Tile], line: usize, parts: usize, to: Place, y
     }
     for (i, sums) in sums.0.iter().enumerate() {
         let (row, col) = ((2 * y + i / 2) * LINES, (2 * x + i % 2) * LINES);
-        let cols = to.cols.saturating_sub(col).min(LINES);
+        let cols = all_cols.saturating_sub(col).min(LINES);
         if cols == 0 {
             continue;
         }
-        for (r, sums) in sums.iter().enumerate().take(to.rows.saturating_sub(row)) {
+        for (r, sums) in sums.iter().enumerate().take(all_rows.saturating_sub(row)) {
             let at = to.at + (row + r) * to.apart + col;
             let scaled = sums.map(|s| to.scale * s);
             // SAFETY: this square's elements are this thread's alone.
             unsafe {
-                match to.accumulate {
+                match to.add {
                     true => to.out.add_at(at, &scaled[..cols]),
                     // There need not be anything yet.
                     false => to.out.put(at, &scaled[..cols]),
@@ -409,6 +394,7 @@ unsafe fn square(a: &[Tile], b: &[Tile], line: usize, parts: usize, to: Place, y
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::nn::cpu::{Mat, Out};
     use crate::nn::gradcheck::random;
 
     #[test]
@@ -446,9 +432,10 @@ mod tests {
                     for parallel in [false, true] {
                         // Rows 3 apart from their neighbours; what lies between is not touched.
                         let mut c = vec![1f32; m * (n + 3)];
-                        let out = Out::new(&mut c);
+                        let of = Product { parallel, ..Product::new((m, n, k), a, b) };
+                        let to = Place::new(Out::new(&mut c), 0, n + 3).adding(true).scaled(2.);
                         // SAFETY: the matrices hold these sizes, and `c` the result.
-                        unsafe { product((m, n, k), parts, out, 0, n + 3, true, 2., a, b, parallel) };
+                        unsafe { product(of, parts, to) };
                         for (row, exact) in c.chunks(n + 3).zip(exact.chunks(n)) {
                             for (c, (sum, sizes)) in row.iter().zip(exact) {
                                 let off = (*c as f64 - 1. - 2. * sum).abs();
@@ -475,9 +462,9 @@ mod tests {
             let b = vec![1f32; 32 * 32];
             for parts in 1..=2 {
                 let mut c = vec![0f32; 32 * 32];
-                let (out, a, b) = (Out::new(&mut c), Mat::rows(&a, 32), Mat::rows(&b, 32));
+                let of = Product::new((32, 32, 32), Mat::rows(&a, 32), Mat::rows(&b, 32));
                 // SAFETY: the matrices hold these sizes, and `c` the result.
-                unsafe { product((32, 32, 32), parts, out, 0, 32, false, 1., a, b, false) };
+                unsafe { product(of, parts, Place::new(Out::new(&mut c), 0, 32)) };
                 assert!(!c[5 * 32].is_finite(), "{value} {}", c[5 * 32]);
                 assert!(c[..5 * 32].iter().chain(&c[6 * 32..]).all(|c| *c == 32.));
             }

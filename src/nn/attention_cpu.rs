@@ -7,7 +7,7 @@
 //!
 //! Limits: one query-key dimension for keys and values; the mask takes no gradient.
 
-use super::cpu::{Held, Mat, Out, gemm_into};
+use super::cpu::{Held, Mat, Out, Place, Product, gemm_into};
 use super::simd::{self, LANES, madd, wide};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
@@ -185,9 +185,9 @@ impl AttentionOp {
     ) {
         let (n, m) = (rows.len(), cols.len());
         let kv = h / (self.heads / self.kv_heads);
-        let (qm, km) = (q.mat(b, h, rows.start), k.mat(b, kv, cols.start));
+        let product = Product::new((n, m, s.dim), q.mat(b, h, rows.start), k.mat(b, kv, cols.start).t());
         // SAFETY: `p` is borrowed exclusively.
-        unsafe { gemm_into((n, m, s.dim), Out::new(p), 0, m, false, self.scale, qm, km.t(), false) }
+        unsafe { gemm_into(product, Place::new(Out::new(p), 0, m).scaled(self.scale)) }
         for (i, p) in p.chunks_exact_mut(m).enumerate() {
             let seen = self.mask(s, (b, h, rows.start + i), cols, bias, p);
             softmax(&mut p[..seen]);
@@ -212,9 +212,9 @@ impl AttentionOp {
             self.probabilities(s, (b, h), &rows, &cols, q, k, bias, p);
             let vm = v.mat(b, h / (self.heads / self.kv_heads), cols.start);
             let at = (b * s.queries + rows.start) * width + h * s.dim;
-            let mnk = (rows.len(), s.dim, cols.len());
+            let product = Product::new((rows.len(), s.dim, cols.len()), Mat::rows(p, cols.len()), vm);
             // SAFETY: the columns of head `h` in the rows of this block are this task's alone.
-            unsafe { gemm_into(mnk, out, at, width, false, 1., Mat::rows(p, cols.len()), vm, false) }
+            unsafe { gemm_into(product, Place::new(out, at, width)) }
         });
         o
     }
@@ -286,14 +286,15 @@ impl AttentionOp {
                     self.probabilities(s, (b, h), rows, &cols, q, k, bias, p);
                     let (gm, qm) = (g.mat(b, h, from), q.mat(b, h, from));
                     let (km, vm) = (k.mat(b, kv, cols.start), v.mat(b, kv, cols.start));
-                    let to_kv = (b * s.keys + cols.start) * wk + kv * s.dim;
-                    let to_q = (b * s.queries + from) * wq + h * s.dim;
+                    let at_kv = (b * s.keys + cols.start) * wk + kv * s.dim;
+                    let to_kv = |out| Place::new(out, at_kv, wk).adding(true);
+                    let to_q = Place::new(oq, (b * s.queries + from) * wq + h * s.dim, wq);
                     let pm = Mat::rows(p, m);
                     // SAFETY: `dp` is this task's; so are, in dq, dk and dv, the columns of its
                     // key-value head's group in the rows of its segment of its batch row.
                     unsafe {
-                        gemm_into((m, s.dim, n), ov, to_kv, wk, true, 1., pm.t(), gm, false);
-                        gemm_into((n, m, s.dim), Out::new(dp), 0, m, false, 1., gm, vm.t(), false);
+                        gemm_into(Product::new((m, s.dim, n), pm.t(), gm), to_kv(ov));
+                        gemm_into(Product::new((n, m, s.dim), gm, vm.t()), Place::new(Out::new(dp), 0, m));
                     }
                     for (p, dp) in p.chunks_exact(m).zip(dp.chunks_exact_mut(m)) {
                         score_gradient(p, self.scale, dp);
@@ -301,8 +302,8 @@ impl AttentionOp {
                     let ds = Mat::rows(dp, m);
                     // SAFETY: as above.
                     unsafe {
-                        gemm_into((n, s.dim, m), oq, to_q, wq, false, 1., ds, km, false);
-                        gemm_into((m, s.dim, n), ok, to_kv, wk, true, 1., ds.t(), qm, false);
+                        gemm_into(Product::new((n, s.dim, m), ds, km), to_q);
+                        gemm_into(Product::new((m, s.dim, n), ds.t(), qm), to_kv(ok));
                     }
                 }
             }

@@ -6,7 +6,7 @@
 //! optional ReLU on the input is folded in, which saves its own passes over memory.
 //! f32, square odd kernels.
 
-use super::cpu::{self, Mat, Out};
+use super::cpu::{self, Mat, Out, Place, Product};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Storage, Tensor};
 use rayon::prelude::*;
 
@@ -106,20 +106,22 @@ fn span(dx: isize, w: usize) -> (usize, usize) {
 
 /// `c[m, n] (+)= a · b`; each operand is a slice with its row and column strides.
 fn gemm(
-    (m, n, k): (usize, usize, usize),
+    sizes: (usize, usize, usize),
     c: (&mut [f32], usize),
     add: bool,
     a: (&[f32], usize, usize),
     b: (&[f32], usize, usize),
 ) {
+    let (m, n, k) = sizes;
     let last = |rows: usize, cols: usize, rs: usize, cs: usize| (rows - 1) * rs + (cols - 1) * cs;
     assert!(m > 0 && n > 0 && k > 0);
     assert!(c.1 >= n && last(m, n, c.1, 1) < c.0.len());
     assert!(last(m, k, a.1, a.2) < a.0.len() && last(k, n, b.1, b.2) < b.0.len());
     let [a, b] = [a, b].map(|(data, rows_apart, cols_apart)| Mat { data, rows_apart, cols_apart });
+    let to = Place::new(Out::new(c.0), 0, c.1).adding(add);
     // SAFETY: the assertions keep every element that the kernel touches inside its slice, and
     // `c` is borrowed mutably, so it overlaps neither operand; its rows do not overlap either.
-    unsafe { cpu::f32_gemm((m, n, k), Out::new(c.0), 0, c.1, add, 1., a, b, false) }
+    unsafe { cpu::f32_gemm(Product::new(sizes, a, b), to) }
 }
 
 struct ConvSame {
@@ -154,13 +156,14 @@ impl ConvSame {
                 g.unfold(&x[image * g.cin * plane..][..g.cin * plane], y0, n / g.w, self.relu, col);
                 let at = image * g.cout * plane + y0 * g.w;
                 let (weight, col) = (Mat::rows(weight, t), Mat::rows(&col[..t * n], n));
+                let product = Product::new((g.cout, n, t), weight, col);
                 // SAFETY: these lines of the picture's planes are this task's alone; the matrices are as long as is
                 // said, the weight by `Geometry::of`.
                 unsafe {
                     for (c, b) in bias.iter().enumerate() {
                         out.part(at + c * plane, n).fill(*b);
                     }
-                    cpu::f32_gemm((g.cout, n, t), out, at, plane, true, 1., weight, col, false);
+                    cpu::f32_gemm(product, Place::new(out, at, plane).adding(true));
                 }
             },
         );

@@ -204,62 +204,89 @@ impl Out {
     }
 }
 
-/// `out = scale · a b (+ out)` with `a` `[m, k]`, `b` `[k, n]`; `out` starts at `at`, its rows are
-/// `apart` elements apart.
+/// `a b` with `a` `[m, k]`, `b` `[k, n]`.
+#[derive(Clone, Copy)]
+pub(super) struct Product<'a> {
+    /// `(m, n, k)`.
+    pub sizes: (usize, usize, usize),
+    pub a: Mat<'a>,
+    pub b: Mat<'a>,
+    /// Do all threads share it?
+    pub parallel: bool,
+}
+
+impl<'a> Product<'a> {
+    /// On this thread alone.
+    pub fn new(sizes: (usize, usize, usize), a: Mat<'a>, b: Mat<'a>) -> Self {
+        Self { sizes, a, b, parallel: false }
+    }
+
+    pub fn parallel(self) -> Self {
+        Self { parallel: true, ..self }
+    }
+}
+
+/// Where a product goes: `out = scale · product (+ out)`.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    pub out: Out,
+    /// Its first element, and how far its rows are apart.
+    pub at: usize,
+    pub apart: usize,
+    /// Is it added to what is there?
+    pub add: bool,
+    pub scale: f32,
+}
+
+impl Place {
+    /// In place of what is there, unscaled.
+    pub fn new(out: Out, at: usize, apart: usize) -> Self {
+        Self { out, at, apart, add: false, scale: 1. }
+    }
+
+    pub fn adding(self, add: bool) -> Self {
+        Self { add, ..self }
+    }
+
+    pub fn scaled(self, scale: f32) -> Self {
+        Self { scale, ..self }
+    }
+}
+
+/// Makes the product, in the precision chosen.
 ///
 /// # Safety
-/// The buffer behind `out` must be alive and no other thread may touch these elements meanwhile.
-pub(super) unsafe fn gemm_into(
-    (m, n, k): (usize, usize, usize),
-    out: Out,
-    at: usize,
-    apart: usize,
-    accumulate: bool,
-    scale: f32,
-    a: Mat,
-    b: Mat,
-    parallel: bool,
-) {
+/// The buffer behind `to` must be alive and no other thread may touch these elements meanwhile.
+pub(super) unsafe fn gemm_into(product: Product, to: Place) {
+    let Product { sizes: (m, n, k), a, b, .. } = product;
     if m == 0 || n == 0 {
         return;
     }
-    assert!(a.holds(m, k) && b.holds(k, n) && at + (m - 1) * apart + n <= out.len, "gemm out of bounds");
+    let end = to.at + (m - 1) * to.apart + n;
+    assert!(a.holds(m, k) && b.holds(k, n) && end <= to.out.len, "gemm out of bounds");
     #[cfg(target_arch = "x86_64")]
     if let Some(parts) = super::Precision::chosen().parts()
         && m.min(n).min(k) >= LEAST_SIDE
         && m * n * k >= LEAST_PRODUCT
     {
         // SAFETY: as below; `parts` is given only where the CPU has what it takes.
-        unsafe {
-            super::amx::product((m, n, k), parts, out, at, apart, accumulate, scale, a, b, parallel);
-        }
+        unsafe { super::amx::product(product, parts, to) }
         return;
     }
-    // SAFETY: the assertion keeps all three matrices inside their slices; `out` is the caller's word.
-    unsafe { f32_gemm((m, n, k), out, at, apart, accumulate, scale, a, b, parallel) }
+    // SAFETY: the assertion keeps all three matrices inside their slices; `to` is the caller's word.
+    unsafe { f32_gemm(product, to) }
 }
 
 /// [`gemm_into`] in f32, whatever the precision chosen.
 ///
 /// # Safety
-/// As of `gemm_into`; the slices must hold the matrices, and `out` the result.
-pub(super) unsafe fn f32_gemm(
-    (m, n, k): (usize, usize, usize),
-    out: Out,
-    at: usize,
-    apart: usize,
-    accumulate: bool,
-    scale: f32,
-    a: Mat,
-    b: Mat,
-    parallel: bool,
-) {
+/// As of `gemm_into`; the slices must hold the matrices, and `to` the result.
+pub(super) unsafe fn f32_gemm(product: Product, to: Place) {
+    let Product { sizes: (m, n, k), a, b, parallel } = product;
     #[cfg(target_arch = "x86_64")]
     if m >= LEAST_ROWS && n >= LEAST_COLS && k >= LEAST_DEPTH && super::fma::available() {
         // SAFETY: by the caller's word, and the processor has what it takes.
-        unsafe {
-            super::fma::product((m, n, k), out, at, apart, accumulate, scale, a, b, parallel);
-        }
+        unsafe { super::fma::product(product, to) }
         return;
     }
     let threads = rayon::current_num_threads();
@@ -271,10 +298,10 @@ pub(super) unsafe fn f32_gemm(
             m,
             n,
             k,
-            out.ptr.add(at),
+            to.out.ptr.add(to.at),
             1,
-            apart as isize,
-            accumulate,
+            to.apart as isize,
+            to.add,
             a.data.as_ptr(),
             a.cols_apart as isize,
             a.rows_apart as isize,
@@ -282,7 +309,7 @@ pub(super) unsafe fn f32_gemm(
             b.cols_apart as isize,
             b.rows_apart as isize,
             1f32,
-            scale,
+            to.scale,
             false,
             false,
             false,
@@ -292,10 +319,11 @@ pub(super) unsafe fn f32_gemm(
 }
 
 /// [`gemm_into`] for a whole row-major `out` `[m, n]`, on all threads.
-pub(super) fn gemm(mnk: (usize, usize, usize), out: &mut [f32], accumulate: bool, a: Mat, b: Mat) {
-    assert_eq!(out.len(), mnk.0 * mnk.1);
+pub(super) fn gemm(sizes: (usize, usize, usize), out: &mut [f32], accumulate: bool, a: Mat, b: Mat) {
+    assert_eq!(out.len(), sizes.0 * sizes.1);
+    let to = Place::new(Out::new(out), 0, sizes.1).adding(accumulate);
     // SAFETY: `out` is borrowed exclusively here.
-    unsafe { gemm_into(mnk, Out::new(out), 0, mnk.1, accumulate, 1., a, b, true) }
+    unsafe { gemm_into(Product::new(sizes, a, b).parallel(), to) }
 }
 
 /// `a b` `[m, n]` in memory that nobody wrote to before.
@@ -310,7 +338,7 @@ pub(super) fn product((m, n, k): (usize, usize, usize), a: Mat, b: Mat) -> Vec<f
     let out = Out { ptr: y.as_mut_ptr(), len: m * n };
     // SAFETY: the memory is this function's alone, and every element of it is written.
     unsafe {
-        gemm_into((m, n, k), out, 0, n, false, 1., a, b, true);
+        gemm_into(Product::new((m, n, k), a, b).parallel(), Place::new(out, 0, n));
         y.set_len(m * n);
     }
     y

@@ -9,7 +9,7 @@
 //! An element is summed over `k` in one order, whatever else is in the matrices and however many threads there
 //! are; but products of a few rows or columns are not made here (see `cpu`).
 
-use super::cpu::{Mat, Out};
+use super::cpu::{Out, Place, Product};
 use rayon::prelude::*;
 use std::arch::x86_64::*;
 use std::cell::Cell;
@@ -65,35 +65,12 @@ fn with_room<T>(which: usize, len: usize, f: impl FnOnce(Out) -> T) -> T {
     result
 }
 
-/// Where a product goes.
-#[derive(Clone, Copy)]
-struct Place {
-    out: Out,
-    /// Its first element, and how far its rows are apart.
-    at: usize,
-    apart: usize,
-    /// Is it added to what is there?
-    add: bool,
-    scale: f32,
-}
-
-/// `out = scale · a b (+ out)` with `a` `[m, k]`, `b` `[k, n]`; `out` starts at `at`, its rows are `apart`
-/// elements apart.
+/// Makes the product.
 ///
 /// # Safety
-/// The processor must have AVX2 and FMA; the slices must hold matrices of these sizes, and `out` the result; its
+/// The processor must have AVX2 and FMA; the slices must hold matrices of these sizes, and `to` the result; its
 /// buffer must be alive and no other thread may touch these elements meanwhile.
-pub(super) unsafe fn product(
-    (m, n, k): (usize, usize, usize),
-    out: Out,
-    at: usize,
-    apart: usize,
-    accumulate: bool,
-    scale: f32,
-    a: Mat,
-    b: Mat,
-    parallel: bool,
-) {
+pub(super) unsafe fn product(Product { sizes: (m, n, k), a, b, parallel }: Product, to: Place) {
     assert!(m > 0 && n > 0 && k > 0);
     let threads = match parallel && m * n * k >= WORTH_A_THREAD {
         true => rayon::current_num_threads(),
@@ -108,7 +85,7 @@ pub(super) unsafe fn product(
         for first in (0..n).step_by(width) {
             let b = Lines { first, count: width.min(n - first), ..b };
             for from in (0..k).step_by(depth) {
-                let to = Place { out, at: at + first, apart, add: accumulate || from > 0, scale };
+                let to = Place { at: to.at + first, add: to.add || from > 0, ..to };
                 // SAFETY: by the caller's word; the room is this call's alone.
                 unsafe { part(a, b, (from, depth.min(k - from)), panels, to, threads) }
             }
@@ -385,6 +362,7 @@ unsafe fn kernel<const R: usize, const PACKED: bool>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::nn::cpu::Mat;
     use crate::nn::gradcheck::random;
 
     type Strides = (usize, usize);
@@ -401,9 +379,10 @@ mod tests {
         let before = numbers(m * apart + 2, 3)?;
         let run = |parallel: bool| {
             let mut c = before.clone();
-            let (a, b) = (mat(&a, a_at), mat(&b, b_at));
+            let of = Product { parallel, ..Product::new((m, n, k), mat(&a, a_at), mat(&b, b_at)) };
+            let to = Place::new(Out::new(&mut c), 2, apart).adding(add).scaled(0.5);
             // SAFETY: the buffer is this function's, and the caller asked for the instructions.
-            unsafe { product((m, n, k), Out::new(&mut c), 2, apart, add, 0.5, a, b, parallel) };
+            unsafe { product(of, to) };
             c
         };
         let got = run(true);
@@ -457,9 +436,9 @@ mod tests {
         let (a, b) = (a.flatten_all()?.to_vec1::<f32>()?, b.flatten_all()?.to_vec1::<f32>()?);
         let of = |from: usize, rows: usize, cols: usize| {
             let mut c = vec![0.; rows * cols];
-            let (a, b) = (Mat::rows(&a[from * k..], k), Mat::rows(&b, k).t());
+            let of = Product::new((rows, cols, k), Mat::rows(&a[from * k..], k), Mat::rows(&b, k).t());
             // SAFETY: as above.
-            unsafe { product((rows, cols, k), Out::new(&mut c), 0, cols, false, 1., a, b, true) };
+            unsafe { product(of.parallel(), Place::new(Out::new(&mut c), 0, cols)) };
             c
         };
         let all = of(0, 300, n);

@@ -13,6 +13,7 @@ pub mod boxes;
 pub mod demos;
 pub mod export;
 pub mod frames;
+mod furnish;
 mod kinds;
 pub mod mistakes;
 pub mod oracle;

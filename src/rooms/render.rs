@@ -6,101 +6,16 @@
 //! of the ray through the pixel's centre. One thread per picture: the result cannot depend on
 //! their number. No reflections, no transparency, no light bounces.
 
-use super::paint::hash_bits;
-use super::scene::{Item, Scene};
-use super::solid::{Frame, Solid, V3, add, cross, dot, meet, mix, mul, scale, sub, unit};
-use super::view::{Camera, Look, Thing, View};
+mod develop;
+mod eye;
+mod shade;
 
-/// A pinhole: rays through pixel (x, y) have the direction `corner + x·right + y·down`, whose
-/// forward part is 1.
-#[derive(Clone, Debug)]
-pub struct Eye {
-    pub origin: V3,
-    pub right: V3,
-    pub down: V3,
-    pub forward: V3,
-    /// Pixels per unit of tangent.
-    focal: f64,
-    width: usize,
-    height: usize,
-}
-
-/// Things nearer than this are treated as filling the screen.
-const NEAR: f64 = 0.05;
-
-impl Eye {
-    /// A camera at `origin` with its heading (sin, cos), 0 along +z.
-    pub fn camera(camera: &Camera, origin: V3, heading: (f64, f64), width: usize, height: usize) -> Self {
-        let (st, ct) = camera.tilt.to_radians().sin_cos();
-        let (sh, ch) = heading;
-        let forward = [sh * ct, -st, ch * ct];
-        let right = [ch, 0., -sh];
-        let focal = width as f64 / 2. / (camera.fov_x.to_radians() / 2.).tan();
-        let down = [-sh * st, -ct, -ch * st];
-        Self { origin, right, down, forward, focal, width, height }
-    }
-
-    fn looking(origin: V3, at: V3, half_tangent: f64, size: usize) -> Self {
-        let forward = unit(sub(at, origin));
-        let right = unit(cross(if forward[1].abs() > 0.99 { [0., 0., 1.] } else { [0., 1., 0.] }, forward));
-        let down = cross(right, forward);
-        Self {
-            origin,
-            right,
-            down,
-            forward,
-            focal: size as f64 / 2. / half_tangent,
-            width: size,
-            height: size,
-        }
-    }
-
-    /// Pixel coordinates and depth of a point.
-    pub fn project(&self, p: V3) -> [f64; 3] {
-        let v = sub(p, self.origin);
-        let z = dot(v, self.forward);
-        let k = self.focal / z;
-        [self.width as f64 / 2. + k * dot(v, self.right), self.height as f64 / 2. + k * dot(v, self.down), z]
-    }
-
-    /// The point in camera coordinates: right, down, forward.
-    pub fn local(&self, p: V3) -> V3 {
-        let v = sub(p, self.origin);
-        [dot(v, self.right), dot(v, self.down), dot(v, self.forward)]
-    }
-
-    fn ray(&self, x: f64, y: f64) -> V3 {
-        let (x, y) = ((x - self.width as f64 / 2.) / self.focal, (y - self.height as f64 / 2.) / self.focal);
-        add(self.forward, add(scale(self.right, x), scale(self.down, y)))
-    }
-
-    /// Half-open pixel ranges that the solid can touch.
-    fn bounds(&self, solid: &Solid) -> Option<[usize; 4]> {
-        let (mut low, mut high) = ([f64::INFINITY; 2], [f64::NEG_INFINITY; 2]);
-        let mut behind = 0;
-        for corner in solid.corners() {
-            let p = self.project(corner);
-            if p[2] < NEAR {
-                behind += 1;
-                continue;
-            }
-            for k in 0..2 {
-                low[k] = low[k].min(p[k]);
-                high[k] = high[k].max(p[k]);
-            }
-        }
-        let (w, h) = (self.width as f64, self.height as f64);
-        match behind {
-            0 => {}
-            8 => return None,
-            _ => (low, high) = ([0., 0.], [w, h]),
-        }
-        let cut = |v: f64, max: f64| v.clamp(0., max) as usize;
-        let [x0, y0] = [cut(low[0] - 0.5, w), cut(low[1] - 0.5, h)];
-        let [x1, y1] = [cut(high[0] + 1.5, w), cut(high[1] + 1.5, h)];
-        (x0 < x1 && y0 < y1).then_some([x0, y0, x1, y1])
-    }
-}
+use super::scene::Scene;
+use super::solid::{Solid, V3, add, meet, scale, sub};
+use super::view::{Look, Thing, View};
+use develop::develop;
+pub use eye::Eye;
+use shade::Shader;
 
 /// What each ray met: depth, and the solid's number · 8 + face; the room's shell is number 0.
 struct Hits {
@@ -168,139 +83,6 @@ fn leave(room: V3, o: V3, d: V3) -> (f64, u8) {
         }
     }
     best
-}
-
-/// Depth of the nearest solid as a light sees it; coarse texels make soft shadows.
-struct ShadowMap {
-    eye: Eye,
-    depth: Vec<f32>,
-    /// Metres a surface is lifted along its normal before the comparison, against self-shadow.
-    lift: f64,
-}
-
-impl ShadowMap {
-    fn new(eye: Eye, scene: &Scene) -> Self {
-        let mut depth = vec![f32::INFINITY; eye.width * eye.height];
-        for item in scene.items.iter().filter(|item| item.casts) {
-            cast(&eye, &item.solid, |at, t, _| depth[at] = depth[at].min(t as f32));
-        }
-        let far = dot(sub([scene.room[0] / 2., 0., scene.room[2] / 2.], eye.origin), eye.forward);
-        Self { lift: 2.2 * far / eye.focal, eye, depth }
-    }
-
-    /// Share of the light that arrives, by 4×4 texels with bilinear weights at the rim.
-    fn arrives(&self, p: V3, n: V3) -> f64 {
-        let [x, y, z] = self.eye.project(add(p, scale(n, self.lift)));
-        // Outside the map, its rim.
-        let limit = |v: f64, size: usize| (v - 0.5).clamp(1., size as f64 - 3.001);
-        let (x, y) = (limit(x, self.eye.width), limit(y, self.eye.height));
-        let (i, j) = (x as usize, y as usize);
-        let (fx, fy) = ((x - i as f64) as f32, (y - j as f64) as f32);
-        let z = (z - self.lift * 0.5) as f32;
-        let mut lit = 0.;
-        for (b, wy) in [1. - fy, 1., 1., fy].into_iter().enumerate() {
-            let at = (j + b - 1) * self.eye.width + i - 1;
-            let lets = |k: usize| if self.depth[at + k] >= z { 1f32 } else { 0. };
-            lit += wy * (lets(0) * (1. - fx) + lets(1) + lets(2) + lets(3) * fx);
-        }
-        lit as f64 / 9.
-    }
-}
-
-struct Shader<'a> {
-    scene: &'a Scene,
-    frames: Vec<Frame>,
-    key: ShadowMap,
-    above: ShadowMap,
-}
-
-impl<'a> Shader<'a> {
-    fn new(scene: &'a Scene) -> Self {
-        let [w, _, l] = scene.room;
-        let middle = [w / 2., 0., l / 2.];
-        let reach = 0.5 * (w * w + l * l).sqrt() + 0.2;
-        let light = scene.light.position;
-        let key = Eye::looking(light, middle, reach / light[1].max(2.) * 0.95, scene.light.texels);
-        let zenith = Eye::looking([w / 2., 14., l / 2.], middle, 0.55 * w.max(l) / 12., 48);
-        Self {
-            frames: scene.items.iter().map(|item| item.solid.frame()).collect(),
-            key: ShadowMap::new(key, scene),
-            above: ShadowMap::new(zenith, scene),
-            scene,
-        }
-    }
-
-    /// Linear light that a surface sends to the camera from `p`.
-    fn light(&self, p: V3, surface: u32) -> V3 {
-        let face = (surface & 7) as u8;
-        let (paint, n, albedo) = if surface < 8 {
-            let (paint, n) = (&self.scene.shell[face as usize], shell_normal(face));
-            let (u, v) = face_uv(p, face);
-            let room = self.scene.room;
-            let q: V3 = std::array::from_fn(|i| p[i] / room[i] * 2. - 1.);
-            let (a, b) = face_uv(q, face);
-            let skirting = face / 2 != 1 && p[1] < self.scene.skirting.0;
-            let albedo = if skirting { self.scene.skirting.1 } else { paint.at(u, v, [a, b]) };
-            (paint, n, albedo)
-        } else {
-            let i = (surface >> 3) as usize - 1;
-            let Item { solid, .. } = &self.scene.items[i];
-            let q = self.frames[i].apply(sub(p, solid.centre));
-            let n = solid.normal(q, face);
-            let axis = if solid.shape == super::solid::Shape::Box { face } else { 4 };
-            let (a, b) = face_uv(q, axis);
-            let (u, v) = face_uv(mul(q, solid.half), axis);
-            (&solid.paint, n, solid.paint.at(u, v, [a, b]))
-        };
-        let light = &self.scene.light;
-        let to_light = sub(light.position, p);
-        let distance = dot(to_light, to_light);
-        let l = scale(to_light, 1. / distance.sqrt());
-        let facing = dot(n, l).max(0.);
-        let lit = if facing > 0. { self.key.arrives(p, n) } else { 0. };
-        let open = self.above.arrives(p, n) * self.corner(p, surface);
-        let ambient = scale(mix(light.bounce, light.ambient, 0.5 + 0.5 * n[1]), 0.4 + 0.6 * open);
-        let fall = light.reference * light.reference / distance;
-        let mut sum = mul(albedo, add(ambient, scale(light.colour, facing * lit * fall)));
-        if paint.gloss > 0. && facing * lit > 0. {
-            let h = unit(add(l, unit(sub(self.scene.eye, p))));
-            let s = dot(n, h).max(0.);
-            let s = s * s * s * s;
-            let s = s * s * s * s;
-            sum = add(sum, scale(light.colour, paint.gloss * s * s * lit * fall));
-        }
-        add(sum, scale(albedo, paint.glow))
-    }
-
-    /// Darkening where the room's sides meet.
-    fn corner(&self, p: V3, surface: u32) -> f64 {
-        if surface >= 8 {
-            return 1.;
-        }
-        let mut open = 1.;
-        for i in 0..3 {
-            if i as u32 != (surface & 7) / 2 {
-                let d = p[i].min(self.scene.room[i] - p[i]).max(0.) / 0.22;
-                open *= 1. - 0.4 / (1. + d * d);
-            }
-        }
-        open
-    }
-}
-
-fn shell_normal(face: u8) -> V3 {
-    let mut n = [0.; 3];
-    n[(face / 2) as usize] = if face.is_multiple_of(2) { 1. } else { -1. };
-    n
-}
-
-/// The two coordinates that run over a face of a box: v is height on its upright faces.
-fn face_uv(p: V3, face: u8) -> (f64, f64) {
-    match face / 2 {
-        0 => (p[2], p[1]),
-        1 => (p[0], p[2]),
-        _ => (p[0], p[1]),
-    }
 }
 
 /// Where in a pixel the four colour samples lie.
@@ -411,77 +193,6 @@ fn colours(eye: &Eye, scene: &Scene, hits: &Hits) -> Vec<V3> {
     out
 }
 
-/// sRGB bytes, with the sensor's blur and noise.
-fn develop(scene: &Scene, mut linear: Vec<V3>, w: usize, h: usize) -> Vec<u8> {
-    let table = gamma_table();
-    let sensor = scene.sensor;
-    if sensor.blur > 0. {
-        let side = (sensor.blur * w as f64 / 256.).min(0.33);
-        blur_rows(&mut linear, w, side);
-        blur_columns(&mut linear, w, side);
-    }
-    let mut rgb = Vec::with_capacity(3 * w * h);
-    for (i, c) in linear.iter().enumerate() {
-        let noise = grain(i as u64, scene.seed);
-        for (c, noise) in c.iter().zip(noise) {
-            let v = table[((c * sensor.exposure).clamp(0., 1.) * 4095. + 0.5) as usize];
-            rgb.push((v + sensor.noise * noise + 0.5).clamp(0., 255.) as u8);
-        }
-    }
-    rgb
-}
-
-/// Each pixel gives `side` of its light to each neighbour in its row; the rim keeps its own.
-fn blur_rows(pixels: &mut [V3], w: usize, side: f64) {
-    for row in pixels.chunks_exact_mut(w) {
-        let mut before = row[0];
-        for x in 0..w {
-            let own = row[x];
-            let after = if x + 1 < w { row[x + 1] } else { own };
-            row[x] = add(scale(own, 1. - 2. * side), scale(add(before, after), side));
-            before = own;
-        }
-    }
-}
-
-fn blur_columns(pixels: &mut [V3], w: usize, side: f64) {
-    let mut before = pixels[..w].to_vec();
-    for y in 0..pixels.len() / w {
-        for x in 0..w {
-            let at = y * w + x;
-            let own = pixels[at];
-            let after = pixels.get(at + w).copied().unwrap_or(own);
-            pixels[at] = add(scale(own, 1. - 2. * side), scale(add(before[x], after), side));
-            before[x] = own;
-        }
-    }
-}
-
-/// Noise of the three channels, about normal with variance 1, half of it common to them.
-fn grain(pixel: u64, seed: u64) -> V3 {
-    let word = |salt| hash_bits(pixel, seed, salt);
-    let (a, b) = (word(1), word(2));
-    // A sum of two uniform numbers on [-½, ½) has the variance 1/6.
-    let part = |i: u32| {
-        let u = |w: u64| (w >> (16 * i) & 0xffff) as f64 / 65536. - 0.5;
-        (u(a) + u(b)) * 6f64.sqrt()
-    };
-    let common = part(3);
-    std::array::from_fn(|i| (common + part(i as u32)) * std::f64::consts::FRAC_1_SQRT_2)
-}
-
-fn gamma_table() -> &'static [f64] {
-    static TABLE: std::sync::OnceLock<Vec<f64>> = std::sync::OnceLock::new();
-    TABLE.get_or_init(|| {
-        (0..4096)
-            .map(|i| {
-                let c = i as f64 / 4095.;
-                255. * if c <= 0.0031308 { 12.92 * c } else { 1.055 * c.powf(1. / 2.4) - 0.055 }
-            })
-            .collect()
-    })
-}
-
 /// A growing tight box over pixels.
 #[derive(Clone, Copy)]
 struct Extent {
@@ -575,8 +286,9 @@ mod tests {
     use super::*;
     use crate::rooms::kinds::{cuboid, ellipsoid};
     use crate::rooms::paint::Paint;
-    use crate::rooms::scene::Placed;
-    use crate::rooms::{Colour, Kind};
+    use crate::rooms::scene::{Item, Placed};
+    use crate::rooms::solid::dot;
+    use crate::rooms::{Camera, Colour, Kind};
 
     const LOOKS: [Look; 2] = [Look::Studio, Look::LivedIn];
 

@@ -4,11 +4,13 @@
 //! [`folder`], [`metric`] scores, [`summary`] makes the table with intervals of what was recorded,
 //! [`compare`] sets two runs side by side. Everything after `run` reads records only.
 
+mod answers;
 pub mod batch;
 pub mod compare;
 pub mod feed;
 pub mod folder;
 pub mod metric;
+mod programs;
 pub mod record;
 mod released;
 pub mod run;

@@ -10,31 +10,26 @@
 //! killed ends with the same records as one that was not. What a server failed to answer is not measured, and
 //! the next run of the same command asks it again; a server that will answer nothing more ends the run.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::path::Path;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Instant;
 
-use anyhow::{Context, Result, anyhow, bail};
-use serde::{Deserialize, Serialize};
+use anyhow::{Context, Result, anyhow};
 
 use super::batch::{BATCHES, Batch, Done, Event, Gallery, Job, LastWord, Planned, StopOnDrop};
 use super::feed::{Feed, Note, Seen, Task};
 use super::folder::Folder;
 use super::metric::{Form, Judged, Wanted, score};
-use super::record::{REFUSED, Record, each};
+pub use super::programs::{PROGRAMS, Programs, Written};
+use super::record::Record;
 use crate::config::Inference;
 use crate::data::{Links, PictureRef};
-use crate::llm::{ChatError, ChatReply, Finish};
-use crate::pipeline::{Answered, Asked, Referee, Run, answer, elect, question_seed, run_all};
+use crate::llm::{ChatError, ChatReply};
+use crate::pipeline::{Referee, question_seed};
 use crate::planner::Planner;
-use crate::program::{Executor, IMAGE, Limits, Sandbox};
-use crate::rooms::OracleTools;
-use crate::rooms::questions::score as score_room;
-use crate::tools::picture::DecodeOptions;
-use crate::tools::real::{Perception, RealTools, Vlm};
-use crate::tools::{Picture, Tools};
+use crate::program::{Executor, Limits, Sandbox};
+use crate::tools::real::{Perception, Vlm};
 use crate::verify::SynonymJudge;
 
 /// Where answers come from.
@@ -81,74 +76,6 @@ pub enum Stopped {
 
 /// Wall seconds by what they went to; those of workers add up.
 pub type Times = BTreeMap<String, f64>;
-
-/// A reply of a planner, kept for later runs.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Written {
-    pub bench: String,
-    pub index: usize,
-    /// Of several replies to the question, from 0.
-    #[serde(default)]
-    pub sample: usize,
-    pub question: String,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub seed: Option<u64>,
-    /// `None` where the planner gave none.
-    pub reply: Option<String>,
-}
-
-/// The file of replies in the folder of a run that only planned.
-pub const PROGRAMS: &str = "programs.jsonl";
-
-/// Replies by question.
-#[derive(Debug, Default)]
-pub struct Programs {
-    file: String,
-    written: HashMap<(String, usize), Vec<Written>>,
-}
-
-impl Programs {
-    /// From a file, or a run's folder with one.
-    pub fn open(path: &Path) -> Result<Self> {
-        let path = if path.is_dir() { path.join(PROGRAMS) } else { path.to_owned() };
-        let mut all = Self { file: path.display().to_string(), written: HashMap::new() };
-        each(&path, |w: Written| {
-            let of_question: &mut Vec<Written> = all.written.entry((w.bench.clone(), w.index)).or_default();
-            // A run that was broken off among a question's replies wrote the first ones again.
-            if of_question.iter().all(|known| known.sample != w.sample) {
-                of_question.push(w);
-            }
-            Ok(())
-        })?;
-        if all.written.is_empty() {
-            bail!("{} holds no reply", all.file)
-        }
-        all.written.values_mut().for_each(|w| w.sort_by_key(|w| w.sample));
-        Ok(all)
-    }
-
-    fn of(&self, task: &Task) -> Result<Vec<Result<ChatReply, ChatError>>> {
-        let at = || format!("{}, {} row {}", self.file, task.bench, task.index);
-        let Some(written) = self.written.get(&(task.bench.to_owned(), task.index)) else {
-            bail!("{} has no reply; plan it with --planner-only, or limit the run with --n", at())
-        };
-        if written.iter().any(|w| w.question != task.question) {
-            bail!("{} is of another question than {:?}: plan this bench anew", at(), task.question)
-        }
-        let reply = |w: &Written| match &w.reply {
-            Some(text) => Ok(ChatReply {
-                text: text.clone(),
-                finish: Finish::Stop,
-                prompt_tokens: 0,
-                new_tokens: 0,
-                trace: None,
-            }),
-            None => Err(ChatError::Request("the planner gave none".into())),
-        };
-        Ok(written.iter().map(reply).collect())
-    }
-}
 
 impl Runner<'_> {
     /// Has all of the feed answered, and each record appended to the folder.
@@ -395,125 +322,6 @@ impl Runner<'_> {
             }
         });
     }
-
-    fn about_one_picture(
-        &self,
-        group: Vec<Job>,
-        sandbox: &mut Sandbox,
-        times: &Mutex<Times>,
-    ) -> Result<Vec<(usize, Done)>, Stopped> {
-        let picture = group.first().map(|j| decoded(&j.planned.task.seen)).expect("no group is empty");
-        let room = match &group[0].planned.task.seen {
-            Seen::Room(view, _) => Some(view.clone()),
-            _ => None,
-        };
-        let refused = |task: &Task, why: &str| {
-            let mut record = blank(task);
-            record.failure = Some(REFUSED.into());
-            record.why = Some(why.to_owned());
-            Done { record, thumbnail: None }
-        };
-        let picture = match picture {
-            Ok(picture) => picture,
-            Err(why) => {
-                return Ok(group.iter().map(|j| (j.number, refused(&j.planned.task, &why))).collect());
-            }
-        };
-        let mut tools: Option<Box<dyn Tools + '_>> = match (self.perception, &room) {
-            (Some(models), _) => Some(Box::new(RealTools::new(models, &picture))),
-            (None, Some(view)) => Some(Box::new(OracleTools::new(view))),
-            (None, None) => None,
-        };
-        let mut all = Vec::with_capacity(group.len());
-        for Job { batch: _, number, planned: Planned { task, replies }, shown } in group {
-            let mut record = blank(&task);
-            record.size = Some((picture.width(), picture.height()));
-            let mut program_is_right = None;
-            if let Method::Direct(vlm) = &self.method {
-                let started = Instant::now();
-                let prompt = format!("{}\nAnswer with one word, number or phrase.", task.question);
-                match vlm.prompted(&picture, None, &prompt) {
-                    Ok(text) => record.answer = Some(text.into()),
-                    Err(ChatError::NoReply(why)) => record.set_outage(why),
-                    Err(e) => {
-                        record.failure = Some("vlm".into());
-                        record.why = Some(e.to_string());
-                    }
-                }
-                spend(times, "vqa", started);
-                if let (Seen::Room(_, q), true) = (&task.seen, record.is_measured()) {
-                    record.set_score(record.answer.as_ref().is_some_and(|a| score_room(q, a)));
-                }
-            } else {
-                let tools = tools.as_mut().ok_or_else(|| anyhow!("only rooms have exact tools"))?;
-                let answered = self.answered(&task, replies, sandbox, tools, &mut record)?;
-                note_times(times, &answered);
-                if let (Seen::Room(view, q), true) = (&task.seen, record.is_measured()) {
-                    let right = answered.value().is_some_and(|a| score_room(q, a));
-                    record.set_score(right);
-                    // On exact tools the same program shows whose fault it was.
-                    program_is_right = (!right).then(|| {
-                        let outcome = match (&record.reply, self.perception) {
-                            (_, None) => return false,
-                            (Some(reply), _) => answer(reply, sandbox, &mut OracleTools::new(view)),
-                            (None, _) => stored(&q.program, sandbox, &mut OracleTools::new(view)),
-                        };
-                        outcome.value().is_some_and(|a| score_room(q, a))
-                    });
-                }
-            }
-            let thumbnail = shown.then(|| thumbnail(&picture)).transpose()?;
-            record.fault = program_is_right.and_then(|right| record.blame(Some(right)));
-            all.push((number, Done { record, thumbnail }));
-        }
-        Ok(all)
-    }
-
-    /// The run that counts of a question's programs.
-    fn answered(
-        &self,
-        task: &Task,
-        replies: Vec<Result<ChatReply, ChatError>>,
-        sandbox: &mut Sandbox,
-        tools: &mut Box<dyn Tools + '_>,
-        record: &mut Record,
-    ) -> Result<Answered, Stopped> {
-        if let (Method::Stored, Seen::Room(_, q)) = (&self.method, &task.seen) {
-            let answered = stored(&q.program, sandbox, tools);
-            match tools.outage() {
-                Some(why) => record.set_outage(why),
-                None => record.set_outcome(&answered),
-            }
-            return Ok(answered);
-        }
-        let planner = match &self.method {
-            Method::Planner(planner) => Some(*planner),
-            Method::Programs(_) => None,
-            Method::Stored | Method::Direct(_) => return Err(anyhow!("there is no program").into()),
-        };
-        let outage = replies.iter().find_map(|r| r.as_ref().err().filter(|e| e.is_outage()));
-        if let Some(e) = outage.cloned() {
-            record.set_outage(e.to_string());
-            return Ok(Answered::without_reply(&e));
-        }
-        let seeds: Vec<u64> = (0..replies.len()).map(|k| question_seed(self.seed, task.index, k)).collect();
-        let asked: Vec<Asked> =
-            seeds.iter().map(|&seed| Asked { question: &task.question, seed, tools: 0 }).collect();
-        let tools = std::slice::from_mut(tools);
-        let mut runs = run_all(planner, sandbox, &asked, replies, tools, self.how.repairs, || ())?;
-        let chosen = elect(self.referee, &task.question, &runs, sandbox)?;
-        let Run { reply, answered, outage, earlier } = runs.swap_remove(chosen);
-        if let Some(why) = outage {
-            record.set_outage(why);
-            return Ok(answered);
-        }
-        record.set_outcome(&answered);
-        record.seed = planner.map(|_| seeds[chosen]);
-        record.cut = reply.as_ref().is_some_and(|r| r.finish == Finish::Length);
-        record.reply = reply.map(|r| r.text);
-        record.repairs = earlier.len();
-        Ok(answered)
-    }
 }
 
 /// Of a batch in which the planner's model failed the questions that were answered before, which are paid for, and
@@ -541,76 +349,10 @@ pub(super) fn finish(record: &mut Record) {
     }
 }
 
-fn blank(task: &Task) -> Record {
-    Record {
-        bench: task.bench.to_owned(),
-        index: task.index,
-        part: task.part.clone(),
-        picture: task.picture.clone(),
-        question: task.question.clone(),
-        kind: task.kind,
-        truth: task.truth.clone(),
-        duplicate_of: task.duplicate_of,
-        answer: None,
-        failure: None,
-        why: None,
-        reference: None,
-        strict: None,
-        judged: None,
-        fault: None,
-        nothing_detected: false,
-        size: None,
-        seed: None,
-        reply: None,
-        cut: false,
-        flags: Vec::new(),
-        repairs: 0,
-        calls: Vec::new(),
-        line: None,
-    }
-}
-
-fn stored(program: &str, sandbox: &mut Sandbox, tools: &mut dyn Tools) -> Answered {
-    Answered { reply: None, outcome: Ok(sandbox.run(program, IMAGE, tools)) }
-}
-
-fn decoded(seen: &Seen) -> Result<Picture, String> {
-    match seen {
-        Seen::Nothing(why) => Err(why.clone()),
-        Seen::Room(view, _) => Ok(Picture::new(view.width, view.height, view.rgb.clone())),
-        Seen::Picture(PictureRef::Bytes(bytes)) => {
-            Picture::decode(bytes, "the row's picture", DecodeOptions::default()).map_err(|e| e.to_string())
-        }
-        Seen::Picture(PictureRef::File(path)) => Picture::open(path).map_err(|e| e.to_string()),
-        Seen::Picture(PictureRef::Link(link)) => Err(format!("{link} was not fetched")),
-    }
-}
-
-/// Longest side of a gallery's pictures, pixels.
-const THUMBNAIL: u32 = 400;
-
-fn thumbnail(picture: &Picture) -> Result<Vec<u8>> {
-    let (w, h) = (picture.width(), picture.height());
-    let scale = f64::from(THUMBNAIL) / f64::from(w.max(h).max(THUMBNAIL));
-    let side = |n: u32| ((f64::from(n) * scale).round() as u32).max(1);
-    let small = image::imageops::thumbnail(&picture.to_image(), side(w), side(h));
-    let mut jpeg = Vec::new();
-    small.write_with_encoder(image::codecs::jpeg::JpegEncoder::new_with_quality(&mut jpeg, 85))?;
-    Ok(jpeg)
-}
-
 pub(super) fn spend(times: &Mutex<Times>, on: &str, since: Instant) {
     add(times, on, since.elapsed().as_secs_f64());
 }
 
-fn add(times: &Mutex<Times>, on: &str, seconds: f64) {
+pub(super) fn add(times: &Mutex<Times>, on: &str, seconds: f64) {
     *times.lock().expect("no holder panics").entry(on.to_owned()).or_default() += seconds;
-}
-
-fn note_times(times: &Mutex<Times>, answered: &Answered) {
-    let Ok(outcome) = &answered.outcome else { return };
-    add(times, "programs", outcome.seconds);
-    for call in &outcome.calls {
-        add(times, &call.tool, call.seconds);
-    }
 }
