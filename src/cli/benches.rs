@@ -132,7 +132,7 @@ fn opened(args: &EvalArgs, hub: &Hub) -> Result<Vec<Opened>> {
         });
     }
     let open = |name: &Named| match name {
-        Named::Rooms(RoomsBench::Rooms) => Ok(Opened::Rooms { look: args.look, seed: args.seed }),
+        Named::Rooms(RoomsBench::Rooms) => Ok(Opened::Rooms { look: args.look(), seed: args.seed() }),
         Named::Published(bench, revision) => {
             let source = match &args.data {
                 Some(data) => Source::local(data, *bench),
@@ -266,7 +266,7 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode
         judge: judge.as_ref(),
         referee: referee.as_ref(),
         links: &links,
-        seed: args.seed,
+        seed: args.seed(),
         how: config.inference,
         limits: limits(&config.sandbox),
         executor,
@@ -279,9 +279,7 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode
             1
         },
     };
-    if open {
-        runner.reopen(&mut folder)?;
-    }
+    let reopened = if open { runner.reopen(&mut folder) } else { Ok(()) };
     let already = done.len();
     let bar = ProgressBar::new(total as u64);
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} eta {eta}")?);
@@ -293,13 +291,13 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode
         asked += 1;
         bar.inc(1);
     };
-    let result = match args.planner_only {
+    let result = reopened.and_then(|()| match args.planner_only {
         true => runner.plan_only(feed, &mut folder, &mut tick).map(|(notes, unanswered)| {
             unplanned = unanswered;
             (notes, Times::new())
         }),
         false => runner.run(feed, &mut folder, &mut gallery, &mut tick),
-    };
+    });
     bar.finish_and_clear();
     let (notes, times) = match result {
         Ok(done) => done,

@@ -116,12 +116,12 @@ pub struct EvalArgs {
     /// Questions, or what the bench counts: 1000 of rooms and all of a published bench unless it is given
     #[arg(long)]
     pub(super) n: Option<usize>,
-    /// Seed of the scenes and questions, and of the planner's sampling
-    #[arg(long, default_value_t = 1)]
-    pub(super) seed: u64,
-    /// Look of the rooms
-    #[arg(long, value_enum, default_value = "studio")]
-    pub(super) look: Look,
+    /// Seed of the scenes and questions, and of the planner's sampling; 1 unless it is given
+    #[arg(long)]
+    pub(super) seed: Option<u64>,
+    /// Look of the rooms; studio unless it is given
+    #[arg(long, value_enum)]
+    pub(super) look: Option<Look>,
     /// What answers the programs' tool calls; oracle for rooms alone, else real unless it is given
     #[arg(long, value_enum)]
     pub(super) tools: Option<ToolChoice>,
@@ -183,6 +183,14 @@ impl EvalArgs {
     /// Of what has no end of its own.
     pub(super) fn n(&self) -> usize {
         self.n.unwrap_or(ROOMS_N)
+    }
+
+    pub(super) fn seed(&self) -> u64 {
+        self.seed.unwrap_or(1)
+    }
+
+    pub(super) fn look(&self) -> Look {
+        self.look.unwrap_or(Look::Studio)
     }
 
     /// Rooms by themselves, with a file of rows or none: no run with a folder.
@@ -247,11 +255,11 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
         None => Programs::Stored,
         Some(planner) => {
             let referee = referee.as_ref();
-            Programs::Planner { planner, seed: args.seed, how: config.inference, referee }
+            Programs::Planner { planner, seed: args.seed(), how: config.inference, referee }
         }
     };
     let mut sandbox = sandbox(&config.sandbox)?;
-    let asked: Vec<(Arc<View>, Question)> = questions(args.look, args.seed)
+    let asked: Vec<(Arc<View>, Question)> = questions(args.look(), args.seed())
         .filter(|(_, q)| args.families.is_empty() || args.families.contains(&q.family))
         .take(args.n())
         .collect();

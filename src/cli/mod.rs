@@ -17,6 +17,7 @@ mod train_reasoner;
 mod tune_grounding;
 mod verify;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -24,12 +25,14 @@ use anyhow::{Context, anyhow};
 use candle_core::Device;
 use clap::{CommandFactory, Parser, Subcommand};
 
-use crate::config::{Config, Origins};
+use crate::config::{Config, ENDPOINT, Origins};
 use crate::files;
+use crate::llm::ChatError;
+use crate::llm::endpoint::Endpoint;
 use crate::nn::Precision;
 use crate::weights::hub::HubError;
 use crate::weights::source::Source;
-use crate::weights::{ModelFiles, message_of};
+use crate::weights::{ModelFiles, WeightsError, message_of};
 
 #[derive(Debug, Parser)]
 #[command(name = "valor", version, about, max_term_width = 100)]
@@ -272,10 +275,29 @@ fn fillable(option: &str, dir: Option<&Path>) -> anyhow::Result<()> {
         .map_err(|e| anyhow!("{option} {} cannot be written to: {e}; name another folder", dir.display()))
 }
 
-/// Is a part's model one of the hub's that a pull has yet to bring? A dry run plans without it.
+/// Is a part's model one of the hub's that a pull has yet to bring? A dry run plans without it; what is here and broken
+/// it refuses, as the run does.
 fn to_be_fetched(model: &str, part: &'static str) -> bool {
     let of_hub = matches!(Source::parse(model), Ok(Source::Hub(_) | Source::Preset(_)));
-    of_hub && ModelFiles::open(model, part).is_err()
+    of_hub && matches!(ModelFiles::open(model, part), Err(WeightsError::NotFetched { .. }))
+}
+
+/// That the servers which these models name can be asked: their settings, and that their keys are there. Nothing is
+/// sent. Gives a line about each key, for a dry run.
+fn servers(config: &Config, models: &[&str]) -> anyhow::Result<Vec<String>> {
+    let names: BTreeSet<&str> = models.iter().filter_map(|model| model.strip_prefix(ENDPOINT)).collect();
+    let mut keys = Vec::new();
+    for name in names {
+        let endpoint = &config.endpoints[name];
+        Endpoint::new(name, endpoint)?;
+        if !endpoint.key_env.is_empty() {
+            keys.push(format!(
+                "key              {} of the environment, for endpoint {name}: it is set",
+                endpoint.key_env
+            ));
+        }
+    }
+    Ok(keys)
 }
 
 /// Chooses the precision of matrix products, and says so where this processor makes nothing of it.
@@ -311,9 +333,12 @@ fn one_line(error: &anyhow::Error) -> String {
     line
 }
 
-/// Did the hub, the network or the disk below its cache fail, and not what was asked for?
+/// Did the hub, the network, the disk below its cache or a model's server fail, and not what was asked for?
 fn is_outage(error: &anyhow::Error) -> bool {
-    error.chain().filter_map(|cause| cause.downcast_ref::<HubError>()).any(HubError::is_outage)
+    error.chain().any(|cause| {
+        cause.downcast_ref().is_some_and(HubError::is_outage)
+            || cause.downcast_ref().is_some_and(ChatError::is_of_server)
+    })
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
@@ -332,6 +357,14 @@ mod tests {
         let line = one_line(&open.context("first\n  second\n").unwrap_err());
         assert!(line.starts_with("first; second: cannot open picture /no/such.png: "), "{line}");
         assert_eq!(line.matches("os error").count(), 1, "{line}");
+    }
+
+    #[test]
+    fn a_server_that_fails_is_an_outage_and_one_that_is_not_configured_is_none() {
+        let told =
+            |e: ChatError| is_outage(&anyhow::Error::from(crate::verify::JudgeError::from(e)).context("x"));
+        assert!(told(ChatError::NoReply("busy".into())) && told(ChatError::Closed("no money".into())));
+        assert!(!told(ChatError::Request("endpoints.a.key_env: the environment has no A".into())));
     }
 
     #[test]

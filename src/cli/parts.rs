@@ -39,6 +39,9 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
         ("--families", !args.families.is_empty()),
         ("--out", args.out.is_some() && args.scenes.is_none()),
         ("--pictures", args.pictures.is_some()),
+        // Whose pictures are a file's.
+        ("--seed", args.seed.is_some() && bench == Bench::Detection),
+        ("--look", args.look.is_some() && bench == Bench::Detection),
         ("--data", args.data.is_some() && bench != Bench::Detection),
         ("--shard", args.shard.is_some()),
         ("--method", args.method.is_some()),
@@ -49,17 +52,18 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
         bail!("{name} says nothing to --bench {}", bench.name())
     }
     replaceable("--out", args.out.as_deref(), &["index", "question", "reply", "right", "passed"])?;
-    let n = args.n() as u64;
+    let (look, seed, n) = (args.look(), args.seed(), args.n() as u64);
     let bar = ProgressBar::new(n);
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} eta {eta}")?);
     let tick = || bar.inc(1);
     let chats = ChatModels::new(config, device);
     let mut table = String::new();
+    let mut silent = 0;
     let figures = match bench {
         Bench::Rooms => unreachable!("the caller's own"),
         Bench::RoomsDetector => {
             let model = Detector::load(&config.detector, device)?;
-            let ap = parts::detector(&model, args.look, args.seed, n, tick)?;
+            let ap = parts::detector(&model, look, seed, n, tick)?;
             writeln!(
                 table,
                 "AP50 {:.3}{}  AP75 {:.3}  AP {:.3}  ({} things)",
@@ -129,13 +133,13 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
         }
         Bench::RoomsDepth => {
             let model = DepthEstimator::load(&config.depth, device)?;
-            let r = parts::depth(&model, args.look, args.seed, n, tick)?;
+            let r = parts::depth(&model, look, seed, n, tick)?;
             writeln!(table, "AbsRel {:.4}  after the best scale {:.4}", r.abs_rel, r.abs_rel_aligned)?;
             serde_json::to_value(&r)?
         }
         Bench::RoomsVlm => {
             let model = Vlm::new(chats.vlm()?, &config.vlm)?;
-            let shares = parts::vlm(&model, args.look, args.seed, args.n(), tick)?;
+            let shares = parts::vlm(&model, look, seed, args.n(), tick)?;
             for (name, share) in &shares {
                 writeln!(table, "{name:<12} {share}  n {}", share.n)?;
             }
@@ -145,12 +149,12 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
             let judge = Judge::new(chats.verifier()?, &config.verifier)?;
             let planner = Planner::new(chats.planner()?, config)?;
             let asked: Vec<Question> =
-                crate::eval::rooms::questions(args.look, args.seed).take(args.n()).map(|(_, q)| q).collect();
+                crate::eval::rooms::questions(look, seed).take(args.n()).map(|(_, q)| q).collect();
             let tick = |done: usize, all: usize| {
                 bar.set_length(all as u64);
                 bar.set_position(done as u64);
             };
-            let r = parts::verifier(&judge, &planner, &asked, args.seed, tick)?;
+            let r = parts::verifier(&judge, &planner, &asked, seed, tick)?;
             writeln!(table, "{:<12} balanced  right passes{:14}wrong is objected to", "head", "")?;
             for (name, h) in &r.heads {
                 let (passed, objected) = (h.passed.to_string(), h.objected.to_string());
@@ -162,12 +166,13 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
             }
             writeln!(table, "objections to the mistake kept from it: {}  n {}", r.kept_back, r.kept_back.n)?;
             writeln!(table, "replies without plan and program: {}", r.unparsed)?;
+            silent += r.silent;
             let mut figures = serde_json::to_value(&r)?;
             if let Some(rooms) = args.scenes {
                 bar.set_length(asked.len() as u64);
                 let verification = Verification { judge: &judge, weights: &config.reward };
                 let mut sandbox = sandbox(&config.sandbox)?;
-                let of = (args.look, args.seed, rooms);
+                let of = (look, seed, rooms);
                 let r = honesty(&verification, &planner, &asked, of, &mut sandbox, |done| {
                     bar.set_position(done as u64);
                 })?;
@@ -179,6 +184,7 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
                 writeln!(table, "  right ones that pass   {}  n {}", r.right_passed, r.right_passed.n)?;
                 writeln!(table, "  wrong ones that pass   {}  n {}", r.wrong_passed, r.wrong_passed.n)?;
                 writeln!(table, "  of those that pass, wrong  {}  n {}", r.passed_wrong, r.passed_wrong.n)?;
+                silent += r.silent;
                 figures["whole"] = serde_json::to_value(&r)?;
                 if let Some(path) = &args.out {
                     write_atomic(path, |w| {
@@ -192,13 +198,23 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
     bar.finish_and_clear();
     let mut stdout = std::io::stdout().lock();
     if args.json {
-        let report = json!({
-            "bench": bench.name(), "rooms_version": crate::rooms::VERSION, "look": args.look,
-            "seed": args.seed, "n": args.n(), "figures": figures,
-        });
+        let report = match bench {
+            Bench::Detection => json!({ "bench": bench.name(), "n": bar.length(), "figures": figures }),
+            _ => json!({
+                "bench": bench.name(), "rooms_version": crate::rooms::VERSION, "look": look, "seed": seed, "n": n,
+                "figures": figures,
+            }),
+        };
         writeln!(stdout, "{report:#}")?;
     } else {
         write!(stdout, "{table}")?;
+    }
+    if silent > 0 {
+        eprintln!(
+            "valor: {silent} verdicts were not given by the verifier's server and count nowhere; run the same command \
+             again (verifier.cache keeps those that were)"
+        );
+        return Ok(ExitCode::FAILURE);
     }
     Ok(ExitCode::SUCCESS)
 }

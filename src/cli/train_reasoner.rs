@@ -1,12 +1,14 @@
 //! `valor train-reasoner`: from questions without answers to a better planner.
 
-use super::{ModelArgs, fillable, to_be_fetched};
+use super::{ModelArgs, fillable, servers, to_be_fetched};
 use crate::config::{Algorithm, Config, ENDPOINT};
 use crate::llm::ChatModels;
 use crate::pipeline::sandbox;
 use crate::planner;
 use crate::train::Broken;
-use crate::train::reasoner::{Policy, Queries, Training, check_folder, check_trainable, steps};
+use crate::train::reasoner::{
+    Policy, Queries, Training, check_folder, check_resumed, check_trainable, steps,
+};
 use crate::verify::{self, Head, Judge, Verification, check_files};
 use crate::weights::ModelFiles;
 use anyhow::Result;
@@ -39,17 +41,30 @@ pub fn run(args: &TrainReasonerArgs) -> Result<ExitCode> {
     fillable("--out", Some(&args.out))?;
     check_files(&config.verifier)?;
     planner::prompt(&config)?;
-    let here = !(args.dry_run && to_be_fetched(&config.planner.model, "planner"));
-    if here {
-        check_trainable(&ModelFiles::open(&config.planner.model, "planner")?)?;
-    }
+    let keys = servers(&config, &[&config.verifier.model])?;
+    let opened = |model: &str, part: &'static str| match args.dry_run && to_be_fetched(model, part) {
+        true => Ok(None),
+        false => ModelFiles::open(model, part).map(Some),
+    };
+    let planner = opened(&config.planner.model, "planner")?;
+    let server = config.verifier.model.strip_prefix(ENDPOINT);
+    let verifier = if server.is_some() { None } else { opened(&config.verifier.model, "verifier")? };
+    planner.iter().try_for_each(check_trainable)?;
+    // Of the weights no more than whether they are there and can be read.
+    planner.iter().chain(&verifier).try_for_each(|files| files.checkpoint().map(|_| ()))?;
+    let verifier = server.map(|name| config.endpoints[name].model.clone()).or_else(|| Some(verifier?.name()));
     if args.dry_run {
+        // A run finds this out where it goes on, and what it goes on from is hashed once.
+        if let (Some(planner), Some(verifier)) = (&planner, &verifier) {
+            check_resumed(&args.out, &config, &queries, &planner.name(), verifier)?;
+        }
         plan(&config, &queries);
-        let why = match config.verifier.model.starts_with(ENDPOINT) {
-            _ if !here => Some("the planner is not here"),
-            true => Some("the verifier is a server, which is not asked"),
-            false if to_be_fetched(&config.verifier.model, "verifier") => Some("the verifier is not here"),
-            false => None,
+        keys.iter().for_each(|key| println!("{key}"));
+        let why = match (&planner, server, &verifier) {
+            (None, ..) => Some("the planner is not here"),
+            (_, Some(_), _) => Some("the verifier is a server, which is not asked"),
+            (.., None) => Some("the verifier is not here"),
+            _ => None,
         };
         if let Some(why) = why {
             println!("time, memory     not known: {why} in a dry run");
@@ -82,7 +97,6 @@ pub fn run(args: &TrainReasonerArgs) -> Result<ExitCode> {
         stop: &stop,
     };
     if args.dry_run {
-        training.check_resumed(&policy)?;
         let phases = training.probe(&policy)?;
         let each: Vec<String> = phases.iter().map(|(phase, s)| format!("{phase} {s:.0} s")).collect();
         let minutes = phases.values().sum::<f64>() * training.steps() as f64 / 60.;

@@ -1,6 +1,6 @@
 //! `valor tune-grounding`: from unlabelled pictures and questions to a better detector.
 
-use super::{ModelArgs, fillable, to_be_fetched};
+use super::{ModelArgs, fillable, servers, to_be_fetched};
 use crate::config::{Config, ENDPOINT, Granularity};
 use crate::data::odvg::Boxes;
 use crate::data::queries::{self, Asked};
@@ -67,10 +67,12 @@ pub fn run(args: &TuneGroundingArgs) -> Result<ExitCode> {
     if args.dry_run {
         // What the run would refuse before its work is refused here too.
         let (trained, _) = (check_run(args)?, replay(args, &config)?);
+        let mut keys = Vec::new();
         let of = if trained || args.stage == Stage::Train {
             (mined(args)?.records.len(), "none, as they are mined already".to_owned())
         } else {
             let (truth, records) = (truth(&config)?, records(args, &config)?);
+            keys = check_servers(&config)?;
             match config.grounding.queries.as_str() {
                 // They would have to be rendered.
                 "rooms" => (config.grounding.pictures, "as many as Rooms gives".to_owned()),
@@ -81,6 +83,7 @@ pub fn run(args: &TuneGroundingArgs) -> Result<ExitCode> {
             }
         };
         plan(args, &config, of);
+        keys.iter().for_each(|key| println!("{key}"));
         return Ok(ExitCode::SUCCESS);
     }
     let stop = Arc::new(AtomicBool::new(false));
@@ -95,6 +98,7 @@ pub fn run(args: &TuneGroundingArgs) -> Result<ExitCode> {
             eprintln!("valor: {} is in training: nothing more is mined for it", args.out.display());
         } else if args.stage != Stage::Train {
             let (truth, records) = (truth(&config)?, records(args, &config)?);
+            check_servers(&config)?;
             render(args, &config)?;
             let pictures = pictures(args, &config, truth.as_ref(), &records)?;
             if mine_all(args, &config, &device, &pictures, truth, &stop)?.stopped {
@@ -197,6 +201,11 @@ fn records(args: &TuneGroundingArgs, config: &Config) -> Result<Vec<Mined>> {
         record::overrules(file)?;
     }
     Ok(records)
+}
+
+/// That the servers which mining asks can be asked, with a line about each key.
+fn check_servers(config: &Config) -> Result<Vec<String>> {
+    servers(config, &[&config.planner.model, &config.vlm.model, &config.grounding.mining.model])
 }
 
 /// Renders the rooms that are to be mined, if they are.

@@ -270,8 +270,19 @@ impl Boxes {
 }
 
 /// Splits by which COCO and others name folders of pictures.
-const SPLITS: [&str; 8] =
-    ["train2017", "val2017", "test2017", "train2014", "val2014", "train", "val", "test"];
+const SPLITS: [&str; 11] = [
+    "train2017",
+    "val2017",
+    "test2017",
+    "unlabeled2017",
+    "train2014",
+    "val2014",
+    "test2014",
+    "test2015",
+    "train",
+    "val",
+    "test",
+];
 
 /// Where the pictures of a file may lie, below its folder or the one above: as of COCO and Open-GroundingDino, whose
 /// files stand in a folder of their own, in `images`, in the folder of a split, or in that below `images`. Splits that a
@@ -531,6 +542,11 @@ mod tests {
             ("c/annotations/instances_train2014.json", "c/images/train2014/p.png", true),
             ("d/annotations/labels.json", "d/images/p.png", true),
             ("e/annotations/labels.json", "e/train2017/p.png", true),
+            ("j/annotations/image_info_test2015.json", "j/test2015/p.png", true),
+            ("k/annotations/image_info_test-dev2015.json", "k/images/test2015/p.png", true),
+            ("l/annotations/image_info_test2014.json", "l/test2014/p.png", true),
+            ("m/annotations/image_info_unlabeled2017.json", "m/unlabeled2017/p.png", true),
+            ("n/annotations/labels.json", "n/test2015/p.png", true),
             ("f/annotations/labels.json", "f/p.png", true),
             // "val" and "test" are no words of these names.
             ("h/annotations/valor_boxes.json", "h/train2017/p.png", true),

@@ -146,7 +146,7 @@ mod tests {
         let mut add = |n: usize, ok: bool, said: Option<bool>| {
             for _ in 0..n {
                 cases.push(case(ok, (!ok).then_some("slip"), cases.len() as u64));
-                verdicts.push(Verdict { ok: said, said: String::new() });
+                verdicts.push(Verdict { ok: said, said: String::new(), silent: false });
             }
         };
         add(15, true, Some(true));

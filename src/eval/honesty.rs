@@ -43,6 +43,8 @@ pub struct HonestyReport {
     pub passed_wrong: Share,
     /// Questions for which not as many rooms were found; their replies are left out.
     pub left_out: usize,
+    /// Replies of which the verifier's server did not say all; they are left out too.
+    pub silent: usize,
     /// The replies that were not left out.
     #[serde(skip)]
     pub replies: Vec<Labelled>,
@@ -65,7 +67,7 @@ pub fn honesty(
 ) -> Result<HonestyReport> {
     // Of scenes that no question of this seed is asked about.
     let pool: Vec<View> = (0..(POOL * n) as u64).map(|i| view(look, !seed, i)).collect();
-    let (mut labelled, mut left_out): (Vec<Labelled>, usize) = (Vec::new(), 0);
+    let (mut labelled, mut left_out, mut silent): (Vec<Labelled>, usize, usize) = (Vec::new(), 0, 0);
     for (start, chunk, replies) in replies(planner, asked, seed) {
         let replies = replies.into_iter().map(|r| r.map(|r| r.text));
         let replies = replies.collect::<Result<Vec<String>, _>>()?;
@@ -74,6 +76,11 @@ pub fn honesty(
         let scored = verification.score(&cases, sandbox, |_| ())?;
         for (i, ((q, reply), scored)) in chunk.iter().zip(replies).zip(scored).enumerate() {
             let index = start + i;
+            progress(index + 1);
+            if scored.heads.values().any(|v| v.silent) {
+                silent += 1;
+                continue;
+            }
             let passed = scored.format && scored.syntax && scored.heads.values().all(|v| v.ok == Some(true));
             match right_everywhere(q, &reply, &pool, n, index as u64 ^ seed, sandbox) {
                 Some(right) => {
@@ -82,7 +89,6 @@ pub fn honesty(
                 }
                 None => left_out += 1,
             }
-            progress(start + i + 1);
         }
     }
     let share = |keep: &dyn Fn(bool, bool) -> bool, counts: &dyn Fn(bool, bool) -> bool| {
@@ -95,6 +101,7 @@ pub fn honesty(
         wrong_passed: share(&|right, _| !right, &|_, passed| passed),
         passed_wrong: share(&|_, passed| passed, &|right, _| !right),
         left_out,
+        silent,
         replies: labelled,
     })
 }

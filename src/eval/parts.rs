@@ -18,7 +18,7 @@ use crate::rooms::vqa::{parse_crop, vqa_samples};
 use crate::rooms::{self, Kind, Look, View};
 use crate::tools::Picture;
 use crate::tools::real::{DepthEstimator, Detector, Vlm};
-use crate::verify::{Head, Judge};
+use crate::verify::{Head, Judge, Verdict};
 use anyhow::{Context, Result};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
@@ -213,6 +213,8 @@ pub struct VerifierReport {
     pub kept_back: Share,
     /// Replies of the planner that hold no plan and program; nothing to judge in them.
     pub unparsed: usize,
+    /// Verdicts that the verifier's server did not give; they count nowhere.
+    pub silent: usize,
 }
 
 /// Questions asked and cases judged in one call of a model.
@@ -272,30 +274,34 @@ pub fn verifier(
         }
     }
     let (mut done, all) = (asked.len(), asked.len() + cases.len() + kept.len());
-    let mut verdicts = |cases: &[&Labelled]| -> Result<Vec<Option<bool>>> {
-        let mut read = Vec::new();
+    let mut verdicts = |cases: &[&Labelled]| -> Result<Vec<Verdict>> {
+        let mut said = Vec::new();
         for chunk in cases.chunks(BATCH) {
             let asks: Vec<_> = chunk.iter().map(|c| c.ask()).collect();
-            read.extend(verifier.verdicts(&asks, |_| ())?.into_iter().map(|v| v.ok));
+            said.extend(verifier.verdicts(&asks, |_| ())?);
             done += chunk.len();
             progress(done, all);
         }
-        Ok(read)
+        Ok(said)
     };
-    let mut heads = BTreeMap::new();
+    let silence = |got: &[Verdict]| got.iter().filter(|v| v.silent).count();
+    let (mut heads, mut silent) = (BTreeMap::new(), 0);
     for head in Head::ALL {
         let of: Vec<&Labelled> = cases.iter().filter(|c| c.head == head).collect();
         let got = verdicts(&of)?;
+        silent += silence(&got);
         let share = |truth: bool| {
-            let cases = of.iter().zip(&got).filter(|(c, _)| c.ok == truth);
-            Share::clustered(cases.map(|(c, v)| (c.cluster, *v == Some(truth))))
+            let cases = of.iter().zip(&got).filter(|(c, v)| c.ok == truth && !v.silent);
+            Share::clustered(cases.map(|(c, v)| (c.cluster, v.ok == Some(truth))))
         };
         let (passed, objected) = (share(true), share(false));
         let balanced = (passed.value + objected.value) / 2.;
-        let unreadable = got.iter().filter(|v| v.is_none()).count();
+        let unreadable = got.iter().filter(|v| v.ok.is_none() && !v.silent).count();
         heads.insert(head.word(), HeadReport { passed, objected, balanced, unreadable });
     }
     let got = verdicts(&kept.iter().collect::<Vec<_>>())?;
-    let kept_back = Share::clustered(kept.iter().zip(got).map(|(k, v)| (k.cluster, v == Some(false))));
-    Ok(VerifierReport { heads, kept_back, unparsed })
+    silent += silence(&got);
+    let had = kept.iter().zip(&got).filter(|(_, v)| !v.silent);
+    let kept_back = Share::clustered(had.map(|(k, v)| (k.cluster, v.ok == Some(false))));
+    Ok(VerifierReport { heads, kept_back, unparsed, silent })
 }

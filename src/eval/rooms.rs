@@ -190,7 +190,8 @@ pub fn evaluate(
                     if through % votes == 0 {
                         progress();
                     }
-                })?;
+                });
+                let runs = runs.into_iter().collect::<Result<Vec<Run>, ChatError>>()?;
                 vlm_works()?;
                 for (i, runs) in batch.zip(runs.chunks(votes)) {
                     let (view, q) = &asked[i];

@@ -151,6 +151,11 @@ impl ChatError {
     pub fn is_outage(&self) -> bool {
         matches!(self, Self::NoReply(_))
     }
+
+    /// Did a server fail, be it for the moment or for good, and not what it was to be asked?
+    pub fn is_of_server(&self) -> bool {
+        matches!(self, Self::NoReply(_) | Self::Misfit(_) | Self::Closed(_))
+    }
 }
 
 /// Anything that continues conversations.

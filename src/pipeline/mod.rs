@@ -192,8 +192,8 @@ pub struct Run {
 /// error, at most `repairs` times. `progress` hears of each question that is through its first run.
 ///
 /// # Errors
-/// If the planner's model fails; a failed program is a result, and so is a question to which an
-/// endpoint gave no reply.
+/// Of each question, if the planner's model failed on it: others may have been answered before, which is paid for.
+/// A failed program is a result, and so is a question to which an endpoint gave no reply.
 pub fn answer_all(
     planner: &Planner,
     sandbox: &mut Sandbox,
@@ -201,7 +201,7 @@ pub fn answer_all(
     tools: &mut [impl Tools],
     repairs: usize,
     progress: impl FnMut(),
-) -> Result<Vec<Run>, ChatError> {
+) -> Vec<Result<Run, ChatError>> {
     let questions: Vec<(&str, u64)> = asked.iter().map(|a| (a.question, a.seed)).collect();
     let replies = planner.ask(&questions, None);
     run_all(Some(planner), sandbox, asked, replies, tools, repairs, progress)
@@ -219,7 +219,7 @@ pub fn run_all(
     tools: &mut [impl Tools],
     repairs: usize,
     mut progress: impl FnMut(),
-) -> Result<Vec<Run>, ChatError> {
+) -> Vec<Result<Run, ChatError>> {
     let mut run = |reply: Result<ChatReply, ChatError>, tools: &mut dyn Tools| match reply {
         Ok(reply) => {
             let answered = answer(&reply.text, sandbox, tools);
@@ -233,40 +233,47 @@ pub fn run_all(
     };
     let mut runs = Vec::with_capacity(asked.len());
     for (a, reply) in asked.iter().zip(replies) {
-        runs.push(run(reply, &mut tools[a.tools])?);
+        runs.push(run(reply, &mut tools[a.tools]));
         progress();
     }
-    let Some(planner) = planner else { return Ok(runs) };
+    let Some(planner) = planner else { return runs };
     for _ in 0..repairs {
-        let failed: Vec<usize> = (0..runs.len()).filter(|&i| runs[i].is_to_repair()).collect();
+        let (failed, again): (Vec<usize>, Vec<Failed>) = runs
+            .iter()
+            .enumerate()
+            .filter_map(|(i, run)| Some((i, run.as_ref().ok().filter(|run| run.is_to_repair())?)))
+            .map(|(i, run)| {
+                let failed = Failed {
+                    question: asked[i].question,
+                    seed: asked[i].seed,
+                    reply: run.reply.as_ref().map_or("", |r| &r.text),
+                    error: run.answered.why().unwrap_or_default(),
+                };
+                (i, failed)
+            })
+            .unzip();
         if failed.is_empty() {
             break;
         }
-        let again: Vec<Failed> = failed
-            .iter()
-            .map(|&i| Failed {
-                question: asked[i].question,
-                seed: asked[i].seed,
-                reply: runs[i].reply.as_ref().map_or("", |r| &r.text),
-                error: runs[i].answered.why().unwrap_or_default(),
-            })
-            .collect();
-        for (&i, reply) in failed.iter().zip(planner.ask_again(&again)) {
-            let new = run(reply, &mut tools[asked[i].tools])?;
-            // Where no reply came the first one is kept; if for a server's silence it is no result, and another
-            // time may have one.
-            if let (Some(text), true) = (runs[i].reply.as_ref().map(|r| r.text.clone()), new.reply.is_some())
-            {
-                let why = runs[i].answered.why().unwrap_or_default();
-                let mut earlier = std::mem::take(&mut runs[i].earlier);
-                earlier.push((text, why));
-                runs[i] = Run { earlier, ..new };
-            } else {
-                runs[i].outage = new.outage;
+        for (i, reply) in failed.into_iter().zip(planner.ask_again(&again)) {
+            let new = run(reply, &mut tools[asked[i].tools]);
+            let Ok(old) = &mut runs[i] else { continue };
+            match new {
+                Ok(new) if new.reply.is_some() => {
+                    let why = old.answered.why().unwrap_or_default();
+                    let text = old.reply.take().map_or_else(String::new, |r| r.text);
+                    let mut earlier = std::mem::take(&mut old.earlier);
+                    earlier.push((text, why));
+                    *old = Run { earlier, ..new };
+                }
+                // Where no reply came the first one is kept; if for a server's silence it is no result, and another
+                // time may have one.
+                Ok(new) => old.outage = new.outage,
+                Err(e) => runs[i] = Err(e),
             }
         }
     }
-    Ok(runs)
+    runs
 }
 
 impl Run {

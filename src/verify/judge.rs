@@ -27,6 +27,9 @@ pub struct Verdict {
     pub ok: Option<bool>,
     /// The verifier's reply, or why there is none; nothing where the verdict is an old one.
     pub said: String,
+    /// Was it a server's silence, so that there may be one another time?
+    #[serde(skip)]
+    pub silent: bool,
 }
 
 /// A language model as a judge.
@@ -64,6 +67,16 @@ pub fn check_files(cfg: &config::Verifier) -> Result<(), JudgeError> {
     Ok(())
 }
 
+/// A hash of a verifier's instructions, for records.
+///
+/// # Errors
+/// If they are files that cannot be read.
+pub fn prompts_sha256(cfg: &config::Verifier) -> Result<String, ConfigError> {
+    let prompts = prompts(cfg)?;
+    let texts: Vec<&str> = Head::ALL.iter().map(|head| prompts[head].as_str()).collect();
+    Ok(VerdictCache::key(&texts))
+}
+
 impl Judge {
     pub fn new(model: Arc<dyn ChatModel>, cfg: &config::Verifier) -> Result<Self, JudgeError> {
         let prompts = prompts(cfg)?;
@@ -73,12 +86,6 @@ impl Judge {
 
     pub fn name(&self) -> &str {
         self.model.name()
-    }
-
-    /// A hash of its instructions, for records.
-    pub fn prompts_sha256(&self) -> String {
-        let texts: Vec<&str> = Head::ALL.iter().map(|head| self.prompts[head].as_str()).collect();
-        VerdictCache::key(&texts)
     }
 
     /// What its calls have cost so far, where calls cost anything.
@@ -117,7 +124,7 @@ impl Judge {
             if old.is_none() {
                 open.push(i);
             }
-            decided.insert(key, Verdict { ok: old, said: String::new() });
+            decided.insert(key, Verdict { ok: old, said: String::new(), silent: false });
         }
         progress(asks.len() - open.len());
         for (round, opts) in
@@ -134,6 +141,7 @@ impl Judge {
             // What was decided before the model failed is paid for, and kept.
             let (mut unread, mut closed) = (Vec::new(), None);
             for (&i, reply) in open.iter().zip(self.model.chat(&requests, opts, None)) {
+                let silent = reply.as_ref().is_err_and(ChatError::is_outage);
                 let (ok, said) = match reply {
                     Ok(reply) => (parse_verdict(&reply.text), reply.text),
                     Err(e) if e.is_of_model() => {
@@ -149,7 +157,7 @@ impl Judge {
                     }
                     None => unread.push(i),
                 }
-                decided.insert(&keys[i], Verdict { ok, said });
+                decided.insert(&keys[i], Verdict { ok, said, silent });
             }
             if let Some(e) = closed {
                 return Err(e.into());

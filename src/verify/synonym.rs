@@ -9,7 +9,7 @@ use super::cache::VerdictCache;
 use super::head::{enclosed, parse_verdict};
 use super::judge::{JudgeError, SECOND};
 use crate::config;
-use crate::llm::{ChatModel, ChatRequest, SamplingOptions};
+use crate::llm::{ChatError, ChatModel, ChatRequest, SamplingOptions};
 
 /// What the judge is told.
 const PROMPT: &str = include_str!("../../data/prompts/judge-synonym.txt");
@@ -39,11 +39,12 @@ impl SynonymJudge {
         self.model.identity()
     }
 
-    /// A verdict on each; `None` where it is missing.
+    /// A verdict on each; `None` where it is missing. Where the judge will answer nothing any more, also why; what it
+    /// decided before is paid for, and among them.
     ///
     /// # Errors
-    /// If the judge will answer nothing any more, or the cache cannot be written.
-    pub fn verdicts(&self, pairs: &[Pair]) -> Result<Vec<Option<bool>>, JudgeError> {
+    /// If the cache cannot be written.
+    pub fn verdicts(&self, pairs: &[Pair]) -> Result<(Vec<Option<bool>>, Option<ChatError>), JudgeError> {
         let identity = self.model.identity();
         let key = |p: &Pair| VerdictCache::key(&["synonym", &identity, PROMPT, p.question, p.truth, p.given]);
         let keys: Vec<String> = pairs.iter().map(key).collect();
@@ -63,7 +64,6 @@ impl SynonymJudge {
                 ChatRequest::user(turn, round as u64, self.max_new_tokens)
             };
             let requests: Vec<ChatRequest> = open.iter().map(request).collect();
-            // What was decided before the model failed is paid for, and kept.
             let mut closed = None;
             for (&i, reply) in open.iter().zip(self.model.chat(&requests, opts, None)) {
                 match reply {
@@ -77,10 +77,10 @@ impl SynonymJudge {
                     self.cache.put(&keys[i], same)?;
                 }
             }
-            if let Some(e) = closed {
-                return Err(e.into());
+            if closed.is_some() {
+                return Ok((verdicts, closed));
             }
         }
-        Ok(verdicts)
+        Ok((verdicts, None))
     }
 }

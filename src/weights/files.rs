@@ -69,11 +69,12 @@ impl ModelFiles {
         };
         if let Some(wanted) = wanted {
             let hub = Hub::from_env().map_err(|e| fail(e.to_string()))?;
-            let folder = hub.cached(&wanted).ok_or_else(|| {
-                fail(format!(
+            let folder = hub.cached(&wanted).ok_or_else(|| WeightsError::NotFetched {
+                path: source.into(),
+                message: format!(
                     "is not in {}; fetch it first: valor models pull {source}",
                     hub.cache_folder().display()
-                ))
+                ),
             })?;
             return match wanted.file {
                 Some(file) => Self::of_file(folder.join(file)),

@@ -35,6 +35,9 @@ use std::sync::{Arc, Mutex};
 pub enum WeightsError {
     #[error("{path}: {message}")]
     Unreadable { path: String, message: String },
+    /// Of the hub, and not in its cache: a pull brings it.
+    #[error("{path}: {message}")]
+    NotFetched { path: String, message: String },
     #[error("{path}: weights do not fit the network: {problems}")]
     Mismatch { path: String, problems: String },
     #[error("{path}: {}", message_of(.source))]

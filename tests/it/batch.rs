@@ -222,6 +222,59 @@ fn a_tools_silent_server_is_no_failure_of_the_program() {
     assert_eq!((planner.heard().len(), vlm.heard().len()), (4, 4), "only that row is asked again");
 }
 
+/// What a planner wrote before it was gone is paid for: it is run and written, and not asked for again.
+#[test]
+fn a_planner_that_answers_nothing_more_leaves_what_it_answered() {
+    let number = |n: usize| program(&format!("final_answer = {n}"));
+    let gone = || Act::Status(401, "", "{}".into());
+    let broken = || program("final_answer = [][3]");
+    // Gone at the third question of four; and at the repair of the first of three.
+    for (questions, acts, more, answers, asked) in [
+        (4, [number(1), number(2), gone(), number(3), number(4)], &[""; 0][..], &[Some(1), Some(2)][..], 3),
+        (
+            3,
+            [broken(), number(2), number(3), gone(), number(1)],
+            &["--repair", "1"],
+            &[None, Some(2), Some(3)],
+            4,
+        ),
+    ] {
+        let server = Server::start(acts);
+        let dir = tempfile::tempdir().unwrap();
+        let (batch, out) = (dir.path().join("ask.jsonl"), dir.path().join("rows.jsonl"));
+        let line =
+            |i: usize| format!("{}\n", json!({ "image": DEMO, "question": format!("How many are {i}?") }));
+        std::fs::write(&batch, (0..questions).map(line).collect::<String>()).unwrap();
+        let url = format!("endpoints.s.base_url={}", server.url);
+        let mut args =
+            vec!["--batch", batch.to_str().unwrap(), "--out", out.to_str().unwrap(), "--set", &url];
+        args.extend(["--set", "endpoints.s.model=m", "--set", "endpoints.s.concurrency=1"]);
+        args.extend(["--set", "planner.model=endpoint:s"]);
+        args.extend(more);
+        let done = infer(&args);
+        let said = stderr(&done);
+        assert_eq!(done.status.code(), Some(1), "{said}");
+        assert!(
+            said.contains("refuses the key") && said.contains("the same command asks the rest"),
+            "{said}"
+        );
+        let first = rows(&out);
+        let given: Vec<Option<u64>> = first.iter().map(|row| row["answer"].as_u64()).collect();
+        assert_eq!((given, server.heard().len()), (answers.to_vec(), asked));
+        let silent = |row: &&Value| row["error"]["kind"] == "no-reply";
+        assert_eq!(first.iter().filter(silent).count(), answers.iter().filter(|a| a.is_none()).count());
+        // The same command asks for what is missing, and for nothing else.
+        let done = infer(&args);
+        assert_eq!(done.status.code(), Some(0), "{}", stderr(&done));
+        let second = rows(&out);
+        assert_eq!((second.len(), server.heard().len()), (questions, 5));
+        for (i, row) in second.iter().enumerate() {
+            assert_eq!((&row["index"], &row["answer"]), (&json!(i), &json!(i + 1)));
+            assert!(first.get(i).is_none_or(|old| old["answer"].is_null() || old == row), "{row}");
+        }
+    }
+}
+
 #[test]
 fn the_most_frequent_of_several_answers_counts() {
     let acts = vec![program("final_answer = 1"), program("final_answer = 2"), program("final_answer = 2.0")];

@@ -703,6 +703,76 @@ fn gqa_is_judged_by_a_model_once_and_a_missing_verdict_is_missing() {
     assert_eq!(server.heard().len(), 4);
 }
 
+/// Its refusal is no bad input: what was answered is recorded, with the verdicts that there were, and gone on with.
+#[test]
+fn a_judge_that_answers_nothing_more_ends_the_run_and_takes_no_answer_with_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let file = programs(
+        &dir,
+        &[
+            ("gqa", 0, "What stands beside the bed?", "final_answer = 'couch'"),
+            ("gqa", 1, "Which color is the bed?", "final_answer = 'Green'"),
+            ("gqa", 4, "Is it indoors or outdoors?", "final_answer = 'inside'"),
+        ],
+    );
+    let yes = || Act::Reply("<answer>yes</answer>".into());
+    let refuses = || Act::Status(401, "", "{}".into());
+    let server = Server::start([yes(), refuses(), refuses(), yes()]);
+    let url = format!("endpoints.s.base_url={}", server.url);
+    let args = ["--bench", "gqa", "--data", FILES, "--programs", shown(&file), "--out", shown(&out)];
+    let sets = ["--set", &url, "--set", "endpoints.s.model=m", "--set", "endpoints.s.concurrency=1"];
+    let run = || eval(&[&args[..], &sets, &["--set", "eval.judge.model=endpoint:s"]].concat());
+    // In the run, and where a later one asks for what was missing.
+    for heard in [2, 3] {
+        let done = run();
+        let error = text(&done.stderr);
+        assert_eq!((done.status.code(), text(&done.stdout)), (Some(1), ""), "{error}");
+        assert!(error.contains("refuses the key") && error.contains("goes on behind"), "{error}");
+        assert_eq!(server.heard().len(), heard);
+        let mut judged: Vec<(u64, Value)> =
+            samples(&out).iter().map(|s| (s["index"].as_u64().unwrap(), s["judged"].clone())).collect();
+        judged.sort_by_key(|(index, _)| *index);
+        let want = [json!("yes"), json!("yes"), Value::Null, Value::Null, json!("missing")];
+        assert_eq!(judged, (0..5u64).zip(want).collect::<Vec<_>>());
+    }
+    let done = run();
+    assert_eq!(done.status.code(), Some(0), "{}", text(&done.stderr));
+    assert_figures(&results(&out), "gqa", "", (3, 1., 1.));
+    assert_eq!(server.heard().len(), 4);
+}
+
+/// Nor is a verifier's silence a wrong verdict of its.
+#[test]
+fn a_verifiers_silence_counts_nowhere_and_is_told() {
+    let run = |act: Act| {
+        let server = Server::start([act]);
+        let url = format!("endpoints.s.base_url={}", server.url);
+        let args = ["--bench", "rooms-verifier", "--n", "3", "--scenes", "2", "--json", "--set", &url];
+        let sets = ["--set", "endpoints.s.model=m", "--set", "endpoints.s.tries=1"];
+        eval(&[&args[..], &sets, &["--set", "verifier.model=endpoint:s"]].concat())
+    };
+    let done = run(Act::Status(503, "", "{}".into()));
+    let error = text(&done.stderr);
+    assert!(done.status.code() == Some(1) && error.contains("verdicts were not given"), "{error}");
+    let report: Value = serde_json::from_slice(&done.stdout).unwrap();
+    let figures = &report["figures"];
+    assert!(
+        figures["silent"].as_u64() > Some(0) && figures["whole"]["silent"].as_u64() > Some(0),
+        "{figures}"
+    );
+    for head in figures["heads"].as_object().unwrap().values() {
+        assert_eq!((&head["passed"]["n"], &head["objected"]["n"]), (&json!(0), &json!(0)), "{head}");
+        assert_eq!(head["unreadable"], 0);
+    }
+    let done = run(Act::Status(401, "", "{}".into()));
+    let error = text(&done.stderr);
+    assert!(done.status.code() == Some(1) && error.contains("refuses the key"), "{error}");
+    // One that cannot be read is the verifier's fault.
+    let done = run(Act::Reply("who knows".into()));
+    assert_eq!(done.status.code(), Some(0), "{}", text(&done.stderr));
+}
+
 /// What a server did not say is no wrong answer of the method, and is asked for another time.
 #[test]
 fn a_servers_silence_is_not_measured_and_asked_again() {

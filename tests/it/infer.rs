@@ -11,7 +11,7 @@ use valor::llm::{ChatError, ChatModel, ChatReply, ChatRequest, Finish, SamplingO
 use valor::models::grounding_dino::{GroundingDino, init_offsets};
 use valor::models::moge::MoGe;
 use valor::nn::Params;
-use valor::pipeline::{Asked, Referee, answer, elect, limits, question_seed, run_all};
+use valor::pipeline::{Asked, Referee, Run, answer, elect, limits, question_seed, run_all};
 use valor::planner::{GENERAL_PROMPT, Planner};
 use valor::program::{IMAGE, Reply, Sandbox};
 use valor::rooms::export::picture_png;
@@ -282,7 +282,8 @@ fn the_verifier_breaks_ties_of_votes_and_nothing_else() {
         let asked: Vec<Asked> =
             answers.iter().map(|_| Asked { question: "How many?", seed: 1, tools: 0 }).collect();
         let replies = answers.iter().map(|(answer, plan)| reply(answer, plan)).collect();
-        run_all(None, &mut sandbox, &asked, replies, &mut [StubTools], 0, || ()).unwrap()
+        let runs = run_all(None, &mut sandbox, &asked, replies, &mut [StubTools], 0, || ());
+        runs.into_iter().map(Result::unwrap).collect::<Vec<Run>>()
     };
     let tie = runs(&[("9", "1. good"), ("2", "1. bad"), ("3", "1. good"), ("2", "1. bad"), ("3", "1. bad")]);
     let clear = runs(&[("2", "1. bad"), ("3", "1. good"), ("2", "1. bad")]);

@@ -111,6 +111,16 @@ fn precision_is_not_measured_without_boxes() {
 }
 
 #[test]
+fn what_rooms_are_made_by_says_nothing_to_a_files_pictures() {
+    for (option, value) in [("--seed", "3"), ("--look", "lived-in"), ("--families", "count")] {
+        refused(
+            &["eval", "--bench", "detection", "--data", "/no/boxes.json", option, value],
+            &[option, "says nothing to --bench detection"],
+        );
+    }
+}
+
+#[test]
 fn pictures_that_are_nowhere_are_told_with_where_they_were_looked_for() {
     let dir = tempfile::tempdir().unwrap();
     let size = image::image_dimensions(DEMO).unwrap();

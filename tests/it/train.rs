@@ -295,6 +295,105 @@ fn a_dry_run_refuses_what_the_run_would() {
     assert!(o.status.success() && said.contains("the planner is not here"), "{said}{}", stderr(&o));
 }
 
+/// The hub's cache with one model in it, of these files.
+fn cache_with(home: &Path, files: &[(&str, &str)]) {
+    let repo = home.join("hub/models--acme--planner");
+    std::fs::create_dir_all(repo.join("refs")).unwrap();
+    std::fs::create_dir_all(repo.join("snapshots/c0ffee")).unwrap();
+    std::fs::write(repo.join("refs/main"), "c0ffee").unwrap();
+    for (name, text) in files {
+        std::fs::write(repo.join("snapshots/c0ffee").join(name), text).unwrap();
+    }
+}
+
+/// What a pull has yet to bring is planned without; what is here and broken is no such thing.
+#[test]
+fn a_dry_run_refuses_a_model_that_is_here_and_broken() {
+    let server = ["endpoints.judge.base_url=http://127.0.0.1:1", "endpoints.judge.model=m"];
+    let server = [&server[..], &["verifier.model=endpoint:judge"]].concat();
+    let config = ("config.json", "{\"model_type\": \"qwen3\"}");
+    let index = r#"{"weight_map": {"a": "model-00001-of-00002.safetensors"}}"#;
+    for (model, files, parts) in [
+        ("hub:acme/planner", &[("adapter_config.json", "{")][..], &["adapter_config.json"][..]),
+        ("hub:acme/planner#q.gguf", &[("q.gguf", "none")], &["q.gguf"]),
+        ("hub:acme/planner", &[("tokenizer.json", "{}")], &["config.json: is missing"]),
+        ("hub:acme/planner", &[config], &["c0ffee: holds neither model.safetensors"]),
+        (
+            "hub:acme/planner",
+            &[config, ("model.safetensors", "none")],
+            &["c0ffee: not a readable safetensors"],
+        ),
+        (
+            "hub:acme/planner",
+            &[config, ("model.safetensors.index.json", index)],
+            &["index.json: shard model-00001-of-00002.safetensors is missing"],
+        ),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let (out, home) = (dir.path().join("run"), dir.path().join("home"));
+        cache_with(&home, files);
+        let model = format!("planner.model={model}");
+        for dry in [&["--dry-run"][..], &[]] {
+            let mut c = command(&out, &[&server[..], &[model.as_str()]].concat(), dry);
+            let o = c.env("HF_HOME", &home).env_remove("HF_HUB_CACHE").output().unwrap();
+            assert_eq!((o.status.code(), &*o.stdout), (Some(2), &b""[..]), "{model} {dry:?}: {}", stderr(&o));
+            parts
+                .iter()
+                .for_each(|p| assert!(stderr(&o).contains(p), "{dry:?}: no {p:?} in: {}", stderr(&o)));
+        }
+    }
+}
+
+/// Nothing is asked of a server, but that it could be.
+#[test]
+fn a_dry_run_looks_for_a_servers_key_and_at_what_would_be_gone_on_with() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let server = Server::start([Act::Reply("<answer>yes</answer>".into())]);
+    let of_server = judged_by(&server);
+    let sets: Vec<&str> = of_server
+        .iter()
+        .map(String::as_str)
+        .chain(["reasoner.held_out=0", "endpoints.judge.seconds=20"])
+        .collect();
+    let keyed = [&sets[..], &["endpoints.judge.key_env=VALOR_TEST_JUDGE_KEY"]].concat();
+    for dry in [&["--dry-run"][..], &[]] {
+        let o = run(&out, &keyed, dry);
+        assert_eq!((o.status.code(), &*o.stdout), (Some(2), &b""[..]), "{}", stderr(&o));
+        let said = stderr(&o);
+        assert!(
+            said.contains("endpoints.judge.key_env: the environment has no VALOR_TEST_JUDGE_KEY"),
+            "{said}"
+        );
+    }
+    let planned = |out: &Path, sets: &[&str]| {
+        let mut c = command(out, sets, &["--dry-run", "--resume"]);
+        c.env("VALOR_TEST_JUDGE_KEY", "sk-very-secret-0123456789").output().unwrap()
+    };
+    let o = planned(&out, &keyed);
+    let said = String::from_utf8_lossy(&o.stdout).into_owned();
+    assert!(o.status.success() && said.contains("VALOR_TEST_JUDGE_KEY of the environment"), "{}", stderr(&o));
+    assert!(
+        said.contains("it is set") && !said.contains("secret") && !stderr(&o).contains("secret"),
+        "{said}"
+    );
+    assert!(server.heard().is_empty() && !out.exists());
+    let o = run(&out, &sets, &[]);
+    assert!(o.status.success(), "{}", stderr(&o));
+    let heard = server.heard().len();
+    let o = planned(&out, &sets);
+    assert!(o.status.success(), "{}", stderr(&o));
+    for (set, parts) in [
+        ("reasoner.objective.kl=0.5", "reasoner.objective.kl was 0.01, is 0.5"),
+        ("endpoints.judge.model=other", "verifier was \"m\", is \"other\""),
+    ] {
+        let o = planned(&out, &[&sets[..], &[set]].concat());
+        assert_eq!((o.status.code(), &*o.stdout), (Some(2), &b""[..]), "{}", stderr(&o));
+        assert!(stderr(&o).contains(parts), "{}", stderr(&o));
+    }
+    assert_eq!(server.heard().len(), heard);
+}
+
 fn judged_by(server: &Server) -> Vec<String> {
     let url = format!("endpoints.judge.base_url={}", server.url);
     let keys = ["model=m", "tries=1", "seconds=1", "concurrency=1"];

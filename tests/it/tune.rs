@@ -176,6 +176,11 @@ fn wrong_files_and_settings_are_met_first() {
         &["grounding.mining.prompts", "/no/prompts"],
     );
     refused(&out, &["planner.prompt=/no/prompt"], &[], &["planner.prompt", "/no/prompt"]);
+    let judge = "grounding.mining.model=endpoint:judge";
+    let server = ["endpoints.judge.base_url=http://127.0.0.1:1", "endpoints.judge.model=m", judge];
+    let keyed = [&server[..], &["endpoints.judge.key_env=VALOR_NO_SUCH_KEY"]].concat();
+    let why = ["endpoints.judge.key_env: the environment has no VALOR_NO_SUCH_KEY"];
+    refused(&out, &keyed, &[], &why);
     refused(&out, &[], &["--stage", "train"], &["mined/odvg.jsonl is missing: mine first"]);
     let broken = file("broken.jsonl", "{\"image\": \"000000.png\"}\n");
     refused(&out, &[], &["--overrule", &broken], &["--overrule", "broken.jsonl, line 1: expected"]);
@@ -344,6 +349,7 @@ fn average_precision_on_files_is_that_of_the_same_rooms() {
     ]);
     let ap50 = |args: &[&str]| {
         let report: Value = serde_json::from_str(&valor(&[&["eval", "--json"], args].concat())).unwrap();
+        assert_eq!(report["n"], 8, "pictures");
         report["figures"]["ap50"].as_f64().unwrap()
     };
     let drawn = ap50(&["--bench", "rooms-detector", "--seed", "7", "--n", "8"]);

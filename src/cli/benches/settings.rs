@@ -101,7 +101,7 @@ pub(super) fn settings(
         "method": how_named,
         "tools": if tools == ToolChoice::Real { "real" } else { "oracle" },
         "n": args.n,
-        "seed": args.seed,
+        "seed": args.seed(),
         "shard": args.shard.map(|s| format!("{}/{}", s.number, s.of)),
         "models": models,
         "prompt": if how == How::Planner { json!(short(prompt(config)?.as_bytes())) } else { Value::Null },

@@ -4,7 +4,8 @@
 //! is broken off; the next run goes on behind it, under the same settings, which each row tells of. A
 //! picture that cannot be read is a row with an error, not the end. The next run tries such a row again, if
 //! the picture can be read then, and one to which a server, the planner's or a tool's, gave no reply; a program
-//! that failed would fail again.
+//! that failed would fail again. A server that will answer nothing more ends the run; what it answered before is
+//! finished and written.
 
 use super::settings::Settings;
 use super::{Query, Reasoner};
@@ -85,33 +86,40 @@ pub(super) fn run<'a>(
     let mut failed = unanswered;
     if done < all || !again.is_empty() {
         let (reasoner, mut sandbox) = load()?;
-        let mut answer = |of: &[usize]| -> Result<Option<Vec<String>>> {
-            let rows = match batch.answer(&reasoner, &mut sandbox, of) {
-                Ok(rows) => rows,
-                Err(why) => {
-                    eprintln!("valor: {why}; what is answered is in {}", out.display());
-                    return Ok(None);
-                }
-            };
+        let mut answer = |of: &[usize]| -> (Vec<String>, Option<String>) {
+            let (rows, gone) = batch.answer(&reasoner, &mut sandbox, of);
             failed += rows.iter().filter(|row| row["answer"].is_null()).count();
             bar.inc(rows.len() as u64);
-            Ok(Some(rows.iter().map(Value::to_string).collect()))
+            (rows.iter().map(Value::to_string).collect(), gone)
+        };
+        let broken_off = |why: &str| {
+            eprintln!(
+                "valor: {why}; what is answered is in {}, the same command asks the rest",
+                out.display()
+            );
+            Ok(ExitCode::FAILURE)
         };
         for of in again.chunks(TOGETHER) {
-            let Some(new) = answer(of)? else { return Ok(ExitCode::FAILURE) };
+            let (new, gone) = answer(of);
             rows = replaced(&rows, of.iter().copied().zip(new).collect());
             // The file itself, where it is named by a link.
             let file = out.canonicalize().with_context(|| out.display().to_string())?;
             write_atomic(&file, |w| w.write_all(rows.as_bytes()))?;
+            if let Some(why) = gone {
+                return broken_off(&why);
+            }
         }
         let mut file = open(out, rows.len())?;
         let open: Vec<usize> = (done..all).collect();
         for of in open.chunks(TOGETHER) {
-            let Some(new) = answer(of)? else { return Ok(ExitCode::FAILURE) };
-            let text = new.join("\n") + "\n";
+            let (new, gone) = answer(of);
+            let text: String = new.iter().flat_map(|row| [row.as_str(), "\n"]).collect();
             file.write_all(text.as_bytes())
                 .and_then(|()| file.sync_data())
                 .with_context(|| out.display().to_string())?;
+            if let Some(why) = gone {
+                return broken_off(&why);
+            }
         }
     }
     bar.finish_and_clear();
@@ -128,8 +136,14 @@ impl Batch<'_> {
         Picture::open(&self.folder.join(&line.image)).map_err(|e| e.to_string())
     }
 
-    /// The rows of these questions, by number; or why a model will answer nothing more.
-    fn answer(&self, reasoner: &Reasoner, sandbox: &mut Sandbox, of: &[usize]) -> Result<Vec<Value>, String> {
+    /// The rows of these questions, by number. Where a model will answer nothing more, also why: those that it left
+    /// open have a row without a reply, but for the last ones, which have none.
+    fn answer(
+        &self,
+        reasoner: &Reasoner,
+        sandbox: &mut Sandbox,
+        of: &[usize],
+    ) -> (Vec<Value>, Option<String>) {
         let lines: Vec<&Line> = of.iter().map(|&i| &self.lines[i]).collect();
         // Neighbours about the same picture share what is known of it.
         let mut pictures: Vec<(&Path, Result<Picture, String>)> = Vec::new();
@@ -157,22 +171,33 @@ impl Batch<'_> {
             .filter(|(_, i)| pictures[**i].1.is_ok())
             .map(|(q, i)| (q, place(*i)))
             .collect();
-        let mut replies = reasoner.answer(sandbox, &asked, &mut tools)?.into_iter();
+        let (replies, gone) = reasoner.answer(sandbox, &asked, &mut tools);
+        let mut replies = replies.into_iter();
         let mut rows = Vec::with_capacity(of.len());
+        let mut answered = 0;
         for (k, (line, q)) in lines.iter().zip(&queries).enumerate() {
-            let mut row = match &pictures[sees[k]].1 {
-                Ok(picture) => reasoner.trace(q, picture, &replies.next().expect("one for each")),
-                Err(e) => json!({
+            let failed = |kind: &str, why: &str| {
+                json!({
                     "answer": null, "question": q.question, "picture": { "file": q.file },
-                    "error": { "kind": "picture", "type": null, "line": null, "message": e },
-                }),
+                    "error": { "kind": kind, "type": null, "line": null, "message": why },
+                })
+            };
+            let reply = pictures[sees[k]].1.as_ref().map(|p| (p, replies.next().expect("one for each")));
+            let mut row = match &reply {
+                Ok((picture, Some(reply))) => reasoner.trace(q, picture, reply),
+                Ok((_, None)) => failed(NO_REPLY, gone.as_deref().unwrap_or_default()),
+                Err(why) => failed("picture", why),
             };
             row["index"] = json!(of[k]);
             row["id"] = line.id.clone();
             row["settings"] = self.settings.of_row(q.seed);
             rows.push(row);
+            if !matches!(reply, Ok((_, None))) {
+                answered = rows.len();
+            }
         }
-        Ok(rows)
+        rows.truncate(answered);
+        (rows, gone)
     }
 
     /// Looks at the rows that the output holds. A last one that was not written to its end does not count; a

@@ -7,7 +7,7 @@ use super::{ExecutorArgs, ModelArgs, writable};
 use crate::config::{Config, EMBEDDED, EMBEDDED_BASE};
 use crate::eval::benches::record::NO_REPLY;
 use crate::files::{is_same, write_atomic};
-use crate::llm::ChatModels;
+use crate::llm::{ChatError, ChatModels};
 use crate::pipeline::{Answered, Asked, Models, Referee, Run, answer_all, elect, question_seed, sandbox};
 use crate::program::{IMAGE, Sandbox};
 use crate::report;
@@ -124,13 +124,14 @@ impl<'a> Reasoner<'a> {
         std::iter::once(seed).chain(more).collect()
     }
 
-    /// Answers questions together; each names its tools by number. Or says why a model will answer nothing more.
+    /// Answers questions together; each names its tools by number. Where a model will answer nothing more, also why:
+    /// questions that it left open have no reply, those that were answered before keep theirs, which is paid for.
     fn answer(
         &self,
         sandbox: &mut Sandbox,
         asked: &[(&Query, usize)],
         tools: &mut [RealTools],
-    ) -> Result<Vec<Reply>, String> {
+    ) -> (Vec<Option<Reply>>, Option<String>) {
         let started = Instant::now();
         let samples = self.config.inference.samples;
         let all: Vec<Asked> = asked
@@ -142,19 +143,29 @@ impl<'a> Reasoner<'a> {
             .collect();
         let repairs = self.config.inference.repairs;
         let runs = answer_all(&self.models.planner, sandbox, &all, tools, repairs, || ());
-        let mut runs = runs.map_err(|e| format!("the planner failed: {e}"))?.into_iter();
-        // Programs take it for a call that failed; it is no failure of theirs.
-        if let Some(e) = self.models.perception.vlm.failed() {
-            return Err(format!("the VLM failed: {e}"));
-        }
+        let mut gone =
+            runs.iter().find_map(|run| run.as_ref().err()).map(|e| format!("the planner failed: {e}"));
+        let vlm = self.models.perception.vlm.failed().map(|e| format!("the VLM failed: {e}"));
         let seconds = started.elapsed().as_secs_f64() / asked.len().max(1) as f64;
+        let mut runs = runs.into_iter();
         let reply = |(q, _): &(&Query, usize)| {
-            let runs: Vec<Run> = runs.by_ref().take(samples).collect();
-            let chosen = elect(self.referee.as_ref(), q.question, &runs, sandbox)
-                .map_err(|e| format!("the verifier failed: {e}"))?;
-            Ok(Reply { runs, chosen, seconds })
+            // All of a question's are taken, so that the next one's are its own.
+            let of_question: Vec<Result<Run, ChatError>> = runs.by_ref().take(samples).collect();
+            let runs: Vec<Run> = of_question.into_iter().collect::<Result<_, _>>().ok()?;
+            // Programs take it for a call that failed; it is no failure of theirs.
+            if vlm.is_some() && runs.iter().any(|run| run.outage.is_some()) {
+                return None;
+            }
+            match elect(self.referee.as_ref(), q.question, &runs, sandbox) {
+                Ok(chosen) => Some(Reply { runs, chosen, seconds }),
+                Err(e) => {
+                    gone.get_or_insert_with(|| format!("the verifier failed: {e}"));
+                    None
+                }
+            }
         };
-        asked.iter().map(reply).collect()
+        let replies = asked.iter().map(reply).collect();
+        (replies, gone.or(vlm))
     }
 
     /// All that is known of an answer.
@@ -222,12 +233,10 @@ pub fn run(args: InferArgs) -> anyhow::Result<ExitCode> {
     }
     let q = Query { file: &image.display().to_string(), question, seed: args.seed };
     let mut tools = [RealTools::new(&reasoner.models.perception, &picture)];
-    let reply = match reasoner.answer(&mut sandbox, &[(&q, 0)], &mut tools) {
-        Ok(mut replies) => replies.remove(0),
-        Err(why) => {
-            eprintln!("valor: {why}");
-            return Ok(ExitCode::FAILURE);
-        }
+    let (mut replies, gone) = reasoner.answer(&mut sandbox, &[(&q, 0)], &mut tools);
+    let Some(reply) = replies.remove(0) else {
+        eprintln!("valor: {}", gone.unwrap_or_default());
+        return Ok(ExitCode::FAILURE);
     };
     let run = &reply.runs[reply.chosen];
     tell(run);

@@ -125,7 +125,8 @@ impl Runner<'_> {
         let asked: Vec<Asked> =
             seeds.iter().map(|&seed| Asked { question: &task.question, seed, tools: 0 }).collect();
         let tools = std::slice::from_mut(tools);
-        let mut runs = run_all(planner, sandbox, &asked, replies, tools, self.how.repairs, || ())?;
+        let runs = run_all(planner, sandbox, &asked, replies, tools, self.how.repairs, || ());
+        let mut runs = runs.into_iter().collect::<Result<Vec<Run>, ChatError>>()?;
         let chosen = elect(self.referee, &task.question, &runs, sandbox)?;
         let Run { reply, answered, outage, earlier } = runs.swap_remove(chosen);
         if let Some(why) = outage {

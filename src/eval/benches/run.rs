@@ -99,6 +99,7 @@ impl Runner<'_> {
             for _ in 0..if self.overlap { BATCHES } else { 1 } {
                 leave.send(()).expect("the other end is here");
             }
+            let mut leave = Some(leave);
             let (times, stop, jobs) = (&times, &stop, Arc::new(Mutex::new(jobs)));
             for _ in 0..self.workers {
                 let (jobs, tell) = (jobs.clone(), tell.clone());
@@ -130,7 +131,7 @@ impl Runner<'_> {
             // However this ends, nobody begins anything more.
             let _stopped = StopOnDrop(stop);
             let mut under_way: VecDeque<Batch> = VecDeque::new();
-            let (mut begun, mut all_planned) = (0, false);
+            let (mut begun, mut all_planned, mut gone) = (0, false, None);
             while !(all_planned && under_way.is_empty()) {
                 match events.recv().context("all workers have ended")? {
                     Event::Planned(batch) => {
@@ -149,12 +150,17 @@ impl Runner<'_> {
                 }
                 while let Some(first) = under_way.front_mut() {
                     // A judge is asked about many pairs of words at once.
-                    let ready = first.ready(self.judge.is_some());
+                    let mut ready = first.ready(self.judge.is_some());
                     if ready.is_empty() {
                         break;
                     }
                     let over = first.is_over();
-                    for Done { mut record, thumbnail } in self.judge(ready, times)? {
+                    // Where the judge is gone nothing more is planned, but answers are recorded: they are paid for.
+                    if let Some(e) = self.judge(&mut ready, times)? {
+                        leave = None;
+                        gone.get_or_insert(e);
+                    }
+                    for Done { mut record, thumbnail } in ready {
                         finish(&mut record);
                         if gallery.takes(&record)
                             && let Some(jpeg) = thumbnail
@@ -167,11 +173,14 @@ impl Runner<'_> {
                     if over {
                         under_way.pop_front();
                         // Who plans may have ended.
-                        let _ = leave.send(());
+                        let _ = leave.as_ref().map(|leave| leave.send(()));
                     }
                 }
             }
             let notes = planning.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+            if let Some(e) = gone {
+                return Err(e.into());
+            }
             Ok((notes, std::mem::take(&mut *times.lock().expect("no holder panics"))))
         })
     }

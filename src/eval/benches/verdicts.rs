@@ -10,29 +10,38 @@ use super::batch::Done;
 use super::folder::Folder;
 use super::metric::{Judged, same_words};
 use super::record::{NO_REPLY, Record};
-use super::run::{Runner, Times, finish, spend};
+use super::run::{Runner, Stopped, Times, finish, spend};
 use crate::data::Kind;
+use crate::llm::ChatError;
 use crate::verify::Pair;
 
 impl Runner<'_> {
     /// Goes over what a folder holds: rows to which a server gave no reply go, to be asked again, and verdicts
     /// that are missing are asked for.
-    pub fn reopen(&self, folder: &mut Folder) -> Result<()> {
+    ///
+    /// # Errors
+    /// See [`Stopped`]; the verdicts that there were before the judge was gone stay.
+    pub fn reopen(&self, folder: &mut Folder) -> Result<(), Stopped> {
+        let mut gone = None;
         folder.revise(|records: Vec<Record>| {
             let kept = records.into_iter().filter(|r| r.failure.as_deref() != Some(NO_REPLY));
             let (open, mut all): (Vec<Record>, Vec<Record>) = kept.partition(Record::is_open);
-            let open = open.into_iter().map(|record| Done { record, thumbnail: None }).collect();
-            for Done { mut record, .. } in self.judge(open, &Mutex::default())? {
+            let mut open: Vec<Done> =
+                open.into_iter().map(|record| Done { record, thumbnail: None }).collect();
+            gone = self.judge(&mut open, &Mutex::default())?;
+            for Done { mut record, .. } in open {
                 record.fault = None;
                 finish(&mut record);
                 all.push(record);
             }
             Ok(all)
-        })
+        })?;
+        gone.map_or(Ok(()), |e| Err(e.into()))
     }
 
-    /// Asks the judge about answers that need not match word for word.
-    pub(super) fn judge(&self, mut done: Vec<Done>, times: &Mutex<Times>) -> Result<Vec<Done>> {
+    /// Asks the judge about answers that need not match word for word. Why it will answer nothing any more, if it has
+    /// said so: verdicts are missing then.
+    pub(super) fn judge(&self, done: &mut [Done], times: &Mutex<Times>) -> Result<Option<ChatError>> {
         let started = Instant::now();
         let mut open = Vec::new();
         for (i, Done { record, .. }) in done.iter_mut().enumerate() {
@@ -49,7 +58,7 @@ impl Runner<'_> {
                 }
             });
         }
-        let Some(judge) = self.judge.filter(|_| !open.is_empty()) else { return Ok(done) };
+        let Some(judge) = self.judge.filter(|_| !open.is_empty()) else { return Ok(None) };
         let texts: Vec<[String; 3]> = open
             .iter()
             .map(|&i| {
@@ -60,7 +69,8 @@ impl Runner<'_> {
             .collect();
         let pairs: Vec<Pair> =
             texts.iter().map(|[question, truth, given]| Pair { question, truth, given }).collect();
-        for (&i, verdict) in open.iter().zip(judge.verdicts(&pairs)?) {
+        let (verdicts, gone) = judge.verdicts(&pairs)?;
+        for (&i, verdict) in open.iter().zip(verdicts) {
             done[i].record.judged = Some(match verdict {
                 Some(true) => Judged::Yes,
                 Some(false) => Judged::No,
@@ -68,6 +78,6 @@ impl Runner<'_> {
             });
         }
         spend(times, "judge", started);
-        Ok(done)
+        Ok(gone)
     }
 }

@@ -15,7 +15,7 @@ pub use questions::{Vlm, crop, vqa_prompts};
 use super::{BBox, Detection, Picture, ToolError, ToolErrorKind, Tools};
 use crate::config::{Config, ConfigError};
 use crate::llm::local;
-use crate::llm::{ChatError, ChatModel, ChatModels};
+use crate::llm::{ChatModel, ChatModels};
 use crate::models::grounding_dino::caption::nouns_of;
 use crate::models::moge::Depth;
 use crate::weights::{WeightsError, message_of};
@@ -136,8 +136,8 @@ impl Tools for RealTools<'_> {
 
     fn vqa(&mut self, bbox: Option<BBox>, prompt: &str) -> Result<String, ToolError> {
         self.models.vlm.ask(self.picture, bbox, prompt).map_err(|e| {
-            if let ChatError::NoReply(why) = &e {
-                self.outage.get_or_insert_with(|| why.clone());
+            if e.is_outage() || e.is_of_model() {
+                self.outage.get_or_insert_with(|| e.to_string());
             }
             runtime(e)
         })

@@ -30,7 +30,7 @@ use crate::nn::optim::Schedule;
 use crate::pipeline::question_seed;
 use crate::planner::{self, user_turn};
 use crate::program::Sandbox;
-use crate::verify::{Scored, Verification};
+use crate::verify::{Scored, Verification, prompts_sha256};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Device;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -70,6 +70,69 @@ pub fn check_folder(dir: &Path, resume: bool) -> Result<()> {
         dir.display()
     );
     Ok(())
+}
+
+/// What a resumed run may not change, its planner and verifier by their names. Limits on memory and what is written
+/// when are one's own.
+fn settings(config: &Config, queries: &Queries, planner: &str, verifier: &str) -> Result<Value> {
+    let mut of_run = json!(config.reasoner);
+    for free in [
+        "micro_tokens",
+        "kv_cache_mb",
+        "recompute",
+        "offload",
+        "save_every",
+        "keep",
+        "missing_limit",
+        "servers",
+    ] {
+        of_run.as_object_mut().expect("a table").remove(free);
+    }
+    // Of instructions and questions what they say, too: files under one name can change, and of other
+    // questions those that were trained on may become held-out ones.
+    let prompt = planner::prompt(config)?;
+    let training = queries.training.iter().map(String::as_str);
+    let questions: Vec<&str> = training.chain(queries.held_out.texts()).collect();
+    Ok(json!({
+        "reasoner": of_run, "planner": planner,
+        "prompt": config.planner.prompt, "prompt_sha256": sha256_hex(prompt.as_bytes(), 32),
+        "questions_sha256": sha256_hex(questions.join("\n").as_bytes(), 32),
+        "verifier": verifier, "prompts": config.verifier.prompts,
+        "prompts_sha256": prompts_sha256(&config.verifier)?,
+        "reward": config.reward,
+    }))
+}
+
+/// That a run which is resumed has the settings that it began with. Its models, which need not be loaded for it, by
+/// their names.
+pub fn check_resumed(
+    dir: &Path,
+    config: &Config,
+    queries: &Queries,
+    planner: &str,
+    verifier: &str,
+) -> Result<()> {
+    if run::has_checkpoint(dir)
+        && let Some(saved) = Checkpoints::of(&dir.join("checkpoints")).newest(|_| ())?
+    {
+        saved_state(dir, &saved, &settings(config, queries, planner, verifier)?)?;
+    }
+    Ok(())
+}
+
+/// Where a run's checkpoint stands, if it was made with these settings.
+fn saved_state(dir: &Path, saved: &Saved, settings: &Value) -> Result<State> {
+    let named = || saved.path.display().to_string();
+    let text = std::fs::read_to_string(saved.path.join("state.json")).with_context(named)?;
+    let state: State = serde_json::from_str(&text).with_context(named)?;
+    if state.settings != *settings {
+        bail!(
+            "{} was made with other settings: {}",
+            dir.display(),
+            differences(&state.settings, settings).join("; ")
+        )
+    }
+    Ok(state)
 }
 
 /// What a run needs besides its policy.
@@ -116,44 +179,8 @@ impl Training<'_> {
         steps(self.cfg(), self.queries.training.len())
     }
 
-    /// What a resumed run may not change. Limits on memory and what is written when are one's own.
     fn settings(&self, policy: &Policy) -> Result<Value> {
-        let mut of_run = json!(self.cfg());
-        for free in [
-            "micro_tokens",
-            "kv_cache_mb",
-            "recompute",
-            "offload",
-            "save_every",
-            "keep",
-            "missing_limit",
-            "servers",
-        ] {
-            of_run.as_object_mut().expect("a table").remove(free);
-        }
-        // Of instructions and questions what they say, too: files under one name can change, and of other
-        // questions those that were trained on may become held-out ones.
-        let prompt = planner::prompt(self.config)?;
-        let training = self.queries.training.iter().map(String::as_str);
-        let questions: Vec<&str> = training.chain(self.queries.held_out.texts()).collect();
-        Ok(json!({
-            "reasoner": of_run, "planner": policy.name(),
-            "prompt": self.config.planner.prompt, "prompt_sha256": sha256_hex(prompt.as_bytes(), 32),
-            "questions_sha256": sha256_hex(questions.join("\n").as_bytes(), 32),
-            "verifier": self.verification.judge.name(), "prompts": self.config.verifier.prompts,
-            "prompts_sha256": self.verification.judge.prompts_sha256(),
-            "reward": self.config.reward,
-        }))
-    }
-
-    /// That a run which is resumed has the settings that it began with.
-    pub fn check_resumed(&self, policy: &Policy) -> Result<()> {
-        if run::has_checkpoint(&self.dir)
-            && let Some(saved) = Checkpoints::of(&self.dir.join("checkpoints")).newest(|_| ())?
-        {
-            self.saved_state(&saved, &self.settings(policy)?)?;
-        }
-        Ok(())
+        settings(self.config, &self.queries, &policy.name(), self.verification.judge.name())
     }
 
     /// Trains `policy` to the end, or to a stop. With `resume` it goes on from the folder's newest whole
@@ -297,21 +324,6 @@ impl Training<'_> {
         Ok(clock.0.into_iter().map(|(phase, seconds)| (phase, seconds * whole)).collect())
     }
 
-    /// Where a checkpoint stands, if it was made with these settings.
-    fn saved_state(&self, saved: &Saved, settings: &Value) -> Result<State> {
-        let named = || saved.path.display().to_string();
-        let text = std::fs::read_to_string(saved.path.join("state.json")).with_context(named)?;
-        let state: State = serde_json::from_str(&text).with_context(named)?;
-        if state.settings != *settings {
-            bail!(
-                "{} was made with other settings: {}",
-                self.dir.display(),
-                differences(&state.settings, settings).join("; ")
-            )
-        }
-        Ok(state)
-    }
-
     fn restore(
         &self,
         policy: &Policy,
@@ -319,7 +331,7 @@ impl Training<'_> {
         saved: &Saved,
         settings: &Value,
     ) -> Result<State> {
-        let state = self.saved_state(saved, settings)?;
+        let state = saved_state(&self.dir, saved, settings)?;
         policy.trained().load(&saved.path.join("trained.safetensors"))?;
         optimiser.load(&saved.path.join("optimiser.safetensors"))?;
         policy.changed();
