@@ -28,7 +28,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use crate::config::{Config, ENDPOINT, Origins};
 use crate::files;
 use crate::llm::ChatError;
-use crate::llm::endpoint::Endpoint;
+use crate::llm::endpoint::{Endpoint, key_problem};
 use crate::nn::Precision;
 use crate::weights::hub::HubError;
 use crate::weights::source::Source;
@@ -283,21 +283,35 @@ fn to_be_fetched(model: &str, part: &'static str) -> bool {
 }
 
 /// That the servers which these models name can be asked: their settings, and that their keys are there. Nothing is
-/// sent. Gives a line about each key, for a dry run.
-fn servers(config: &Config, models: &[&str]) -> anyhow::Result<Vec<String>> {
+/// sent. A dry run, which gets a line about each key, is planned without them.
+fn servers(config: &Config, models: &[&str], dry_run: bool) -> anyhow::Result<Vec<String>> {
     let names: BTreeSet<&str> = models.iter().filter_map(|model| model.strip_prefix(ENDPOINT)).collect();
     let mut keys = Vec::new();
     for name in names {
         let endpoint = &config.endpoints[name];
-        Endpoint::new(name, endpoint)?;
+        let key = if dry_run { String::new() } else { endpoint.key_env.clone() };
+        Endpoint::new(name, &crate::config::Endpoint { key_env: key, ..endpoint.clone() })?;
         if !endpoint.key_env.is_empty() {
-            keys.push(format!(
-                "key              {} of the environment, for endpoint {name}: it is set",
-                endpoint.key_env
-            ));
+            let told = match key_problem(endpoint) {
+                Some(why) => format!("missing for endpoint {name}: {why}"),
+                None => format!("{} of the environment, for endpoint {name}", endpoint.key_env),
+            };
+            keys.push(format!("key              {told}"));
         }
     }
     Ok(keys)
+}
+
+/// The exit code of work in which a verifier's server kept silent so many times, and what is to be done.
+fn all_heard(silent: usize) -> ExitCode {
+    if silent == 0 {
+        return ExitCode::SUCCESS;
+    }
+    eprintln!(
+        "valor: the verifier's server kept silent about {silent} of what it was asked, which counts nowhere; run the \
+         same command again (verifier.cache keeps what it said)"
+    );
+    ExitCode::FAILURE
 }
 
 /// Chooses the precision of matrix products, and says so where this processor makes nothing of it.

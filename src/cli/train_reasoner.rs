@@ -41,7 +41,7 @@ pub fn run(args: &TrainReasonerArgs) -> Result<ExitCode> {
     fillable("--out", Some(&args.out))?;
     check_files(&config.verifier)?;
     planner::prompt(&config)?;
-    let keys = servers(&config, &[&config.verifier.model])?;
+    let keys = servers(&config, &[&config.verifier.model], args.dry_run)?;
     let opened = |model: &str, part: &'static str| match args.dry_run && to_be_fetched(model, part) {
         true => Ok(None),
         false => ModelFiles::open(model, part).map(Some),

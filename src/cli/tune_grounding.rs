@@ -72,7 +72,7 @@ pub fn run(args: &TuneGroundingArgs) -> Result<ExitCode> {
             (mined(args)?.records.len(), "none, as they are mined already".to_owned())
         } else {
             let (truth, records) = (truth(&config)?, records(args, &config)?);
-            keys = check_servers(&config)?;
+            keys = check_servers(&config, true)?;
             match config.grounding.queries.as_str() {
                 // They would have to be rendered.
                 "rooms" => (config.grounding.pictures, "as many as Rooms gives".to_owned()),
@@ -98,7 +98,7 @@ pub fn run(args: &TuneGroundingArgs) -> Result<ExitCode> {
             eprintln!("valor: {} is in training: nothing more is mined for it", args.out.display());
         } else if args.stage != Stage::Train {
             let (truth, records) = (truth(&config)?, records(args, &config)?);
-            check_servers(&config)?;
+            check_servers(&config, false)?;
             render(args, &config)?;
             let pictures = pictures(args, &config, truth.as_ref(), &records)?;
             if mine_all(args, &config, &device, &pictures, truth, &stop)?.stopped {
@@ -204,8 +204,9 @@ fn records(args: &TuneGroundingArgs, config: &Config) -> Result<Vec<Mined>> {
 }
 
 /// That the servers which mining asks can be asked, with a line about each key.
-fn check_servers(config: &Config) -> Result<Vec<String>> {
-    servers(config, &[&config.planner.model, &config.vlm.model, &config.grounding.mining.model])
+fn check_servers(config: &Config, dry_run: bool) -> Result<Vec<String>> {
+    let models = [&*config.planner.model, &config.vlm.model, &config.grounding.mining.model];
+    servers(config, &models, dry_run)
 }
 
 /// Renders the rooms that are to be mined, if they are.

@@ -1,6 +1,6 @@
 //! `valor verify`: the reward's heads on replies, and how far their judge can be trusted.
 
-use super::{ModelArgs, json_lines, replaceable};
+use super::{ModelArgs, all_heard, json_lines, replaceable};
 use crate::eval::audit::{Audit, Labelled, rooms};
 use crate::eval::rooms::questions;
 use crate::files::write_atomic;
@@ -142,7 +142,7 @@ fn score(args: &ScoreArgs) -> Result<ExitCode> {
     for (name, usage) in chats.usage() {
         eprintln!("valor: endpoint {name}: {}", serde_json::to_string(&usage)?);
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(all_heard(scored.iter().filter(|s| s.silence().is_some()).count()))
 }
 
 /// One reply's heads for people, and why those that object do.
@@ -204,10 +204,11 @@ fn audit(args: &AuditArgs) -> Result<ExitCode> {
         })?;
     }
     let report = Audit::new(&cases, &verdicts);
+    let code = all_heard(verdicts.iter().filter(|v| v.silent).count());
     let mut out = std::io::stdout().lock();
     if args.json {
         writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
-        return Ok(ExitCode::SUCCESS);
+        return Ok(code);
     }
     writeln!(out, "verifier: {}", judge.name())?;
     writeln!(
@@ -235,5 +236,5 @@ fn audit(args: &AuditArgs) -> Result<ExitCode> {
             writeln!(out, "{name:<26} {share}  n {}", share.n)?;
         }
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(code)
 }

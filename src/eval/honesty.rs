@@ -77,7 +77,7 @@ pub fn honesty(
         for (i, ((q, reply), scored)) in chunk.iter().zip(replies).zip(scored).enumerate() {
             let index = start + i;
             progress(index + 1);
-            if scored.heads.values().any(|v| v.silent) {
+            if scored.silence().is_some() {
                 silent += 1;
                 continue;
             }

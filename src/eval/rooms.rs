@@ -191,9 +191,9 @@ pub fn evaluate(
                         progress();
                     }
                 });
-                let runs = runs.into_iter().collect::<Result<Vec<Run>, ChatError>>()?;
+                let mut runs = runs.into_iter().collect::<Result<Vec<Run>, ChatError>>()?;
                 vlm_works()?;
-                for (i, runs) in batch.zip(runs.chunks(votes)) {
+                for (i, runs) in batch.zip(runs.chunks_mut(votes)) {
                     let (view, q) = &asked[i];
                     let chosen = elect(referee, &q.text, runs, sandbox)?;
                     let run = &runs[chosen];

@@ -4,7 +4,7 @@ use super::{Answered, Run};
 use crate::config::{Config, Reward, TieBreak};
 use crate::llm::{ChatError, ChatModels};
 use crate::program::Sandbox;
-use crate::verify::{Judge, JudgeError, Verification};
+use crate::verify::{Judge, JudgeError, Scored, Verification};
 use serde_json::Value;
 
 /// Chooses among answers that equally many runs gave: the verifier, by the reward of each one's reply.
@@ -34,48 +34,56 @@ impl Referee {
         Self { judge, weights }
     }
 
-    /// The run of these whose reply earns most; of equals the first, and what the verifier does not judge
-    /// earns nothing.
+    /// The run of these whose reply earns most; of equals the first, and what the verifier says nothing readable
+    /// of earns nothing. Or why its server kept silent.
     fn best(
         &self,
         question: &str,
         runs: &[Run],
         among: &[usize],
         sandbox: &mut Sandbox,
-    ) -> Result<usize, JudgeError> {
+    ) -> Result<Result<usize, String>, JudgeError> {
         let reply = |i: &usize| (question, runs[*i].reply.as_ref().map_or("", |r| r.text.as_str()));
         let cases: Vec<(&str, &str)> = among.iter().map(reply).collect();
         let verification = Verification { judge: &self.judge, weights: &self.weights };
         let scored = verification.score(&cases, sandbox, |_| ())?;
+        if let Some(why) = scored.iter().find_map(Scored::silence) {
+            return Ok(Err(why.to_owned()));
+        }
         let earned = |i: usize| scored[i].reward.unwrap_or(0.);
         // `max_by` gives the last of equals.
         let best = (0..among.len()).rev().max_by(|&a, &b| earned(a).total_cmp(&earned(b)));
-        Ok(among[best.unwrap_or(0)])
+        Ok(Ok(among[best.unwrap_or(0)]))
     }
 }
 
 /// The run whose answer counts: the most frequent one, by its first run. Of equally frequent answers the
 /// referee's choice, or without one the first. Where no run gave an answer, the first run. A vote in which a server
-/// kept silent is none: it is the silent run, which has no result.
+/// kept silent, the referee's too, is none: it is a run with that outage, which has no result.
 ///
 /// # Errors
 /// If the referee's model fails.
 pub fn elect(
     referee: Option<&Referee>,
     question: &str,
-    runs: &[Run],
+    runs: &mut [Run],
     sandbox: &mut Sandbox,
 ) -> Result<usize, ChatError> {
     if let Some(silent) = runs.iter().position(|r| r.outage.is_some()) {
         return Ok(silent);
     }
     let leaders = leaders(runs.iter().map(|r| &r.answered));
-    match (referee, &leaders[..]) {
-        (Some(referee), [_, _, ..]) => referee.best(question, runs, &leaders, sandbox).map_err(|e| match e {
-            JudgeError::Model(e) => e,
-            other => ChatError::Closed(other.to_string()),
-        }),
-        _ => Ok(leaders.first().copied().unwrap_or(0)),
+    let (Some(referee), [first, _, ..]) = (referee, &leaders[..]) else {
+        return Ok(leaders.first().copied().unwrap_or(0));
+    };
+    match referee.best(question, runs, &leaders, sandbox) {
+        Ok(Ok(best)) => Ok(best),
+        Ok(Err(silence)) => {
+            runs[*first].outage = Some(format!("the verifier: {silence}"));
+            Ok(*first)
+        }
+        Err(JudgeError::Model(e)) => Err(e),
+        Err(other) => Err(ChatError::Closed(other.to_string())),
     }
 }
 

@@ -28,6 +28,13 @@ pub struct Scored {
     pub reward: Option<f64>,
 }
 
+impl Scored {
+    /// Why a verdict is missing that there may be another time, as a server kept silent.
+    pub fn silence(&self) -> Option<&str> {
+        self.heads.values().find(|v| v.silent).map(|v| v.said.as_str())
+    }
+}
+
 /// The heads with their weights.
 pub struct Verification<'a> {
     pub judge: &'a Judge,

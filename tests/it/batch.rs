@@ -285,3 +285,28 @@ fn the_most_frequent_of_several_answers_counts() {
     assert!(seeds[0] != seeds[1] && seeds[1] != seeds[2], "{seeds:?}");
     assert_eq!(&trace["seed"], seeds[1]);
 }
+
+/// What the verifier would have chosen is not known while its server is silent.
+#[test]
+fn a_tie_that_a_silent_verifier_was_to_break_is_no_answer() {
+    let tie = || vec![program("final_answer = 1"), program("final_answer = 2")];
+    for (act, code, answer) in [
+        (Act::Status(503, "", "{}".into()), Some(1), Value::Null),
+        (Act::Reply("<answer>yes</answer>".into()), Some(0), json!(1)),
+    ] {
+        let verifier = Server::start([act]);
+        let url = format!("endpoints.v.base_url={}", verifier.url);
+        let sets = [
+            &*url,
+            "endpoints.v.model=m",
+            "endpoints.v.tries=1",
+            "verifier.model=endpoint:v",
+            "inference.tie_break=verifier",
+        ];
+        let sets = sets.iter().flat_map(|set| ["--set", *set]);
+        let more: Vec<&str> = ["--samples", "2"].into_iter().chain(sets).collect();
+        let (got, trace, _, said) = on_server(tie(), &more);
+        assert_eq!((got, &trace["answer"]), (code, &answer), "{trace} {said}");
+        assert!(!verifier.heard().is_empty());
+    }
+}

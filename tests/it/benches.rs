@@ -754,7 +754,7 @@ fn a_verifiers_silence_counts_nowhere_and_is_told() {
     };
     let done = run(Act::Status(503, "", "{}".into()));
     let error = text(&done.stderr);
-    assert!(done.status.code() == Some(1) && error.contains("verdicts were not given"), "{error}");
+    assert!(done.status.code() == Some(1) && error.contains("kept silent about"), "{error}");
     let report: Value = serde_json::from_slice(&done.stdout).unwrap();
     let figures = &report["figures"];
     assert!(

@@ -295,9 +295,9 @@ fn the_verifier_breaks_ties_of_votes_and_nothing_else() {
     let judge = Judge::new(Arc::new(Scripted::new(rule)), &config.verifier).unwrap();
     let referee = Referee::new(judge, config.reward);
     let sandbox = &mut self::sandbox(&config);
-    for (runs, alone, refereed) in [(&tie, 1, 2), (&clear, 0, 0), (&none, 0, 0)] {
-        assert_eq!(elect(None, "How many?", runs, sandbox).unwrap(), alone);
-        assert_eq!(elect(Some(&referee), "How many?", runs, sandbox).unwrap(), refereed);
+    for (mut runs, alone, refereed) in [(tie, 1, 2), (clear, 0, 0), (none, 0, 0)] {
+        assert_eq!(elect(None, "How many?", &mut runs, sandbox).unwrap(), alone);
+        assert_eq!(elect(Some(&referee), "How many?", &mut runs, sandbox).unwrap(), refereed);
     }
 }
 

@@ -176,15 +176,16 @@ fn wrong_files_and_settings_are_met_first() {
         &["grounding.mining.prompts", "/no/prompts"],
     );
     refused(&out, &["planner.prompt=/no/prompt"], &[], &["planner.prompt", "/no/prompt"]);
-    let judge = "grounding.mining.model=endpoint:judge";
-    let server = ["endpoints.judge.base_url=http://127.0.0.1:1", "endpoints.judge.model=m", judge];
-    let keyed = [&server[..], &["endpoints.judge.key_env=VALOR_NO_SUCH_KEY"]].concat();
-    let why = ["endpoints.judge.key_env: the environment has no VALOR_NO_SUCH_KEY"];
-    refused(&out, &keyed, &[], &why);
     refused(&out, &[], &["--stage", "train"], &["mined/odvg.jsonl is missing: mine first"]);
     let broken = file("broken.jsonl", "{\"image\": \"000000.png\"}\n");
     refused(&out, &[], &["--overrule", &broken], &["--overrule", "broken.jsonl, line 1: expected"]);
     assert!(!out.exists());
+    let judge = "grounding.mining.model=endpoint:judge";
+    let server = ["endpoints.judge.base_url=http://127.0.0.1:1", "endpoints.judge.model=m", judge];
+    let keyed = [&server[..], &["endpoints.judge.key_env=VALOR_NO_SUCH_KEY"]].concat();
+    // A dry run is planned without it.
+    let why = ["endpoints.judge.key_env: the environment has no VALOR_NO_SUCH_KEY"];
+    refused_by(&[&[]], &out, &keyed, &[], &why);
     let strange = file("strange.jsonl", "{\"image\": \"a.png\", \"index\": 0, \"keep\": true}\n");
     // Of rooms that are yet to be rendered it cannot know.
     refused_by(
@@ -318,11 +319,13 @@ fn the_published_settings_are_planned_without_models() {
     let o = Command::new(env!("CARGO_BIN_EXE_valor"))
         .args(["tune-grounding", "--dry-run", "--config", "configs/paper-grounding.toml", "--set"])
         .arg(format!("grounding.queries={}", queries.display()))
+        .env_remove("OPENAI_API_KEY")
         .output()
         .unwrap();
     let said = String::from_utf8_lossy(&o.stdout).into_owned();
     assert!(o.status.success(), "{}", stderr(&o));
     for part in [
+        "the environment has no OPENAI_API_KEY",
         "40 of",
         "200 of 2 pictures (10 epochs of 40)",
         "1e-5, from 1e-6 over 20 steps, cosine to 1e-6",

@@ -301,9 +301,35 @@ fn an_audit_tells_what_a_judge_is_worth() {
     let args = ["audit", "--labels", labels.to_str().unwrap(), "--json", "--set", &url];
     let out =
         valor(&[&args[..], &["--set", "endpoints.s.model=m", "--set", "verifier.model=endpoint:s"]].concat());
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     let report: Value = serde_json::from_str(stdout(&out)).unwrap();
     for (head, h) in report["heads"].as_object().unwrap() {
         assert_eq!(h["false_accept"]["value"], 1.0, "{head}");
         assert_eq!((&h["kappa"], &h["missing"]), (&json!(0.0), &json!(0)), "{head}");
+    }
+}
+
+/// What a server did not say is told by the exit code; what is there is printed all the same.
+#[test]
+fn a_silent_server_is_told_of_by_score_and_audit() {
+    let dir = tempfile::tempdir().unwrap();
+    let (replies, labels) = (dir.path().join("replies.jsonl"), dir.path().join("labels.jsonl"));
+    let asked = "How many chairs are there?";
+    std::fs::write(&replies, format!("{}\n", json!({ "question": asked, "reply": GOOD }))).unwrap();
+    let label = json!({ "head": "logic", "question": asked, "plan": "p", "program": "x = 1", "ok": true });
+    std::fs::write(&labels, format!("{label}\n")).unwrap();
+    let server = Server::start([Act::Status(503, "", "{}".into())]);
+    let url = format!("endpoints.s.base_url={}", server.url);
+    let sets = ["--set", &url, "--set", "endpoints.s.model=m", "--set", "endpoints.s.tries=1", "--set"];
+    let sets = [&sets[..], &["verifier.model=endpoint:s"]].concat();
+    for args in [
+        &["score", replies.to_str().unwrap()][..],
+        &["audit", "--labels", labels.to_str().unwrap()],
+        &["audit", "--json", "--labels", labels.to_str().unwrap()],
+    ] {
+        let out = valor(&[args, &sets].concat());
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert_eq!(out.status.code(), Some(1), "{args:?}: {said}");
+        assert!(said.contains("kept silent about") && stdout(&out).contains("logic"), "{args:?}: {said}");
     }
 }

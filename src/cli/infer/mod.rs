@@ -151,12 +151,12 @@ impl<'a> Reasoner<'a> {
         let reply = |(q, _): &(&Query, usize)| {
             // All of a question's are taken, so that the next one's are its own.
             let of_question: Vec<Result<Run, ChatError>> = runs.by_ref().take(samples).collect();
-            let runs: Vec<Run> = of_question.into_iter().collect::<Result<_, _>>().ok()?;
+            let mut runs: Vec<Run> = of_question.into_iter().collect::<Result<_, _>>().ok()?;
             // Programs take it for a call that failed; it is no failure of theirs.
             if vlm.is_some() && runs.iter().any(|run| run.outage.is_some()) {
                 return None;
             }
-            match elect(self.referee.as_ref(), q.question, &runs, sandbox) {
+            match elect(self.referee.as_ref(), q.question, &mut runs, sandbox) {
                 Ok(chosen) => Some(Reply { runs, chosen, seconds }),
                 Err(e) => {
                     gone.get_or_insert_with(|| format!("the verifier failed: {e}"));

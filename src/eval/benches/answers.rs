@@ -127,7 +127,7 @@ impl Runner<'_> {
         let tools = std::slice::from_mut(tools);
         let runs = run_all(planner, sandbox, &asked, replies, tools, self.how.repairs, || ());
         let mut runs = runs.into_iter().collect::<Result<Vec<Run>, ChatError>>()?;
-        let chosen = elect(self.referee, &task.question, &runs, sandbox)?;
+        let chosen = elect(self.referee, &task.question, &mut runs, sandbox)?;
         let Run { reply, answered, outage, earlier } = runs.swap_remove(chosen);
         if let Some(why) = outage {
             record.set_outage(why);

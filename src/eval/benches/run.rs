@@ -90,7 +90,7 @@ impl Runner<'_> {
         mut progress: impl FnMut(),
     ) -> Result<(BTreeMap<&'static str, Note>, Times), Stopped> {
         let times = Mutex::new(Times::new());
-        let stop = AtomicBool::new(false);
+        let (stop, enough) = (AtomicBool::new(false), AtomicBool::new(false));
         std::thread::scope(|s| {
             let (give, jobs) = mpsc::channel::<Vec<Job>>();
             let (tell, events) = mpsc::channel();
@@ -99,15 +99,14 @@ impl Runner<'_> {
             for _ in 0..if self.overlap { BATCHES } else { 1 } {
                 leave.send(()).expect("the other end is here");
             }
-            let mut leave = Some(leave);
-            let (times, stop, jobs) = (&times, &stop, Arc::new(Mutex::new(jobs)));
+            let (times, stop, enough, jobs) = (&times, &stop, &enough, Arc::new(Mutex::new(jobs)));
             for _ in 0..self.workers {
                 let (jobs, tell) = (jobs.clone(), tell.clone());
                 s.spawn(move || self.serve(&jobs, &tell, stop, times));
             }
             let planning = s.spawn(move || -> Result<_, Stopped> {
                 let tell = LastWord(tell);
-                while room.recv().is_ok() {
+                while room.recv().is_ok() && !enough.load(Ordering::Relaxed) {
                     let mut tasks: Vec<Task> = feed.by_ref().take(self.together).collect();
                     if tasks.is_empty() {
                         break;
@@ -157,7 +156,7 @@ impl Runner<'_> {
                     let over = first.is_over();
                     // Where the judge is gone nothing more is planned, but answers are recorded: they are paid for.
                     if let Some(e) = self.judge(&mut ready, times)? {
-                        leave = None;
+                        enough.store(true, Ordering::Relaxed);
                         gone.get_or_insert(e);
                     }
                     for Done { mut record, thumbnail } in ready {
@@ -173,7 +172,7 @@ impl Runner<'_> {
                     if over {
                         under_way.pop_front();
                         // Who plans may have ended.
-                        let _ = leave.as_ref().map(|leave| leave.send(()));
+                        let _ = leave.send(());
                     }
                 }
             }
