@@ -348,8 +348,7 @@ pub(super) fn product((m, n, k): (usize, usize, usize), a: Mat, b: Mat) -> Vec<f
 /// and faulting it in again cost a quarter of a training step's time (detector, two cores). To be called
 /// first of all in a process.
 ///
-/// One arena for all threads: with eight for each processor, what one thread freed was no use to the others, and GRPO
-/// on Rooms held 2.7 GB after three steps for 1.6 GB, in the same time (two cores).
+/// One arena for all threads: with eight for each processor, what one thread freed is no use to the others.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 pub fn keep_freed_memory() {
     // SAFETY: mallopt only sets the allocator's thresholds.
