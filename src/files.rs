@@ -1,9 +1,15 @@
 //! Files written whole or not at all: temporary file in the same folder, fsync, rename. And whether they
 //! could be written, told before the work whose result they hold.
 
+use std::borrow::Cow;
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::fs::Metadata;
 use std::io::{self, BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Shape, Tensor};
+use safetensors::View;
 
 /// Do both name one file that is there?
 pub fn is_same(a: &Path, b: &Path) -> bool {
@@ -56,6 +62,93 @@ pub fn write_atomic(
     Ok(())
 }
 
+/// A tensor of a file, made when its turn to be written comes: a checkpoint is never in memory a second time.
+pub struct Lazy<'a> {
+    dtype: DType,
+    shape: Shape,
+    make: Box<dyn Fn() -> candle_core::Result<Tensor> + 'a>,
+}
+
+impl<'a> Lazy<'a> {
+    pub fn new(
+        dtype: DType,
+        shape: impl Into<Shape>,
+        make: impl Fn() -> candle_core::Result<Tensor> + 'a,
+    ) -> Self {
+        Self { dtype, shape: shape.into(), make: Box::new(make) }
+    }
+
+    /// One that is there.
+    pub fn of(tensor: &'a Tensor) -> Self {
+        Self::new(tensor.dtype(), tensor.shape(), || Ok(tensor.clone()))
+    }
+}
+
+/// A tensor as safetensors writes it. That it could not be made is noted, for the writer cannot be told.
+struct Written<'a> {
+    lazy: Lazy<'a>,
+    failed: &'a RefCell<Option<candle_core::Error>>,
+}
+
+impl View for Written<'_> {
+    fn dtype(&self) -> safetensors::Dtype {
+        self.lazy.dtype.into()
+    }
+
+    fn shape(&self) -> &[usize] {
+        self.lazy.shape.dims()
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        if self.failed.borrow().is_some() {
+            return Cow::Borrowed(&[]);
+        }
+        let made = (self.lazy.make)().and_then(|t| t.to_device(&Device::Cpu));
+        match made {
+            Ok(t) => Cow::Owned(View::data(&t).into_owned()),
+            Err(e) => {
+                self.failed.replace(Some(e));
+                Cow::Borrowed(&[])
+            }
+        }
+    }
+
+    fn data_len(&self) -> usize {
+        self.lazy.shape.elem_count() * self.lazy.dtype.size_in_bytes()
+    }
+}
+
+/// Replaces `path` by a safetensors file; on any error the old file stays as it was.
+pub fn write_tensors<'a>(
+    path: &Path,
+    tensors: impl IntoIterator<Item = (String, Lazy<'a>)>,
+    note: Option<HashMap<String, String>>,
+) -> candle_core::Result<()> {
+    let named = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", path.display()));
+    let dir = folder_of(path);
+    std::fs::create_dir_all(dir).map_err(named)?;
+    let tmp = temporary(dir).map_err(named)?.into_temp_path();
+    let failed = RefCell::new(None);
+    let parts = tensors.into_iter().map(|(name, lazy)| (name, Written { lazy, failed: &failed }));
+    let written = safetensors::serialize_to_file(parts, note, &tmp);
+    if let Some(e) = failed.take() {
+        return Err(e);
+    }
+    let persist = || {
+        written.map_err(io::Error::other)?;
+        let file = std::fs::File::open(&tmp)?;
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::PermissionsExt;
+            file.set_permissions(std::fs::Permissions::from_mode(0o644))?;
+        }
+        file.sync_all()
+    };
+    persist().map_err(named)?;
+    tmp.persist(path).map_err(|e| named(e.error))?;
+    Ok(())
+}
+
 /// Random characters in a temporary file's name.
 const RANDOM: usize = 6;
 
@@ -67,7 +160,8 @@ fn temporary(dir: &Path) -> io::Result<tempfile::NamedTempFile> {
 /// one run alone: another process that writes there would lose its file.
 pub fn sweep(dir: &Path) {
     let is_ours = |name: &str| {
-        let random = name.strip_prefix('.').and_then(|n| n.strip_suffix(".tmp"));
+        // Of [`temporary`], and of what safetensors writes on its way.
+        let random = name.strip_prefix('.').and_then(|n| n.strip_suffix(".tmp").or(n.strip_prefix("tmp")));
         random.is_some_and(|r| r.len() == RANDOM && r.bytes().all(|b| b.is_ascii_alphanumeric()))
     };
     for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
@@ -162,11 +256,40 @@ mod tests {
     }
 
     #[test]
+    fn tensors_are_made_in_their_turn_and_written_whole_or_not_at_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a/model.safetensors");
+        let there = Tensor::new(&[[1f32, 2.], [3., 4.]], &Device::Cpu).unwrap();
+        let made = Tensor::new(&[5i64], &Device::Cpu).unwrap();
+        let write = |failing: bool| {
+            let lazy = Lazy::new(DType::I64, 1, || match failing {
+                true => Err(candle_core::Error::Msg("no room".into())),
+                false => Ok(made.clone()),
+            });
+            let parts = [("there".to_owned(), Lazy::of(&there)), ("made".to_owned(), lazy)];
+            write_tensors(&path, parts, Some(HashMap::from([("format".into(), "pt".into())])))
+        };
+        write(false).unwrap();
+        let read = candle_core::safetensors::load(&path, &Device::Cpu).unwrap();
+        assert_eq!(read["there"].to_vec2::<f32>().unwrap(), there.to_vec2::<f32>().unwrap());
+        assert_eq!(read["made"].to_vec1::<i64>().unwrap(), [5]);
+        let before = std::fs::read(&path).unwrap();
+        assert!(write(true).unwrap_err().to_string().contains("no room"));
+        assert_eq!(std::fs::read(&path).unwrap(), before);
+        assert_eq!(std::fs::read_dir(dir.path().join("a")).unwrap().count(), 1, "nothing is left behind");
+        std::fs::create_dir(dir.path().join("folder")).unwrap();
+        let parts = [("there".to_owned(), Lazy::of(&there))];
+        let e = write_tensors(&dir.path().join("folder"), parts, None).unwrap_err().to_string();
+        assert!(e.contains("folder: "), "{e}");
+    }
+
+    #[test]
     fn what_kills_left_is_swept_and_nothing_else() {
         let dir = tempfile::tempdir().unwrap();
         // As a kill leaves it.
         let left = temporary(dir.path()).unwrap().keep().unwrap().1;
         assert!(left.is_file());
+        std::fs::write(dir.path().join(".tmpabc123"), "").unwrap();
         let others = [".cache.tmp", ".abc12.tmp", ".abc-12.tmp", "abc123.tmp", ".abc123.tmpx"];
         others.iter().for_each(|name| std::fs::write(dir.path().join(name), "").unwrap());
         std::fs::create_dir(dir.path().join(".abc123.tmp")).unwrap();

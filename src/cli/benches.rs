@@ -237,6 +237,11 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode
     // With one question after another no prefix is kept, which is for those that share one.
     let chats = ChatModels::new(config, device);
     let chats = if args.one_by_one { chats.without_prefixes() } else { chats };
+    // Before what takes long to load: it may want a key.
+    let judge = match benches.iter().any(Opened::is_judged) && !args.planner_only {
+        true => chats.judge()?.map(|m| SynonymJudge::new(m, &config.eval.judge)).transpose()?,
+        false => None,
+    };
     let planner = match how {
         How::Planner => Some(Planner::new(chats.planner()?, config)?),
         _ => None,
@@ -246,7 +251,6 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode
         _ => None,
     };
     let vlm = if direct { Some(Vlm::new(chats.vlm()?, &config.vlm)?) } else { None };
-    let judge = chats.judge()?.map(|m| SynonymJudge::new(m, &config.eval.judge)).transpose()?;
     let referee = if how == How::Planner { Referee::load(config, &chats)? } else { None };
     let links = Links::new(match &args.data {
         Some(data) => data.join("fetched"),

@@ -314,10 +314,10 @@ fn all_heard(silent: usize) -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// Chooses the precision of matrix products, and says so where this processor makes nothing of it.
-fn compute_in(precision: Precision) {
+/// Chooses the precision of matrix products, and says so where the processor makes nothing of it.
+fn compute_in(precision: Precision, device: &Device) {
     precision.choose();
-    if precision != Precision::F32 && !crate::nn::precision::fast() {
+    if device.is_cpu() && precision != Precision::F32 && !crate::nn::precision::fast() {
         eprintln!(
             "valor: this processor has no AMX: matrix products stay f32 whatever the precision asked for"
         );

@@ -158,7 +158,7 @@ fn pretrain(args: &PretrainArgs) -> Result<()> {
         fillable("--runs", Some(&args.runs))?;
     }
     fillable("--out", Some(&args.out))?;
-    super::compute_in(args.precision);
+    super::compute_in(args.precision, &candle_core::Device::Cpu);
     for &part in Part::value_variants().iter().filter(asked) {
         let name = name_of(part);
         let (run, out) = (args.runs.join(&name), args.out.join(&name));

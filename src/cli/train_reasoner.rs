@@ -71,7 +71,7 @@ pub fn run(args: &TrainReasonerArgs) -> Result<ExitCode> {
             return Ok(ExitCode::SUCCESS);
         }
     }
-    super::compute_in(config.reasoner.precision);
+    super::compute_in(config.reasoner.precision, &device);
     let chats = ChatModels::new(&config, &device);
     let judge = Judge::new(chats.verifier()?, &config.verifier)?;
     let policy = Policy::load(&config.planner.model, &config.reasoner, &device)?;

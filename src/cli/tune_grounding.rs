@@ -117,7 +117,7 @@ pub fn run(args: &TuneGroundingArgs) -> Result<ExitCode> {
                 resume: args.resume,
                 stop: stop.clone(),
             };
-            super::compute_in(config.grounding.training.precision);
+            super::compute_in(config.grounding.training.precision, &device);
             let (metrics, model) = fit.run()?;
             eprintln!("valor: {}", serde_json::Value::Object(metrics));
             println!("{}", model.display());

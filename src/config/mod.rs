@@ -194,7 +194,7 @@ pub struct Inference {
     /// How often a program that failed goes back to the planner with its error.
     pub repairs: usize,
     /// Megabytes of keys and values that a language model which runs here holds at most; 0: 2048, or on a GPU
-    /// a third of what its weights leave free.
+    /// a third of what is free when the first prompt comes.
     pub kv_cache_mb: usize,
 }
 

@@ -2,6 +2,8 @@
 //! know rooms; a released checkpoint at 144 pixels or after eight tokens would answer worse than it can, and
 //! say nothing of it.
 
+use std::path::Path;
+
 use toml::{Table, Value};
 
 use super::{ENDPOINT, Origins};
@@ -12,9 +14,9 @@ use crate::weights::source::Source;
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum From {
     Embedded,
-    /// A folder or file: a released checkpoint, or what a training here has left.
+    /// A folder that a training on Rooms has left, or one that is not there.
     Path,
-    /// The hub, a server, a GGUF file: none of ours.
+    /// The hub, a server, a file, another folder: none of ours.
     Elsewhere,
 }
 
@@ -24,9 +26,25 @@ impl From {
             _ if model.is_empty() => Self::Embedded,
             _ if model.starts_with(ENDPOINT) || is_gguf(model) => Self::Elsewhere,
             Ok(Source::Embedded { .. }) => Self::Embedded,
-            Ok(Source::Path(_)) => Self::Path,
+            Ok(Source::Path(path)) => Self::of_path(&path),
             // What is no source is refused later, by its name.
             Ok(Source::Hub(_) | Source::Preset(_)) | Err(_) => Self::Elsewhere,
+        }
+    }
+
+    /// Models of Rooms say so, and what is trained from one has its config; an adapter is of its base's kind.
+    fn of_path(path: &Path) -> Self {
+        let read = |name: &str| -> Option<serde_json::Value> {
+            serde_json::from_str(&std::fs::read_to_string(path.join(name)).ok()?).ok()
+        };
+        if let Some(adapter) = read("adapter_config.json") {
+            let base = adapter["base_model_name_or_path"].as_str().unwrap_or_default();
+            return Self::of(base).max(Self::Path);
+        }
+        match read("config.json") {
+            Some(config) if config.get("rooms_version").is_none() => Self::Elsewhere,
+            _ if path.is_file() => Self::Elsewhere,
+            _ => Self::Path,
         }
     }
 }
@@ -86,9 +104,40 @@ mod tests {
         assert_eq!((c.vlm.prompt.as_str(), c.vlm.max_new_tokens), ("general", 9), "what was said holds");
         assert_eq!(c.verifier, ours.verifier);
         assert_eq!(origins["planner.prompt"], "suits planner.model = hub:a/b#c.gguf");
-        // A planner that was trained here wants the instructions of its training.
-        let (c, _) = of(&["planner.model=runs/reasoner/model", "detector.model=runs/tuned/model"]);
-        assert_eq!((c.planner.prompt.as_str(), c.planner.max_new_tokens), ("rooms", 320));
-        assert_eq!((c.detector.shortest_side, c.detector.box_threshold), (0, ours.detector.box_threshold));
+    }
+
+    /// A planner that was trained on Rooms wants the instructions of its training, any other the general ones.
+    #[test]
+    fn a_folder_is_told_by_what_it_holds() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |file: &str, text: &str| {
+            let path = dir.path().join(file);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(&path, text).unwrap();
+            path.parent().unwrap().display().to_string()
+        };
+        let of = |model: &str| {
+            let sets = [format!("planner.model={model}"), format!("detector.model={model}")];
+            let c = Config::resolve(None, &sets).unwrap();
+            assert_eq!(c.detector.shortest_side, 0, "{model}");
+            (c.planner.prompt, c.planner.max_new_tokens, c.detector.box_threshold)
+        };
+        let rooms = Config::resolve(None, &[]).unwrap();
+        let rooms = (rooms.planner.prompt, rooms.planner.max_new_tokens, rooms.detector.box_threshold);
+        let general = ("general".to_owned(), 4096, 0.35);
+        let ours = write("ours/config.json", r#"{"model_type": "qwen3", "rooms_version": 3}"#);
+        let theirs = write("theirs/config.json", r#"{"model_type": "qwen3"}"#);
+        let adapter = |name: &str, base: &str| {
+            let text = serde_json::json!({ "base_model_name_or_path": base }).to_string();
+            write(&format!("{name}/adapter_config.json"), &text)
+        };
+        let (on_ours, on_theirs) = (adapter("a", &ours), adapter("b", &theirs));
+        for model in [&ours, &on_ours, &adapter("c", "embedded-base"), "runs/none"] {
+            assert_eq!(of(model), rooms, "{model}");
+        }
+        let file = format!("{theirs}/config.json");
+        for model in [&theirs, &on_theirs, &adapter("d", "Qwen/Qwen3-8B"), &file] {
+            assert_eq!(of(model), general, "{model}");
+        }
     }
 }

@@ -97,6 +97,11 @@ impl Bench {
         Self::ALL.into_iter().find(|b| b.name() == name)
     }
 
+    /// Do its answers need a judge? (Those of [`Kind::Synonym`].)
+    pub fn is_judged(self) -> bool {
+        self == Self::Gqa
+    }
+
     /// `owner/name` of the data set on the hub; GRIT's two are not there with their pictures.
     pub fn repo(self) -> Option<&'static str> {
         match self {

@@ -73,30 +73,31 @@ impl Source {
                 format!("there is no folder {}; put there {}", folder.display(), wanted_files(bench));
             return Err(DataError::Source { bench, message });
         }
-        Self::in_folder(bench, folder.clone(), folder.display().to_string())
+        let remedy = format!("put there {}", wanted_files(bench));
+        Self::in_folder(bench, folder.clone(), folder.display().to_string(), &remedy)
     }
 
     /// What a pull has left in the hub's cache.
     pub fn cached(hub: &Hub, bench: Bench, revision: Option<&str>) -> Result<Self, DataError> {
         let at = on_hub(bench, revision)?;
+        let name = revision.map_or(bench.to_string(), |r| format!("{bench}@{r}"));
+        let remedy = format!("valor eval pull {name}, or give --data DIR");
         let Some(folder) = hub.cached(&at) else {
-            let name = revision.map_or(bench.to_string(), |r| format!("{bench}@{r}"));
-            let message = format!("{at} is not here; valor eval pull {name}, or give --data DIR");
+            let message = format!("{at} is not here; {remedy}");
             return Err(DataError::Source { bench, message });
         };
         let commit = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        Self::in_folder(bench, folder, format!("{}{}@{commit}", RepoKind::Dataset.prefix(), at.repo))
+        let origin = format!("{}{}@{commit}", RepoKind::Dataset.prefix(), at.repo);
+        Self::in_folder(bench, folder, origin, &remedy)
     }
 
-    fn in_folder(bench: Bench, folder: PathBuf, origin: String) -> Result<Self, DataError> {
+    fn in_folder(bench: Bench, folder: PathBuf, origin: String, remedy: &str) -> Result<Self, DataError> {
         let fail = |message: String| DataError::Source { bench, message };
         let found = files_below(&folder).map_err(|e| fail(format!("{}: {e}", folder.display())))?;
         let mut files: Vec<(usize, String)> =
             found.into_iter().filter_map(|path| Some((part(bench, &path)?, path))).collect();
         files.sort();
-        let missing = |what: String| {
-            fail(format!("{} holds no {what}; put there {}", folder.display(), wanted_files(bench)))
-        };
+        let missing = |what: String| fail(format!("{} holds no {what}; {remedy}", folder.display()));
         match bench.files() {
             Files::Lines(name) if files.is_empty() => return Err(missing(name.into())),
             Files::Lines(_) => {}

@@ -170,8 +170,8 @@ pub fn evaluate(
                     let (view, q) = &asked[i];
                     let outcome = Ok(sandbox.run(&q.program, IMAGE, &mut *contexts[of]));
                     let answered = Answered { reply: None, outcome };
-                    let run =
-                        Run { reply: None, answered, outage: contexts[of].outage(), earlier: Vec::new() };
+                    let outage = contexts[of].outage().or_else(|| answered.unrun());
+                    let run = Run { reply: None, answered, outage, earlier: Vec::new() };
                     vlm_works()?;
                     samples.push(Sample::new(i, view, q, &run));
                     progress();

@@ -1,14 +1,15 @@
 //! Batched generation on the Qwen3 decoder, with or without pictures.
 //!
 //! Prompts are padded on the left and run in waves, as many rows at once as the bound on key-value memory
-//! allows; a finished row leaves its wave. Keys and values of a prefix that prompts share are computed
+//! allows; a finished row leaves its wave. A wave whose replies grow long gets more room, and where there is none some of
+//! its rows begin anew in a later one. Keys and values of a prefix that prompts share are computed
 //! once and kept for later calls. Each row has its own sampler and no row sees another, so a
 //! reply does not depend on its batch (up to the last bits of the logits, which matrix kernels may round
 //! differently for other batch shapes).
 //!
 //! Not here: admitting new rows into a running wave, beam search, quantised caches.
 
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use candle_core::{Device, Tensor};
 
@@ -32,8 +33,11 @@ const PREFILL_TOKENS: usize = 8192;
 #[derive(Clone, Debug)]
 pub struct EngineOptions {
     /// Bound on the memory of keys and values, kept prefixes included. A prompt that needs more has its wave to
-    /// itself.
-    pub max_kv_bytes: usize,
+    /// itself. `None`: what suits the device, asked at the first prompt, when all weights are where they will be.
+    pub max_kv_bytes: Option<usize>,
+    /// Room for so many new tokens is made at first; a wave of longer replies grows. Few replies come near to what
+    /// they may be long, and room for that would leave room for few.
+    pub first_room: usize,
     /// Rows of a wave at most.
     pub max_batch: usize,
     /// A shared prefix is kept if it is at least this many tokens longer than one already kept.
@@ -44,22 +48,19 @@ pub struct EngineOptions {
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { max_kv_bytes: 2 << 30, max_batch: 64, min_prefix: 32, max_prefixes: 4 }
+        Self { max_kv_bytes: None, first_room: 1024, max_batch: 64, min_prefix: 32, max_prefixes: 4 }
     }
 }
 
 impl EngineOptions {
-    /// With so many megabytes of keys and values, or where that is 0 as many as suit a device on which the
-    /// weights are.
-    pub fn on(device: &Device, kv_cache_mb: usize) -> Self {
-        let max_kv_bytes = match (kv_cache_mb, crate::nn::free_memory(device)) {
-            (0, None) => Self::default().max_kv_bytes,
-            (0, Some(free)) => free / 3,
-            (mb, _) => mb << 20,
-        };
-        Self { max_kv_bytes, ..Self::default() }
+    /// With so many megabytes of keys and values, or where that is 0 as many as suit the device.
+    pub fn with_kv_cache_mb(mb: usize) -> Self {
+        Self { max_kv_bytes: (mb > 0).then_some(mb << 20), ..Self::default() }
     }
 }
+
+/// Of a processor, whose memory others share.
+const KV_BYTES: usize = 2 << 30;
 
 /// One prompt to be continued.
 #[derive(Clone, Debug)]
@@ -145,6 +146,23 @@ impl<'a> Counted<'a> {
     }
 }
 
+impl Counted<'_> {
+    /// What was kept for the next prompt alone goes where that many bytes want its place.
+    fn make_room(&self, bytes: usize) {
+        let mut p = self.engine.lock();
+        if p.bytes() + p.running - self.bytes + bytes > self.engine.max_kv_bytes() {
+            p.last_cache = None;
+        }
+    }
+
+    fn set(&mut self, bytes: usize) {
+        let mut p = self.engine.lock();
+        p.running = p.running - self.bytes + bytes;
+        p.stats.peak_kv_bytes = p.stats.peak_kv_bytes.max(p.bytes() + p.running);
+        self.bytes = bytes;
+    }
+}
+
 impl Drop for Counted<'_> {
     fn drop(&mut self) {
         self.engine.lock().running -= self.bytes;
@@ -158,6 +176,7 @@ pub struct Engine {
     /// Ids that end a reply.
     eos: Vec<u32>,
     options: EngineOptions,
+    max_kv_bytes: OnceLock<usize>,
     prefixes: Mutex<Prefixes>,
 }
 
@@ -172,6 +191,19 @@ struct Row<'a> {
     finish: Option<Finish>,
 }
 
+/// Jobs by the wave that they go in, and how many tokens each wave may hold, over all its rows.
+struct Waves {
+    rows: Vec<Vec<usize>>,
+    room: usize,
+}
+
+/// How much a wave may hold, and how many new tokens of each row it makes room for at first.
+#[derive(Clone, Copy)]
+struct Wave {
+    room: usize,
+    first: usize,
+}
+
 struct Planned {
     positions: Vec<Position>,
     next: u32,
@@ -180,7 +212,7 @@ struct Planned {
 
 impl Engine {
     pub fn new(network: Network, device: Device, eos: Vec<u32>, options: EngineOptions) -> Self {
-        Self { network, device, eos, options, prefixes: Mutex::default() }
+        Self { network, device, eos, options, max_kv_bytes: OnceLock::new(), prefixes: Mutex::default() }
     }
 
     pub fn network(&self) -> &Network {
@@ -232,23 +264,40 @@ impl Engine {
                 })
                 .collect()
         };
-        let lanes = if on_token.is_none() { self.lanes(jobs.len()) } else { 1 };
-        let waves = self.waves(jobs, &planned, shared, lanes);
         let prefix = prefix.as_deref();
-        let finished: Vec<Vec<Row>> = match on_token {
-            // Pieces of text come in one order.
+        let mut finished: Vec<Row> = Vec::with_capacity(jobs.len());
+        match on_token {
+            // Pieces of text come in one order, and none twice: each reply has all its room at once.
             Some(f) => {
                 let mut f: OnToken = Some(f);
-                let wave = |w: &Vec<usize>| self.run_wave(jobs, &planned, prefix, rows_of(w), &mut f);
-                waves.iter().map(wave).collect::<Result<_>>()?
+                let all: Vec<usize> = (0..jobs.len()).collect();
+                let waves = self.waves(jobs, &planned, &all, shared, 1, usize::MAX);
+                for rows in &waves.rows {
+                    let wave = Wave { room: usize::MAX, first: usize::MAX };
+                    finished.extend(self.run_wave(jobs, &planned, prefix, rows_of(rows), wave, &mut f)?);
+                }
             }
             None => {
-                let lanes =
-                    Lanes::new(lanes.min(waves.len())).map_err(|e| ChatError::Request(e.to_string()))?;
-                lanes.all(&waves, |w| self.run_wave(jobs, &planned, prefix, rows_of(w), &mut None))?
+                let mut open: Vec<usize> = (0..jobs.len()).collect();
+                let mut first = self.options.first_room.max(1);
+                while !open.is_empty() {
+                    let lanes = self.lanes(open.len());
+                    let waves = self.waves(jobs, &planned, &open, shared, lanes, first);
+                    let lanes = Lanes::new(lanes.min(waves.rows.len()))
+                        .map_err(|e| ChatError::Request(e.to_string()))?;
+                    let wave = Wave { room: waves.room, first };
+                    let run =
+                        |w: &Vec<usize>| self.run_wave(jobs, &planned, prefix, rows_of(w), wave, &mut None);
+                    let (done, aside): (Vec<Row>, Vec<Row>) =
+                        lanes.all(&waves.rows, run)?.into_iter().flatten().partition(|r| r.finish.is_some());
+                    finished.extend(done);
+                    // What there was no room for begins anew with all of it: it has its seed, and comes to the same.
+                    open = aside.iter().map(|r| r.job).collect();
+                    first = usize::MAX;
+                }
             }
-        };
-        for row in finished.into_iter().flatten() {
+        }
+        for row in finished {
             let finish = row.finish.unwrap_or(Finish::Length);
             out[row.job] = Some(Generated { text: row.text.text().into(), finish, trace: row.trace });
         }
@@ -299,6 +348,11 @@ impl Engine {
         Ok(Planned { positions, next, room })
     }
 
+    fn max_kv_bytes(&self) -> usize {
+        let suits = || crate::nn::free_memory(&self.device).map_or(KV_BYTES, |free| free / 3);
+        *self.max_kv_bytes.get_or_init(|| self.options.max_kv_bytes.unwrap_or_else(suits))
+    }
+
     fn kv_bytes_per_token(&self) -> usize {
         let c = self.network.config();
         2 * c.num_hidden_layers
@@ -331,12 +385,12 @@ impl Engine {
         let have = base.as_ref().map_or(0, |c| c.len());
         // No more than half of the memory, so that there is always room to generate.
         let bytes = wanted * self.kv_bytes_per_token();
-        if wanted < have + self.options.min_prefix.max(1) || bytes > self.options.max_kv_bytes / 2 {
+        if wanted < have + self.options.min_prefix.max(1) || bytes > self.max_kv_bytes() / 2 {
             return Ok(base);
         }
         while !p.kept.is_empty()
             && (p.kept.len() >= self.options.max_prefixes.max(1)
-                || p.bytes() + bytes > self.options.max_kv_bytes / 2)
+                || p.bytes() + bytes > self.max_kv_bytes() / 2)
         {
             p.kept.remove(0);
         }
@@ -371,7 +425,7 @@ impl Engine {
             return Ok(());
         }
         let mut p = self.lock();
-        let (held, max) = (p.bytes() + text * self.kv_bytes_per_token(), self.options.max_kv_bytes);
+        let (held, max) = (p.bytes() + text * self.kv_bytes_per_token(), self.max_kv_bytes());
         if p.last.get(..text) == ids.get(..text) && held <= max / 2 && held + p.running <= max {
             p.last_cache = Some(Arc::new(cache.head(text)?));
             p.stats.peak_kv_bytes = p.stats.peak_kv_bytes.max(held + p.running);
@@ -390,15 +444,23 @@ impl Engine {
         if small { Lanes::good().min(jobs / ROWS).max(1) } else { 1 }
     }
 
-    /// Groups of jobs, longest first, so many of which at once are within the bound on memory, but at least one.
-    fn waves(&self, jobs: &[Job], planned: &[Planned], shared: usize, lanes: usize) -> Vec<Vec<usize>> {
-        let most = self.options.max_kv_bytes / self.kv_bytes_per_token() / lanes;
+    /// Groups of `open` jobs, longest first, so many of which at once are within the bound on memory, but at least
+    /// one; with room for at most `first` new tokens each.
+    fn waves(
+        &self,
+        jobs: &[Job],
+        planned: &[Planned],
+        open: &[usize],
+        shared: usize,
+        lanes: usize,
+        first: usize,
+    ) -> Waves {
+        let most = self.max_kv_bytes() / self.kv_bytes_per_token() / lanes;
         let room = {
             let mut p = self.lock();
-            let room = |held: usize| {
-                self.options.max_kv_bytes.saturating_sub(held) / self.kv_bytes_per_token() / lanes
-            };
-            let alone = jobs.iter().zip(planned).map(|(j, p)| j.ids.len() + p.room).max().unwrap_or(0);
+            let room =
+                |held: usize| self.max_kv_bytes().saturating_sub(held) / self.kv_bytes_per_token() / lanes;
+            let alone = open.iter().map(|&i| jobs[i].ids.len() + planned[i].room).max().unwrap_or(0);
             // What is kept goes where that lets the longest stay within the bound.
             if (room(p.bytes()) + 1..=most).contains(&alone) {
                 p.kept.clear();
@@ -406,40 +468,44 @@ impl Engine {
             }
             room(p.bytes())
         };
-        let most_rows = self.options.max_batch.min(jobs.len().div_ceil(lanes));
-        let mut order: Vec<usize> = (0..jobs.len()).collect();
-        order.sort_by_key(|&i| std::cmp::Reverse((jobs[i].ids.len() + planned[i].room, i)));
-        let mut waves: Vec<Vec<usize>> = Vec::new();
+        let most_rows = self.options.max_batch.min(open.len().div_ceil(lanes));
+        let new = |i: usize| planned[i].room.min(first);
+        let mut order = open.to_vec();
+        order.sort_by_key(|&i| std::cmp::Reverse((jobs[i].ids.len() + new(i), i)));
+        let mut rows: Vec<Vec<usize>> = Vec::new();
         let (mut longest, mut most) = (0, 0);
         for i in order {
-            let (prompt, new) = (jobs[i].ids.len() - shared, planned[i].room);
-            let (l, m) = (prompt.max(longest), new.max(most));
-            match waves.last_mut() {
+            let prompt = jobs[i].ids.len() - shared;
+            let (l, m) = (prompt.max(longest), new(i).max(most));
+            match rows.last_mut() {
                 Some(w) if w.len() < most_rows && (w.len() + 1) * (shared + l + m) <= room => {
                     w.push(i);
                     (longest, most) = (l, m);
                 }
                 _ => {
-                    waves.push(vec![i]);
-                    (longest, most) = (prompt, new);
+                    rows.push(vec![i]);
+                    (longest, most) = (prompt, new(i));
                 }
             }
         }
-        waves
+        Waves { rows, room }
     }
 
+    /// Runs rows together. Those that come back unfinished found no room for longer replies, and were set aside.
     fn run_wave<'t>(
         &self,
         jobs: &[Job],
         planned: &[Planned],
         prefix: Option<&KvCache>,
         mut rows: Vec<Row<'t>>,
+        wave: Wave,
         on_token: &mut OnToken,
     ) -> Result<Vec<Row<'t>>> {
         let shared = prefix.map_or(0, KvCache::len);
         let longest = rows.iter().map(|r| jobs[r.job].ids.len() - shared).max().unwrap_or(0);
         let most = rows.iter().map(|r| r.room).max().unwrap_or(0);
-        let capacity = shared + longest + most;
+        let mut new = most.min(wave.first);
+        let capacity = shared + longest + new;
         let mut cache = match prefix {
             Some(p) => KvCache::from_prefix(p, rows.len(), capacity)?,
             None => {
@@ -458,7 +524,7 @@ impl Engine {
         let pictures: Vec<&Features> = rows.iter().filter_map(|r| jobs[r.job].features.as_ref()).collect();
         let features = if pictures.is_empty() { None } else { Some(Features::cat(&pictures)?) };
         let hidden = self.prefill(&ids, features.as_ref(), &positions, shared, &pads, &mut cache)?;
-        let _counted = Counted::new(self, cache.bytes());
+        let mut counted = Counted::new(self, cache.bytes());
         if let [job] = jobs {
             self.keep_last(&job.ids, shared, &cache)?;
         }
@@ -483,6 +549,22 @@ impl Engine {
                     return Ok(finished);
                 }
                 cache.select(&going)?;
+                counted.set(cache.bytes());
+            }
+            if cache.len() == cache.capacity() {
+                let most = rows.iter().map(|r| r.room).max().unwrap_or(0);
+                new = most.min(2 * new);
+                let capacity = shared + longest + new;
+                // Of the longest prompts, whose work it would be a pity to lose.
+                let stay = (wave.room / capacity).clamp(1, rows.len());
+                if stay < rows.len() {
+                    finished.extend(rows.split_off(stay));
+                    pads.truncate(stay);
+                    cache.select(&(0..stay as u32).collect::<Vec<_>>())?;
+                }
+                counted.make_room(cache.bytes() / cache.capacity() * capacity);
+                cache.grow(capacity)?;
+                counted.set(cache.bytes());
             }
             let last: Vec<Vec<u32>> =
                 rows.iter().map(|r| r.trace.ids.last().copied().into_iter().collect()).collect();

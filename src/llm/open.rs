@@ -92,7 +92,7 @@ impl<'a> ChatModels<'a> {
             return Ok(known);
         }
         let network = network_of(files, &files.checkpoint()?, self.device)?;
-        let options = EngineOptions::on(self.device, self.config.inference.kv_cache_mb);
+        let options = EngineOptions::with_kv_cache_mb(self.config.inference.kv_cache_mb);
         let options = EngineOptions { min_prefix: self.min_prefix.unwrap_or(options.min_prefix), ..options };
         let chat = Arc::new(LocalChat::with_network(files, network, self.device, options)?);
         self.here.lock().expect("no holder panics").insert(files.name(), Arc::downgrade(&chat));

@@ -58,14 +58,14 @@ impl Tokenizer {
     }
 
     /// `text` with a blank after the first character of every special token's string, so that
-    /// it is ordinary text to the model.
+    /// it is ordinary text to the model. One of a single character is left out.
     pub fn defang<'a>(&self, text: &'a str) -> Cow<'a, str> {
         let mut out = Cow::Borrowed(text);
         for token in &self.special {
             // Every round breaks what it finds; only a token with a blank in it could come back.
             while let Some(at) = out.find(token.as_str()) {
                 let first = token.chars().next().map_or(1, char::len_utf8);
-                if token[first..].starts_with(' ') {
+                if token.len() == first || token[first..].starts_with(' ') {
                     out = Cow::Owned(out.replacen(token.as_str(), "", 1));
                 } else {
                     out.to_mut().insert(at + first, ' ');
@@ -254,5 +254,8 @@ mod tests {
             );
         }
         assert!(matches!(t.defang("plain < text |>"), Cow::Borrowed(_)));
+        // Of one character nothing is left in between.
+        let one = Tokenizer { special: vec!["§".into()], ..tokenizer() };
+        assert_eq!(one.defang("a§§b"), "ab");
     }
 }

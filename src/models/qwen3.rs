@@ -160,7 +160,7 @@ impl Rope {
     }
 }
 
-/// Keys and values of the tokens seen so far, in buffers that never move.
+/// Keys and values of the tokens seen so far, in buffers that move only when they grow.
 ///
 /// For inference only: gradients do not pass through. All rows have one length; shorter rows are
 /// padded on the left and say so by [`Mask::Causal`].
@@ -232,6 +232,20 @@ impl KvCache {
     /// Forgets all but the first `n` tokens.
     pub fn truncate(&mut self, n: usize) {
         self.len = self.len.min(n);
+    }
+
+    /// Makes room for `capacity` tokens in all, layer by layer: what is held is in memory twice only of one layer.
+    pub fn grow(&mut self, capacity: usize) -> Result<()> {
+        for t in self.layers.iter_mut().flat_map(|(k, v)| [k, v]) {
+            let (b, _, w) = t.dims3()?;
+            let to = Tensor::zeros((b, capacity, w), t.dtype(), t.device())?;
+            if self.len > 0 {
+                to.slice_set(&t.narrow(1, 0, self.len)?.contiguous()?, 1, 0)?;
+            }
+            *t = to;
+        }
+        self.capacity = capacity;
+        Ok(())
     }
 
     /// Keeps only these batch rows, in this order.

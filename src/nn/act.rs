@@ -320,6 +320,9 @@ mod tests {
         assert_same(&[&x], || softmax(&x), || candle_nn::ops::softmax(&x, D::Minus1))?;
         let empty = Tensor::full(f32::NEG_INFINITY, (1, 4), x.device())?;
         assert_eq!(softmax(&empty)?.to_vec2::<f32>()?, [[0.; 4]]);
+        let broken =
+            Tensor::new(&[[f32::NAN; 3], [f32::NEG_INFINITY, f32::NAN, f32::NEG_INFINITY]], x.device())?;
+        assert!(softmax(&broken)?.flatten_all()?.to_vec1::<f32>()?.iter().all(|p| p.is_nan()));
         Ok(())
     }
 }

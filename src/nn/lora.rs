@@ -200,23 +200,18 @@ impl SimpleBackend for Adapted<'_> {
     }
 }
 
-/// The base's tensors with the adapter's products added in: a checkpoint that needs no adapter.
-pub fn merged(
-    base: &HashMap<String, Tensor>,
-    adapter: &Params,
-    cfg: &LoraConfig,
-) -> Result<HashMap<String, Tensor>> {
-    let mut out = base.clone();
-    for (name, a) in adapter.named() {
-        let Some(layer) = name.strip_suffix(A) else { continue };
-        let (b, weight) = (adapter.get(&format!("{layer}{B}")), format!("{layer}weight"));
-        let (Some(b), Some(w)) = (b, base.get(&weight)) else {
-            candle_core::bail!("adapter: {layer} has no lora_B, or its base no {weight}")
-        };
-        let product = (b.as_tensor().matmul(a.as_tensor())? * cfg.scale())?;
-        out.insert(weight, (w.to_dtype(DType::F32)? + product)?.to_dtype(w.dtype())?.detach());
+/// A tensor of the base with the adapter's product added in, if it has one for it: of a checkpoint that needs no
+/// adapter.
+pub fn merged(name: &str, w: &Tensor, adapter: &Params, cfg: &LoraConfig) -> Result<Tensor> {
+    let Some(layer) = name.strip_suffix("weight") else { return Ok(w.clone()) };
+    match (adapter.get(&format!("{layer}{A}")), adapter.get(&format!("{layer}{B}"))) {
+        (None, None) => Ok(w.clone()),
+        (Some(a), Some(b)) => {
+            let product = (b.as_tensor().matmul(a.as_tensor())? * cfg.scale())?;
+            Ok((w.to_dtype(DType::F32)? + product)?.to_dtype(w.dtype())?.detach())
+        }
+        _ => candle_core::bail!("adapter: {layer} has one matrix of two"),
     }
-    Ok(out)
 }
 
 /// The adapter under PEFT's names.
@@ -304,7 +299,11 @@ mod tests {
         let q = linear_no_bias(3, 3, adapted(frozen(base.builder()), &adapter, &cfg()).pp("q_proj"))?;
         let b = Tensor::new(&[[0.5f32, -1.], [0.25, 0.], [1., 2.]], &Device::Cpu)?;
         adapter.get("q_proj.lora_B.weight").unwrap().set(&b)?;
-        let whole = Params::from_tensors(0, merged(&base.tensors(), &adapter, &cfg())?)?;
+        let whole = base.tensors().into_iter().map(|(name, w)| {
+            let merged = merged(&name, &w, &adapter, &cfg())?;
+            Ok((name, merged))
+        });
+        let whole = Params::from_tensors(0, whole.collect::<Result<_>>()?)?;
         let plain = linear_no_bias(3, 3, whole.builder().pp("q_proj"))?;
         for (got, want) in [
             (q.forward(&x())?, plain.forward(&x())?),

@@ -266,12 +266,14 @@ pub(super) mod avx2 {
     }
 }
 
-/// Softmax of a row in place. A row of −∞ alone becomes zeros.
+/// Softmax of a row in place. A row of −∞ alone becomes zeros; with NaN among them it stays NaN.
 #[inline(always)]
 pub(super) fn softmax_row<const FMA: bool>(x: &mut [f32]) {
     let m = max(x);
     if m == f32::NEG_INFINITY {
-        x.fill(0.);
+        // The maximum passes over NaN.
+        let broken = x.iter().any(|v| v.is_nan());
+        x.fill(if broken { f32::NAN } else { 0. });
         return;
     }
     for v in x.iter_mut() {

@@ -14,7 +14,9 @@ use crate::llm::endpoint::asked_model;
 use crate::llm::{ChatError, ChatModels, ChatReply};
 use crate::planner::{Failed, Planner};
 use crate::program::reply::ReplyError;
-use crate::program::{Executor, IMAGE, Limits, Outcome, Python, PythonError, Reply, Sandbox, SandboxError};
+use crate::program::{
+    ErrorKind, Executor, IMAGE, Limits, Outcome, Python, PythonError, Reply, Sandbox, SandboxError,
+};
 use crate::tools::Tools;
 use crate::tools::real::{LoadError, Perception};
 use crate::weights::{ModelFiles, WeightsError};
@@ -147,6 +149,12 @@ impl Answered {
         self.outcome.as_ref().ok()?.result.as_ref().ok()
     }
 
+    /// Why the program was not run at all, if it was not for want of a sandbox.
+    pub fn unrun(&self) -> Option<String> {
+        let error = self.outcome.as_ref().ok()?.result.as_ref().err()?;
+        (error.kind == ErrorKind::NoSandbox).then(|| error.to_string())
+    }
+
     /// Why there is no answer, for people and planners.
     pub fn why(&self) -> Option<String> {
         match &self.outcome {
@@ -181,8 +189,8 @@ pub struct Run {
     /// The reply whose program ran last; `None` if the planner gave none.
     pub reply: Option<ChatReply>,
     pub answered: Answered,
-    /// Why a server, the planner's or a tool's, gave no reply: what a program made of that is no result, and another
-    /// time may have one.
+    /// Why a server, the planner's or a tool's, gave no reply, a tool's network failed, or nobody could run the
+    /// program: what came of that is no result, and another time may have one.
     pub outage: Option<String>,
     /// What failed before, and was given back to the planner, with why.
     pub earlier: Vec<(String, String)>,
@@ -223,7 +231,8 @@ pub fn run_all(
     let mut run = |reply: Result<ChatReply, ChatError>, tools: &mut dyn Tools| match reply {
         Ok(reply) => {
             let answered = answer(&reply.text, sandbox, tools);
-            Ok(Run { reply: Some(reply), answered, outage: tools.outage(), earlier: Vec::new() })
+            let outage = tools.outage().or_else(|| answered.unrun());
+            Ok(Run { reply: Some(reply), answered, outage, earlier: Vec::new() })
         }
         Err(e) if e.is_of_model() => Err(e),
         Err(e) => {
@@ -285,7 +294,7 @@ impl Run {
     /// Why there is no answer, for people.
     pub fn why(&self) -> Option<String> {
         match &self.outage {
-            Some(why) => Some(format!("a server gave no reply: {why}")),
+            Some(why) => Some(format!("no result: {why}")),
             None => self.answered.why(),
         }
     }

@@ -192,11 +192,14 @@ kinds! {
     NoAnswer => "NoAnswer",
     /// Any other Python exception.
     Error => "error",
+    /// No worker could be started: says nothing about the program.
+    NoSandbox => "no_sandbox",
 }
 
 impl ErrorKind {
+    /// One that a worker may name.
     fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.iter().copied().find(|kind| kind.as_str() == name)
+        Self::ALL.iter().copied().find(|kind| kind.as_str() == name && *kind != Self::NoSandbox)
     }
 }
 

@@ -150,7 +150,7 @@ impl Sandbox {
             Some(python) => self.ready_python(python),
         };
         if let Err(e) = ready {
-            return Err(ProgramError::new(ErrorKind::Crash, e.to_string()));
+            return Err(ProgramError::new(ErrorKind::NoSandbox, e.to_string()));
         }
         let slot = if python.is_some() { &mut self.python } else { &mut self.embedded };
         let mut worker = slot.take().expect("just made ready");

@@ -66,8 +66,9 @@ pub trait Tools {
     /// Of the extended set: how wide, high and deep what is seen in the box is, in metres along the
     /// camera's axes.
     fn size3d(&mut self, bbox: BBox) -> Result<[f64; 3], ToolError>;
-    /// Why a call since this was last asked failed for a server's fault, or a model's that answers nothing more: to the
-    /// program it is a failed call as any other, but what the program makes of it says nothing about the method.
+    /// Why a call since this was last asked failed for a server's fault, a model's that answers nothing more, or a
+    /// network's: to the program it is a failed call as any other, but what the program makes of it says nothing about
+    /// the method.
     fn outage(&mut self) -> Option<String> {
         None
     }

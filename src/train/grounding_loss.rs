@@ -144,7 +144,8 @@ pub fn layer_loss(
         (0..b).flat_map(|i| pairs[i].iter().map(move |&(_, target)| targets[i].boxes[target])).collect();
     let (bbox, giou) = if rows.is_empty() {
         // Nothing to regress; the zeros stay in the graph so that every head has a gradient.
-        let zero = (boxes.sum_all()? * 0.)?;
+        // (A product with a number 0 is none to candle's backward pass.)
+        let zero = (boxes.zeros_like()? * boxes)?.sum_all()?;
         (zero.clone(), zero)
     } else {
         let found = boxes.reshape((b * q, 4))?.index_select(&Tensor::new(rows, dev)?, 0)?;
@@ -322,6 +323,20 @@ mod tests {
         assert!(g[0][2].iter().all(|&v| v == 0.), "inside the ignore region: {:?}", g[0][2]);
         assert!(g[0][0][..3].iter().all(|&v| v > 0.) && g[0][0][3] == 0., "outside: {:?}", g[0][0]);
         assert!(g[0][1][1] < 0. && g[0][1][0] > 0., "matched: {:?}", g[0][1]);
+        Ok(())
+    }
+
+    #[test]
+    fn without_a_target_boxes_have_a_gradient_of_zeros() -> Result<()> {
+        let dev = Device::Cpu;
+        let logits = Tensor::zeros((1, 2, 4), DType::F32, &dev)?;
+        let boxes = Var::from_tensor(&Tensor::full(0.5f32, (1, 2, 4), &dev)?)?;
+        let l = layer_loss(&LossConfig::original(), &logits, boxes.as_tensor(), &[3], &[Target::default()])?;
+        for loss in [l.bbox, l.giou] {
+            assert_eq!(loss.to_scalar::<f32>()?, 0.);
+            let grads = loss.backward()?;
+            assert_eq!(grads.get(&boxes).expect("a gradient").flatten_all()?.to_vec1::<f32>()?, [0.; 8]);
+        }
         Ok(())
     }
 

@@ -9,7 +9,7 @@
 
 use super::Broken;
 use super::checkpoint::Checkpoints;
-use crate::files::{sweep, write_atomic};
+use crate::files::{Lazy, sweep, write_atomic, write_tensors};
 use crate::nn::Params;
 use anyhow::ensure;
 use candle_core::{Device, Tensor};
@@ -180,9 +180,7 @@ fn save(path: &Path, trainee: &dyn Trainee, step: u64, settings: &Value) -> anyh
     all.extend(trainee.optimiser_state()?.into_iter().map(|(n, t)| (format!("o/{n}"), t)));
     let meta =
         HashMap::from([("step".to_string(), step.to_string()), ("settings".into(), settings.to_string())]);
-    let bytes = safetensors::serialize(&all, Some(meta))?;
-    write_atomic(path, |w| w.write_all(&bytes))?;
-    Ok(())
+    Ok(write_tensors(path, all.iter().map(|(name, t)| (name.clone(), Lazy::of(t))), Some(meta))?)
 }
 
 fn load(path: &Path, trainee: &mut dyn Trainee, settings: &Value) -> anyhow::Result<u64> {

@@ -9,7 +9,7 @@ use super::cache::VerdictCache;
 use super::head::{Head, parse_verdict, prompt, user_turn};
 use crate::config::{self, ConfigError};
 use crate::llm::endpoint::Usage;
-use crate::llm::{ChatError, ChatModel, ChatRequest, SamplingOptions};
+use crate::llm::{ChatError, ChatModel, ChatReply, ChatRequest, SamplingOptions};
 
 /// One question to a verifier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -51,7 +51,7 @@ pub enum JudgeError {
 }
 
 /// What an unreadable reply is asked for again with: the most likely reply would be the same.
-pub(super) const SECOND: f64 = 0.7;
+const SECOND: f64 = 0.7;
 
 /// The setting that names a verifier's cache.
 const CACHE: &str = "verifier.cache";
@@ -127,44 +127,66 @@ impl Judge {
             decided.insert(key, Verdict { ok: old, said: String::new(), silent: false });
         }
         progress(asks.len() - open.len());
-        for (round, opts) in
-            [SamplingOptions::greedy(), SamplingOptions::temperature(SECOND)].iter().enumerate()
-        {
-            let requests: Vec<ChatRequest> = open
-                .iter()
-                .map(|&i| {
-                    let a = &asks[i];
-                    let turn = user_turn(a.head, &self.prompts[&a.head], a.question, a.plan, a.program);
-                    ChatRequest::user(turn, round as u64, self.max_new_tokens)
-                })
-                .collect();
-            // What was decided before the model failed is paid for, and kept.
-            let (mut unread, mut closed) = (Vec::new(), None);
-            for (&i, reply) in open.iter().zip(self.model.chat(&requests, opts, None)) {
-                let silent = reply.as_ref().is_err_and(ChatError::is_outage);
-                let (ok, said) = match reply {
-                    Ok(reply) => (parse_verdict(&reply.text), reply.text),
-                    Err(e) if e.is_of_model() => {
-                        closed.get_or_insert(e);
-                        continue;
-                    }
-                    Err(e) => (None, e.to_string()),
-                };
-                match ok {
-                    Some(ok) => {
-                        self.cache.put(&keys[i], ok)?;
-                        progress(1);
-                    }
-                    None => unread.push(i),
-                }
-                decided.insert(&keys[i], Verdict { ok, said, silent });
+        let request = |i: usize, seed: u64| {
+            let a = &asks[i];
+            let turn = user_turn(a.head, &self.prompts[&a.head], a.question, a.plan, a.program);
+            ChatRequest::user(turn, seed, self.max_new_tokens)
+        };
+        let (open, gone) = in_two_rounds(&*self.model, open, request, |i, reply| {
+            let silent = reply.as_ref().is_err_and(ChatError::is_outage);
+            let (ok, said) = match reply {
+                Ok(reply) => (parse_verdict(&reply.text), reply.text),
+                Err(e) => (None, e.to_string()),
+            };
+            if let Some(ok) = ok {
+                self.cache.put(&keys[i], ok)?;
+                progress(1);
             }
-            if let Some(e) = closed {
-                return Err(e.into());
-            }
-            open = unread;
+            decided.insert(&keys[i], Verdict { ok, said, silent });
+            Ok(ok.is_some())
+        })?;
+        if let Some(e) = gone {
+            return Err(e.into());
         }
         progress(open.len());
         Ok(keys.iter().map(|key| decided[key.as_str()].clone()).collect())
     }
+}
+
+/// Asks about what is open, twice at most; `hear` tells whether a reply decides. The most likely reply counts, also where
+/// a server kept silent at first; of one that cannot be read another is drawn, for it would be the same again. What is
+/// open still, and where the model answers nothing any more, why: what it said before has been heard.
+pub(super) fn in_two_rounds(
+    model: &dyn ChatModel,
+    open: Vec<usize>,
+    request: impl Fn(usize, u64) -> ChatRequest,
+    mut hear: impl FnMut(usize, Result<ChatReply, ChatError>) -> Result<bool, JudgeError>,
+) -> Result<(Vec<usize>, Option<ChatError>), JudgeError> {
+    let mut rounds = vec![(open, SamplingOptions::greedy(), 0)];
+    for _ in 0..2 {
+        let (mut silenced, mut unread) = (Vec::new(), Vec::new());
+        for (open, options, seed) in rounds.drain(..).filter(|(open, ..)| !open.is_empty()) {
+            let requests: Vec<ChatRequest> = open.iter().map(|&i| request(i, seed)).collect();
+            let mut gone = None;
+            for (&i, reply) in open.iter().zip(model.chat(&requests, &options, None)) {
+                let silent = reply.as_ref().is_err_and(ChatError::is_outage);
+                match reply {
+                    Err(e) if e.is_of_model() => {
+                        gone.get_or_insert(e);
+                    }
+                    reply => match hear(i, reply)? {
+                        true => {}
+                        false if silent => silenced.push(i),
+                        false => unread.push(i),
+                    },
+                }
+            }
+            if gone.is_some() {
+                return Ok((unread, gone));
+            }
+        }
+        rounds =
+            vec![(silenced, SamplingOptions::greedy(), 0), (unread, SamplingOptions::temperature(SECOND), 1)];
+    }
+    Ok((rounds.into_iter().flat_map(|(open, ..)| open).collect(), None))
 }

@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::head::Head;
 use super::judge::{Ask, Judge, JudgeError, Verdict};
 use crate::config;
-use crate::program::{IMAGE, Reply, Sandbox, check};
+use crate::program::{ErrorKind, IMAGE, Reply, Sandbox, check};
 use crate::tools::stub::StubTools;
 
 /// All heads on one reply.
@@ -87,10 +87,13 @@ impl Verification<'_> {
                     reward: Some(0.),
                 };
             };
-            let syntax_error = syntax_error(&reply.program, sandbox);
+            let (syntax_error, measured) = match syntax_error(&reply.program, sandbox) {
+                Ok(error) => (error, true),
+                Err(e) => (Some(e), false),
+            };
             let heads: BTreeMap<Head, Verdict> =
                 Head::ALL.into_iter().filter(asked).zip(verdicts.by_ref()).collect();
-            let mut reward = Some(if syntax_error.is_none() { w.syntax } else { 0. });
+            let mut reward = measured.then_some(if syntax_error.is_none() { w.syntax } else { 0. });
             for (head, verdict) in &heads {
                 let earned = verdict.ok.map(|ok| if ok { weight(w, *head) } else { 0. });
                 reward = reward.zip(earned).map(|(r, e)| r + e);
@@ -112,11 +115,18 @@ pub fn weight(weights: &config::Reward, head: Head) -> f64 {
 }
 
 /// The syntax head: runs to the end on stubs, sets `final_answer`, leaves `img_pth` alone. Why not, if not.
-fn syntax_error(program: &str, sandbox: &mut Sandbox) -> Option<String> {
+///
+/// # Errors
+/// If it could not be run here.
+fn syntax_error(program: &str, sandbox: &mut Sandbox) -> Result<Option<String>, String> {
     if let Ok(checked) = check::check(program)
         && let Some(line) = checked.img_pth_changed.first()
     {
-        return Some(format!("img_pth is changed on line {line}"));
+        return Ok(Some(format!("img_pth is changed on line {line}")));
     }
-    sandbox.run(program, IMAGE, &mut StubTools).result.err().map(|e| e.to_string())
+    match sandbox.run(program, IMAGE, &mut StubTools).result {
+        Ok(_) => Ok(None),
+        Err(e) if e.kind == ErrorKind::NoSandbox => Err(e.to_string()),
+        Err(e) => Ok(Some(e.to_string())),
+    }
 }

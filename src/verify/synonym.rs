@@ -7,9 +7,9 @@ use std::sync::Arc;
 
 use super::cache::VerdictCache;
 use super::head::{enclosed, parse_verdict};
-use super::judge::{JudgeError, SECOND};
+use super::judge::{JudgeError, in_two_rounds};
 use crate::config;
-use crate::llm::{ChatError, ChatModel, ChatRequest, SamplingOptions};
+use crate::llm::{ChatError, ChatModel, ChatRequest};
 
 /// What the judge is told.
 const PROMPT: &str = include_str!("../../data/prompts/judge-synonym.txt");
@@ -49,38 +49,20 @@ impl SynonymJudge {
         let key = |p: &Pair| VerdictCache::key(&["synonym", &identity, PROMPT, p.question, p.truth, p.given]);
         let keys: Vec<String> = pairs.iter().map(key).collect();
         let mut verdicts: Vec<Option<bool>> = keys.iter().map(|k| self.cache.get(k)).collect();
-        for (round, opts) in
-            [SamplingOptions::greedy(), SamplingOptions::temperature(SECOND)].iter().enumerate()
-        {
-            let open: Vec<usize> = (0..pairs.len()).filter(|&i| verdicts[i].is_none()).collect();
-            if open.is_empty() {
-                break;
+        let open: Vec<usize> = (0..pairs.len()).filter(|&i| verdicts[i].is_none()).collect();
+        let request = |i: usize, seed: u64| {
+            let Pair { question, truth, given } = pairs[i];
+            let parts =
+                [("question", question), ("truth", truth), ("given", given)].map(|(t, x)| enclosed(t, x));
+            ChatRequest::user(format!("{PROMPT}\n{}", parts.join("\n")), seed, self.max_new_tokens)
+        };
+        let (_, gone) = in_two_rounds(&*self.model, open, request, |i, reply| {
+            verdicts[i] = reply.ok().and_then(|reply| parse_verdict(&reply.text));
+            if let Some(same) = verdicts[i] {
+                self.cache.put(&keys[i], same)?;
             }
-            let request = |&i: &usize| {
-                let Pair { question, truth, given } = pairs[i];
-                let parts =
-                    [("question", question), ("truth", truth), ("given", given)].map(|(t, x)| enclosed(t, x));
-                let turn = format!("{PROMPT}\n{}", parts.join("\n"));
-                ChatRequest::user(turn, round as u64, self.max_new_tokens)
-            };
-            let requests: Vec<ChatRequest> = open.iter().map(request).collect();
-            let mut closed = None;
-            for (&i, reply) in open.iter().zip(self.model.chat(&requests, opts, None)) {
-                match reply {
-                    Ok(reply) => verdicts[i] = parse_verdict(&reply.text),
-                    Err(e) if e.is_of_model() => {
-                        closed.get_or_insert(e);
-                    }
-                    Err(_) => {}
-                }
-                if let Some(same) = verdicts[i] {
-                    self.cache.put(&keys[i], same)?;
-                }
-            }
-            if closed.is_some() {
-                return Ok((verdicts, closed));
-            }
-        }
-        Ok((verdicts, None))
+            Ok(verdicts[i].is_some())
+        })?;
+        Ok((verdicts, gone))
     }
 }

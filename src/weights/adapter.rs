@@ -168,7 +168,8 @@ mod tests {
         write(&dir.join("adapter"), "adapter_model.safetensors", &peft_tensors(&adapter));
         let config = peft_config(&dir.join("base").display().to_string(), &cfg);
         std::fs::write(dir.join("adapter/adapter_config.json"), config.to_string()).unwrap();
-        let merged = merged(&base, &adapter, &cfg).unwrap();
+        let merged = |(name, w): (&String, &Tensor)| (name.clone(), merged(name, w, &adapter, &cfg).unwrap());
+        let merged = base.iter().map(merged).collect();
         (base, merged)
     }
 

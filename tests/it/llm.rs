@@ -168,12 +168,23 @@ fn memory_of_keys_and_values_stays_under_the_bound() {
     let wide = chat(EngineOptions::default());
     let want = ask(&wide, &requests, &opts, None).unwrap();
     let bound = wide.engine().stats().peak_kv_bytes / 2;
-    let model = chat(EngineOptions { max_kv_bytes: bound, ..EngineOptions::default() });
+    let model = chat(EngineOptions { max_kv_bytes: Some(bound), ..EngineOptions::default() });
     assert_same(&ask(&model, &requests, &opts, None).unwrap(), &want);
     let stats = model.engine().stats();
     assert!(stats.waves > 1 && stats.peak_kv_bytes <= bound, "{stats:?} over {bound}");
+    // Room for few new tokens at first: replies grow, and what finds no room begins anew.
+    let growing = chat(EngineOptions { first_room: 2, ..EngineOptions::default() });
+    assert_same(&ask(&growing, &requests, &opts, None).unwrap(), &want);
+    let before = growing.engine().stats();
+    assert_eq!((before.waves, before.generated), (1, wide.engine().stats().generated));
+    assert!(before.peak_kv_bytes <= wide.engine().stats().peak_kv_bytes);
+    let tight = EngineOptions { first_room: 2, max_kv_bytes: Some(bound), ..EngineOptions::default() };
+    let tight = chat(tight);
+    assert_same(&ask(&tight, &requests, &opts, None).unwrap(), &want);
+    let after = tight.engine().stats();
+    assert!(after.peak_kv_bytes <= bound && after.generated > before.generated, "{after:?}");
     // What needs more than the bound goes alone: a large planner's longest reply may take gigabytes.
-    let tiny = chat(EngineOptions { max_kv_bytes: 4096, ..EngineOptions::default() });
+    let tiny = chat(EngineOptions { max_kv_bytes: Some(4096), ..EngineOptions::default() });
     assert_same(&ask(&tiny, &requests, &opts, None).unwrap(), &want);
     assert_eq!(tiny.engine().stats().waves, requests.len());
 }

@@ -199,6 +199,44 @@ fn the_same_is_asked_once_and_remembered_across_runs() {
     assert_eq!(score(&general, &cases[..1], yes).1, 4);
 }
 
+/// The verifier's most likely word counts: only where that cannot be read another is drawn.
+#[test]
+fn after_silence_the_same_is_asked_again_and_after_nonsense_another_reply_is_drawn() {
+    struct Twice(Mutex<Vec<(f64, u64)>>, &'static str);
+    impl ChatModel for Twice {
+        fn name(&self) -> &str {
+            "twice"
+        }
+
+        fn chat(
+            &self,
+            requests: &[ChatRequest],
+            options: &SamplingOptions,
+            _: Option<&mut dyn FnMut(usize, &str)>,
+        ) -> Vec<Result<ChatReply, ChatError>> {
+            let reply = |r: &ChatRequest| {
+                let mut asked = self.0.lock().unwrap();
+                asked.push((options.temperature, r.seed));
+                let text = match (asked.len(), self.1) {
+                    (1, "") => return Err(ChatError::NoReply("no connection".into())),
+                    (1, nonsense) => nonsense.to_owned(),
+                    _ => yes("", 0),
+                };
+                Ok(ChatReply { text, finish: Finish::Stop, prompt_tokens: 1, new_tokens: 1, trace: None })
+            };
+            requests.iter().map(reply).collect()
+        }
+    }
+    for (first, second) in [("", (0., 0)), ("hm", (0.7, 1))] {
+        let model = Arc::new(Twice(Mutex::default(), first));
+        let judge = Judge::new(model.clone(), &config(&[]).verifier).unwrap();
+        let ask = Ask { head: Head::Logic, question: "q", plan: "p", program: "" };
+        let verdicts = judge.verdicts(&[ask], |_| ()).unwrap();
+        assert_eq!((verdicts[0].ok, verdicts[0].silent), (Some(true), false));
+        assert_eq!(*model.0.lock().unwrap(), [(0., 0), second]);
+    }
+}
+
 /// Neither stops the work nor is taken for a verdict, and the ledger counts it.
 #[test]
 fn a_verifier_that_misbehaves_costs_its_verdicts_only() {

@@ -50,7 +50,7 @@ pub(super) fn settings(
         }
         add("vlm", &config.vlm.model, section)?;
     }
-    if !config.eval.judge.model.is_empty() {
+    if !config.eval.judge.model.is_empty() && benches.iter().any(Opened::is_judged) && !args.planner_only {
         let judge = &config.eval.judge;
         add("judge", &judge.model, json!({ "max_new_tokens": judge.max_new_tokens }))?;
     }

@@ -105,7 +105,7 @@ impl Runner<'_> {
     ) -> Result<Answered, Stopped> {
         if let (Method::Stored, Seen::Room(_, q)) = (&self.method, &task.seen) {
             let answered = stored(&q.program, sandbox, tools);
-            match tools.outage() {
+            match tools.outage().or_else(|| answered.unrun()) {
                 Some(why) => record.set_outage(why),
                 None => record.set_outcome(&answered),
             }

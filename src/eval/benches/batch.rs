@@ -9,6 +9,7 @@ use anyhow::{Result, anyhow};
 use super::feed::Task;
 use super::record::Record;
 use super::run::Stopped;
+use crate::data::Kind;
 use crate::llm::{ChatError, ChatReply};
 
 /// Questions' programs, or why there are none.
@@ -69,6 +70,8 @@ pub(super) struct Batch {
     /// From the first question that is not recorded yet.
     done: VecDeque<Option<Done>>,
     recorded: usize,
+    /// Some of its answers go to a judge.
+    judged: bool,
 }
 
 impl Batch {
@@ -80,6 +83,7 @@ impl Batch {
         give: &mpsc::Sender<Vec<Job>>,
     ) -> Result<Self> {
         let done = planned.iter().map(|_| None).collect();
+        let judged = planned.iter().any(|p| p.task.kind == Kind::Synonym);
         let mut groups: Vec<Vec<Job>> = Vec::new();
         let mut of: HashMap<(&'static str, String), usize> = HashMap::new();
         for (number, planned) in planned.into_iter().enumerate() {
@@ -91,7 +95,7 @@ impl Batch {
             let shown = gallery.may_show(planned.task.bench, planned.task.index);
             groups[group].push(Job { batch, number, planned, shown });
         }
-        let batch = Self { done, recorded: 0 };
+        let batch = Self { done, recorded: 0, judged };
         for group in groups {
             give.send(group).map_err(|_| anyhow!("all workers have ended"))?;
         }
@@ -109,9 +113,10 @@ impl Batch {
         self.done.is_empty()
     }
 
-    /// What is done and may be recorded, all before it being done: in the questions' order.
-    pub(super) fn ready(&mut self, all_at_once: bool) -> Vec<Done> {
-        if all_at_once && !self.done.iter().all(Option::is_some) {
+    /// What is done and may be recorded, all before it being done: in the questions' order. A judge is asked about
+    /// many pairs of words at once.
+    pub(super) fn ready(&mut self, judge: bool) -> Vec<Done> {
+        if judge && self.judged && !self.done.iter().all(Option::is_some) {
             return Vec::new();
         }
         let n = self.done.iter().take_while(|d| d.is_some()).count();

@@ -75,6 +75,10 @@ impl Opened {
         }
     }
 
+    pub fn is_judged(&self) -> bool {
+        matches!(self, Self::Items(items) if items.source().bench.is_judged())
+    }
+
     /// Questions that a feed has of it, with at most `n`.
     pub fn questions(&self, n: Option<usize>) -> usize {
         let most = n.unwrap_or(usize::MAX);

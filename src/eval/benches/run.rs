@@ -148,7 +148,6 @@ impl Runner<'_> {
                     return Err(e.clone().into());
                 }
                 while let Some(first) = under_way.front_mut() {
-                    // A judge is asked about many pairs of words at once.
                     let mut ready = first.ready(self.judge.is_some());
                     if ready.is_empty() {
                         break;

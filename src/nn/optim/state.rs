@@ -3,12 +3,12 @@
 //! Of large networks the state is several times their weights: it goes to its file and back parameter by
 //! parameter, and never is in memory twice.
 
+use crate::files::{Lazy, write_tensors};
+
 use super::{AdamW, Kept, Part, Slot};
 use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{DType, Device, Error, Result, Shape, Tensor};
-use safetensors::{Dtype, View};
-use std::borrow::Cow;
-use std::cell::RefCell;
+use safetensors::Dtype;
 use std::collections::HashMap;
 use std::path::Path;
 
@@ -35,50 +35,6 @@ impl Part {
 }
 
 const STEP: &str = "step";
-
-/// A tensor of the file, read when its turn comes.
-enum Written<'a> {
-    Part { slot: &'a Slot, part: Part, failed: &'a RefCell<Option<Error>> },
-    Step([u8; 8]),
-}
-
-impl View for Written<'_> {
-    fn dtype(&self) -> Dtype {
-        match self {
-            Self::Part { .. } => Dtype::F32,
-            Self::Step(_) => Dtype::I64,
-        }
-    }
-
-    fn shape(&self) -> &[usize] {
-        match self {
-            Self::Part { slot, .. } => slot.var.dims(),
-            Self::Step(_) => &[1],
-        }
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        let bytes = |values: &[f32]| values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
-        match self {
-            Self::Step(bytes) => Cow::Borrowed(bytes),
-            Self::Part { slot, part, failed } => match slot.part(*part) {
-                Ok(values) => Cow::Owned(bytes(&values)),
-                // The writer cannot be told; who called it asks.
-                Err(e) => {
-                    failed.replace(Some(e));
-                    Cow::Borrowed(&[])
-                }
-            },
-        }
-    }
-
-    fn data_len(&self) -> usize {
-        match self {
-            Self::Part { slot, .. } => slot.var.elem_count() * size_of::<f32>(),
-            Self::Step(bytes) => bytes.len(),
-        }
-    }
-}
 
 /// Where a state is read from.
 trait Source {
@@ -178,15 +134,14 @@ impl AdamW {
 
     /// Writes [`AdamW::state`] as safetensors.
     pub fn save(&self, path: &Path) -> Result<()> {
-        let failed = RefCell::new(None);
-        let parts =
-            self.parts().map(|(slot, part)| (part.of(slot), Written::Part { slot, part, failed: &failed }));
-        let step = (STEP.to_owned(), Written::Step((self.steps as i64).to_le_bytes()));
-        let written = safetensors::serialize_to_file(parts.chain([step]), None, path);
-        match failed.take() {
-            Some(e) => Err(e),
-            None => written.map_err(|e| Error::Msg(format!("{}: {e}", path.display()))),
-        }
+        let parts = self.parts().map(|(slot, part)| {
+            let shape = slot.var.shape();
+            let read = move || Tensor::from_vec(slot.part(part)?.into_owned(), shape, &Device::Cpu);
+            (part.of(slot), Lazy::new(DType::F32, shape, read))
+        });
+        let steps = self.steps as i64;
+        let step = (STEP.to_owned(), Lazy::new(DType::I64, 1, move || Tensor::new(&[steps], &Device::Cpu)));
+        write_tensors(path, parts.chain([step]), None)
     }
 
     /// Reads what [`AdamW::save`] wrote.

@@ -85,9 +85,20 @@ impl<'a> RealTools<'a> {
     /// Of the whole picture; computed now if no program has asked for it yet.
     pub fn depth_map(&mut self) -> Result<&Depth, ToolError> {
         if self.depth.is_none() {
-            self.depth = Some(self.models.depth.estimate(self.picture).map_err(network)?);
+            let estimated = self.models.depth.estimate(self.picture).map_err(network);
+            self.depth = Some(self.noting("depth", estimated)?);
         }
         Ok(self.depth.as_ref().expect("there now"))
+    }
+
+    /// A network that fails (for want of memory, say) says nothing about the program that called it.
+    fn noting<T>(&mut self, tool: &str, result: Result<T, ToolError>) -> Result<T, ToolError> {
+        if let Err(e) = &result
+            && e.kind == ToolErrorKind::Runtime
+        {
+            self.outage.get_or_insert_with(|| format!("{tool}: {}", e.message));
+        }
+        result
     }
 
     /// The lists of nouns that the detector has looked for so far, each once, in no order.
@@ -107,12 +118,16 @@ impl Tools for RealTools<'_> {
         if let Some(known) = self.detections.get(&nouns) {
             return Ok(known.clone());
         }
-        let detector = &self.models.detector;
-        let pixels = match &self.pixels {
-            Some(p) => p,
-            None => self.pixels.insert(detector.pixels(self.picture).map_err(network)?),
+        let (detector, picture) = (&self.models.detector, self.picture);
+        let mut look = || {
+            let pixels = match &self.pixels {
+                Some(p) => p,
+                None => self.pixels.insert(detector.pixels(picture).map_err(network)?),
+            };
+            detector.detect(pixels, (picture.height(), picture.width()), &nouns)
         };
-        let found = detector.detect(pixels, (self.picture.height(), self.picture.width()), &nouns)?;
+        let found = look();
+        let found = self.noting("gd_detect", found)?;
         self.detections.insert(nouns, found.clone());
         Ok(found)
     }

@@ -6,7 +6,7 @@ pub mod detector;
 pub mod familiar;
 pub mod language;
 
-use crate::files::write_atomic;
+use crate::files::{Lazy, write_tensors};
 use crate::nn::optim::Group;
 use crate::nn::{Params, Precision};
 use crate::train::run;
@@ -15,7 +15,6 @@ use anyhow::Context;
 use candle_core::{DType, Tensor, Var};
 use serde_json::{Value, json};
 use std::collections::HashMap;
-use std::io::Write;
 use std::path::Path;
 
 /// What a run begins with: fresh parameters, or those of a model's or a run's folder for a further
@@ -112,7 +111,6 @@ fn export_weights(run: &Path, out: &Path, is_model: impl Fn(&str) -> bool) -> an
     for (name, t) in all.into_iter().filter(|(name, _)| is_model(name)) {
         weights.insert(name, t.to_dtype(DType::F16)?);
     }
-    let bytes = safetensors::serialize(&weights, None)?;
-    write_atomic(&out.join("model.safetensors"), |w| w.write_all(&bytes))?;
-    Ok(())
+    let tensors = weights.iter().map(|(name, t)| (name.clone(), Lazy::of(t)));
+    Ok(write_tensors(&out.join("model.safetensors"), tensors, None)?)
 }

@@ -144,12 +144,16 @@ impl Training<'_> {
     }
 
     /// The most likely reply to each held-out question: the verifier's mean reward, and on Rooms the
-    /// share of right answers on exact tools.
-    pub(super) fn evaluate(&mut self, policy: &Policy, bar: &ProgressBar) -> Result<Metrics> {
+    /// share of right answers on exact tools; and each reply's reward.
+    pub(super) fn evaluate(
+        &mut self,
+        policy: &Policy,
+        bar: &ProgressBar,
+    ) -> Result<(Metrics, Vec<Option<f64>>)> {
         let mut m = Metrics::new();
         let texts = self.queries.held_out.texts();
         if texts.is_empty() {
-            return Ok(m);
+            return Ok((m, Vec::new()));
         }
         bar.set_message("evaluation");
         let prompt = planner::prompt(self.config)?;
@@ -180,7 +184,7 @@ impl Training<'_> {
         self.check_missing(&format!("evaluation at step {}", bar.position()), &all, || {
             scored.iter().zip(&errors).find_map(|(s, e)| why_missing(e.as_deref(), s))
         })?;
-        let rewards: Vec<f64> = all.into_iter().flatten().collect();
+        let rewards: Vec<f64> = all.iter().copied().flatten().collect();
         m.insert("unix".into(), json!(unix()));
         if !rewards.is_empty() {
             let mean = rewards.iter().sum::<f64>() / rewards.len() as f64;
@@ -203,6 +207,6 @@ impl Training<'_> {
                 writeln!(w, "{}", json!({"question": question, "reply": reply, "reward": s.reward}))
             })
         })?;
-        Ok(m)
+        Ok((m, all))
     }
 }

@@ -48,10 +48,44 @@ struct State {
     step: u64,
     /// What must be the same for a resumed run to be the same run.
     settings: Value,
-    /// The best evaluation so far: its step and mean reward.
-    best: Option<(u64, f64)>,
     /// What the verifier's calls have cost.
     usage: Usage,
+}
+
+/// The evaluation whose policy `best/` holds. It stands beside the weights, which checkpoints know nothing of: a
+/// killed run goes on from before an evaluation whose policy was exported.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+struct Best {
+    step: u64,
+    /// Of each held-out question, where it is known.
+    rewards: Vec<Option<f64>>,
+}
+
+impl Best {
+    const FILE: &str = "held_out.json";
+
+    fn of(dir: &Path) -> Result<Option<Self>> {
+        let path = dir.join(Self::FILE);
+        match std::fs::read_to_string(&path) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            text => {
+                let named = || path.display().to_string();
+                Ok(Some(serde_json::from_str(&text.with_context(named)?).with_context(named)?))
+            }
+        }
+    }
+
+    fn mean(&self) -> Option<f64> {
+        let known: Vec<f64> = self.rewards.iter().copied().flatten().collect();
+        (!known.is_empty()).then(|| known.iter().sum::<f64>() / known.len() as f64)
+    }
+
+    /// Is it better on the questions whose rewards are known of both? (Those that are missing are not missing by
+    /// chance: a long reply's verdicts are.)
+    fn beats(&self, other: &Self) -> bool {
+        let both = self.rewards.iter().zip(&other.rewards).filter_map(|(a, b)| a.zip(*b));
+        both.map(|(a, b)| a - b).sum::<f64>() > 0.
+    }
 }
 
 /// Steps of a run of so many questions.
@@ -99,7 +133,8 @@ fn settings(config: &Config, queries: &Queries, planner: &str, verifier: &str) -
         "questions_sha256": sha256_hex(questions.join("\n").as_bytes(), 32),
         "verifier": verifier, "prompts": config.verifier.prompts,
         "prompts_sha256": prompts_sha256(&config.verifier)?,
-        "reward": config.reward,
+        "max_new_tokens": config.verifier.max_new_tokens,
+        "reward": config.reward, "sandbox": config.sandbox,
     }))
 }
 
@@ -212,13 +247,11 @@ impl Training<'_> {
         bar.set_style(ProgressStyle::with_template(
             "train-reasoner {bar:24} {pos}/{len} {elapsed} eta {eta} {msg}",
         )?);
+        let mut best = if state.step == 0 { None } else { Best::of(&self.dir.join("best"))? };
         if state.step == 0 {
-            let figures = self.evaluate(policy, &bar)?;
+            let (figures, rewards) = self.evaluate(policy, &bar)?;
             // What the training has to beat.
-            state.best = reward_of(&figures).map(|reward| (0, reward));
-            if state.best.is_some() {
-                policy.export(&self.dir.join("best"))?;
-            }
+            best = self.keep_best(policy, None, 0, rewards)?;
             if !figures.is_empty() {
                 log.write(0, figures)?;
             }
@@ -247,13 +280,8 @@ impl Training<'_> {
             pulse.beat(&bar);
             let every = self.cfg().eval_every;
             if (every > 0 && state.step.is_multiple_of(every)) || state.step == steps {
-                let figures = self.evaluate(policy, &bar)?;
-                if let Some(reward) = reward_of(&figures)
-                    && state.best.is_none_or(|(_, best)| reward > best)
-                {
-                    state.best = Some((state.step, reward));
-                    policy.export(&self.dir.join("best"))?;
-                }
+                let (figures, rewards) = self.evaluate(policy, &bar)?;
+                best = self.keep_best(policy, best, state.step, rewards)?;
                 if !figures.is_empty() {
                     log.write(state.step, figures)?;
                 }
@@ -261,7 +289,9 @@ impl Training<'_> {
             }
             let stopped = self.stop.load(Ordering::Relaxed);
             if state.step.is_multiple_of(self.cfg().save_every) || state.step == steps || stopped {
-                let best = state.best.map(|b| b.0);
+                // The evaluation's calls, too.
+                state.usage = spent + self.verification.judge.usage().unwrap_or_default();
+                let best = best.as_ref().map(|b| b.step);
                 checkpoints.save(state.step, best, |dir| save(dir, policy, &optimiser, &state))?;
             }
         }
@@ -269,7 +299,29 @@ impl Training<'_> {
         if state.step == steps {
             policy.export(&self.dir.join("model"))?;
         }
-        Ok(Ended { step: state.step, of: steps, best: state.best })
+        Ok(Ended { step: state.step, of: steps, best: best.and_then(|b| Some((b.step, b.mean()?))) })
+    }
+
+    /// Exports a policy that is better than the best one so far, the first in any case.
+    fn keep_best(
+        &self,
+        policy: &Policy,
+        best: Option<Best>,
+        step: u64,
+        rewards: Vec<Option<f64>>,
+    ) -> Result<Option<Best>> {
+        let new = Best { step, rewards };
+        if new.mean().is_none() || best.as_ref().is_some_and(|best| !new.beats(best)) {
+            return Ok(best);
+        }
+        let dir = self.dir.join("best");
+        // Of a kill in between there is no record, in place of a wrong one.
+        match std::fs::remove_file(dir.join(Best::FILE)) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e.into()),
+            _ => policy.export(&dir)?,
+        }
+        write_atomic(&dir.join(Best::FILE), |w| writeln!(w, "{}", json!(new)))?;
+        Ok(Some(new))
     }
 
     fn servers<'p>(&self, policy: &'p Policy) -> Option<Servers<'p>> {
@@ -496,11 +548,6 @@ impl Training<'_> {
     }
 }
 
-/// The verifier's opinion in an evaluation's figures.
-fn reward_of(figures: &Metrics) -> Option<f64> {
-    figures.get("held_out_reward")?.as_f64()
-}
-
 /// Who samples: GRPO learns from its own policy's rollouts, SFT from the base's.
 fn engine<'p>(
     policy: &'p Policy,
@@ -538,7 +585,7 @@ fn chunks(all: Vec<Rollout>, n: usize) -> Vec<Vec<Rollout>> {
 
 /// A checkpoint's files.
 fn save(dir: &Path, policy: &Policy, optimiser: &AdamW, state: &State) -> Result<()> {
-    policy::write_tensors(&dir.join("trained.safetensors"), &policy.trained().tensors())?;
+    policy::write(&dir.join("trained.safetensors"), &policy.trained().tensors())?;
     optimiser.save(&dir.join("optimiser.safetensors"))?;
     write_atomic(&dir.join("state.json"), |w| writeln!(w, "{}", serde_json::to_string_pretty(state)?))?;
     Ok(())
@@ -563,5 +610,29 @@ impl Clock {
 
     fn seconds(&self, phase: &str) -> f64 {
         self.0.get(phase).copied().unwrap_or(0.)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn policies_are_compared_where_both_rewards_are_known() {
+        let of = |rewards: &[Option<f64>]| Best { step: 1, rewards: rewards.to_vec() };
+        let old = of(&[Some(1.), Some(0.8), Some(0.2), None]);
+        // The hard one is missing: its mean is higher, and it is worse.
+        let new = of(&[Some(0.9), Some(0.8), None, Some(1.)]);
+        assert!(new.mean() > old.mean() && !new.beats(&old));
+        assert!(of(&[Some(1.), Some(0.9), None, None]).beats(&old) && !old.beats(&old));
+        assert!(!of(&[None, None, None, Some(1.)]).beats(&old), "nothing to compare");
+        assert_eq!(of(&[None]).mean(), None);
+
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(Best::of(dir.path()).unwrap(), None);
+        std::fs::write(dir.path().join(Best::FILE), json!(new).to_string()).unwrap();
+        assert_eq!(Best::of(dir.path()).unwrap(), Some(new));
+        std::fs::write(dir.path().join(Best::FILE), "{").unwrap();
+        assert!(format!("{:#}", Best::of(dir.path()).unwrap_err()).contains("held_out.json"));
     }
 }

@@ -7,7 +7,7 @@ use crate::models::qwen3::{Config, Qwen3};
 use crate::nn::lora::{LoraConfig, adapted, merged, peft_config, peft_tensors};
 use crate::nn::{Params, frozen};
 use crate::weights::ModelFiles;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use serde_json::Value;
@@ -15,7 +15,7 @@ use std::collections::{HashMap, HashSet};
 use std::io::Write;
 use std::path::Path;
 
-use crate::files::write_atomic;
+use crate::files::{Lazy, write_atomic, write_tensors};
 
 /// A planner in training. With an adapter all three networks share the base's weights; without, the
 /// base is a copy of what the training began with.
@@ -95,7 +95,7 @@ impl Policy {
                 other => other,
             })
         };
-        let options = EngineOptions::on(device, cfg.kv_cache_mb);
+        let options = EngineOptions::with_kv_cache_mb(cfg.kv_cache_mb);
         let chat = |network| LocalChat::with_network(&files, network, device, options.clone());
         let network = built(false)?;
         ensure!(trained.count() > 0, "reasoner.adapter.targets: the network has none of these layers");
@@ -142,18 +142,22 @@ impl Policy {
                 write_atomic(&dir.join(name), |w| w.write_all(text.as_bytes()))?;
             }
         }
-        let all = match &self.adapter {
-            Some(lora) => merged(&self.base.tensors(), &self.trained, lora)?,
-            None => self.trained.tensors(),
-        };
-        write_tensors(&dir.join("model.safetensors"), &all)?;
-        self.export_adapter(&dir.join("adapter"))
+        // What is small and holds all that was learnt comes first.
+        self.export_adapter(&dir.join("adapter"))?;
+        let path = dir.join("model.safetensors");
+        let Some(lora) = &self.adapter else { return write(&path, &self.trained.tensors()) };
+        // One weight after another: with all of them merged the base would be in memory twice.
+        let base = self.base.tensors();
+        let merged = base.iter().map(|(name, w)| {
+            (name.clone(), Lazy::new(w.dtype(), w.shape(), || merged(name, w, &self.trained, lora)))
+        });
+        Ok(write_tensors(&path, merged, Some(note()))?)
     }
 
     /// Writes the adapter, if there is one, in PEFT's format.
     pub fn export_adapter(&self, dir: &Path) -> Result<()> {
         let Some(lora) = &self.adapter else { return Ok(()) };
-        write_tensors(&dir.join("adapter_model.safetensors"), &peft_tensors(&self.trained))?;
+        write(&dir.join("adapter_model.safetensors"), &peft_tensors(&self.trained))?;
         let config = peft_config(&self.source, lora);
         Ok(write_atomic(&dir.join("adapter_config.json"), |w| writeln!(w, "{config:#}"))?)
     }
@@ -178,8 +182,12 @@ pub fn check_trainable(files: &ModelFiles) -> Result<()> {
 }
 
 /// As one safetensors file, in the layout that transformers reads.
-pub(super) fn write_tensors(path: &Path, tensors: &HashMap<String, Tensor>) -> Result<()> {
-    let meta = HashMap::from([("format".to_string(), "pt".to_string())]);
-    let bytes = safetensors::serialize(tensors, Some(meta))?;
-    write_atomic(path, |w| w.write_all(&bytes)).with_context(|| path.display().to_string())
+pub(super) fn write(path: &Path, tensors: &HashMap<String, Tensor>) -> Result<()> {
+    let tensors = tensors.iter().map(|(name, t)| (name.clone(), Lazy::of(t)));
+    Ok(write_tensors(path, tensors, Some(note()))?)
+}
+
+/// transformers asks for it.
+fn note() -> HashMap<String, String> {
+    HashMap::from([("format".to_owned(), "pt".to_owned())])
 }

@@ -32,6 +32,9 @@ impl HeldOut {
     }
 }
 
+/// Sets the rooms of held-out questions apart from those that a seed names elsewhere.
+const HELD_OUT: u64 = 0x6865_6c64_206f_7574;
+
 /// What is trained on, and what is not.
 pub struct Queries {
     pub training: Vec<String>,
@@ -54,8 +57,10 @@ impl Queries {
                     training.push(question);
                 }
             }
-            // Whoever sees no picture knows a question again by its words.
-            let held_out = questions(Look::Studio, cfg.seed).filter(|(_, q)| !seen.contains(&q.text));
+            // Whoever sees no picture knows a question again by its words. They choose the best policy: what
+            // `eval --bench rooms` asks with the same seed are others.
+            let held_out =
+                questions(Look::Studio, cfg.seed ^ HELD_OUT).filter(|(_, q)| !seen.contains(&q.text));
             let held_out = held_out.take(cfg.held_out).collect();
             return Ok(Self { training, held_out: HeldOut::Rooms(held_out) });
         }

@@ -3,7 +3,7 @@
 
 use crate::config::{Config, DetectorTraining};
 use crate::data::odvg::{Boxes, Fault, FaultKind, Record};
-use crate::files::{sha256_hex, write_atomic};
+use crate::files::{Lazy, sha256_hex, write_atomic, write_tensors};
 use crate::models::grounding_dino::caption::Blanks;
 use crate::nn::Params;
 use crate::nn::optim::{AdamWConfig, Decay, Schedule};
@@ -446,8 +446,8 @@ fn export(
     }
     // transformers asks for the note.
     let note = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    let bytes = safetensors::serialize(&weights, Some(note))?;
-    write_atomic(&out.join("model.safetensors"), |w| w.write_all(&bytes))?;
+    let tensors = weights.iter().map(|(name, t)| (name.clone(), Lazy::of(t)));
+    write_tensors(&out.join("model.safetensors"), tensors, Some(note))?;
     Ok(weights)
 }
 

@@ -20,7 +20,7 @@ use crate::planner::Planner;
 use crate::program::check::check;
 use crate::program::{IMAGE, Reply, Sandbox};
 use crate::tools::real::{Perception, RealTools};
-use crate::tools::{Detection, Picture};
+use crate::tools::{Detection, Picture, ToolErrorKind, Tools};
 use crate::train::Broken;
 use crate::verify::boxes::{BoxJudge, Case};
 use anyhow::{Context, Result, bail, ensure};
@@ -279,8 +279,14 @@ impl Miner<'_> {
                 }
                 (Ok(picture), None) => picture,
             };
-            let prompts = self.prompts(&programs[k], picture);
-            let found = self.find(picture, &prompts)?;
+            let looked = self.prompts(&programs[k], picture).and_then(|p| Ok((self.find(picture, &p)?, p)));
+            let (found, prompts) = match looked {
+                Ok(both) => both,
+                Err(why) => {
+                    records.push((Err(why), Vec::new()));
+                    continue;
+                }
+            };
             let mut nouns: Vec<String> = Vec::new();
             for noun in prompts.into_iter().flatten() {
                 if !nouns.contains(&noun) {
@@ -296,8 +302,13 @@ impl Miner<'_> {
         Ok(records.into_iter().map(|r| r.0).collect())
     }
 
-    /// The lists of nouns that programs give to the detector, each once.
-    fn prompts(&mut self, programs: &[String], picture: &Picture) -> Vec<Vec<String>> {
+    /// The lists of nouns that programs give to the detector, each once; or which tool failed, so that programs
+    /// may have stopped before one.
+    fn prompts(
+        &mut self,
+        programs: &[String],
+        picture: &Picture,
+    ) -> std::result::Result<Vec<Vec<String>>, String> {
         let mut lists: Vec<Vec<String>> = Vec::new();
         let mut add = |nouns: Vec<String>| {
             let nouns: Vec<String> = nouns.into_iter().filter(|n| is_noun(n)).collect();
@@ -312,30 +323,40 @@ impl Miner<'_> {
         }
         let mut tools = RealTools::new(self.perception, picture);
         for program in programs {
-            // Whatever comes of it.
+            // Whatever the program makes of it.
             self.sandbox.run(program, IMAGE, &mut tools);
+        }
+        if let Some(why) = tools.outage() {
+            return Err(why);
         }
         let mut looked_for: Vec<Vec<String>> = tools.looked_for().map(<[String]>::to_vec).collect();
         looked_for.sort();
         looked_for.into_iter().for_each(add);
-        lists
+        Ok(lists)
     }
 
     /// Far too many boxes, best first.
-    fn find(&self, picture: &Picture, prompts: &[Vec<String>]) -> Result<Vec<Detection>> {
+    fn find(
+        &self,
+        picture: &Picture,
+        prompts: &[Vec<String>],
+    ) -> std::result::Result<Vec<Detection>, String> {
         let detector = &self.perception.detector;
         let thresholds = Thresholds {
             boxes: self.cfg().box_threshold as f32,
             text: self.cfg().text_threshold as f32,
             nms: None,
         };
-        let pixels: Tensor = detector.pixels(picture)?;
+        let failed = |e: &dyn std::fmt::Display| format!("the detector failed: {e}");
+        let pixels: Tensor = detector.pixels(picture).map_err(|e| failed(&e))?;
         let mut found = Vec::new();
         for nouns in prompts {
-            // A list that is too long for the detector is one that it would refuse a program, too.
-            let boxes =
-                detector.detect_above(&pixels, (picture.height(), picture.width()), nouns, thresholds);
-            found.extend(boxes.unwrap_or_default());
+            match detector.detect_above(&pixels, (picture.height(), picture.width()), nouns, thresholds) {
+                Ok(boxes) => found.extend(boxes),
+                // A list that is too long for the detector is one that it would refuse a program, too.
+                Err(e) if e.kind == ToolErrorKind::Value => {}
+                Err(e) => return Err(failed(&e.message)),
+            }
         }
         found.sort_by(|a, b| b.score.unwrap_or(0.).total_cmp(&a.score.unwrap_or(0.)));
         Ok(nms(found, self.cfg().nms))
