@@ -6,6 +6,8 @@
 //! prints the peer's. One network a process, so that peak memory is its own. GroundingDINO's fails where
 //! it differs from PyTorch by more than rounding.
 
+#![allow(clippy::print_stderr)]
+
 use anyhow::{Context, ensure};
 use candle_core::{D, DType, Device, IndexOp, Tensor};
 use serde_json::json;

@@ -4,6 +4,8 @@
 //! errors (as a share of the largest value), seconds and peak memory as one JSON line, and fails where an error is
 //! more than rounding.
 
+#![allow(clippy::print_stderr)]
+
 use anyhow::{Context, ensure};
 use candle_core::{D, DType, Device, Tensor};
 use serde_json::{Map, Value, json};

@@ -11,6 +11,8 @@
 //! is done, short work is timed many calls together, and the line has the most memory that the case took of
 //! the GPU, its weights included ("gpu_mb"). Cases of one language model that follow each other load it once.
 
+#![allow(clippy::print_stderr)]
+
 use anyhow::{Context, anyhow, bail, ensure};
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::quantized::gguf_file::{self, Value};

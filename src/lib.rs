@@ -19,6 +19,14 @@
 //! - [`data`]: boxes, questions and published benches from files, inputs only
 //! - [`config`]: typed configuration
 //! - [`files`]: files written whole or not at all
+//! - [`text`]: strangers' text for a terminal
+
+/// Tells something on stderr. That nobody listens is no error: work is not lost for want of a reader.
+macro_rules! notice {
+    ($($told:tt)*) => {{
+        let _ = std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("{}\n", format_args!($($told)*)));
+    }};
+}
 
 pub mod cli;
 pub mod config;
@@ -34,6 +42,7 @@ pub mod planner;
 pub mod program;
 pub mod report;
 pub mod rooms;
+pub mod text;
 pub mod tools;
 pub mod train;
 pub mod verify;

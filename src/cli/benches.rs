@@ -18,6 +18,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use super::eval::{Bench as RoomsBench, EvalArgs, MethodChoice, Named, ToolChoice};
+use super::fillable;
 use crate::config::{Config, ENDPOINT};
 use crate::data::{Bench, Items, Links, Source};
 use crate::eval::benches::batch::Gallery;
@@ -33,6 +34,8 @@ use crate::llm::ChatModels;
 use crate::pipeline::{Referee, executor, limits};
 use crate::planner::Planner;
 use crate::program::{Executor, Sandbox};
+use crate::report::pulse::Pulse;
+use crate::text::shown;
 use crate::tools::real::{Perception, Vlm};
 use crate::verify::SynonymJudge;
 use crate::weights::hub::Hub;
@@ -87,7 +90,7 @@ pub fn command(command: &EvalCommand) -> Result<ExitCode> {
         EvalCommand::Merge { dirs, out, json } => merge(dirs, out, *json),
         EvalCommand::Compare { a, b, form, json } => {
             let (all, alone) = compare(a, b, *form)?;
-            let mut stdout = std::io::stdout().lock();
+            let mut stdout = super::stdout();
             match json {
                 true => writeln!(stdout, "{:#}", json!({ "form": form, "benches": all, "left_out": alone }))?,
                 false => write!(stdout, "{}", compare::table(&all, alone, *form))?,
@@ -110,13 +113,13 @@ fn pull(benches: &[Named]) -> Result<ExitCode> {
             bar.set_length(all);
             bar.set_position(done);
         })?;
-        eprintln!("valor: {bench} is in {}", folder.display());
+        notice!("valor: {bench} is in {}", folder.display());
     }
     bar.finish_and_clear();
     Ok(ExitCode::SUCCESS)
 }
 
-/// The benches that are named, opened as far as they can be.
+/// The benches that are named, opened as far as they can be; of those of rooms only the whole one is left.
 fn opened(args: &EvalArgs, hub: &Hub) -> Result<Vec<Opened>> {
     let mut named: Vec<Named> = Vec::new();
     for name in &args.bench {
@@ -132,21 +135,20 @@ fn opened(args: &EvalArgs, hub: &Hub) -> Result<Vec<Opened>> {
         });
     }
     let open = |name: &Named| match name {
-        Named::Rooms(RoomsBench::Rooms) => Ok(Opened::Rooms { look: args.look(), seed: args.seed() }),
+        Named::Rooms(_) => Opened::Rooms { look: args.look(), seed: args.seed() },
         Named::Published(bench, revision) => {
             let source = match &args.data {
                 Some(data) => Source::local(data, *bench),
                 None => Source::cached(hub, *bench, revision.as_deref()),
             };
-            Ok(match source.and_then(Items::open) {
+            match source.and_then(Items::open) {
                 Ok(items) => Opened::Items(Box::new(items)),
                 Err(e) => Opened::Refused(*bench, e.to_string()),
-            })
+            }
         }
-        Named::Rooms(part) => bail!("{} is measured by itself: name no other bench with it", part.name()),
         Named::All => unreachable!("spelt out above"),
     };
-    let benches: Vec<Opened> = named.iter().map(open).collect::<Result<_>>()?;
+    let benches: Vec<Opened> = named.iter().map(open).collect();
     let refused: Vec<&String> = benches
         .iter()
         .filter_map(|b| if let Opened::Refused(_, why) = b { Some(why) } else { None })
@@ -169,6 +171,13 @@ enum How {
 }
 
 pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode> {
+    for name in &args.bench {
+        if let Named::Rooms(part) = name
+            && *part != RoomsBench::Rooms
+        {
+            bail!("{} is measured by itself: name no other bench with it", part.name())
+        }
+    }
     for (name, given) in [
         ("--shuffle-pictures", args.shuffle_pictures),
         ("--families", !args.families.is_empty()),
@@ -177,6 +186,7 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode
         ensure!(!given, "{name} is for the bench rooms alone, with --out FILE or none");
     }
     let Some(out) = &args.out else { bail!("--out DIR is needed: the run's folder") };
+    fillable("--out", Some(out))?;
     let hub = Hub::from_env()?;
     let benches = opened(args, &hub)?;
     let only_rooms = benches.iter().all(|b| b.name() == ROOMS);
@@ -188,6 +198,18 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode
         (.., Some("stored")) => How::Stored,
         _ => How::Planner,
     };
+    if direct {
+        let unused = [
+            ("--planner", args.planner.is_some()),
+            ("--tools", args.tools.is_some()),
+            ("--executor", args.executor.executor.is_some()),
+            ("--fallback", args.executor.fallback.is_some()),
+        ];
+        let unused = unused.into_iter().find(|option| option.1).map(|option| option.0);
+        if let Some(name) = unused.or(args.of_planner()) {
+            bail!("{name} says nothing to --method direct")
+        }
+    }
     let default = if only_rooms { ToolChoice::Oracle } else { ToolChoice::Real };
     let tools = args.tools.unwrap_or(default);
     if !only_rooms {
@@ -200,7 +222,13 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode
             "--tools oracle is for rooms: of published benches no exact truth is known"
         );
     }
-    ensure!(!direct || args.planner.is_none(), "--planner says nothing to --method direct");
+    if how == How::Stored {
+        ensure!(
+            !args.planner_only,
+            "--planner stored says nothing to --planner-only; give --planner base or configured"
+        );
+        args.check_stored()?;
+    }
     // Each worker starts a sandbox of its own; whether one can be had is better told before all else.
     let runs_programs = !direct && !args.planner_only;
     let executor = if runs_programs { executor(&config.sandbox)? } else { Executor::default() };
@@ -213,7 +241,7 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode
     let order: Vec<&'static str> = benches.iter().map(Opened::name).collect();
     let mut gallery = Gallery::default();
     let mut done: HashSet<(String, usize)> = HashSet::new();
-    let mut open = false;
+    let (mut open, mut doubled) = (false, false);
     let mut folder = match args.planner_only {
         true => Folder::open(out, &settings, PROGRAMS, |w: Written| {
             // Of several replies to a question the last one says that it is done.
@@ -225,14 +253,24 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode
         false => Folder::open(out, &settings, SAMPLES, |r: Record| {
             open |= r.is_open();
             if r.failure.as_deref() != Some(NO_REPLY) {
-                gallery.takes(&r);
-                done.insert((r.bench, r.index));
+                if done.insert((r.bench.clone(), r.index)) {
+                    gallery.takes(&r);
+                } else {
+                    doubled = true;
+                }
             }
             Ok(())
         })?,
     };
+    if doubled {
+        // Two runs at once, which earlier versions allowed, each wrote them: the first counts.
+        let mut known = HashSet::new();
+        let first =
+            |r: &Record| r.failure.as_deref() == Some(NO_REPLY) || known.insert((r.bench.clone(), r.index));
+        folder.revise(|all: Vec<Record>| Ok(all.into_iter().filter(first).collect()))?;
+    }
     if !done.is_empty() {
-        eprintln!("valor: {} questions are done in {} already", done.len(), out.display());
+        notice!("valor: {} questions are done in {} already", done.len(), out.display());
     }
     // With one question after another no prefix is kept, which is for those that share one.
     let chats = ChatModels::new(config, device);
@@ -291,9 +329,11 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode
     let feed = Feed::new(benches, args.n, args.shard, done);
     let started = std::time::Instant::now();
     let (mut asked, mut unplanned) = (0usize, 0);
+    let mut pulse = Pulse::default();
     let mut tick = || {
         asked += 1;
         bar.inc(1);
+        pulse.beat(&bar);
     };
     let result = reopened.and_then(|()| match args.planner_only {
         true => runner.plan_only(feed, &mut folder, &mut tick).map(|(notes, unanswered)| {
@@ -307,8 +347,9 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode
         Ok(done) => done,
         Err(Stopped::Model(e)) => {
             folder.keep();
-            eprintln!(
-                "valor: a model failed: {e}; the same command goes on behind what is in {}",
+            notice!(
+                "valor: a model failed: {}; the same command goes on behind what is in {}",
+                shown(&e.to_string()),
                 out.display()
             );
             return Ok(ExitCode::FAILURE);
@@ -320,9 +361,9 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode
     let notes: Vec<(String, Note)> = order.iter().map(|b| (b.to_string(), notes[b].clone())).collect();
     if args.planner_only {
         for (bench, why) in notes.iter().filter_map(|(b, n)| Some((b, n.refused.as_ref()?))) {
-            eprintln!("valor: {bench} is refused: {why}");
+            notice!("valor: {bench} is refused: {}", shown(why));
         }
-        eprintln!("valor: the programs are in {}", out.join(PROGRAMS).display());
+        notice!("valor: the programs are in {}", out.join(PROGRAMS).display());
         return Ok(again(unplanned, 0, SAME_COMMAND).unwrap_or(code(&notes)));
     }
     folder.in_order(|r: &Record| (order.iter().position(|b| *b == r.bench), r.index))?;
@@ -343,7 +384,7 @@ fn tell(asked: usize, seconds: f64, times: &Times) {
     let parts: Vec<String> =
         times.iter().filter(|(_, s)| **s >= 0.05).map(|(on, s)| format!("{on} {s:.1} s")).collect();
     let semicolon = if parts.is_empty() { "" } else { "; " };
-    eprintln!(
+    notice!(
         "valor: {asked} questions in {seconds:.1} s, {:.0} a minute{semicolon}{}",
         60. * asked as f64 / seconds.max(1e-9),
         parts.join(", ")
@@ -353,7 +394,7 @@ fn tell(asked: usize, seconds: f64, times: &Times) {
 /// Writes what a finished run holds, and prints it.
 fn report(out: &Path, settings: &Value, notes: &[(String, Note)], as_json: bool) -> Result<ExitCode> {
     let (text, all) = written(out, settings, notes, as_json)?;
-    std::io::stdout().lock().write_all(text.as_bytes())?;
+    super::stdout().write_all(text.as_bytes())?;
     Ok(still_open(&all, SAME_COMMAND).unwrap_or(code(notes)))
 }
 
@@ -370,7 +411,7 @@ fn again(unanswered: usize, unjudged: usize, remedy: &str) -> Option<ExitCode> {
     if unanswered + unjudged == 0 {
         return None;
     }
-    eprintln!(
+    notice!(
         "valor: {unanswered} questions had no reply and {unjudged} answers no verdict from their servers; {remedy}"
     );
     Some(ExitCode::FAILURE)

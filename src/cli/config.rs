@@ -36,7 +36,7 @@ pub fn run(args: ConfigArgs) -> anyhow::Result<ExitCode> {
     let (config, origins) = args.models.explain(&[])?;
     let mut rows = Vec::new();
     leaves(&Table::try_from(&config)?, &[], &mut rows);
-    let mut out = std::io::stdout().lock();
+    let mut out = super::stdout();
     if args.json {
         let all: serde_json::Map<_, _> = rows
             .iter()

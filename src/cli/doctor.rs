@@ -129,7 +129,7 @@ pub fn run(args: DoctorArgs) -> anyhow::Result<ExitCode> {
     }
     let runs = configs[0].missing.is_empty();
     let report = Report { findings, configs };
-    let mut out = std::io::stdout().lock();
+    let mut out = super::stdout();
     if args.json {
         writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
     } else {

@@ -4,23 +4,26 @@
 //!
 //! A row of `--out` can be repeated alone: write the pictures with `--pictures DIR` and run
 //! `valor infer DIR/INDEX.png QUESTION --seed SEED` with the row's index, question and seed, and
-//! the same settings (`--greedy` is `--set planner.temperature=0`).
+//! the same settings.
 
-use super::{ExecutorArgs, ModelArgs, fillable, replaceable};
-use crate::config::{EMBEDDED, EMBEDDED_BASE};
+use super::{ExecutorArgs, ModelArgs, fillable, planning_sets, replaceable};
+use crate::config::{Config, EMBEDDED, EMBEDDED_BASE};
 use crate::eval::benches::feed::{ROOMS_N, Shard};
 use crate::eval::rooms::{Programs, Report, ToolSet, evaluate, questions};
 use crate::files::write_atomic;
 use crate::llm::ChatModels;
-use crate::pipeline::{Referee, sandbox};
+use crate::pipeline::{Referee, identity, sandbox};
 use crate::planner::Planner;
+use crate::report::pulse::Pulse;
 use crate::rooms::export::picture_png;
 use crate::rooms::spec::Family;
 use crate::rooms::{Look, Question, View};
+use crate::text::shown;
 use crate::tools::real::Perception;
 use anyhow::bail;
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -114,7 +117,7 @@ pub struct EvalArgs {
     #[arg(long, hide_short_help = true)]
     pub(super) one_by_one: bool,
     /// Questions, or what the bench counts: 1000 of rooms and all of a published bench unless it is given
-    #[arg(long)]
+    #[arg(long, short)]
     pub(super) n: Option<usize>,
     /// Seed of the scenes and questions, and of the planner's sampling; 1 unless it is given
     #[arg(long)]
@@ -130,12 +133,15 @@ pub struct EvalArgs {
     /// same, but of the embedded one what it was before its training), or another source of a planner
     #[arg(long)]
     pub(super) planner: Option<String>,
-    /// The planner's most likely reply instead of a sampled one
+    /// The planner's most likely reply instead of a sampled one (planner.temperature=0)
     #[arg(long)]
     pub(super) greedy: bool,
     /// Sample so many replies a question; the most frequent answer counts (inference.samples)
-    #[arg(long, value_name = "K", conflicts_with = "greedy")]
-    pub(super) vote: Option<usize>,
+    #[arg(long, visible_alias = "samples", value_name = "K", conflicts_with = "greedy")]
+    pub(super) vote: Option<u64>,
+    /// Give a failed program back to the planner so many times (inference.repairs)
+    #[arg(long, value_name = "N")]
+    pub(super) repair: Option<usize>,
     /// The tools see another question's picture: what is still right did not need the picture
     #[arg(long)]
     pub(super) shuffle_pictures: bool,
@@ -143,8 +149,9 @@ pub struct EvalArgs {
     #[arg(long, value_name = "NAME,…", value_delimiter = ',', value_parser = family)]
     pub(super) families: Vec<Family>,
     /// The run's folder: samples.jsonl, results.json, report.html; a run that was broken off goes on.
-    /// For the bench rooms alone a FILE (with an ending, such as rows.jsonl): one JSON line per question;
-    /// for rooms-verifier with --scenes a FILE of the replies, what they are worth and what passed
+    /// For the bench rooms alone a FILE (with an ending, such as rows.jsonl): one JSON line per question,
+    /// written at the end (a run that was broken off begins anew); for rooms-verifier with --scenes a FILE
+    /// of the replies, what they are worth and what passed
     #[arg(long, value_name = "DIR")]
     pub(super) out: Option<PathBuf>,
     /// Folder with the published benches' files, a folder of its name for each; the hub's cache if none
@@ -158,10 +165,14 @@ pub struct EvalArgs {
     #[arg(long, value_enum)]
     pub(super) method: Option<MethodChoice>,
     /// Only have the programs written, into DIR/programs.jsonl
-    #[arg(long, conflicts_with_all = ["programs", "method", "json"])]
+    #[arg(long, conflicts_with_all = ["programs", "method", "json", "repair"])]
     pub(super) planner_only: bool,
     /// Run these programs instead of asking a planner, so that tools are compared on the same ones
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["planner", "greedy", "vote", "method"])]
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with_all = ["planner", "greedy", "vote", "repair", "prompt", "method"]
+    )]
     pub(super) programs: Option<PathBuf>,
     /// Of rooms-verifier: also run each reply's program in so many other rooms, and tell how many replies
     /// that are wrong in one of them pass all heads
@@ -193,6 +204,44 @@ impl EvalArgs {
         self.look.unwrap_or(Look::Studio)
     }
 
+    /// The settings, with what options stand for given as settings: checked, and suited to, as those are.
+    fn config(&self) -> anyhow::Result<Config> {
+        let mut sets = self.executor.sets();
+        sets.extend(planning_sets(self.greedy, self.vote, self.repair));
+        match self.planner.as_deref() {
+            None | Some("stored" | "configured" | "base") => {}
+            // In quotes, lest a name be read as another value of TOML.
+            Some(model) => sets.push(format!("planner.model={}", toml::Value::from(model))),
+        }
+        let mut config = self.models.explain(&sets)?.0;
+        // Of the two the same is checked, and the same suits them.
+        if self.planner.as_deref() == Some("base") && config.planner.model == EMBEDDED {
+            config.planner.model = EMBEDDED_BASE.into();
+        }
+        Ok(config)
+    }
+
+    /// Of the options that say something to a planner alone the first that is given.
+    pub(super) fn of_planner(&self) -> Option<&'static str> {
+        let given = [
+            ("--greedy", self.greedy),
+            ("--vote", self.vote.is_some()),
+            ("--repair", self.repair.is_some()),
+            ("--prompt", self.models.prompt.is_some()),
+        ];
+        given.into_iter().find(|option| option.1).map(|option| option.0)
+    }
+
+    /// That stored programs are run without options for a planner.
+    pub(super) fn check_stored(&self) -> anyhow::Result<()> {
+        match self.of_planner() {
+            None => Ok(()),
+            Some(option) => {
+                bail!("{option} says nothing to stored programs; give --planner base or configured")
+            }
+        }
+    }
+
     /// Rooms by themselves, with a file of rows or none: no run with a folder.
     fn is_plain_rooms(&self) -> bool {
         let new = self.data.is_some()
@@ -221,17 +270,7 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
     if args.scenes.is_some_and(|n| n == 0 || args.bench[..] != [Named::Rooms(Bench::RoomsVerifier)]) {
         bail!("--scenes is a number of rooms, at least 1, and says something to --bench rooms-verifier alone")
     }
-    let (mut config, device) = (args.models.explain(&args.executor.sets())?.0, args.models.device()?);
-    if args.greedy {
-        config.planner.temperature = 0.;
-    }
-    config.inference.samples = args.vote.unwrap_or(config.inference.samples);
-    match args.planner.as_deref() {
-        None | Some("stored" | "configured") => {}
-        Some("base") if config.planner.model == EMBEDDED => config.planner.model = EMBEDDED_BASE.into(),
-        Some("base") => {}
-        Some(other) => other.clone_into(&mut config.planner.model),
-    }
+    let (config, device) = (args.config()?, args.models.device()?);
     match args.bench[..] {
         [Named::Rooms(Bench::Rooms)] if args.is_plain_rooms() => {}
         [Named::Rooms(bench)] if bench != Bench::Rooms => {
@@ -239,13 +278,14 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
         }
         _ => return super::benches::run(&args, &config, &device),
     }
+    let stored = matches!(args.planner.as_deref(), None | Some("stored"));
+    if stored {
+        args.check_stored()?;
+    }
     replaceable("--out", args.out.as_deref(), &["index", "question", "truth", "correct"])?;
     fillable("--pictures", args.pictures.as_deref())?;
     let chats = ChatModels::new(&config, &device);
-    let planner = match args.planner.as_deref().unwrap_or("stored") {
-        "stored" => None,
-        _ => Some(Planner::new(chats.planner()?, &config)?),
-    };
+    let planner = if stored { None } else { Some(Planner::new(chats.planner()?, &config)?) };
     let perception = match args.tools.unwrap_or(ToolChoice::Oracle) {
         ToolChoice::Oracle => None,
         ToolChoice::Real => Some(Perception::load(&config, &device, &chats)?),
@@ -271,15 +311,20 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
             write_atomic(&dir.join(format!("{i}.png")), |w| w.write_all(&picture_png(view)?))?;
         }
     }
+    notice!("valor: {}", measured(planner.as_ref(), perception.as_ref()));
     let bar = ProgressBar::new(args.n() as u64);
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} eta {eta}")?);
     let tools = perception.as_ref().map_or(ToolSet::Oracle, ToolSet::Real);
-    let scored = evaluate(&asked, programs, tools, args.shuffle_pictures, &mut sandbox, || bar.inc(1));
+    let mut pulse = Pulse::default();
+    let scored = evaluate(&asked, programs, tools, args.shuffle_pictures, &mut sandbox, || {
+        bar.inc(1);
+        pulse.beat(&bar);
+    });
     bar.finish_and_clear();
     let samples = match scored {
         Ok(samples) => samples,
         Err(e) => {
-            eprintln!("valor: a model failed: {e}");
+            notice!("valor: a model failed: {}", shown(&e.to_string()));
             return Ok(ExitCode::FAILURE);
         }
     };
@@ -289,18 +334,113 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
         })?;
     }
     let report = Report::new(&samples);
-    let mut stdout = std::io::stdout().lock();
+    let mut stdout = super::stdout();
     if args.json {
-        writeln!(stdout, "{}", serde_json::to_string_pretty(&report)?)?;
+        writeln!(stdout, "{:#}", reproducible(&args, &config, &report)?)?;
     } else {
         write!(stdout, "{}", report.table())?;
     }
     if report.unanswered > 0 {
         let n = report.unanswered;
-        eprintln!(
+        notice!(
             "valor: {n} questions had no reply from their servers and are not scored; run the same command again"
         );
         return Ok(ExitCode::FAILURE);
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What is measured: the models by their names, and what stands in the place of others.
+fn measured(planner: Option<&Planner>, perception: Option<&Perception>) -> String {
+    let planner = planner.map(|p| format!("planner: {}", p.model.name()));
+    let tools = perception.map(|p| p.names().map(|(part, name)| format!("{part}: {name}")).join(", "));
+    match (planner, tools) {
+        (None, None) => "stored programs, exact tools".into(),
+        (None, Some(tools)) => format!("stored programs; models: {tools}"),
+        (Some(planner), None) => format!("models: {planner}; exact tools"),
+        (Some(planner), Some(tools)) => format!("models: {planner}, {tools}"),
+    }
+}
+
+/// A report with what was asked for, and of which models.
+fn reproducible(args: &EvalArgs, config: &Config, report: &Report) -> anyhow::Result<Value> {
+    let planner = args.planner.as_deref().unwrap_or("stored");
+    let real = args.tools == Some(ToolChoice::Real);
+    let mut models = serde_json::Map::new();
+    for (part, model, used) in [
+        ("planner", &config.planner.model, planner != "stored"),
+        ("detector", &config.detector.model, real),
+        ("depth", &config.depth.model, real),
+        ("vlm", &config.vlm.model, real),
+        ("verifier", &config.verifier.model, planner != "stored" && Referee::is_wanted(config)),
+    ] {
+        if used {
+            // The figures are not lost where that cannot be told any more.
+            let named = identity(config, model, part).unwrap_or_else(|_| model.clone());
+            models.insert(part.into(), named.into());
+        }
+    }
+    let mut all = json!({
+        "bench": report.bench, "rooms_version": report.rooms_version,
+        "look": args.look(), "seed": args.seed(), "n": args.n(),
+        "families": args.families.iter().map(|f| f.text()).collect::<Vec<_>>(),
+        "tools": if real { "real" } else { "oracle" }, "planner": planner, "greedy": args.greedy,
+        "samples": config.inference.samples, "shuffle_pictures": args.shuffle_pictures, "models": models,
+    });
+    if let (Some(all), Value::Object(measured)) = (all.as_object_mut(), serde_json::to_value(report)?) {
+        all.extend(measured);
+    }
+    Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::EvalArgs;
+    use crate::cli::{Cli, Command};
+    use crate::config::{Config, EMBEDDED_BASE};
+    use clap::Parser;
+
+    fn args(more: &[&str]) -> EvalArgs {
+        match Cli::try_parse_from([&["valor", "eval"][..], more].concat()).unwrap().command {
+            Command::Eval(args) => args,
+            _ => unreachable!("eval was named"),
+        }
+    }
+
+    fn config(more: &[&str]) -> Result<Config, String> {
+        args(more).config().map_err(|e| e.to_string())
+    }
+
+    /// Refused where the setting is, and the same suits the model.
+    #[test]
+    fn options_are_the_settings_that_they_stand_for() {
+        for (options, sets) in [
+            (&["--planner", "hub:a/b"][..], &["planner.model=hub:a/b"][..]),
+            (&["--planner", "endpoint:nope"], &["planner.model=endpoint:nope"]),
+            (&["--planner", ""], &["planner.model="]),
+            (&["--greedy"], &["planner.temperature=0"]),
+            (&["--samples", "3", "--repair", "1"], &["inference.samples=3", "inference.repairs=1"]),
+            (&["--vote", "1001"], &["inference.samples=1001"]),
+            (&["--repair", "3"], &["inference.repairs=3"]),
+            (&["--planner", "base"], &["planner.model=embedded-base"]),
+            (&["--planner", "configured"], &[]),
+        ] {
+            let sets: Vec<&str> = sets.iter().flat_map(|set| ["--set", *set]).collect();
+            assert_eq!(config(options), config(&sets), "{options:?}");
+        }
+        assert_eq!(config(&["--planner", "hub:a/b"]).unwrap().planner.prompt, "general");
+        let e = config(&["--planner", ""]).unwrap_err();
+        assert!(e.starts_with("planner.model: is empty; name embedded, "), "{e}");
+    }
+
+    #[test]
+    fn a_planners_name_is_no_other_value_of_toml() {
+        for name in ["5", "true", "[a]", "a=b", "it's \"a\" \\\\ #", " a ", "'''"] {
+            assert_eq!(config(&["--planner", name]).unwrap().planner.model, name);
+        }
+        let with_set =
+            |planner| config(&["--set", "planner.model=x", "--planner", planner]).unwrap().planner.model;
+        assert_eq!([with_set("base"), with_set("configured"), with_set("y")], ["x", "x", "y"]);
+        assert_eq!(config(&["--planner", "base"]).unwrap().planner.model, EMBEDDED_BASE);
+    }
 }

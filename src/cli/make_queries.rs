@@ -5,6 +5,8 @@ use crate::data::Links;
 use crate::data::training::{Split, TrainingSet};
 use crate::files::write_atomic;
 use crate::llm::ChatModels;
+use crate::report::pulse::Pulse;
+use crate::text::shown;
 use crate::tools::Picture;
 use crate::tools::picture::DecodeOptions;
 use crate::train::reasoner::make::{make, pictures};
@@ -35,7 +37,7 @@ pub struct MakeQueriesArgs {
     #[arg(long, requires = "from", conflicts_with_all = ["data", "images"])]
     pull: bool,
     /// Questions in all
-    #[arg(long, default_value_t = 800)]
+    #[arg(long, short, default_value_t = 800)]
     n: usize,
     /// JSON lines {"image", "question"}; of --images a file that is there is gone on with
     #[arg(long, value_name = "FILE", default_value = "queries.jsonl")]
@@ -69,21 +71,23 @@ fn written(args: &MakeQueriesArgs, images: &Path) -> Result<ExitCode> {
     );
     let chats = ChatModels::new(&config, &device);
     let vlm = chats.vlm()?;
-    eprintln!("valor: {} pictures, VLM {}", pictures.len(), vlm.name());
+    notice!("valor: {} pictures, VLM {}", pictures.len(), vlm.name());
     let bar = ProgressBar::new(args.n as u64);
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} questions {elapsed} eta {eta}")?);
+    let mut pulse = Pulse::default();
     let made = make(&*vlm, args.max_new_tokens, &pictures, args.n, &args.out, args.seed, |n| {
-        bar.set_position(n as u64)
+        bar.set_position(n as u64);
+        pulse.beat(&bar);
     });
     bar.finish_and_clear();
     for (name, usage) in chats.usage() {
-        eprintln!("valor: endpoint {name}: {}", serde_json::to_string(&usage)?);
+        notice!("valor: endpoint {name}: {}", serde_json::to_string(&usage)?);
     }
     let made = made?;
     for why in &made.unreadable {
-        eprintln!("valor: passed over: {why}");
+        notice!("valor: passed over: {}", shown(why));
     }
-    eprintln!(
+    notice!(
         "valor: {} holds {} questions; dropped {} that were none or not new, {} replies were of no use",
         args.out.display(),
         made.questions,
@@ -135,17 +139,19 @@ fn drawn(args: &MakeQueriesArgs) -> Result<ExitCode> {
         let bar = ProgressBar::new(0);
         bar.set_style(ProgressStyle::with_template("{msg} {bar:30} {pos}/{len} rows eta {eta}")?);
         bar.set_message(name);
+        let mut pulse = Pulse::default();
         let drawn = split.draw((share, args.seed), &links, out, &check, |row, of| {
             bar.set_length(of as u64);
             bar.set_position(row as u64);
+            pulse.beat(&bar);
         })?;
         bar.finish_and_clear();
-        eprintln!("valor: {name}: {} questions of {share}", drawn.queries.len());
+        notice!("valor: {name}: {} questions of {share}", drawn.queries.len());
         for why in drawn.passed_over.iter().take(REASONS) {
-            eprintln!("valor: passed over: {why}");
+            notice!("valor: passed over: {}", shown(why));
         }
         if drawn.passed_over.len() > REASONS {
-            eprintln!("valor: passed over: {} more", drawn.passed_over.len() - REASONS);
+            notice!("valor: passed over: {} more", drawn.passed_over.len() - REASONS);
         }
         queries.extend(drawn.queries);
     }
@@ -156,7 +162,7 @@ fn drawn(args: &MakeQueriesArgs) -> Result<ExitCode> {
             .try_for_each(|q| writeln!(w, "{}", serde_json::to_string(q).map_err(std::io::Error::other)?))
     })
     .with_context(|| format!("--out {}", args.out.display()))?;
-    eprintln!("valor: {} holds {} questions of {}", args.out.display(), queries.len(), args.n);
+    notice!("valor: {} holds {} questions of {}", args.out.display(), queries.len(), args.n);
     println!("{}", args.out.display());
     Ok(if queries.len() >= args.n { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -165,7 +171,7 @@ fn drawn(args: &MakeQueriesArgs) -> Result<ExitCode> {
 fn pulled(set: TrainingSet, hub: &Hub) -> Result<PathBuf> {
     let bar = ProgressBar::new(0);
     bar.set_style(ProgressStyle::with_template("{msg} {bar:30} {bytes}/{total_bytes} eta {eta}")?);
-    let say = |missing| eprintln!("valor: {}: {} to fetch", set.repo(), HumanBytes(missing));
+    let say = |missing| notice!("valor: {}: {} to fetch", set.repo(), HumanBytes(missing));
     let folder = set.pull(hub, say, |file, done, all| {
         bar.set_message(file.to_owned());
         bar.set_length(all);

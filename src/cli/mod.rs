@@ -18,6 +18,7 @@ mod tune_grounding;
 mod verify;
 
 use std::collections::BTreeSet;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -30,6 +31,7 @@ use crate::files;
 use crate::llm::ChatError;
 use crate::llm::endpoint::{Endpoint, key_problem};
 use crate::nn::Precision;
+use crate::text::{shown, without_bom};
 use crate::weights::hub::HubError;
 use crate::weights::source::Source;
 use crate::weights::{ModelFiles, WeightsError, message_of};
@@ -111,6 +113,14 @@ impl ExecutorArgs {
     }
 }
 
+/// The settings that options about a planner's replies stand for.
+fn planning_sets(greedy: bool, samples: Option<u64>, repairs: Option<usize>) -> Vec<String> {
+    let greedy = greedy.then(|| "planner.temperature=0".to_owned());
+    let samples = samples.map(|n| format!("inference.samples={n}"));
+    let repairs = repairs.map(|n| format!("inference.repairs={n}"));
+    [greedy, samples, repairs].into_iter().flatten().collect()
+}
+
 impl ModelArgs {
     fn config(&self) -> anyhow::Result<Config> {
         Ok(self.explain(&[])?.0)
@@ -153,6 +163,23 @@ impl ModelArgs {
     }
 }
 
+/// Stdout, whose errors say that they are its.
+struct Stdout(io::StdoutLock<'static>);
+
+fn stdout() -> Stdout {
+    Stdout(io::stdout().lock())
+}
+
+impl Write for Stdout {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write(bytes).map_err(|e| files::named("stdout", e))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush().map_err(|e| files::named("stdout", e))
+    }
+}
+
 /// `println!` panics where nobody reads on, or the disk is full: the one is no error, the other one line.
 fn mind_stdout() {
     let usual = std::panic::take_hook();
@@ -161,7 +188,7 @@ fn mind_stdout() {
         match said.strip_prefix("failed printing to stdout: ") {
             Some(why) if why.contains("Broken pipe") => std::process::exit(0),
             Some(why) => {
-                eprintln!("valor: cannot write to stdout: {why}");
+                notice!("valor: cannot write to stdout: {why}");
                 std::process::exit(1)
             }
             None => usual(panic),
@@ -177,9 +204,7 @@ pub fn main() -> ExitCode {
         Command::Completions { shell } => {
             let mut text = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "valor", &mut text);
-            std::io::Write::write_all(&mut std::io::stdout(), &text)
-                .map_err(Into::into)
-                .map(|()| ExitCode::SUCCESS)
+            stdout().write_all(&text).map_err(Into::into).map(|()| ExitCode::SUCCESS)
         }
         Command::Config(args) => config::run(args),
         Command::Doctor(args) => doctor::run(args),
@@ -198,7 +223,7 @@ pub fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("valor: {}", one_line(&error));
+            notice!("valor: {}", one_line(&error));
             if is_outage(&error) { ExitCode::FAILURE } else { ExitCode::from(2) }
         }
     }
@@ -206,7 +231,7 @@ pub fn main() -> ExitCode {
 
 /// The page of the whole command, those of its subcommands behind it.
 fn man() -> anyhow::Result<ExitCode> {
-    fn pages(command: clap::Command, name: &str, out: &mut Vec<u8>) -> std::io::Result<()> {
+    fn pages(command: clap::Command, name: &str, out: &mut Vec<u8>) -> io::Result<()> {
         let name = name.to_owned();
         clap_mangen::Man::new(command.clone().name(name.clone())).render(out)?;
         for sub in command.get_subcommands().filter(|s| !s.is_hide_set() && s.get_name() != "help") {
@@ -216,7 +241,7 @@ fn man() -> anyhow::Result<ExitCode> {
     }
     let mut out = Vec::new();
     pages(Cli::command(), "valor", &mut out)?;
-    std::io::Write::write_all(&mut std::io::stdout(), &out)?;
+    stdout().write_all(&out)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -227,7 +252,7 @@ fn json_lines<T: serde::de::DeserializeOwned>(
     name: &str,
     expected: &str,
 ) -> anyhow::Result<Vec<(usize, T)>> {
-    let lines = text.lines().zip(1..).filter(|(l, _)| !l.trim().is_empty());
+    let lines = without_bom(text).lines().zip(1..).filter(|(l, _)| !l.trim().is_empty());
     let read = lines.map(|(l, number)| {
         let value = serde_json::from_str(l);
         Ok((number, value.with_context(|| format!("{name}, line {number}: expected {expected}"))?))
@@ -239,8 +264,13 @@ fn json_lines<T: serde::de::DeserializeOwned>(
 /// after the work.
 fn writable(option: &str, file: Option<&Path>) -> anyhow::Result<()> {
     let Some(file) = file else { return Ok(()) };
-    files::can_write(file)
-        .map_err(|e| anyhow!("{option} {} cannot be written: {e}; name another file", file.display()))
+    files::can_write(file).map_err(|e| unwritable(option, file, "written", e, "file"))
+}
+
+/// Why an option's file or folder cannot be written, with the remedy; what the system said stays its cause.
+fn unwritable(option: &str, path: &Path, what: &str, e: io::Error, other: &str) -> anyhow::Error {
+    let told = format!("{option} {} cannot be {what}: {e}; name another {other}", path.display());
+    anyhow::Error::new(e).context(told)
 }
 
 /// The same of a file of JSON lines with these keys: what is there already, and is no earlier result of the kind,
@@ -264,15 +294,13 @@ fn replaceable(option: &str, file: Option<&Path>, keys: &[&str]) -> anyhow::Resu
 
 /// The same of a file that grows.
 fn appendable(option: &str, file: &Path) -> anyhow::Result<()> {
-    files::can_append(file)
-        .map_err(|e| anyhow!("{option} {} cannot be written: {e}; name another file", file.display()))
+    files::can_append(file).map_err(|e| unwritable(option, file, "written", e, "file"))
 }
 
 /// The same of a folder.
 fn fillable(option: &str, dir: Option<&Path>) -> anyhow::Result<()> {
     let Some(dir) = dir else { return Ok(()) };
-    files::can_fill(dir)
-        .map_err(|e| anyhow!("{option} {} cannot be written to: {e}; name another folder", dir.display()))
+    files::can_fill(dir).map_err(|e| unwritable(option, dir, "written to", e, "folder"))
 }
 
 /// Is a part's model one of the hub's that a pull has yet to bring? A dry run plans without it; what is here and broken
@@ -307,7 +335,7 @@ fn all_heard(silent: usize) -> ExitCode {
     if silent == 0 {
         return ExitCode::SUCCESS;
     }
-    eprintln!(
+    notice!(
         "valor: the verifier's server kept silent about {silent} of what it was asked, which counts nowhere; run the \
          same command again (verifier.cache keeps what it said)"
     );
@@ -318,7 +346,7 @@ fn all_heard(silent: usize) -> ExitCode {
 fn compute_in(precision: Precision, device: &Device) {
     precision.choose();
     if device.is_cpu() && precision != Precision::F32 && !crate::nn::precision::fast() {
-        eprintln!(
+        notice!(
             "valor: this processor has no AMX: matrix products stay f32 whatever the precision asked for"
         );
     }
@@ -332,7 +360,8 @@ fn gb(bytes: u64) -> String {
     format!("{:.1} GB", bytes as f64 / 1e9)
 }
 
-/// The error and its causes on one line. A cause that stands in the text already is not repeated.
+/// The error and its causes on one line, which commands no terminal. A cause that stands in the text already
+/// is not repeated.
 fn one_line(error: &anyhow::Error) -> String {
     let mut line = String::new();
     for cause in error.chain() {
@@ -344,20 +373,34 @@ fn one_line(error: &anyhow::Error) -> String {
             line = format!("{line}: {cause}");
         }
     }
-    line
+    shown(&line).into_owned()
 }
 
-/// Did the hub, the network, the disk below its cache or a model's server fail, and not what was asked for?
+/// Did the hub, the network, a disk or a model's server fail, and not what was asked for?
 fn is_outage(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
         cause.downcast_ref().is_some_and(HubError::is_outage)
             || cause.downcast_ref().is_some_and(ChatError::is_of_server)
+            || cause.downcast_ref().is_some_and(files::is_of_disk)
+            || cause.downcast_ref().and_then(io_of).is_some_and(files::is_of_disk)
     })
 }
 
+/// What the system said, where candle has it: its errors do not tell of it as their cause.
+fn io_of(error: &candle_core::Error) -> Option<&io::Error> {
+    use candle_core::Error;
+    match error {
+        Error::Io(e) => Some(e),
+        Error::WithBacktrace { inner, .. } | Error::Context { inner, .. } | Error::WithPath { inner, .. } => {
+            io_of(inner)
+        }
+        _ => None,
+    }
+}
+
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    let io = error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>());
-    io.is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+    let io = error.chain().find_map(|cause| cause.downcast_ref::<io::Error>());
+    io.is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
 }
 
 #[cfg(test)]
@@ -371,6 +414,13 @@ mod tests {
         let line = one_line(&open.context("first\n  second\n").unwrap_err());
         assert!(line.starts_with("first; second: cannot open picture /no/such.png: "), "{line}");
         assert_eq!(line.matches("os error").count(), 1, "{line}");
+        assert_eq!(one_line(&anyhow!("a\x1b[31m\u{202e}b\nc")), "a\\x1b[31m\\u{202e}b; c");
+    }
+
+    #[test]
+    fn lines_are_read_behind_a_byte_order_mark() {
+        let read: Vec<(usize, u8)> = json_lines("\u{feff}1\r\n\n2\n", "a.jsonl", "a number").unwrap();
+        assert_eq!(read, [(1, 1), (3, 2)]);
     }
 
     #[test]
@@ -379,6 +429,23 @@ mod tests {
             |e: ChatError| is_outage(&anyhow::Error::from(crate::verify::JudgeError::from(e)).context("x"));
         assert!(told(ChatError::NoReply("busy".into())) && told(ChatError::Closed("no money".into())));
         assert!(!told(ChatError::Request("endpoints.a.key_env: the environment has no A".into())));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_full_disk_is_an_outage_and_a_folder_that_may_not_be_written_is_none() {
+        let of = |code| files::named("x", io::Error::from_raw_os_error(code));
+        for (code, is) in [(libc::ENOSPC, true), (libc::EIO, true), (libc::EACCES, false)] {
+            let told = [
+                anyhow::Error::from(of(code)).context("y"),
+                anyhow::Error::from(candle_core::Error::Io(io::Error::from_raw_os_error(code))),
+                anyhow::Error::from(candle_core::Error::Io(of(code)).context("y")),
+                unwritable("--out", Path::new("x"), "written", of(code), "file"),
+            ];
+            told.iter().for_each(|e| assert_eq!(is_outage(e), is, "{e:?}"));
+            // What the system said is said once.
+            assert_eq!(one_line(&told[3]).matches("os error").count(), 1, "{}", one_line(&told[3]));
+        }
     }
 
     #[test]

@@ -11,6 +11,7 @@ use serde_json::json;
 use super::{fillable, gb, writable};
 use crate::files::write_atomic;
 use crate::fit::{self, Fit};
+use crate::text::shown;
 use crate::weights::hub::Hub;
 use crate::weights::source::{HUB, HubSource, Source};
 use crate::weights::{Checkpoint, Gguf, ModelFiles, delta, gguf, presets};
@@ -163,7 +164,7 @@ fn size(bytes: u64) -> String {
 fn list(args: &ListArgs) -> Result<()> {
     let hub = Hub::from_env()?;
     let held = hub.held();
-    let mut out = std::io::stdout().lock();
+    let mut out = super::stdout();
     if args.json {
         let presets: Vec<_> = presets::ALL
             .iter()
@@ -227,7 +228,7 @@ fn pull(args: &PullArgs) -> Result<()> {
         let files = listing.of_model(source)?;
         let all: u64 = files.iter().map(|f| f.bytes).sum();
         let missing = hub.missing(source, &files);
-        eprintln!("{source}: {} files, {}, {} to fetch", files.len(), size(all), size(missing));
+        notice!("{source}: {} files, {}, {} to fetch", files.len(), size(all), size(missing));
         if args.dry_run {
             for file in &files {
                 println!("{} {}", file.bytes, file.name);
@@ -239,7 +240,7 @@ fn pull(args: &PullArgs) -> Result<()> {
         let folder = folder?;
         println!("{}", folder.display());
         if let Some(more) = lacks(&hub, ModelFiles::Folder(folder)) {
-            eprintln!("valor: {source} {more}");
+            notice!("valor: {source} {more}");
         }
     }
     Ok(())
@@ -281,6 +282,12 @@ fn verify(args: &VerifyArgs) -> Result<ExitCode> {
         _ => false,
     };
     let (to_fit, to_hash): (Vec<_>, Vec<_>) = models.into_iter().partition(|m| args.headers || is_here(m));
+    // Of one's own files nothing is hashed, and no pull would bring them anew.
+    if let Some(model) = to_fit.first().filter(|_| args.delete) {
+        bail!(
+            "--delete says nothing to {model}: it is for what a pull has brought, a preset or hub:OWNER/NAME"
+        )
+    }
     let mut wrong = to_fit.iter().filter(|model| !fits(model)).count();
     let mut bar = FileBar::new()?;
     for repo in to_hash.iter().map(|m| Ok(on_hub(m)?.repo)).collect::<Result<Vec<_>>>()? {
@@ -295,7 +302,7 @@ fn verify(args: &VerifyArgs) -> Result<ExitCode> {
             println!("hub:{repo} {name}: {problem}");
             if args.delete {
                 hub.forget(&repo, &name)?;
-                eprintln!("valor: deleted; valor models pull hub:{repo} brings it anew");
+                notice!("valor: deleted; valor models pull hub:{repo} brings it anew");
             }
         }
         println!("hub:{repo}: {count} files hashed, {wrong_here} wrong");
@@ -341,7 +348,7 @@ fn tell(fit: Result<(String, Fit), String>) -> bool {
             fit.parameters as f64 / 1e6,
             gb(fit.loaded_bytes)
         ),
-        Err(why) => println!("{why}"),
+        Err(why) => println!("{}", shown(why)),
     }
     fit.is_ok()
 }
@@ -351,7 +358,7 @@ fn rm(args: &RmArgs) -> Result<()> {
     let sources = args.models.iter().map(|m| on_hub(m)).collect::<Result<Vec<_>>>()?;
     for source in sources {
         let freed = hub.remove(&source.repo)?;
-        eprintln!("hub:{}: {} freed", source.repo, size(freed));
+        notice!("hub:{}: {} freed", source.repo, size(freed));
     }
     Ok(())
 }
@@ -366,24 +373,24 @@ fn show(args: &ShowArgs) -> Result<()> {
     };
     let (file, base) = lies_on.map_or((args.checkpoint.clone(), None), |(file, base)| (file, Some(base)));
     let shapes = Checkpoint::open(&file)?.shapes();
-    let mut out = std::io::stdout().lock();
+    let mut out = super::stdout();
     if args.json {
         writeln!(out, "{:#}", json!(shapes))?;
         return Ok(());
     }
     for (name, shape) in &shapes {
-        writeln!(out, "{name} {shape:?}")?;
+        writeln!(out, "{} {shape:?}", shown(name))?;
     }
     let parameters: usize = shapes.values().map(|shape| shape.iter().product::<usize>()).sum();
     let what = base.map_or(String::new(), |base| format!(", what was changed of {base}"));
-    eprintln!("{} tensors, {parameters} numbers{what}", shapes.len());
+    notice!("{} tensors, {parameters} numbers{what}", shapes.len());
     Ok(())
 }
 
 /// As the file has them: of any network, under its own names.
 fn show_gguf(args: &ShowArgs) -> Result<()> {
     let file = Gguf::open(&args.checkpoint)?;
-    let mut out = std::io::stdout().lock();
+    let mut out = super::stdout();
     if args.json {
         let one = |t: &gguf::Stored| json!({ "shape": t.shape, "type": t.kind.name, "bytes": t.place.len() });
         let all: serde_json::Map<_, _> =
@@ -393,12 +400,14 @@ fn show_gguf(args: &ShowArgs) -> Result<()> {
     }
     let (mut numbers, mut bytes) = (0, 0);
     for (name, t) in file.tensors() {
-        writeln!(out, "{name} {:?} {} {}", t.shape, t.kind.name, size(t.place.len() as u64))?;
+        let held = size(t.place.len() as u64);
+        writeln!(out, "{} {:?} {} {held}", shown(name), t.shape, t.kind.name)?;
         numbers += t.shape.iter().product::<usize>();
         bytes += t.place.len();
     }
     let architecture = file.architecture()?;
-    eprintln!("{architecture}: {} tensors, {numbers} numbers, {}", file.tensors().len(), size(bytes as u64));
+    let (architecture, count) = (shown(architecture), file.tensors().len());
+    notice!("{architecture}: {count} tensors, {numbers} numbers, {}", size(bytes as u64));
     Ok(())
 }
 
@@ -416,7 +425,7 @@ fn write_delta(args: &DeltaArgs) -> Result<()> {
     write_atomic(&args.to.join(delta::WEIGHTS), |w| w.write_all(&bytes))?;
     let config = serde_json::to_string_pretty(&delta::Config { base: args.base.clone() })?;
     write_atomic(&args.to.join(delta::CONFIG), |w| writeln!(w, "{config}"))?;
-    eprintln!("{count} tensors changed, {:.1} MB: {}", bytes.len() as f64 / 1e6, args.to.display());
+    notice!("{count} tensors changed, {:.1} MB: {}", bytes.len() as f64 / 1e6, args.to.display());
     Ok(())
 }
 
@@ -430,6 +439,6 @@ fn convert(args: &ConvertArgs) -> Result<()> {
     let bytes = safetensors::serialize(tensors, None)
         .with_context(|| format!("{} as safetensors", args.from.display()))?;
     write_atomic(&args.to, |w| w.write_all(&bytes))?;
-    eprintln!("{count} tensors, {:.1} MB: {}", bytes.len() as f64 / 1e6, args.to.display());
+    notice!("{count} tensors, {:.1} MB: {}", bytes.len() as f64 / 1e6, args.to.display());
     Ok(())
 }

@@ -10,7 +10,9 @@ use crate::files::write_atomic;
 use crate::llm::ChatModels;
 use crate::pipeline::sandbox;
 use crate::planner::Planner;
+use crate::report::pulse::Pulse;
 use crate::rooms::{Kind, Question};
+use crate::text::shown;
 use crate::tools::real::{DepthEstimator, Detector, Vlm};
 use crate::train::tuning::fit::checked;
 use crate::verify::{Judge, Verification};
@@ -35,6 +37,7 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
         ("--fallback", args.executor.fallback.is_some() && args.scenes.is_none()),
         ("--one-by-one", args.one_by_one),
         ("--vote", args.vote.is_some()),
+        ("--repair", args.repair.is_some()),
         ("--shuffle-pictures", args.shuffle_pictures),
         ("--families", !args.families.is_empty()),
         ("--out", args.out.is_some() && args.scenes.is_none()),
@@ -55,7 +58,11 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
     let (look, seed, n) = (args.look(), args.seed(), args.n() as u64);
     let bar = ProgressBar::new(n);
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} eta {eta}")?);
-    let tick = || bar.inc(1);
+    let mut pulse = Pulse::default();
+    let mut tick = || {
+        bar.inc(1);
+        pulse.beat(&bar);
+    };
     let chats = ChatModels::new(config, device);
     let mut table = String::new();
     // Verdicts and whole replies that a server kept silent about.
@@ -64,7 +71,7 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
         Bench::Rooms => unreachable!("the caller's own"),
         Bench::RoomsDetector => {
             let model = Detector::load(&config.detector, device)?;
-            let ap = parts::detector(&model, look, seed, n, tick)?;
+            let ap = parts::detector(&model, look, seed, n, &mut tick)?;
             writeln!(
                 table,
                 "AP50 {:.3}{}  AP75 {:.3}  AP {:.3}  ({} things)",
@@ -108,9 +115,9 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
             let ap = parts::detection(&model, &boxes, pictures, |why| {
                 if let Some(why) = why {
                     unreadable += 1;
-                    bar.suspend(|| eprintln!("valor: left out: {why}"));
+                    bar.suspend(|| notice!("valor: left out: {}", shown(&why)));
                 }
-                bar.inc(1);
+                tick();
             })?;
             writeln!(
                 table,
@@ -134,13 +141,13 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
         }
         Bench::RoomsDepth => {
             let model = DepthEstimator::load(&config.depth, device)?;
-            let r = parts::depth(&model, look, seed, n, tick)?;
+            let r = parts::depth(&model, look, seed, n, &mut tick)?;
             writeln!(table, "AbsRel {:.4}  after the best scale {:.4}", r.abs_rel, r.abs_rel_aligned)?;
             serde_json::to_value(&r)?
         }
         Bench::RoomsVlm => {
             let model = Vlm::new(chats.vlm()?, &config.vlm)?;
-            let shares = parts::vlm(&model, look, seed, args.n(), tick)?;
+            let shares = parts::vlm(&model, look, seed, args.n(), &mut tick)?;
             for (name, share) in &shares {
                 writeln!(table, "{name:<12} {share}  n {}", share.n)?;
             }
@@ -154,6 +161,7 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
             let tick = |done: usize, all: usize| {
                 bar.set_length(all as u64);
                 bar.set_position(done as u64);
+                pulse.beat(&bar);
             };
             let r = parts::verifier(&judge, &planner, &asked, seed, tick)?;
             writeln!(table, "{:<12} balanced  right passes{:14}wrong is objected to", "head", "")?;
@@ -161,8 +169,11 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
                 let (passed, objected) = (h.passed.to_string(), h.objected.to_string());
                 writeln!(
                     table,
-                    "{name:<12} {:8.3}  {passed:<25}{:>5}  {objected:<25}{:>5}  unreadable {}",
-                    h.balanced, h.passed.n, h.objected.n, h.unreadable
+                    "{name:<12} {:>8}  {passed:<25}{:>5}  {objected:<25}{:>5}  unreadable {}",
+                    or_dash(h.balanced),
+                    h.passed.n,
+                    h.objected.n,
+                    h.unreadable
                 )?;
             }
             writeln!(table, "objections to the mistake kept from it: {}  n {}", r.kept_back, r.kept_back.n)?;
@@ -176,6 +187,7 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
                 let of = (look, seed, rooms);
                 let r = honesty(&verification, &planner, &asked, of, &mut sandbox, |done| {
                     bar.set_position(done as u64);
+                    pulse.beat(&bar);
                 })?;
                 writeln!(
                     table,
@@ -198,7 +210,7 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
         }
     };
     bar.finish_and_clear();
-    let mut stdout = std::io::stdout().lock();
+    let mut stdout = super::stdout();
     if args.json {
         let report = match bench {
             Bench::Detection => json!({ "bench": bench.name(), "n": bar.length(), "figures": figures }),
@@ -212,12 +224,12 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
         write!(stdout, "{table}")?;
     }
     if unjudged > 0 {
-        eprintln!("valor: of {unjudged} whole replies a verdict is missing");
+        notice!("valor: of {unjudged} whole replies a verdict is missing");
     }
     Ok(all_heard(silent + unjudged))
 }
 
-/// Of no things there is no precision.
+/// Of nothing there is no figure.
 fn or_dash(x: f64) -> String {
     if x.is_nan() { "–".into() } else { format!("{x:.3}") }
 }

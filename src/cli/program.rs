@@ -10,6 +10,7 @@ use super::ExecutorArgs;
 use crate::config::Config;
 use crate::pipeline::sandbox;
 use crate::program::guard::MAX_SOURCE;
+use crate::text::shown;
 use crate::tools::mock::{MockTools, Scene};
 
 #[derive(Debug, clap::Args)]
@@ -57,14 +58,14 @@ pub fn run(args: ProgramArgs) -> anyhow::Result<ExitCode> {
     let mut tools = MockTools::new(scene);
     let image = tools.image().to_owned();
     let outcome = sandbox(&config.sandbox)?.run(&source, &image, &mut tools);
-    let mut out = std::io::stdout().lock();
+    let mut out = super::stdout();
     if args.json {
         writeln!(out, "{}", outcome.to_json())?;
     } else {
         match &outcome.result {
-            Ok(serde_json::Value::String(answer)) => writeln!(out, "{answer}")?,
-            Ok(answer) => writeln!(out, "{answer}")?,
-            Err(error) => eprintln!("valor: the program failed: {error}"),
+            Ok(serde_json::Value::String(answer)) => writeln!(out, "{}", shown(answer))?,
+            Ok(answer) => writeln!(out, "{}", shown(&answer.to_string()))?,
+            Err(error) => notice!("valor: the program failed: {}", shown(&error.to_string())),
         }
     }
     Ok(if outcome.result.is_ok() { ExitCode::SUCCESS } else { ExitCode::from(1) })

@@ -13,8 +13,9 @@ use rayon::prelude::*;
 use serde_json::{Value, json};
 
 use super::fillable;
-use crate::files::write_atomic;
+use crate::files::{Held, write_atomic};
 use crate::nn::Precision;
+use crate::report::pulse::Pulse;
 use crate::rooms::export::{Coco, depth_png, label_map, odvg_json, picture_png, scene_json};
 use crate::rooms::questions::{Questions, Split, scene_seed};
 use crate::rooms::{self, Look, View};
@@ -154,6 +155,15 @@ fn pretrain(args: &PretrainArgs) -> Result<()> {
             );
         }
     } else {
+        // Of several models some may not be begun yet; where none is, another folder was meant.
+        let begun = |part: &Part| args.runs.join(name_of(*part)).is_dir();
+        ensure!(
+            !args.resume
+                || args.only == Some(Part::Familiar)
+                || Part::value_variants().iter().filter(asked).any(begun),
+            "no run in {}; check --runs, or leave out --resume",
+            args.only.map_or(args.runs.clone(), |part| args.runs.join(name_of(part))).display()
+        );
         // Hours of training stand between these and the files.
         fillable("--runs", Some(&args.runs))?;
     }
@@ -162,7 +172,9 @@ fn pretrain(args: &PretrainArgs) -> Result<()> {
     for &part in Part::value_variants().iter().filter(asked) {
         let name = name_of(part);
         let (run, out) = (args.runs.join(&name), args.out.join(&name));
-        if !args.export_only && part != Part::Familiar {
+        let trains = !args.export_only && part != Part::Familiar;
+        let _held = if trains { Some(Held::folder("--runs", &run)?) } else { None };
+        if trains {
             let language = |o: language::Options| language::Options {
                 resume: args.resume,
                 steps: args.steps.unwrap_or(o.steps),
@@ -210,13 +222,13 @@ fn pretrain(args: &PretrainArgs) -> Result<()> {
                 }
                 Part::Familiar => unreachable!("it is made, not trained"),
             };
-            eprintln!("{name}: {}", Value::Object(figures));
+            notice!("{name}: {}", Value::Object(figures));
         }
         match part {
             Part::Planner => planner::export(&run, &out)?,
             Part::Verifier => verifier::export(&run, &out)?,
             Part::Vision => {
-                eprintln!("{name}: the VLM's run takes it from {}", run.display());
+                notice!("{name}: the VLM's run takes it from {}", run.display());
                 continue;
             }
             Part::Vlm | Part::BoxVerifier => vlm::export(&run, &out)?,
@@ -224,7 +236,7 @@ fn pretrain(args: &PretrainArgs) -> Result<()> {
             Part::Detector => detector::export(&run, &out)?,
             Part::Familiar => familiar::export(&out)?,
         }
-        eprintln!("{name}: written to {}", out.display());
+        notice!("{name}: written to {}", out.display());
     }
     Ok(())
 }
@@ -246,6 +258,7 @@ fn render(args: &RenderArgs) -> Result<()> {
         ProgressStyle::with_template("rooms {bar:30} {pos}/{len} pictures, {per_sec}, {eta} left")
             .expect("a fixed template"),
     );
+    let mut pulse = Pulse::default();
     let (mut scenes, mut odvg, mut coco) = (Vec::new(), Vec::new(), Coco::default());
     let questions = std::thread::scope(|scope| -> Result<Vec<Value>> {
         let (views, ahead) = mpsc::sync_channel::<View>(CHUNK as usize);
@@ -262,6 +275,7 @@ fn render(args: &RenderArgs) -> Result<()> {
                     Ok(view)
                 })
                 .collect::<Result<_>>()?;
+            pulse.beat(&bar);
             for (i, view) in (start..end).zip(chunk) {
                 scenes.push(scene_json(&view, &name(i), &depth_name(i)));
                 odvg.push(odvg_json(&view, &name(i)));
@@ -282,7 +296,7 @@ fn render(args: &RenderArgs) -> Result<()> {
     lines("odvg.jsonl", &odvg)?;
     lines("label_map.json", &[label_map()])?;
     lines("coco.json", &[coco.finish()])?;
-    eprintln!("{} pictures and {} questions in {}", args.n, questions.len(), out.display());
+    notice!("{} pictures and {} questions in {}", args.n, questions.len(), out.display());
     Ok(())
 }
 

@@ -2,16 +2,18 @@
 
 use super::{ModelArgs, fillable, servers, to_be_fetched};
 use crate::config::{Algorithm, Config, ENDPOINT};
+use crate::files::Held;
 use crate::llm::ChatModels;
 use crate::pipeline::sandbox;
 use crate::planner;
+use crate::text::shown;
 use crate::train::Broken;
 use crate::train::reasoner::{
     Policy, Queries, Training, check_folder, check_resumed, check_trainable, steps,
 };
 use crate::verify::{self, Head, Judge, Verification, check_files};
 use crate::weights::ModelFiles;
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -35,6 +37,10 @@ pub struct TrainReasonerArgs {
 
 pub fn run(args: &TrainReasonerArgs) -> Result<ExitCode> {
     let (config, device) = (args.models.config()?, args.models.device()?);
+    ensure!(
+        !config.planner.model.starts_with(ENDPOINT),
+        "planner.model: is a server, which cannot be trained; name weights"
+    );
     let queries = Queries::open(&config.reasoner)?;
     // What can be refused before anything is loaded, a dry run refuses too.
     check_folder(&args.out, args.resume)?;
@@ -55,10 +61,16 @@ pub fn run(args: &TrainReasonerArgs) -> Result<ExitCode> {
     let verifier = server.map(|name| config.endpoints[name].model.clone()).or_else(|| Some(verifier?.name()));
     if args.dry_run {
         // A run finds this out where it goes on, and what it goes on from is hashed once.
-        if let (Some(planner), Some(verifier)) = (&planner, &verifier) {
-            check_resumed(&args.out, &config, &queries, &planner.name(), verifier)?;
-        }
+        let at = match (&planner, &verifier) {
+            (Some(planner), Some(verifier)) => {
+                Some(check_resumed(&args.out, &config, &queries, &planner.name(), verifier)?)
+            }
+            _ => None,
+        };
         plan(&config, &queries);
+        if let (true, Some(step)) = (args.resume, at) {
+            println!("goes on          at step {step}");
+        }
         keys.iter().for_each(|key| println!("{key}"));
         let why = match (&planner, server, &verifier) {
             (None, ..) => Some("the planner is not here"),
@@ -71,11 +83,12 @@ pub fn run(args: &TrainReasonerArgs) -> Result<ExitCode> {
             return Ok(ExitCode::SUCCESS);
         }
     }
+    let _held = if args.dry_run { None } else { Some(Held::folder("--out", &args.out)?) };
     super::compute_in(config.reasoner.precision, &device);
     let chats = ChatModels::new(&config, &device);
     let judge = Judge::new(chats.verifier()?, &config.verifier)?;
     let policy = Policy::load(&config.planner.model, &config.reasoner, &device)?;
-    eprintln!(
+    notice!(
         "valor: planner {} ({:.2} M parameters, {:.2} M trained), verifier {}",
         policy.name(),
         policy.parameters() as f64 / 1e6,
@@ -111,30 +124,31 @@ pub fn run(args: &TrainReasonerArgs) -> Result<ExitCode> {
     }
     let ended = match training.run(&policy, args.resume) {
         Err(e) if e.is::<Broken>() => {
-            eprintln!("valor: {e}");
+            notice!("valor: {}", shown(&e.to_string()));
             return Ok(ExitCode::FAILURE);
         }
         ended => ended?,
     };
     for (name, usage) in chats.usage() {
-        eprintln!("valor: endpoint {name}: {}", serde_json::to_string(&usage)?);
+        notice!("valor: endpoint {name}: {}", serde_json::to_string(&usage)?);
     }
     let dir = args.out.display();
     if ended.step < ended.of {
-        eprintln!(
+        notice!(
             "valor: stopped after step {} of {}, saved; go on with --resume --out {dir}",
-            ended.step, ended.of
+            ended.step,
+            ended.of
         );
         return Ok(ExitCode::FAILURE);
     }
     match ended.best {
         Some((0, reward)) => {
-            eprintln!(
+            notice!(
                 "valor: no evaluation beat the planner before its training: held-out reward {reward:.3}, {dir}/best"
             );
         }
         Some((step, reward)) => {
-            eprintln!("valor: best held-out reward {reward:.3} after step {step}: {dir}/best");
+            notice!("valor: best held-out reward {reward:.3} after step {step}: {dir}/best");
         }
         None => {}
     }

@@ -4,12 +4,14 @@ use super::{ModelArgs, fillable, servers, to_be_fetched};
 use crate::config::{Config, ENDPOINT, Granularity};
 use crate::data::odvg::Boxes;
 use crate::data::queries::{self, Asked};
-use crate::files::{sweep, write_atomic};
+use crate::files::{Held, sweep, write_atomic};
 use crate::llm::ChatModels;
 use crate::pipeline::{Models, sandbox};
 use crate::planner;
 use crate::report::mining;
+use crate::report::pulse::Pulse;
 use crate::rooms::Look;
+use crate::text::{shown, without_bom};
 use crate::tools::real::vqa_prompts;
 use crate::train::Broken;
 use crate::train::checkpoint::Checkpoints;
@@ -83,6 +85,11 @@ pub fn run(args: &TuneGroundingArgs) -> Result<ExitCode> {
             }
         };
         plan(args, &config, of);
+        let checkpoints = Checkpoints::of(&args.out.join("checkpoints"));
+        if args.resume && args.stage != Stage::Mine && checkpoints.any() {
+            let step = checkpoints.newest(|_| ())?.map_or(0, |saved| saved.step);
+            println!("goes on          at step {step}");
+        }
         keys.iter().for_each(|key| println!("{key}"));
         return Ok(ExitCode::SUCCESS);
     }
@@ -93,16 +100,18 @@ pub fn run(args: &TuneGroundingArgs) -> Result<ExitCode> {
         signal_hook::flag::register(signal, stop.clone())?;
     }
     let done = || -> Result<ExitCode> {
-        let (trained, replay) = (check_run(args)?, replay(args, &config)?);
+        let trained = check_run(args)?;
+        let _held = Held::folder("--out", &args.out)?;
+        let replay = replay(args, &config)?;
         if trained {
-            eprintln!("valor: {} is in training: nothing more is mined for it", args.out.display());
+            notice!("valor: {} is in training: nothing more is mined for it", args.out.display());
         } else if args.stage != Stage::Train {
             let (truth, records) = (truth(&config)?, records(args, &config)?);
             check_servers(&config, false)?;
             render(args, &config)?;
             let pictures = pictures(args, &config, truth.as_ref(), &records)?;
             if mine_all(args, &config, &device, &pictures, truth, &stop)?.stopped {
-                eprintln!("valor: stopped; what is mined is kept, the same command goes on");
+                notice!("valor: stopped; what is mined is kept, the same command goes on");
                 return Ok(ExitCode::FAILURE);
             }
         }
@@ -119,14 +128,14 @@ pub fn run(args: &TuneGroundingArgs) -> Result<ExitCode> {
             };
             super::compute_in(config.grounding.training.precision, &device);
             let (metrics, model) = fit.run()?;
-            eprintln!("valor: {}", serde_json::Value::Object(metrics));
+            notice!("valor: {}", serde_json::Value::Object(metrics));
             println!("{}", model.display());
         }
         Ok(ExitCode::SUCCESS)
     };
     match done() {
         Err(e) if e.is::<Broken>() => {
-            eprintln!("valor: {e}");
+            notice!("valor: {}", shown(&e.to_string()));
             Ok(ExitCode::FAILURE)
         }
         ended => ended,
@@ -141,11 +150,11 @@ fn check_run(args: &TuneGroundingArgs) -> Result<bool> {
         args.overrule.is_none() || args.stage != Stage::Train,
         "--overrule changes what was mined: give it with --stage mine or all"
     );
-    check_folder(&args.out, || {
-        let made = |name: &str| name == "mined" || name.starts_with(ROOMS);
-        let mut entries = std::fs::read_dir(&args.out).into_iter().flatten().flatten();
-        entries.any(|e| made(&e.file_name().to_string_lossy()))
-    })?;
+    let made = |name: &str| name == "mined" || name.starts_with(ROOMS);
+    let mut entries = std::fs::read_dir(&args.out).into_iter().flatten().flatten();
+    let begun = entries.any(|e| made(&e.file_name().to_string_lossy()));
+    check_folder(&args.out, || begun)?;
+    ensure!(begun || !args.resume, "no run in {out}; check --out, or leave out --resume");
     fillable("--out", Some(&args.out))?;
     let checkpoints = args.out.join("checkpoints");
     ensure!(
@@ -213,7 +222,7 @@ fn check_servers(config: &Config, dry_run: bool) -> Result<Vec<String>> {
 fn render(args: &TuneGroundingArgs, config: &Config) -> Result<()> {
     let g = &config.grounding;
     if g.queries == "rooms" {
-        eprintln!("valor: rendering {} rooms", g.pictures);
+        notice!("valor: rendering {} rooms", g.pictures);
         rooms::write(&rooms_folder(config, &args.out), Look::LivedIn, g.seed, g.pictures)?;
     }
     Ok(())
@@ -262,9 +271,10 @@ fn mine_all(
     let verifier = chats.box_verifier()?;
     let judge = BoxJudge::new(verifier, &config.grounding.mining)?;
     let names: Vec<String> = models.names().iter().map(|(part, name)| format!("{part} {name}")).collect();
-    eprintln!("valor: {}, verifier of boxes {}", names.join(", "), judge.name());
+    notice!("valor: {}, verifier of boxes {}", names.join(", "), judge.name());
     let questions: usize = pictures.iter().map(|p| p.questions.len()).sum();
     let bar = ProgressBar::new(pictures.len() as u64);
+    let mut pulse = Pulse::default();
     bar.set_style(ProgressStyle::with_template("mining {bar:30} {pos}/{len} pictures {elapsed} eta {eta}")?);
     let dir = args.out.join("mined");
     sweep(&dir);
@@ -277,10 +287,13 @@ fn mine_all(
         dir: &dir,
         stop,
     };
-    let mut outcome = miner.run(pictures, |n| bar.set_position(n as u64))?;
+    let mut outcome = miner.run(pictures, |n| {
+        bar.set_position(n as u64);
+        pulse.beat(&bar);
+    })?;
     bar.finish_and_clear();
     for (name, usage) in chats.usage() {
-        eprintln!("valor: endpoint {name}: {}", serde_json::to_string(&usage)?);
+        notice!("valor: endpoint {name}: {}", serde_json::to_string(&usage)?);
     }
     if outcome.stopped {
         return Ok(outcome);
@@ -290,12 +303,12 @@ fn mine_all(
         record::overrule(&mut outcome.records, file)?;
         // From now on it counts, whoever starts the command.
         let more = std::fs::read_to_string(file)?;
-        let all = std::fs::read_to_string(&word).unwrap_or_default() + more.trim_end() + "\n";
+        let all = std::fs::read_to_string(&word).unwrap_or_default() + without_bom(&more).trim_end() + "\n";
         write_atomic(&word, |w| w.write_all(all.as_bytes()))?;
     }
     if word.exists() {
         let n = record::overrule(&mut outcome.records, &word)?;
-        eprintln!("valor: {n} boxes overruled by {}", word.display());
+        notice!("valor: {n} boxes overruled by {}", word.display());
     }
     let truth = match config.grounding.queries.as_str() {
         "rooms" if truth.is_none() => Some(
@@ -314,7 +327,7 @@ fn mine_all(
     let of = |keep: &dyn Fn(&record::Found) -> bool| -> usize {
         outcome.records.iter().flat_map(|r| &r.found).filter(|f| keep(f)).count()
     };
-    eprintln!(
+    notice!(
         "valor: {} pictures, {questions} questions; {} boxes found, {} kept; {written} records in {}",
         outcome.records.len(),
         of(&|_| true),
@@ -322,11 +335,12 @@ fn mine_all(
         dir.join("odvg.jsonl").display()
     );
     if let (n @ 1.., Some(why)) = &outcome.unverified {
-        eprintln!("valor: {n} pictures could not be mined ({why}); the same command tries them again");
+        let why = shown(why);
+        notice!("valor: {n} pictures could not be mined ({why}); the same command tries them again");
     }
     if let Some(p) = precision {
         write_atomic(&dir.join("precision.json"), |w| writeln!(w, "{}", serde_json::to_string_pretty(&p)?))?;
-        eprint!("{}", p.table());
+        notice!("{}", p.table().trim_end());
     }
     Ok(outcome)
 }

@@ -2,11 +2,14 @@
 
 use super::{ModelArgs, all_heard, json_lines, replaceable};
 use crate::eval::audit::{Audit, Labelled, rooms};
+use crate::eval::benches::record::NO_REPLY;
 use crate::eval::rooms::questions;
 use crate::files::write_atomic;
 use crate::llm::ChatModels;
 use crate::pipeline::sandbox;
+use crate::report::pulse::Pulse;
 use crate::rooms::{Look, Question};
+use crate::text::shown;
 use crate::verify::{Ask, Head, Judge, Scored, Verification, check_files};
 use anyhow::{Context, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -33,7 +36,7 @@ enum VerifyCommand {
 
 #[derive(Debug, clap::Args)]
 struct ScoreArgs {
-    /// JSON lines {"question", "reply"}, such as eval --planner … --out writes
+    /// JSON lines {"question", "reply"}, such as eval --planner … --out and infer --batch write
     replies: PathBuf,
     /// Print one JSON line a reply, with what the verifier said
     #[arg(long)]
@@ -93,18 +96,44 @@ fn score(args: &ScoreArgs) -> Result<ExitCode> {
         question: String,
         /// `null` where the planner gave none; a row of a bench then says so by its failure.
         #[serde(default, deserialize_with = "there")]
-        reply: Option<Option<String>>,
+        reply: Option<Option<Reply>>,
         #[serde(default)]
         failure: Value,
+        /// Of infer's rows: some were never planned.
+        #[serde(default)]
+        error: Value,
+    }
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Reply {
+        Text(String),
+        OfInfer { text: String },
+    }
+    impl Line {
+        fn is_unplanned(&self) -> bool {
+            match &self.reply {
+                None => self.failure != "planner",
+                Some(None) => self.error["kind"] == "picture" || self.error["kind"] == NO_REPLY,
+                Some(Some(_)) => false,
+            }
+        }
+
+        fn text(&self) -> &str {
+            match &self.reply {
+                Some(Some(Reply::Text(text) | Reply::OfInfer { text })) => text,
+                _ => "",
+            }
+        }
     }
     /// Tells `null` from what is not there.
-    fn there<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Option<String>>, D::Error> {
+    fn there<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Option<Reply>>, D::Error> {
         Option::deserialize(from).map(Some)
     }
     let given: Vec<(usize, Line)> = lines(&args.replies, "{\"question\", \"reply\"}")?;
-    if let Some((number, _)) = given.iter().find(|(_, l)| l.reply.is_none() && l.failure != "planner") {
+    if let Some((number, _)) = given.iter().find(|(_, l)| l.is_unplanned()) {
         bail!(
-            "{}, line {number}: has no \"reply\" to be scored; eval writes rows with replies where --planner is given",
+            "{}, line {number}: has no \"reply\" to be scored: leave it out; eval writes rows with replies \
+             where --planner is given",
             args.replies.display()
         )
     }
@@ -113,15 +142,16 @@ fn score(args: &ScoreArgs) -> Result<ExitCode> {
     check_files(&config.verifier)?;
     let judge = Judge::new(chats.verifier()?, &config.verifier)?;
     let mut sandbox = sandbox(&config.sandbox)?;
-    let cases: Vec<(&str, &str)> = given
-        .iter()
-        .map(|(_, l)| (l.question.as_str(), l.reply.as_ref().and_then(Option::as_deref).unwrap_or("")))
-        .collect();
+    let cases: Vec<(&str, &str)> = given.iter().map(|(_, l)| (l.question.as_str(), l.text())).collect();
     let bar = bar(cases.len() * Head::ALL.len())?;
+    let mut pulse = Pulse::default();
     let verification = Verification { judge: &judge, weights: &config.reward };
-    let scored = verification.score(&cases, &mut sandbox, |n| bar.inc(n as u64))?;
+    let scored = verification.score(&cases, &mut sandbox, |n| {
+        bar.inc(n as u64);
+        pulse.beat(&bar);
+    })?;
     bar.finish_and_clear();
-    let mut out = std::io::stdout().lock();
+    let mut out = super::stdout();
     for (i, (s, (question, _))) in scored.iter().zip(&cases).enumerate() {
         if args.json {
             let mut row = serde_json::to_value(s)?;
@@ -134,13 +164,13 @@ fn score(args: &ScoreArgs) -> Result<ExitCode> {
     }
     let rewards: Vec<f64> = scored.iter().filter_map(|s| s.reward).collect();
     let mean = rewards.iter().sum::<f64>() / rewards.len().max(1) as f64;
-    eprintln!(
+    notice!(
         "valor: mean reward {mean:.3} of {} replies, {} without a reward (a verdict is missing)",
         rewards.len(),
         scored.len() - rewards.len()
     );
     for (name, usage) in chats.usage() {
-        eprintln!("valor: endpoint {name}: {}", serde_json::to_string(&usage)?);
+        notice!("valor: endpoint {name}: {}", serde_json::to_string(&usage)?);
     }
     Ok(all_heard(scored.iter().filter(|s| s.silence().is_some()).count()))
 }
@@ -157,10 +187,10 @@ fn tell(out: &mut impl Write, i: usize, question: &str, s: &Scored) -> std::io::
     for (head, verdict) in &s.heads {
         write!(out, " {} {:<8}", head.word(), word(verdict.ok))?;
     }
-    writeln!(out, " {question}")?;
+    writeln!(out, " {}", shown(question))?;
     let mut why = |head: &str, text: &str| {
-        let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(300).collect();
-        writeln!(out, "      {head}: {}", text.trim())
+        let text: String = text.chars().map(|c| if c == '\n' { ' ' } else { c }).take(300).collect();
+        writeln!(out, "      {head}: {}", shown(text.trim()))
     };
     if let Some(e) = &s.format_error {
         why("format", e)?;
@@ -194,7 +224,11 @@ fn audit(args: &AuditArgs) -> Result<ExitCode> {
     let judge = Judge::new(chats.verifier()?, &config.verifier)?;
     let bar = bar(cases.len())?;
     let asks: Vec<Ask> = cases.iter().map(Labelled::ask).collect();
-    let verdicts = judge.verdicts(&asks, |n| bar.inc(n as u64))?;
+    let mut pulse = Pulse::default();
+    let verdicts = judge.verdicts(&asks, |n| {
+        bar.inc(n as u64);
+        pulse.beat(&bar);
+    })?;
     bar.finish_and_clear();
     if let Some(path) = &args.out {
         write_atomic(path, |w| {
@@ -205,7 +239,7 @@ fn audit(args: &AuditArgs) -> Result<ExitCode> {
     }
     let report = Audit::new(&cases, &verdicts);
     let code = all_heard(verdicts.iter().filter(|v| v.silent).count());
-    let mut out = std::io::stdout().lock();
+    let mut out = super::stdout();
     if args.json {
         writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
         return Ok(code);
@@ -233,7 +267,7 @@ fn audit(args: &AuditArgs) -> Result<ExitCode> {
     if !report.objected.is_empty() {
         writeln!(out, "\nobjected to, of cases with the mistake:")?;
         for (name, share) in &report.objected {
-            writeln!(out, "{name:<26} {share}  n {}", share.n)?;
+            writeln!(out, "{:<26} {share}  n {}", shown(name), share.n)?;
         }
     }
     Ok(code)

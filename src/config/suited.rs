@@ -132,7 +132,7 @@ mod tests {
             write(&format!("{name}/adapter_config.json"), &text)
         };
         let (on_ours, on_theirs) = (adapter("a", &ours), adapter("b", &theirs));
-        for model in [&ours, &on_ours, &adapter("c", "embedded-base"), "runs/none"] {
+        for model in [&ours, &on_ours, &adapter("c", "embedded-base"), "runs/none/model"] {
             assert_eq!(of(model), rooms, "{model}");
         }
         let file = format!("{theirs}/config.json");

@@ -70,7 +70,11 @@ impl Iterator for Lines {
 
     fn next(&mut self) -> Option<Self::Item> {
         let line = self.line().transpose()?;
-        Some(line.map(|l| serde_json::from_slice(&l).map_err(|e| format!("is no JSON object: {e}"))))
+        Some(line.map(|l| {
+            // As some editors put before the first.
+            let l = l.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&l);
+            serde_json::from_slice(l).map_err(|e| format!("is no JSON object: {e}"))
+        }))
     }
 }
 
@@ -88,5 +92,7 @@ mod tests {
             assert_eq!(lines.rows(), Ok(rows));
             assert_eq!(lines.filter(|l| l.as_ref().unwrap().is_ok()).count(), objects);
         }
+        std::fs::write(&path, "\u{feff}{\"a\": 1}\n").unwrap();
+        assert!(Lines::open(&path, 100).unwrap().all(|l| l.unwrap().is_ok()));
     }
 }

@@ -14,6 +14,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::hash::Hash;
 use std::path::{Path, PathBuf};
 
+use crate::text::without_bom;
 use crate::tools::{BBox, Picture, bbox};
 use rayon::prelude::*;
 
@@ -165,8 +166,9 @@ impl Boxes {
         let subfolders = subfolders(path);
         let text =
             std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let text = without_bom(&text);
         if path.extension().is_some_and(|e| e == "json") {
-            let (labels, records) = coco(&text).with_context(|| path.display().to_string())?;
+            let (labels, records) = coco(text).with_context(|| path.display().to_string())?;
             return Ok(Self { labels, records: merged(records), folder, subfolders });
         }
         let labels = LabelMap::read(&folder.join("label_map.json"))?;

@@ -1,5 +1,6 @@
 //! Pictures with questions, as JSON lines {"image", "question"}.
 
+use crate::text::without_bom;
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -27,7 +28,7 @@ pub fn by_picture(path: &Path) -> Result<Vec<Asked>> {
     let folder = path.parent().unwrap_or(Path::new(""));
     let mut all: Vec<Asked> = Vec::new();
     let mut places = std::collections::HashMap::new();
-    for (line, number) in text.lines().zip(1..).filter(|(l, _)| !l.trim().is_empty()) {
+    for (line, number) in without_bom(&text).lines().zip(1..).filter(|(l, _)| !l.trim().is_empty()) {
         let named = || format!("{}, line {number}", path.display());
         let q: Query = serde_json::from_str(line)
             .with_context(|| format!("{}: expected {{\"image\", \"question\"}}", named()))?;
@@ -60,6 +61,8 @@ mod tests {
         let short: Vec<_> = got.iter().map(|a| (a.image.as_str(), a.questions.join(" "))).collect();
         assert_eq!(short, [("a", "x? z?".to_owned()), ("b", "y?".to_owned())]);
         assert_eq!(got[0].path, dir.path().join("a"));
+        std::fs::write(&path, "\u{feff}".to_owned() + &line("a", "x?")).unwrap();
+        assert_eq!(by_picture(&path).unwrap()[0].questions, ["x?"]);
         std::fs::write(&path, line("a", "x?") + "{}\n").unwrap();
         assert!(format!("{:#}", by_picture(&path).unwrap_err()).contains("line 2"));
         std::fs::write(&path, line("a", " ")).unwrap();

@@ -6,6 +6,7 @@ use super::template::ChatTemplate;
 use super::tokenizer::Tokenizer;
 use super::{ChatError, Message};
 use crate::models::qwen3_vl::{Grid, Pictures, Processor};
+use crate::weights::message_of;
 
 /// Tokenizer, template and, for models that take pictures, the processor.
 pub struct ChatFormat {
@@ -51,7 +52,7 @@ impl ChatFormat {
         let Some((processor, token)) = &self.pictures else {
             return Err(ChatError::Request("this model takes no pictures".into()));
         };
-        let pictures = processor.process(&images, device).map_err(|e| ChatError::Request(e.to_string()))?;
+        let pictures = processor.process(&images, device).map_err(|e| ChatError::Request(message_of(&e)))?;
         let ids = expand(&ids, *token, &pictures.grids, processor.merge_size)?;
         Ok(Prompt { ids, pictures: Some(pictures) })
     }
@@ -121,6 +122,14 @@ mod tests {
         let f = ChatFormat { template: ChatTemplate::new("{{ messages|length }}").unwrap(), ..format() };
         let e = f.prompt(&[Message::user("?").with_images(vec![RgbImage::new(8, 8)])], &Device::Cpu);
         assert!(e.unwrap_err().to_string().contains("0 picture tokens"));
+    }
+
+    /// Whatever the environment asks for.
+    #[test]
+    fn a_picture_that_does_not_fit_is_one_line() {
+        let thin = Message::user("<|image_pad|>").with_images(vec![RgbImage::new(3000, 1)]);
+        let e = format().prompt(&[thin], &Device::Cpu).unwrap_err().to_string();
+        assert!(e.lines().count() == 1 && !e.contains("candle_core::"), "{e}");
     }
 
     #[test]

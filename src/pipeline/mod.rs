@@ -43,13 +43,8 @@ impl Models {
 
     /// Part and model, for notices and reports.
     pub fn names(&self) -> [(&'static str, &str); 4] {
-        let p = &self.perception;
-        [
-            ("planner", self.planner.model.name()),
-            ("detector", p.detector.name()),
-            ("depth", p.depth.name()),
-            ("vlm", p.vlm.name()),
-        ]
+        let [detector, depth, vlm] = self.perception.names();
+        [("planner", self.planner.model.name()), detector, depth, vlm]
     }
 }
 

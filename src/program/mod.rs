@@ -180,7 +180,7 @@ kinds! {
     Denied => "denied",
     /// Python that this executor does not run.
     Unsupported => "unsupported",
-    /// Asked to end the process.
+    /// Ended itself where it may not, or before there was an answer.
     Exit => "exit",
     /// The worker died.
     Crash => "crash",

@@ -442,7 +442,10 @@ impl Run<'_> {
             _ => ErrorKind::Error,
         };
         if kind == ErrorKind::NoAnswer {
-            return ProgramError::no_answer();
+            return match self.prepared.exits {
+                true => ProgramError::new(ErrorKind::Exit, "it ended before final_answer was set"),
+                false => ProgramError::no_answer(),
+            };
         }
         let name = exc.exc_type().to_string();
         let mut error = ProgramError::new(kind, exc.message().unwrap_or_default().to_owned());

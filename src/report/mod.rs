@@ -1,5 +1,6 @@
 //! Records made visible: one self-contained HTML page for an answered question, and the pictures in it;
-//! one for a training run ([`training`]), and one for a run on benches ([`benches`]).
+//! one for a training run ([`training`]), and one for a run on benches ([`benches`]). And where a run
+//! stands, told in a log ([`pulse`]).
 //!
 //! Reads traces only. Everything in a trace that came from a model, a program or a file name is a
 //! stranger's text: it is escaped, and the page's own policy forbids scripts and requests.
@@ -7,6 +8,7 @@
 pub mod benches;
 pub mod mining;
 pub mod pictures;
+pub mod pulse;
 pub mod tensorboard;
 pub mod training;
 
@@ -15,6 +17,7 @@ use serde_json::Value;
 use std::fmt::Write;
 
 use crate::models::moge::Depth;
+use crate::text::is_unruly;
 use crate::tools::Picture;
 use crate::tools::draw::COLOURS;
 use pictures::{boxes_of, depth_picture, png};
@@ -107,12 +110,7 @@ pub fn escape(text: &str) -> String {
             '\'' => out.push_str("&#39;"),
             '\n' | '\t' => out.push(c),
             // Others would end or reorder lines.
-            c if c.is_control()
-                || ('\u{202a}'..='\u{202e}').contains(&c)
-                || ('\u{2066}'..='\u{2069}').contains(&c) =>
-            {
-                out.push('\u{fffd}');
-            }
+            c if is_unruly(c) => out.push('\u{fffd}'),
             c => out.push(c),
         }
     }

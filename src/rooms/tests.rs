@@ -116,7 +116,7 @@ fn correct_programs_answer_every_question_and_families_are_balanced() {
             unseen += usize::from(question.held_out);
             views += usize::from(last.replace(view.seed) != Some(view.seed));
         }
-        eprintln!("{look:?}: {views} views, {unseen} unseen, {per_family:?}, no/yes {yes:?}");
+        notice!("{look:?}: {views} views, {unseen} unseen, {per_family:?}, no/yes {yes:?}");
         assert!(views >= 200);
         for family in Family::ALL {
             let n = per_family.get(family).copied().unwrap_or(0);
@@ -156,9 +156,9 @@ fn the_base_planner_is_wrong_on_at_least_four_families() {
     let rate = |[right, all]: [usize; 2]| right as f64 / all as f64;
     let total = right.values().fold([0, 0], |t, c| [t[0] + c[0], t[1] + c[1]]);
     for (family, counts) in &right {
-        eprintln!("{:<15} {:.2} of {}", family.text(), rate(*counts), counts[1]);
+        notice!("{:<15} {:.2} of {}", family.text(), rate(*counts), counts[1]);
     }
-    eprintln!("total           {:.3} of {}", rate(total), total[1]);
+    notice!("total           {:.3} of {}", rate(total), total[1]);
     // Of one who imitates perfectly; a trained planner slips besides (63.6 % where this is 70 %), and
     // its own figure, by `eval --bench rooms --planner base`, is to be below 70 %.
     assert!((0.45..0.75).contains(&rate(total)), "{total:?}");
@@ -167,7 +167,7 @@ fn the_base_planner_is_wrong_on_at_least_four_families() {
     let with_mistake =
         (0..n).filter(|_| !base_mistakes(&super::demos::training_question(&mut r).0, &mut r).is_empty());
     let share = with_mistake.count() as f64 / f64::from(n);
-    eprintln!("demonstrations with a mistake: {share:.3}");
+    notice!("demonstrations with a mistake: {share:.3}");
     assert!((0.28..0.45).contains(&share), "{share}");
 }
 
@@ -226,7 +226,7 @@ fn verifier_samples_are_mixed_and_withhold_one_mistake() {
         assert!(!sample.plan.contains("by the depth of"), "{}", sample.plan);
         assert!(!sample.program.contains("size_a = depth("), "{}", sample.program);
     }
-    eprintln!("objections and consents by head: {counts:?}");
+    notice!("objections and consents by head: {counts:?}");
     for (head, [no, yes]) in counts {
         let share = no as f64 / (no + yes) as f64;
         assert!((0.4..0.6).contains(&share), "{head:?}: {share}");

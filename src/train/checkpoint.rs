@@ -3,8 +3,8 @@
 //! A checkpoint is filled in a temporary folder beside the others; every file is synced, then a
 //! manifest with their SHA-256 is written last, and the folder is renamed into place. So a kill at any
 //! moment leaves the earlier ones as they were and, at worst, a temporary folder, which the next run
-//! sweeps. Resuming takes the newest whose manifest holds. Not protected against: two runs in one
-//! folder, and someone who forges files and manifest.
+//! sweeps. Resuming takes the newest whose manifest holds. Two runs in one folder are kept apart by who
+//! starts them ([`crate::files::Held`]). Not protected against: someone who forges files and manifest.
 
 use crate::files::write_atomic;
 use anyhow::{Context, Result, ensure};

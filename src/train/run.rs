@@ -11,6 +11,7 @@ use super::Broken;
 use super::checkpoint::Checkpoints;
 use crate::files::{Lazy, sweep, write_atomic, write_tensors};
 use crate::nn::Params;
+use crate::report::pulse::Pulse;
 use anyhow::ensure;
 use candle_core::{Device, Tensor};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -20,7 +21,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 pub type Metrics = Map<String, Value>;
 
@@ -50,32 +51,8 @@ pub fn check_folder(dir: &Path, begun: impl FnOnce() -> bool) -> anyhow::Result<
 /// A line for people beside a progress bar; where there is no terminal for the bar, on its own.
 pub fn say(bar: &ProgressBar, line: &str) {
     match bar.is_hidden() {
-        true => eprintln!("{line}"),
+        true => notice!("{line}"),
         false => bar.println(line),
-    }
-}
-
-/// Says now and then where a run stands, for a log that no bar is drawn into.
-pub struct Pulse {
-    last: Instant,
-}
-
-impl Default for Pulse {
-    fn default() -> Self {
-        Self { last: Instant::now() }
-    }
-}
-
-impl Pulse {
-    const EVERY: Duration = Duration::from_secs(60);
-
-    pub fn beat(&mut self, bar: &ProgressBar) {
-        if bar.is_hidden() && self.last.elapsed() >= Self::EVERY {
-            self.last = Instant::now();
-            let (at, of) = (bar.position(), bar.length().unwrap_or(0));
-            let left = bar.eta().as_secs().div_ceil(60);
-            eprintln!("{} {at}/{of}, about {left} min left, {}", bar.prefix(), bar.message());
-        }
     }
 }
 
@@ -108,7 +85,7 @@ pub fn train(trainee: &mut dyn Trainee, options: &RunOptions) -> anyhow::Result<
     let checkpoints = Checkpoints::open(&options.dir.join(CHECKPOINTS), options.keep)?;
     let log = options.dir.join("metrics.jsonl");
     let mut start = 0;
-    let said = |why: &str| eprintln!("valor: passed over a checkpoint: {why}");
+    let said = |why: &str| notice!("valor: passed over a checkpoint: {why}");
     if let Some(newest) = checkpoints.newest(said)? {
         if !options.resume {
             anyhow::bail!(

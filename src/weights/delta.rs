@@ -17,6 +17,8 @@ const SCALE: &str = ".scale";
 /// What stands for no difference.
 const ZERO: f64 = 128.;
 const MOST: f64 = 127.;
+/// Problems that are told one by one. Of another model's tensors none fits, and each would be one.
+const TOLD: usize = 3;
 
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -43,7 +45,7 @@ pub fn between(base: &Checkpoint, tuned: &Checkpoint) -> Result<HashMap<String, 
         other.extend(
             before.iter().filter(|(n, _)| !after.contains_key(*n)).map(|(n, _)| format!("{n} is missing")),
         );
-        let problems = format!("not the tensors of {}: {}", base.name, super::summary(&other));
+        let problems = format!("not the tensors of {}: {}", base.name, super::summary_of(&other, TOLD));
         return Err(WeightsError::Unreadable { path: tuned.name.clone(), message: problems });
     }
     let fail = |source| WeightsError::Network { path: tuned.name.clone(), source };
@@ -115,7 +117,8 @@ impl Changed {
             }
         }
         if !problems.is_empty() {
-            return Err(WeightsError::Mismatch { path: path.into(), problems: super::summary(&problems) });
+            let problems = super::summary_of(&problems, TOLD);
+            return Err(WeightsError::Mismatch { path: path.into(), problems });
         }
         Ok(Self { base, changes: changes.into(), changed })
     }
@@ -222,6 +225,10 @@ mod tests {
             let e = folders(dir.path(), &wrong).err().unwrap();
             assert!(e.contains(wanted), "{e}");
         }
+        let mut wrong = changes();
+        wrong.extend((0..9).map(|i| (format!("d.{i}"), numbers(&[2], 0.))));
+        let e = folders(dir.path(), &wrong).err().unwrap();
+        assert!(e.matches("none of the base's").count() == 3 && e.ends_with("; and 6 more"), "{e}");
         let mut wrong = changes();
         wrong.insert("a.bias".into(), numbers(&[5], 0.));
         let e = folders(dir.path(), &wrong).unwrap().tensors().err().unwrap().to_string();

@@ -384,10 +384,13 @@ fn shards(index: &Path) -> Result<Vec<PathBuf>, String> {
 
 /// The first problems in full, the rest counted.
 fn summary(problems: &[String]) -> String {
-    const SHOWN: usize = 12;
-    let mut s = problems.iter().take(SHOWN).map(String::as_str).collect::<Vec<_>>().join("; ");
-    if problems.len() > SHOWN {
-        s.push_str(&format!("; and {} more", problems.len() - SHOWN));
+    summary_of(problems, 12)
+}
+
+fn summary_of(problems: &[String], shown: usize) -> String {
+    let mut s = problems.iter().take(shown).map(String::as_str).collect::<Vec<_>>().join("; ");
+    if problems.len() > shown {
+        s.push_str(&format!("; and {} more", problems.len() - shown));
     }
     s
 }

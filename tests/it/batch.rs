@@ -1,5 +1,6 @@
 //! `valor infer` beyond one plain question: many at once, stdin, pages, repair and votes.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -53,6 +54,10 @@ fn many_questions_are_answered_as_each_alone_and_not_twice() {
         assert_eq!(all[i]["error"]["kind"], "picture");
         assert!(all[i]["error"]["message"].as_str().unwrap().contains(name));
     }
+    // Whatever came of it, a row has every key.
+    let keys = |row: &Value| -> BTreeSet<String> { row.as_object().unwrap().keys().cloned().collect() };
+    assert!(all.iter().all(|row| keys(row) == keys(&all[0])), "{:?} {:?}", keys(&all[0]), keys(&all[1]));
+    assert_eq!((&all[1]["calls"], &all[1]["reply"]), (&json!([]), &Value::Null));
     for i in [0, 2, 3] {
         let seed = lines[i]["seed"].to_string();
         let alone = infer(&[DEMO, lines[i]["question"].as_str().unwrap(), "--seed", &seed, "--json"]);
@@ -72,6 +77,15 @@ fn many_questions_are_answered_as_each_alone_and_not_twice() {
         assert_eq!((&a["answer"], &a["program"], &a["index"]), (&b["answer"], &b["program"], &b["index"]));
     }
     assert!(stderr(&infer(&args)).contains("3 of 5 are answered, 2 failed (left so)"));
+    // A last row that lacks its line's end alone is one, and is given it.
+    let whole = std::fs::read_to_string(&out).unwrap();
+    std::fs::write(&out, whole.trim_end()).unwrap();
+    assert!(stderr(&infer(&args)).contains("3 of 5 are answered, 2 failed (left so)"));
+    assert_eq!(std::fs::read_to_string(&out).unwrap(), whole);
+    let two = whole.match_indices('\n').nth(2).unwrap().0;
+    std::fs::write(&out, &whole[..two]).unwrap();
+    assert!(stderr(&infer(&args)).contains("2 of 5 are answered, 1 failed (left so)"));
+    assert_eq!(rows(&out).len(), 5);
     // Another batch's rows are not mixed in.
     std::fs::write(&batch, text.replace("Is there a table?", "Is there a vase?")).unwrap();
     let mixed = infer(&args);

@@ -569,6 +569,7 @@ fn rooms_through_the_runner_are_the_rooms_of_before() {
         std::fs::read_to_string(&rows).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect();
     let now = samples(&out);
     assert_eq!(now.len(), 24);
+    assert_eq!(results(&out)["settings"]["sources"]["rooms"], format!("{} studio", valor::rooms::VERSION));
     for (a, b) in before.iter().zip(&now) {
         for key in ["index", "question", "truth", "answer", "reply", "seed"] {
             assert_eq!(a[key], b[key], "{key} of {}", a["index"]);
@@ -745,14 +746,18 @@ fn a_judge_that_answers_nothing_more_ends_the_run_and_takes_no_answer_with_it() 
 /// Nor is a verifier's silence a wrong verdict of its.
 #[test]
 fn a_verifiers_silence_counts_nowhere_and_is_told() {
-    let run = |act: Act| {
+    let run = |act: Act, form: &[&str]| {
         let server = Server::start([act]);
         let url = format!("endpoints.s.base_url={}", server.url);
-        let args = ["--bench", "rooms-verifier", "--n", "3", "--scenes", "2", "--json", "--set", &url];
+        let args = ["--bench", "rooms-verifier", "--n", "3", "--scenes", "2", "--set", &url];
         let sets = ["--set", "endpoints.s.model=m", "--set", "endpoints.s.tries=1"];
-        eval(&[&args[..], &sets, &["--set", "verifier.model=endpoint:s"]].concat())
+        eval(&[&args[..], &sets, &["--set", "verifier.model=endpoint:s"], form].concat())
     };
-    let done = run(Act::Status(503, "", "{}".into()));
+    let busy = || Act::Status(503, "", "{}".into());
+    let table = run(busy(), &[]);
+    let table = text(&table.stdout);
+    assert!(table.contains("balanced") && table.contains('–') && !table.contains("NaN"), "{table}");
+    let done = run(busy(), &["--json"]);
     let error = text(&done.stderr);
     assert!(done.status.code() == Some(1) && error.contains("kept silent about"), "{error}");
     let report: Value = serde_json::from_slice(&done.stdout).unwrap();
@@ -765,11 +770,11 @@ fn a_verifiers_silence_counts_nowhere_and_is_told() {
         assert_eq!((&head["passed"]["n"], &head["objected"]["n"]), (&json!(0), &json!(0)), "{head}");
         assert_eq!(head["unreadable"], 0);
     }
-    let done = run(Act::Status(401, "", "{}".into()));
+    let done = run(Act::Status(401, "", "{}".into()), &["--json"]);
     let error = text(&done.stderr);
     assert!(done.status.code() == Some(1) && error.contains("refuses the key"), "{error}");
     // One that cannot be read is the verifier's fault.
-    let done = run(Act::Reply("who knows".into()));
+    let done = run(Act::Reply("who knows".into()), &["--json"]);
     assert_eq!(done.status.code(), Some(0), "{}", text(&done.stderr));
 }
 
@@ -883,6 +888,7 @@ fn the_vlm_can_answer_alone() {
     let done = eval(&[&args[..], &sets[..]].concat());
     assert_eq!(done.status.code(), Some(0), "{}", text(&done.stderr));
     assert_figures(&results(&out), "countbench", "", (3, 1. / 3., 1. / 3.));
+    assert_eq!(results(&out)["settings"]["tools"], Value::Null);
     let content = &server.heard()[0].body["messages"][0]["content"];
     assert!(
         content.to_string().contains("How many") && content.to_string().contains("image_url"),

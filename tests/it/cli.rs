@@ -112,6 +112,15 @@ fn usage() {
         misused(args, "required");
         assert!(stderr(&run(args)).contains(either), "{}", stderr(&run(args)));
     }
+    // A question may begin with a dash; what else does so is an option.
+    refused(&["infer", "/no/such.png", "-5 beds?"], &["/no/such.png"]);
+    refused(&["infer", "/no/such.png", "--jsn"], &["--jsn: is neither an option of infer nor a question"]);
+    misused(&["infer", "a.png", "Why?", "--jsn"], "--jsn");
+    misused(&["infer", "a.png", "Why?", "--seed", "-1"], "-1");
+    misused(&["infer", "a.png", "--seed", "-1", "Why?"], "-1");
+    misused(&["infer", "--batch", "x", "--out", "y", "--json"], "cannot be used with");
+    misused(&["infer", "a.png", "Why?", "--greedy", "--vote", "3"], "cannot be used with");
+    misused(&["make-queries", "-n", "3"], "required");
     misused(&["make-queries", "--images", "x", "--from", "vsr"], "cannot be used with");
     misused(&["make-queries", "--images", "x", "--pull"], "cannot be used with");
     misused(&["make-queries", "--images", "x", "--data", "y"], "cannot be used with");
@@ -137,6 +146,28 @@ fn program_answers_stand_on_stdout() {
     assert_eq!(program("count.py", &[]), "2\n");
     assert_eq!(program("word.py", &[]), "two chairs\n");
     assert_eq!(program("word.py", &["--json"]), "{\"answer\":\"two chairs\"}\n");
+}
+
+/// A program is a stranger's: what it says commands no terminal, and is one line.
+#[test]
+fn what_programs_say_is_shown_as_text() {
+    let dir = programs(&[
+        ("raises.py", "raise ValueError('\\x1b[31mred\\x1b[0m\\rX\\na\\u202eb')\n"),
+        ("answers.py", "final_answer = '\\x1b[31mred\\nand\\x9b more'\n"),
+        ("lists.py", "final_answer = ['\\x7f\\u2066']\n"),
+    ]);
+    let scene = shown(&dir, "scene.json");
+    let program = |file: &str| {
+        let output = run(&["program", "run", &shown(&dir, file), "--scene", &scene]);
+        (output.status.code(), stdout(&output).to_owned(), stderr(&output).to_owned())
+    };
+    let (code, answer, error) = program("raises.py");
+    assert_eq!((code, &*answer), (Some(1), ""));
+    assert!(error.ends_with(": \\x1b[31mred\\x1b[0m\\rX\\na\\u{202e}b\n"), "{error:?}");
+    assert_eq!(error.lines().count(), 1, "{error:?}");
+    let answered = |said: &str| (Some(0), format!("{said}\n"), String::new());
+    assert_eq!(program("answers.py"), answered("\\x1b[31mred\\nand\\x9b more"));
+    assert_eq!(program("lists.py"), answered("[\"\\x7f\\u{2066}\"]"));
 }
 
 #[test]
@@ -205,11 +236,25 @@ fn nobody_reading_is_no_error() {
 fn correct_programs_on_exact_tools_are_always_right() {
     let dir = tempfile::tempdir().unwrap();
     let records = shown(&dir, "records.jsonl");
-    let output = run(&["eval", "--bench", "rooms", "--n", "40", "--seed", "5", "--json", "--out", &records]);
+    let output = run(&["eval", "--bench", "rooms", "-n", "40", "--seed", "5", "--json", "--out", &records]);
     assert!(output.status.success(), "{}", stderr(&output));
+    assert!(stderr(&output).contains("valor: stored programs, exact tools\n"), "{}", stderr(&output));
     let report: Value = serde_json::from_str(stdout(&output)).unwrap();
     let all = report["rows"].as_array().unwrap().iter().find(|r| r["family"] == "all").unwrap();
     assert_eq!((&all["all"]["hits"], &all["all"]["n"]), (&json!(40), &json!(40)), "{report}");
+    // With what it takes to measure it again.
+    for (key, value) in [
+        ("bench", json!("rooms")),
+        ("look", json!("studio")),
+        ("seed", json!(5)),
+        ("n", json!(40)),
+        ("tools", json!("oracle")),
+        ("planner", json!("stored")),
+        ("models", json!({})),
+        ("failures", json!({})),
+    ] {
+        assert_eq!(report[key], value, "{key}: {report}");
+    }
     let records = lines(Path::new(&records));
     assert_eq!(records.len(), 40);
     assert!(records.iter().all(|r| r["correct"] == true));
@@ -373,6 +418,8 @@ fn infer_gives_what_eval_scores() {
         "--json",
     ]);
     assert!(eval.status.success(), "{}", stderr(&eval));
+    let told = stderr(&eval);
+    assert!(told.contains("valor: models: planner: ") && told.contains(", vlm: "), "{told}");
     for row in lines(Path::new(&out)) {
         let (picture, seed) = (format!("{pictures}/{}.png", row["index"]), row["seed"].to_string());
         let infer = run(&["infer", &picture, row["question"].as_str().unwrap(), "--seed", &seed, "--json"]);

@@ -1,5 +1,7 @@
 //! The integration tests, one binary: `cargo test --release parity` runs the part against PyTorch.
 
+#![allow(clippy::print_stderr)]
+
 mod batch;
 mod benches;
 mod cli;
@@ -9,6 +11,7 @@ mod faults;
 mod hub;
 mod infer;
 mod llm;
+mod outputs;
 mod parity;
 mod refused;
 mod results;

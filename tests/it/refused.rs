@@ -94,6 +94,17 @@ fn what_was_never_trained_is_not_exported_and_leaves_no_folder() {
     assert_eq!(names(&dir), [""; 0]);
 }
 
+/// Of several models some may be begun; where none is, another folder was meant.
+#[test]
+fn pretraining_that_was_never_begun_is_not_gone_on_with() {
+    let dir = tempfile::tempdir().unwrap();
+    let (runs, out) = (path(&dir, "runs"), path(&dir, "out"));
+    let args = ["rooms", "pretrain", "--resume", "--runs", &runs, "--out", &out];
+    refused(&args, &["no run in", "runs; check --runs, or leave out --resume"]);
+    refused(&[&args[..], &["--only", "depth"]].concat(), &["no run in", "runs/depth; check --runs"]);
+    assert_eq!(names(&dir), [""; 0]);
+}
+
 #[test]
 fn precision_is_not_measured_without_boxes() {
     let dir = tempfile::tempdir().unwrap();
@@ -118,6 +129,64 @@ fn what_rooms_are_made_by_says_nothing_to_a_files_pictures() {
             &[option, "says nothing to --bench detection"],
         );
     }
+}
+
+/// An option says something, or is refused by its name.
+#[test]
+fn what_says_nothing_to_stored_programs_or_to_a_vlm_alone_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = path(&dir, "run");
+    let planning = [&["--greedy"][..], &["--vote", "3"], &["--repair", "1"], &["--prompt", "general"]];
+    for option in planning {
+        let says =
+            format!("{} says nothing to stored programs; give --planner base or configured", option[0]);
+        for to in [&["--n", "2"][..], &["--planner", "stored"], &["--out", &out]] {
+            refused(&[&["eval"][..], option, to].concat(), &[&says]);
+        }
+    }
+    let more = [&["--tools", "oracle"][..], &["--planner", "base"], &["--executor", "embedded"]];
+    for option in planning.into_iter().chain(more) {
+        let says = format!("{} says nothing to --method direct", option[0]);
+        refused(&[&["eval", "--method", "direct", "--out", &out][..], option].concat(), &[&says]);
+    }
+    refused(
+        &["eval", "--planner-only", "--planner", "stored", "--out", &out],
+        &["--planner stored says nothing to --planner-only"],
+    );
+    for to in [&["--out", &out][..], &[]] {
+        let args = [&["eval", "--bench", "rooms-depth,rooms-vlm"][..], to].concat();
+        refused(&args, &["rooms-depth is measured by itself"]);
+    }
+    refused(
+        &["models", "verify", "--delete", "data/embedded/planner-tuned"],
+        &["--delete says nothing to data/embedded/planner-tuned", "hub:OWNER/NAME"],
+    );
+    assert_eq!(names(&dir), [""; 0]);
+}
+
+/// As of `--set planner.model`, and before anything is opened.
+#[test]
+fn a_planner_that_cannot_be_is_refused_for_every_bench() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = path(&dir, "run");
+    for to in [&["--n", "1"][..], &["--out", &out], &["--bench", "rooms-verifier"]] {
+        for (planner, says) in [
+            ("endpoint:nope", "planner.model: names an endpoint, and there are none; add [endpoints.nope]"),
+            ("", "planner.model: is empty; name embedded, a folder, a preset or hub:OWNER/NAME"),
+        ] {
+            refused(&[&["eval", "--planner", planner][..], to].concat(), &[says]);
+        }
+    }
+    refused(&["eval", "--planner", "base", "--vote", "1001"], &["inference.samples: 1001 is outside 1…1000"]);
+    assert_eq!(names(&dir), [""; 0]);
+}
+
+#[test]
+fn a_server_is_not_trained() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = path(&dir, "run");
+    let args = ["train-reasoner", "--config", "configs/api.toml", "--dry-run", "--out", &out];
+    refused(&args, &["planner.model: is a server, which cannot be trained; name weights"]);
 }
 
 #[test]

@@ -106,6 +106,11 @@ fn a_run_leaves_a_planner_and_what_it_did() {
     assert_eq!(answer("model"), answer("model/adapter"));
 }
 
+/// How a run goes on that may have been killed before there was anything of it.
+fn resumed(out: &Path) -> &'static [&'static str] {
+    if out.join("config.toml").exists() { &["--resume"] } else { &[] }
+}
+
 #[test]
 fn a_killed_run_goes_on_as_if_it_had_not_been() {
     let dir = tempfile::tempdir().unwrap();
@@ -116,7 +121,7 @@ fn a_killed_run_goes_on_as_if_it_had_not_been() {
     for wait in (0..).map(|i| Duration::from_millis(400 + 350 * i)) {
         sessions += 1;
         assert!(sessions < 60, "it does not come to an end");
-        let mut child = command(&killed, &[], &["--resume"]).spawn().unwrap();
+        let mut child = command(&killed, &[], resumed(&killed)).spawn().unwrap();
         std::thread::sleep(wait);
         child.kill().unwrap();
         if child.wait().unwrap().success() {
@@ -149,7 +154,7 @@ fn killed_at_any_of_twenty_random_moments_a_run_ends_the_same() {
         before_the_end += usize::from(!child.wait().unwrap().success());
         let steps = std::fs::read_dir(killed.join("checkpoints")).map_or(0, |d| d.count());
         eprintln!("killed after {wait:.2?} of {took:.2?}, {steps} checkpoints kept");
-        let o = run(&killed, &[], &["--resume"]);
+        let o = run(&killed, &[], resumed(&killed));
         assert!(o.status.success(), "{wait:?}: {}", stderr(&o));
         assert_eq!(metrics(&killed), metrics(&whole), "{wait:?}");
         assert_eq!(weights(&killed), weights(&whole), "{wait:?}");
@@ -231,6 +236,24 @@ fn a_folder_with_a_run_and_other_settings_are_refused() {
         assert_eq!(o.status.code(), Some(2));
         assert!(stderr(&o).contains("reasoner.objective.kl was 0.01, is 0.5"), "{}", stderr(&o));
     }
+}
+
+#[test]
+fn nothing_is_not_gone_on_with() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("none");
+    for dry in [&["--dry-run"][..], &[]] {
+        let o = run(&out, &["planner.model=/no/planner"], &[&["--resume"][..], dry].concat());
+        assert_eq!((o.status.code(), &*o.stdout), (Some(2), &b""[..]), "{}", stderr(&o));
+        let why = format!("valor: no run in {}; check --out, or leave out --resume\n", out.display());
+        assert_eq!(stderr(&o), why);
+    }
+    assert!(!out.exists());
+    // One that was killed before its first checkpoint begins anew.
+    std::fs::create_dir(&out).unwrap();
+    std::fs::write(out.join("config.toml"), "").unwrap();
+    let o = run(&out, &["planner.model=/no/planner"], &["--resume"]);
+    assert!(stderr(&o).contains("/no/planner"), "{}", stderr(&o));
 }
 
 #[test]
@@ -366,7 +389,7 @@ fn a_dry_run_looks_for_a_servers_key_and_at_what_would_be_gone_on_with() {
     let said = String::from_utf8_lossy(&o.stdout).into_owned();
     assert!(o.status.success() && said.contains(why), "{said}{}", stderr(&o));
     let planned = |out: &Path, sets: &[&str]| {
-        let mut c = command(out, sets, &["--dry-run", "--resume"]);
+        let mut c = command(out, sets, &[&["--dry-run"][..], resumed(out)].concat());
         c.env("VALOR_TEST_JUDGE_KEY", "sk-very-secret-0123456789").output().unwrap()
     };
     let o = planned(&out, &keyed);
@@ -382,6 +405,8 @@ fn a_dry_run_looks_for_a_servers_key_and_at_what_would_be_gone_on_with() {
     let heard = server.heard().len();
     let o = planned(&out, &sets);
     assert!(o.status.success(), "{}", stderr(&o));
+    let said = String::from_utf8_lossy(&o.stdout).into_owned();
+    assert!(said.contains("goes on          at step 1\n"), "{said}");
     for (set, parts) in [
         ("reasoner.objective.kl=0.5", "reasoner.objective.kl was 0.01, is 0.5"),
         ("endpoints.judge.model=other", "verifier was \"m\", is \"other\""),

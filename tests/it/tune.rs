@@ -220,6 +220,13 @@ fn wrong_files_and_settings_are_met_first() {
         &["--overrule", "begun on its boxes as they are"],
     );
     refused(&begun, &[], &[], &["begun holds a training: give --resume"]);
+    // And where nothing has begun, nothing is gone on with.
+    let nowhere = dir.path().join("nowhere");
+    let none = ["no run in ", "/nowhere; check --out, or leave out --resume"];
+    for stage in ["all", "train", "mine"] {
+        refused(&nowhere, &[], &["--resume", "--stage", stage], &none);
+    }
+    assert!(!nowhere.exists());
 }
 
 /// A mining whose verifier is a server that always does the same.

@@ -309,6 +309,17 @@ fn replies_are_scored_from_a_file() {
     assert_eq!((&scored[1]["reward"], &scored[2]["reward"]), (&json!(0.0), &json!(0.0)));
     let out = valor(&["score", path]);
     assert!(stdout(&out).contains("format yes") && stdout(&out).contains("format: "), "{}", stdout(&out));
+    // As infer --batch writes them, and as some editors save them.
+    let text = format!("\u{feff}{}\n", json!({ "question": asked, "reply": { "text": GOOD, "tokens": 9 } }));
+    std::fs::write(&file, &text).unwrap();
+    let out = valor(&["score", path, "--json"]);
+    let scored: Value = serde_json::from_str(stdout(&out)).unwrap_or_default();
+    assert_eq!(scored["format"], json!(true), "{}", String::from_utf8_lossy(&out.stderr));
+    let unplanned = json!({ "question": asked, "reply": null, "error": { "kind": "picture" } });
+    std::fs::write(&file, format!("{text}{unplanned}\n")).unwrap();
+    let out = valor(&["score", path]);
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(out.status.code() == Some(2) && said.contains("line 2: has no \"reply\""), "{said}");
     std::fs::write(&file, "{\"question\": \"Why?\", \"reply\": \"x\"}\n{\"reply\": \"x\"}\n").unwrap();
     let out = valor(&["score", path]);
     let said = String::from_utf8_lossy(&out.stderr).into_owned();

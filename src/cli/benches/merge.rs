@@ -124,7 +124,7 @@ pub(super) fn merge(dirs: &[PathBuf], out: &Path, as_json: bool) -> Result<ExitC
         }
     }
     let (text, all) = text?;
-    std::io::stdout().lock().write_all(text.as_bytes())?;
+    crate::cli::stdout().write_all(text.as_bytes())?;
     let remedy = format!("the run's command without --shard, with --out {}, asks again", out.display());
     Ok(still_open(&all, &remedy).unwrap_or(code(&notes)))
 }
@@ -132,7 +132,7 @@ pub(super) fn merge(dirs: &[PathBuf], out: &Path, as_json: bool) -> Result<ExitC
 /// Writes the shards' samples, in their order, and the pictures that are shown of them.
 fn joined(mut lines: Vec<ShardLines>, order: &[String], out: &Path) -> Result<()> {
     let mut gallery = Gallery::default();
-    let mut failed = None;
+    let (mut failed, mut last) = (None, None);
     write_atomic(&out.join(SAMPLES), |w| {
         loop {
             let first = lines.iter_mut().filter(|l| l.next.is_some()).min_by_key(|l| {
@@ -140,13 +140,16 @@ fn joined(mut lines: Vec<ShardLines>, order: &[String], out: &Path) -> Result<()
                 (*bench, *index)
             });
             let Some(shard) = first else { return Ok(()) };
-            let (_, index, line, record) = shard.next.take().expect("kept only where there is one");
-            writeln!(w, "{line}")?;
-            let from = picture_path(&shard.dir, &record.bench, index);
-            if gallery.takes(&record) && from.is_file() {
-                let to = picture_path(out, &record.bench, index);
-                std::fs::create_dir_all(to.parent().expect("below the folder"))?;
-                std::fs::copy(from, to)?;
+            let (bench, index, line, record) = shard.next.take().expect("kept only where there is one");
+            // What two runs of one shard at once wrote twice counts once.
+            if last.replace((bench, index)) != Some((bench, index)) {
+                writeln!(w, "{line}")?;
+                let from = picture_path(&shard.dir, &record.bench, index);
+                if gallery.takes(&record) && from.is_file() {
+                    let to = picture_path(out, &record.bench, index);
+                    std::fs::create_dir_all(to.parent().expect("below the folder"))?;
+                    std::fs::copy(from, to)?;
+                }
             }
             if let Err(e) = shard.advance(order) {
                 failed = Some(e);

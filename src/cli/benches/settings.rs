@@ -1,6 +1,7 @@
 //! What a run's folder says was asked for: a run goes on only with the same.
 
 use anyhow::{Context, Result};
+use clap::ValueEnum;
 use serde_json::{Value, json};
 
 use super::How;
@@ -73,7 +74,10 @@ pub(super) fn settings(
         .map(|b| {
             let source = match b {
                 Opened::Items(items) => json!(items.source().fingerprint),
-                Opened::Rooms { look, .. } => json!(format!("{} {look:?}", crate::rooms::VERSION)),
+                Opened::Rooms { look, .. } => {
+                    let look = look.to_possible_value().expect("no look is hidden");
+                    json!(format!("{} {}", crate::rooms::VERSION, look.get_name()))
+                }
                 Opened::Refused(..) => Value::Null,
             };
             (b.name().to_owned(), source)
@@ -94,12 +98,18 @@ pub(super) fn settings(
         How::Programs => "given programs",
         How::Direct => "vlm alone",
     };
+    let tools = match tools {
+        // It calls none.
+        _ if how == How::Direct => None,
+        ToolChoice::Real => Some("real"),
+        ToolChoice::Oracle => Some("oracle"),
+    };
     Ok(json!({
         "valor": env!("CARGO_PKG_VERSION"),
         "benches": benches.iter().map(Opened::name).collect::<Vec<_>>(),
         "sources": sources,
         "method": how_named,
-        "tools": if tools == ToolChoice::Real { "real" } else { "oracle" },
+        "tools": tools,
         "n": args.n,
         "seed": args.seed(),
         "shard": args.shard.map(|s| format!("{}/{}", s.number, s.of)),

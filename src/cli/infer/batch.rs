@@ -6,14 +6,19 @@
 //! the picture can be read then, and one to which a server, the planner's or a tool's, gave no reply; a program
 //! that failed would fail again. A server that will answer nothing more ends the run; what it answered before is
 //! finished and written.
+//!
+//! A file of rows is worked on by one process at a time. A pipe, a device and stdout hold nothing to go on
+//! from.
 
 use super::settings::Settings;
 use super::{Query, Reasoner};
-use crate::cli::{appendable, json_lines, writable};
+use crate::cli::{appendable, json_lines, stdout, writable};
 use crate::config::Config;
 use crate::eval::benches::record::NO_REPLY;
-use crate::files::{is_same, write_atomic};
+use crate::files::{Held, is_same};
 use crate::program::Sandbox;
+use crate::report::pulse::Pulse;
+use crate::text::shown;
 use crate::tools::Picture;
 use crate::tools::real::RealTools;
 use anyhow::{Context, Result, bail, ensure};
@@ -59,11 +64,18 @@ pub(super) fn run<'a>(
     load: impl FnOnce() -> Result<(Reasoner<'a>, Sandbox)>,
 ) -> Result<ExitCode> {
     let lines = read(batch)?;
-    ensure!(batch != out && !is_same(batch, out), "--out {} is the file of the questions", out.display());
-    appendable("--out", out)?;
+    ensure!(
+        is_stdout(out) || (batch != out && !is_same(batch, out)),
+        "--out {} is the file of the questions",
+        out.display()
+    );
+    let mut output = Output::open(out)?;
     let folder = batch.parent().unwrap_or(Path::new(""));
     let batch = Batch { lines, folder, seed, settings: Settings::of(config)? };
-    let Held { mut rows, done, again, unanswered } = batch.held(out)?;
+    let Before { mut rows, done, again, unanswered, doubled, unended } = match &output {
+        Output::File(path, held) => batch.before(path, held.as_file())?,
+        Output::Stream(..) | Output::Stdout => Before::default(),
+    };
     let all = batch.lines.len();
     if done > 0 {
         let mut said = format!("{} of {all} are answered", done - again.len() - unanswered);
@@ -75,14 +87,21 @@ pub(super) fn run<'a>(
                 said += &format!(", {n} {what}");
             }
         }
-        eprintln!("valor: {} is there already: {said}", out.display());
+        notice!("valor: {} is there already: {said}", out.display());
     }
-    if !again.is_empty() {
+    if doubled || unended || !again.is_empty() {
         writable("--out", Some(out))?;
+    }
+    if doubled {
+        notice!("valor: what stood twice in {} stands there once now", out.display());
+    }
+    if doubled || unended {
+        output.rewrite(&rows)?;
     }
     let bar = ProgressBar::new(all as u64);
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} eta {eta}")?);
     bar.set_position((done - again.len()) as u64);
+    let mut pulse = Pulse::default();
     let mut failed = unanswered;
     if done < all || !again.is_empty() {
         let (reasoner, mut sandbox) = load()?;
@@ -90,40 +109,42 @@ pub(super) fn run<'a>(
             let (rows, gone) = batch.answer(&reasoner, &mut sandbox, of);
             failed += rows.iter().filter(|row| row["answer"].is_null()).count();
             bar.inc(rows.len() as u64);
+            pulse.beat(&bar);
             (rows.iter().map(Value::to_string).collect(), gone)
         };
+        let kept = matches!(output, Output::File(..));
         let broken_off = |why: &str| {
-            eprintln!(
-                "valor: {why}; what is answered is in {}, the same command asks the rest",
-                out.display()
-            );
+            let why = shown(why);
+            match kept {
+                true => notice!(
+                    "valor: {why}; what is answered is in {}, the same command asks the rest",
+                    out.display()
+                ),
+                false => notice!("valor: {why}; what was answered before is written"),
+            }
             Ok(ExitCode::FAILURE)
         };
         for of in again.chunks(TOGETHER) {
             let (new, gone) = answer(of);
             rows = replaced(&rows, of.iter().copied().zip(new).collect());
-            // The file itself, where it is named by a link.
-            let file = out.canonicalize().with_context(|| out.display().to_string())?;
-            write_atomic(&file, |w| w.write_all(rows.as_bytes()))?;
+            output.rewrite(&rows)?;
             if let Some(why) = gone {
                 return broken_off(&why);
             }
         }
-        let mut file = open(out, rows.len())?;
+        output.cut(rows.len())?;
         let open: Vec<usize> = (done..all).collect();
         for of in open.chunks(TOGETHER) {
             let (new, gone) = answer(of);
             let text: String = new.iter().flat_map(|row| [row.as_str(), "\n"]).collect();
-            file.write_all(text.as_bytes())
-                .and_then(|()| file.sync_data())
-                .with_context(|| out.display().to_string())?;
+            output.add(&text)?;
             if let Some(why) = gone {
                 return broken_off(&why);
             }
         }
     }
     bar.finish_and_clear();
-    eprintln!("valor: {} questions, {failed} of all without an answer", all - done + again.len());
+    notice!("valor: {} questions, {failed} of all without an answer", all - done + again.len());
     Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
@@ -178,8 +199,12 @@ impl Batch<'_> {
         for (k, (line, q)) in lines.iter().zip(&queries).enumerate() {
             let failed = |kind: &str, why: &str| {
                 json!({
-                    "answer": null, "question": q.question, "picture": { "file": q.file },
+                    "answer": null,
                     "error": { "kind": kind, "type": null, "line": null, "message": why },
+                    "question": q.question,
+                    "picture": { "file": q.file, "as": null, "width": null, "height": null },
+                    "plan": null, "program": null, "flags": null, "reply": null, "calls": [], "printed": "",
+                    "executor": null, "seconds": null, "models": null, "seed": null,
                 })
             };
             let reply = pictures[sees[k]].1.as_ref().map(|p| (p, replies.next().expect("one for each")));
@@ -200,24 +225,31 @@ impl Batch<'_> {
         (rows, gone)
     }
 
-    /// Looks at the rows that the output holds. A last one that was not written to its end does not count; a
-    /// file of anything else is refused.
-    fn held(&self, out: &Path) -> Result<Held> {
+    /// Looks at the rows that the output holds. A last one that was not written to its end does not count,
+    /// nor does one that stands there a second time; one that lacks its line's end alone is given it, and a file of
+    /// anything else is refused.
+    fn before(&self, out: &Path, mut file: &File) -> Result<Before> {
         let named = || format!("--out {}", out.display());
-        let text = match std::fs::read_to_string(out) {
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
-            text => text.with_context(named)?,
-        };
-        let whole = text.rfind('\n').map_or(0, |end| end + 1);
+        let mut text = String::new();
+        file.read_to_string(&mut text).with_context(named)?;
+        let mut whole = text.rfind('\n').map_or(0, |end| end + 1);
         // A row begins as an object, and one that is cut off is none.
         let rest = &text[whole..];
-        let cut_off = rest.starts_with('{') && serde_json::from_str::<Value>(rest).is_err();
-        ensure!(rest.is_empty() || cut_off, "{} is not of this batch; name a new file", named());
-        let mut held = Held { rows: text[..whole].to_owned(), done: 0, again: Vec::new(), unanswered: 0 };
+        ensure!(
+            rest.is_empty() || rest.starts_with('{'),
+            "{} is not of this batch; name a new file",
+            named()
+        );
+        let mut before = Before { unended: serde_json::from_str::<Value>(rest).is_ok(), ..Before::default() };
+        if before.unended {
+            whole = text.len();
+        }
         let mut untold = 0;
-        for (i, row) in text[..whole].lines().enumerate() {
+        for (text, number) in text[..whole].lines().zip(1..) {
             let row: Value =
-                serde_json::from_str(row).with_context(|| format!("{}, line {}", out.display(), i + 1))?;
+                serde_json::from_str(text).with_context(|| format!("{}, line {number}", out.display()))?;
+            // Two runs at once, which earlier versions allowed, each wrote it: the first counts.
+            let i = row["index"].as_u64().map_or(before.done, |i| before.done.min(i as usize));
             let same = |l: &&Line| {
                 row["index"] == i
                     && row["question"] == l.question.trim()
@@ -225,12 +257,15 @@ impl Batch<'_> {
             };
             let Some(line) = self.lines.get(i).filter(same) else {
                 bail!(
-                    "--out {}, line {}: answers another question than line {} of the batch; name a new file",
+                    "--out {}, line {number}: answers another question than line {} of the batch; name a new file",
                     out.display(),
-                    i + 1,
                     i + 1
                 )
             };
+            if i < before.done {
+                before.doubled = true;
+                continue;
+            }
             // Rows of earlier versions say nothing of their settings.
             match &row["settings"] {
                 Value::Null => untold += 1,
@@ -238,40 +273,108 @@ impl Batch<'_> {
                     let differ = self.settings.differences(settings, self.seed_of(line));
                     ensure!(
                         differ.is_empty(),
-                        "--out {}, line {}: was answered with other settings ({}); repeat them, or name a new file",
+                        "--out {}, line {number}: was answered with other settings ({}); repeat them, or name a new file",
                         out.display(),
-                        i + 1,
                         differ.join(", ")
                     );
                 }
             }
-            held.done += 1;
+            before.done += 1;
+            before.rows.push_str(text);
+            before.rows.push('\n');
             let passing = match row["error"]["kind"].as_str() {
                 Some("planner" | NO_REPLY) => true,
                 Some("picture") => self.picture(line).is_ok(),
                 _ => false,
             };
             match row["answer"].is_null() {
-                true if passing => held.again.push(i),
-                true => held.unanswered += 1,
+                true if passing => before.again.push(i),
+                true => before.unanswered += 1,
                 false => {}
             }
         }
         if untold > 0 {
-            eprintln!("valor: {untold} rows in {} do not say what settings they are of", out.display());
+            notice!("valor: {untold} rows in {} do not say what settings they are of", out.display());
         }
-        Ok(held)
+        Ok(before)
     }
 }
 
 /// What an output holds already.
-struct Held {
-    /// Its whole rows, and their number.
+#[derive(Default)]
+struct Before {
+    /// Its whole rows, each once, and their number.
     rows: String,
     done: usize,
     /// Of rows without an answer those to be tried again, and the number of the others.
     again: Vec<usize>,
     unanswered: usize,
+    /// There are rows that stand there again.
+    doubled: bool,
+    /// The last row lacks the end of its line.
+    unended: bool,
+}
+
+fn is_stdout(out: &Path) -> bool {
+    out.as_os_str() == "-"
+}
+
+/// Where rows go.
+enum Output {
+    /// A file, which is gone on with.
+    File(PathBuf, Held),
+    /// A pipe or a device.
+    Stream(PathBuf, File),
+    Stdout,
+}
+
+impl Output {
+    fn open(out: &Path) -> Result<Self> {
+        if is_stdout(out) {
+            return Ok(Self::Stdout);
+        }
+        appendable("--out", out)?;
+        if out.metadata().is_ok_and(|is| !is.is_file()) {
+            let file = OpenOptions::new().append(true).open(out);
+            return Ok(Self::Stream(out.into(), file.with_context(|| format!("--out {}", out.display()))?));
+        }
+        Ok(Self::File(out.into(), Held::file("--out", out)?))
+    }
+
+    /// Has all rows written anew.
+    fn rewrite(&mut self, rows: &str) -> Result<()> {
+        if let Self::File(path, held) = self {
+            held.rewrite(path, |w| w.write_all(rows.as_bytes()))?;
+        }
+        Ok(())
+    }
+
+    /// Takes away what stands behind the whole rows.
+    fn cut(&self, whole: usize) -> Result<()> {
+        if let Self::File(path, held) = self {
+            held.as_file().set_len(whole as u64).with_context(|| format!("--out {}", path.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Adds rows, which are there to stay then.
+    fn add(&mut self, rows: &str) -> Result<()> {
+        match self {
+            Self::File(path, held) => {
+                let mut file = held.as_file();
+                file.write_all(rows.as_bytes())
+                    .and_then(|()| file.sync_data())
+                    .with_context(|| path.display().to_string())
+            }
+            Self::Stream(path, file) => {
+                file.write_all(rows.as_bytes()).with_context(|| path.display().to_string())
+            }
+            Self::Stdout => {
+                let mut out = stdout();
+                Ok(out.write_all(rows.as_bytes()).and_then(|()| out.flush())?)
+            }
+        }
+    }
 }
 
 /// Rows, with others in place of some.
@@ -296,15 +399,4 @@ fn read(batch: &Path) -> Result<Vec<Line>> {
     let lines: Vec<Line> = lines.into_iter().map(|(_, line)| line).collect();
     ensure!(!lines.is_empty(), "{name} holds no question");
     Ok(lines)
-}
-
-/// Opens the output behind its whole rows.
-fn open(out: &Path, whole: usize) -> Result<File> {
-    if let Some(folder) = out.parent() {
-        std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
-    }
-    let named = || format!("--out {}", out.display());
-    let file = OpenOptions::new().create(true).append(true).open(out).with_context(named)?;
-    file.set_len(whole as u64).with_context(named)?;
-    Ok(file)
 }

@@ -3,15 +3,16 @@
 mod batch;
 mod settings;
 
-use super::{ExecutorArgs, ModelArgs, writable};
+use super::{ExecutorArgs, ModelArgs, planning_sets, writable};
 use crate::config::{Config, EMBEDDED, EMBEDDED_BASE};
 use crate::eval::benches::record::NO_REPLY;
-use crate::files::{is_same, write_atomic};
+use crate::files::{is_one_place, is_same, write_atomic};
 use crate::llm::{ChatError, ChatModels};
 use crate::pipeline::{Answered, Asked, Models, Referee, Run, answer_all, elect, question_seed, sandbox};
 use crate::program::{IMAGE, Sandbox};
 use crate::report;
 use crate::report::pictures::{boxes_of, png};
+use crate::text::shown;
 use crate::tools::Picture;
 use crate::tools::draw::overlay;
 use crate::tools::familiar::Familiar;
@@ -31,17 +32,17 @@ pub struct InferArgs {
     #[arg(required_unless_present = "batch")]
     image: Option<PathBuf>,
     /// The question
-    #[arg(required_unless_present = "batch")]
+    #[arg(required_unless_present = "batch", allow_hyphen_values = true)]
     query: Option<String>,
     /// Answer many: JSON lines {"image", "question"} (and "id", "seed" if wanted); - reads from stdin
     #[arg(long, value_name = "FILE", requires = "out", conflicts_with_all = ["image", "query"])]
     batch: Option<PathBuf>,
     /// Where --batch writes its JSON lines; what stands there already is not answered again, but where the
-    /// picture or a server's reply was missing. Rows of other settings are refused
+    /// picture or a server's reply was missing. Rows of other settings are refused; - writes to stdout
     #[arg(long, value_name = "FILE", requires = "batch", conflicts_with_all = ["image", "query"])]
     out: Option<PathBuf>,
     /// Print answer, plan, program, tool calls, times, models and seed as JSON
-    #[arg(long)]
+    #[arg(long, conflicts_with = "batch")]
     json: bool,
     /// Write one self-contained page: picture with boxes, depth, plan, program with its tool calls
     #[arg(long, value_name = "FILE.html", conflicts_with = "batch")]
@@ -49,8 +50,16 @@ pub struct InferArgs {
     /// Write the picture with the boxes that the detector gave
     #[arg(long, value_name = "FILE.png", conflicts_with = "batch")]
     save_overlay: Option<PathBuf>,
+    /// The planner's most likely reply instead of a sampled one (planner.temperature=0)
+    #[arg(long, conflicts_with = "samples")]
+    greedy: bool,
     /// Ask so many times; the most frequent answer counts (inference.samples)
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1000))]
+    #[arg(
+        long,
+        visible_alias = "vote",
+        value_name = "N",
+        value_parser = clap::value_parser!(u64).range(1..=1000)
+    )]
     samples: Option<u64>,
     /// Give a failed program back to the planner so many times (inference.repairs)
     #[arg(long, value_name = "N")]
@@ -67,8 +76,7 @@ pub struct InferArgs {
 impl InferArgs {
     fn config(&self) -> anyhow::Result<Config> {
         let mut sets = self.executor.sets();
-        sets.extend(self.samples.map(|n| format!("inference.samples={n}")));
-        sets.extend(self.repair.map(|n| format!("inference.repairs={n}")));
+        sets.extend(planning_sets(self.greedy, self.samples, self.repair));
         Ok(self.models.explain(&sets)?.0)
     }
 }
@@ -114,7 +122,7 @@ impl<'a> Reasoner<'a> {
         let load_seconds = started.elapsed().as_secs_f64();
         let names: Vec<String> =
             models.names().iter().map(|(part, name)| format!("{part}: {name}")).collect();
-        eprintln!("valor: models: {}", names.join(", "));
+        notice!("valor: models: {}", names.join(", "));
         Ok((Self { config, chats, models, referee, load_seconds }, sandbox))
     }
 
@@ -220,27 +228,44 @@ pub fn run(args: InferArgs) -> anyhow::Result<ExitCode> {
     if question.is_empty() {
         bail!("the question is empty; ask something, such as \"How many chairs are there?\"")
     }
+    // Questions may begin with a dash; an option with a slip in it is none.
+    if question.starts_with('-') && !question.contains(char::is_whitespace) {
+        bail!("{question}: is neither an option of infer nor a question; see valor infer --help")
+    }
     for (name, path) in [("--report", &args.report), ("--save-overlay", &args.save_overlay)] {
+        if path.as_ref().is_some_and(|path| path.as_os_str() == "-") {
+            bail!("{name} - is no file; name one, such as /dev/stdout")
+        }
         writable(name, path.as_deref())?;
         if path.as_ref().is_some_and(|path| is_same(path, image)) {
             bail!("{name} {} is the picture itself; name another file", image.display())
         }
     }
+    if let (Some(page), Some(drawn)) = (&args.report, &args.save_overlay)
+        && is_one_place(page, drawn)
+    {
+        bail!("--save-overlay {} is the file of --report; name another file", drawn.display())
+    }
     let picture = open(image)?;
     let (reasoner, mut sandbox) = Reasoner::load(&config, &device, &chats)?;
     if let Some(notice) = strange(&config, &picture)? {
-        eprintln!("valor: {notice}");
+        notice!("valor: {notice}");
     }
     let q = Query { file: &image.display().to_string(), question, seed: args.seed };
     let mut tools = [RealTools::new(&reasoner.models.perception, &picture)];
     let (mut replies, gone) = reasoner.answer(&mut sandbox, &[(&q, 0)], &mut tools);
     let Some(reply) = replies.remove(0) else {
-        eprintln!("valor: {}", gone.unwrap_or_default());
+        notice!("valor: {}", shown(&gone.unwrap_or_default()));
         return Ok(ExitCode::FAILURE);
     };
     let run = &reply.runs[reply.chosen];
     tell(run);
     let trace = reasoner.trace(&q, &picture, &reply);
+    // Before the files, for which there may be no room; and they are written though nobody reads the answer.
+    let printed = print(&trace, run, args.json);
+    if let Some(reason) = run.why() {
+        notice!("valor: {}", shown(&reason));
+    }
     if let Some(path) = &args.report {
         let depth = tools[0].depth_map().context("depth for the report")?;
         let page = report::page(&trace, &picture, Some(depth))?;
@@ -250,19 +275,17 @@ pub fn run(args: InferArgs) -> anyhow::Result<ExitCode> {
         let drawn = png(&overlay(&picture, &boxes_of(&trace)))?;
         write_atomic(path, |w| w.write_all(&drawn))?;
     }
-    let mut out = std::io::stdout().lock();
-    if args.json {
-        writeln!(out, "{trace:#}")?;
-    } else if let Some(value) = run.value() {
-        writeln!(out, "{}", report::plain(value))?;
+    printed?;
+    Ok(if run.why().is_none() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn print(trace: &Value, run: &Run, as_json: bool) -> std::io::Result<()> {
+    let mut out = super::stdout();
+    match run.value() {
+        _ if as_json => writeln!(out, "{trace:#}"),
+        Some(value) => writeln!(out, "{}", shown(&report::plain(value))),
+        None => Ok(()),
     }
-    Ok(match run.why() {
-        Some(reason) => {
-            eprintln!("valor: {reason}");
-            ExitCode::FAILURE
-        }
-        None => ExitCode::SUCCESS,
-    })
 }
 
 /// From a file, or from stdin where it is called -.
@@ -278,17 +301,17 @@ fn open(image: &Path) -> anyhow::Result<Picture> {
 /// What went on, for someone who waits.
 fn tell(run: &Run) {
     for (_, why) in &run.earlier {
-        eprintln!("valor: given back to the planner: {why}");
+        notice!("valor: given back to the planner: {}", shown(why));
     }
     if let Some(reply) = &run.reply {
-        eprintln!("valor: the planner wrote {} tokens", reply.new_tokens);
+        notice!("valor: the planner wrote {} tokens", reply.new_tokens);
     }
     if let Some(reply) = run.answered.reply.as_ref().filter(|r| !r.flags.is_empty()) {
         let flags: Vec<String> = reply.flags.iter().map(|f| format!("{f:?}")).collect();
-        eprintln!("valor: the planner's reply is irregular: {}", flags.join(", "));
+        notice!("valor: the planner's reply is irregular: {}", flags.join(", "));
     }
     for call in run.answered.outcome.iter().flat_map(|o| &o.calls) {
-        eprintln!("valor: {} took {:.2} s", call.tool, call.seconds);
+        notice!("valor: {} took {:.2} s", shown(&call.tool), call.seconds);
     }
 }
 
@@ -330,4 +353,29 @@ fn seconds(load: f64, answering: f64, answered: &Answered) -> Value {
     }
     let plan = (answering - program - in_tools).max(0.);
     json!({ "load": load, "plan": plan, "tools": tools, "program": program, "total": load + answering })
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::cli::{Cli, Command};
+    use crate::config::Config;
+    use clap::Parser;
+
+    fn config(more: &[&str]) -> Config {
+        let args = [&["valor", "infer", "a.png", "-5 beds?"][..], more].concat();
+        match Cli::try_parse_from(args).unwrap().command {
+            Command::Infer(args) => args.config().unwrap(),
+            _ => unreachable!("infer was named"),
+        }
+    }
+
+    /// Under the names that they have in `eval` too.
+    #[test]
+    fn options_are_the_settings_that_they_stand_for() {
+        for samples in ["--samples", "--vote"] {
+            let how = config(&[samples, "3", "--repair", "1"]).inference;
+            assert_eq!((how.samples, how.repairs), (3, 1));
+        }
+        assert_eq!(config(&["--greedy"]).planner.temperature, 0.);
+    }
 }

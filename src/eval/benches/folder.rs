@@ -2,7 +2,7 @@
 //!
 //! `settings.json` is written first; `samples.jsonl` grows by whole lines, one a
 //! question in the run's order, and a line that a kill left torn is dropped. A run goes on only under
-//! the settings that it began with.
+//! the settings that it began with, and in one process at a time.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -15,18 +15,24 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::record::each;
-use crate::files::{sweep, write_atomic};
+use crate::files::{Held, sweep, write_atomic};
 
 pub const SETTINGS: &str = "settings.json";
 pub const PICTURES: &str = "pictures";
 
 pub struct Folder {
+    file: File,
+    place: Place,
+}
+
+/// Where a run's files are.
+struct Place {
     dir: PathBuf,
     lines: PathBuf,
-    file: File,
-    /// Whether it is this call's alone, and whether the folder is too.
+    /// Whether all in it is this call's.
     fresh: bool,
-    made: bool,
+    /// Given back last, when nothing more is done to the files.
+    _held: Held,
 }
 
 impl Folder {
@@ -34,7 +40,7 @@ impl Folder {
     /// grows, and `done` hears what stands in it.
     ///
     /// # Errors
-    /// A folder of other settings, or with something else in it.
+    /// A folder of other settings, with something else in it, or in which another process is at work.
     pub fn open<T: DeserializeOwned>(
         dir: &Path,
         settings: &Value,
@@ -45,8 +51,10 @@ impl Folder {
         if dir.exists() && !dir.is_dir() {
             bail!("{} is a file; name a folder", named())
         }
+        // Before anything is looked at, which another process may be writing.
+        let held = Held::folder("--out", dir)?;
         let path = dir.join(SETTINGS);
-        let (fresh, made) = (!path.exists(), !dir.exists());
+        let fresh = !path.exists();
         if !fresh {
             let old = read_json(&path)?;
             if let Some(key) = difference(&old, settings, "") {
@@ -63,30 +71,30 @@ impl Folder {
                 dir.is_dir() && std::fs::read_dir(dir).with_context(named)?.flatten().any(|e| is_shown(&e));
             ensure!(!full, "{} is not empty and holds no run; name a new folder", named());
         }
+        let place = Place { dir: dir.into(), lines: dir.join(lines), fresh, _held: held };
         // Also where they are there: what was refused then may be known now.
         write_atomic(&path, |w| writeln!(w, "{settings:#}"))?;
-        let lines = dir.join(lines);
         let file =
-            OpenOptions::new().create(true).read(true).append(true).open(&lines).with_context(named)?;
-        drop_torn_line(&file, &lines)?;
-        each(&lines, done)?;
-        Ok(Self { dir: dir.into(), lines, file, fresh, made })
+            OpenOptions::new().create(true).read(true).append(true).open(&place.lines).with_context(named)?;
+        drop_torn_line(&file, &place.lines)?;
+        each(&place.lines, done)?;
+        Ok(Self { file, place })
     }
 
     /// Leaves the folder there, though it may hold no record.
     pub fn keep(&mut self) {
-        self.fresh = false;
+        self.place.fresh = false;
     }
 
     pub fn path(&self) -> &Path {
-        &self.dir
+        &self.place.dir
     }
 
     /// One write a line.
     pub fn add(&mut self, record: &impl Serialize) -> Result<()> {
         let mut line = serde_json::to_vec(record)?;
         line.push(b'\n');
-        self.file.write_all(&line).with_context(|| self.lines.display().to_string())?;
+        self.file.write_all(&line).with_context(|| self.place.lines.display().to_string())?;
         self.keep();
         Ok(())
     }
@@ -100,20 +108,21 @@ impl Folder {
         change: impl FnOnce(Vec<T>) -> Result<Vec<T>>,
     ) -> Result<()> {
         let mut all = Vec::new();
-        each(&self.lines, |line| {
+        each(&self.place.lines, |line| {
             all.push(line);
             Ok(())
         })?;
         let all = change(all)?;
-        write_atomic(&self.lines, |w| {
+        write_atomic(&self.place.lines, |w| {
             all.iter().try_for_each(|line| {
                 serde_json::to_writer(&mut *w, line)?;
                 w.write_all(b"\n")
             })
         })?;
         // The file's name stands for another one now.
-        let named = || self.lines.display().to_string();
-        self.file = OpenOptions::new().read(true).append(true).open(&self.lines).with_context(named)?;
+        let lines = &self.place.lines;
+        let named = || lines.display().to_string();
+        self.file = OpenOptions::new().read(true).append(true).open(lines).with_context(named)?;
         Ok(())
     }
 
@@ -124,7 +133,7 @@ impl Folder {
         place: impl Fn(&T) -> P,
     ) -> Result<()> {
         let (mut last, mut sorted) = (None, true);
-        each(&self.lines, |line: T| {
+        each(&self.place.lines, |line: T| {
             let at = Some(place(&line));
             sorted &= last <= at;
             last = at;
@@ -141,21 +150,21 @@ impl Folder {
 
     /// Keeps a picture for the galleries.
     pub fn keep_picture(&self, bench: &str, index: usize, jpeg: &[u8]) -> Result<()> {
-        Ok(write_atomic(&picture_path(&self.dir, bench, index), |w| w.write_all(jpeg))?)
+        Ok(write_atomic(&picture_path(&self.place.dir, bench, index), |w| w.write_all(jpeg))?)
     }
 }
 
-/// Of a run that ended before its first record nothing is left: mended, it may have other settings.
-impl Drop for Folder {
+/// Of a run that ended before its first record nothing is left: mended, it may have other settings. (A folder
+/// that was made for it is empty then, and goes with what holds it.)
+impl Drop for Place {
     fn drop(&mut self) {
         if !self.fresh {
             return;
         }
         let _ = std::fs::remove_file(self.dir.join(SETTINGS));
         let _ = std::fs::remove_file(&self.lines);
-        if self.made {
-            let _ = std::fs::remove_dir(&self.dir);
-        }
+        // A picture comes before its record, for which a full disk has no room.
+        let _ = std::fs::remove_dir_all(self.dir.join(PICTURES));
     }
 }
 
@@ -242,7 +251,9 @@ mod tests {
         let out = dir.path().join("run");
         let settings = json!({ "seed": 1 });
         let open = |settings: &Value| Folder::open(&out, settings, "rows.jsonl", |_: Value| Ok(())).unwrap();
-        drop(open(&settings));
+        let folder = open(&settings);
+        folder.keep_picture("rooms", 0, b"jpeg").unwrap();
+        drop(folder);
         assert!(!out.exists());
         // One that was there stays, and so does what is in it.
         std::fs::create_dir(&out).unwrap();
@@ -258,6 +269,20 @@ mod tests {
         drop(open(&json!({ "seed": 2 })));
         assert!(half.iter().all(|file| !file.exists()));
         assert_eq!(std::fs::read_to_string(out.join("rows.jsonl")).unwrap(), "1\n");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_folder_is_one_processs_at_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("run");
+        let open = || Folder::open(&out, &json!({ "seed": 1 }), "rows.jsonl", |_: Value| Ok(()));
+        let mut folder = open().unwrap();
+        folder.add(&1).unwrap();
+        let e = open().err().unwrap().to_string();
+        assert!(e.contains("--out ") && e.ends_with("run is in use by another valor process"), "{e}");
+        drop(folder);
+        assert!(open().is_ok());
     }
 
     #[test]

@@ -17,6 +17,7 @@ use super::metric::Judged;
 use super::record::{Record, SAMPLES, each};
 use crate::data::Bench;
 use crate::eval::stats::Mean;
+use crate::text::shown;
 
 /// Published accuracies, %, in the order of [`Bench::ALL`].
 pub const PUBLISHED: [(&str, [f64; 8]); 5] = [
@@ -228,7 +229,7 @@ pub fn table(all: &[Summary]) -> String {
             );
         }
         for line in notes(s) {
-            let _ = writeln!(out, "  {}: {line}", s.bench);
+            let _ = writeln!(out, "  {}: {}", s.bench, shown(&line));
         }
     }
     let shown: Vec<(usize, Bench)> =

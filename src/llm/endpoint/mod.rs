@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use crate::config;
 use crate::files::sha256_hex;
+use crate::text::is_unruly;
 use cache::Cache;
 use ledger::Ledger;
 pub use ledger::Usage;
@@ -170,7 +171,7 @@ impl Endpoint {
                     if let Some(Err(e)) = self.cache.as_ref().map(|cache| cache.put(&key, &reply))
                         && !self.full.swap(true, Ordering::Relaxed)
                     {
-                        eprintln!("warning: {}", self.message(&e));
+                        notice!("warning: {}", self.message(&e));
                     }
                     return Ok(reply);
                 }
@@ -231,7 +232,7 @@ impl Endpoint {
 
     /// One line for people, from a server's words.
     fn message(&self, text: &str) -> String {
-        let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+        let text: String = text.chars().map(|c| if is_unruly(c) { ' ' } else { c }).collect();
         let text = self.key.as_ref().map_or(text.clone(), |key| key.hidden_in(&text));
         format!("endpoint {} ({}): {}", self.name, self.cfg.model, text.trim())
     }

@@ -25,8 +25,11 @@ pub(super) struct Facts<'a> {
     /// Names bound by the program's own statements, not inside functions.
     pub top: Vec<&'a str>,
     pub nonlocals: HashSet<&'a str>,
-    /// There is a bare `return`.
+    /// There is a bare `return`, or one of `exits`.
     pub returns: bool,
+    /// Where statements begin by which the program ends itself, with the answer that it has by then. (Not inside
+    /// functions, nor where something would be done on the way out: there they are refused.)
+    pub exits: HashSet<TextSize>,
     /// Names that stand for modules, with the module's full name.
     pub modules: HashMap<&'a str, String>,
     pub refused: HashSet<&'a str>,
@@ -122,7 +125,7 @@ impl<'a> Facts<'a> {
                 _ => {}
             }
         }
-        let mut walk = Walk { source, facts: &mut facts, functions: 0 };
+        let mut walk = Walk { source, facts: &mut facts, functions: 0, tries: 0 };
         walk.visit_body(body);
         for (name, module) in [("np", "numpy"), ("math", "math")] {
             if !facts.bound.contains(name) {
@@ -170,9 +173,28 @@ struct Walk<'s, 'f, 'a> {
     source: &'s str,
     facts: &'f mut Facts<'a>,
     functions: u32,
+    tries: u32,
 }
 
 impl<'a> Walk<'_, '_, 'a> {
+    /// `exit()`, `quit()`, `sys.exit()`, whatever code they give.
+    fn is_exit(&self, expr: &Expr) -> bool {
+        let Expr::Call(call) = expr else { return false };
+        if !self.facts.bound.contains("final_answer") {
+            return false;
+        }
+        match &*call.func {
+            Expr::Name(name) => {
+                matches!(name.id.as_str(), "exit" | "quit") && self.facts.builtin(name.id.as_str())
+            }
+            Expr::Attribute(a) => {
+                let sys = |e: &Expr| matches!(e, Expr::Name(n) if n.id.as_str() == "sys");
+                a.attr.as_str() == "exit" && sys(&a.value) && self.facts.refused.contains("sys")
+            }
+            _ => false,
+        }
+    }
+
     fn import(&mut self, name: &'a str, module: &str) {
         let root = module.split('.').next().unwrap_or(module);
         if REFUSED_MODULES.contains(&root) {
@@ -269,6 +291,10 @@ impl<'a> Visitor<'a> for Walk<'_, '_, 'a> {
     fn visit_stmt(&mut self, stmt: &'a Stmt) {
         match stmt {
             Stmt::Return(_) => self.facts.returns |= self.functions == 0,
+            Stmt::Expr(e) if self.functions + self.tries == 0 && self.is_exit(&e.value) => {
+                self.facts.returns = true;
+                self.facts.exits.insert(e.range.start());
+            }
             Stmt::Raise(raise) if raise.exc.is_some() => {
                 let line = |at: TextSize| line_of(self.source, at.to_usize());
                 self.facts.raises.extend(line(raise.range.start())..=line(raise.range.end()));
@@ -295,9 +321,12 @@ impl<'a> Visitor<'a> for Walk<'_, '_, 'a> {
             _ => {}
         }
         let function = matches!(stmt, Stmt::FunctionDef(_) | Stmt::ClassDef(_));
+        let tries = matches!(stmt, Stmt::Try(_) | Stmt::With(_));
         self.functions += u32::from(function);
+        self.tries += u32::from(tries);
         visitor::walk_stmt(self, stmt);
         self.functions -= u32::from(function);
+        self.tries -= u32::from(tries);
     }
 
     fn visit_expr(&mut self, expr: &'a Expr) {

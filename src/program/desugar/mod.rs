@@ -43,6 +43,8 @@ pub(super) struct Prepared {
     lines: Vec<u32>,
     /// Source lines that a `raise` of the program covers.
     raises: HashSet<u32>,
+    /// It can end itself before its end.
+    pub exits: bool,
     /// Source lines that name an attribute which no program gets.
     reaching: HashSet<u32>,
     /// The last line of `code`, which reads `final_answer`.
@@ -145,6 +147,7 @@ pub(super) fn prepare(source: &str) -> Result<Prepared, ProgramError> {
         code,
         lines: all,
         raises: facts.raises,
+        exits: !facts.exits.is_empty(),
         reaching: rewrite::reaching_lines(source),
         refused: facts.refused.iter().map(|name| (*name).to_owned()).collect(),
         exceptions: facts

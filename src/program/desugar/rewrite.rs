@@ -515,6 +515,10 @@ impl<'a> Visitor<'a> for Rewriter<'_, '_> {
             Stmt::Import(_) | Stmt::ImportFrom(_) => return imports::rewrite(self, stmt),
             Stmt::AugAssign(assign) => self.aug_assign(assign),
             Stmt::Assign(assign) => self.assign(assign),
+            Stmt::Expr(e) if self.facts.exits.contains(&e.range.start()) => {
+                self.edits.replace(e.range, "return".to_owned());
+                return;
+            }
             Stmt::Return(r) if self.generator.last() == Some(&true) => {
                 self.edits.replace(r.range, format!("return {OURS}gen({OURS}out)"));
                 return;

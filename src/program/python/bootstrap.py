@@ -305,10 +305,55 @@ def _serve():
             line = max(1, min(line, source.rstrip().count("\n") + 1))
         failed("error", type(error).__name__, line, error.msg or "invalid syntax")
 
+    def is_exit(node, taken):
+        """`exit()`, `quit()`, `sys.exit()`, whatever code they give."""
+        if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
+            return False
+        called = node.value.func
+        if isinstance(called, ast.Name):
+            return called.id in ("exit", "quit") and called.id not in taken
+        return (
+            isinstance(called, ast.Attribute)
+            and called.attr == "exit"
+            and isinstance(called.value, ast.Name)
+            and called.value.id == "sys"
+            and "sys" in taken
+        )
+
+    def ended_early(tree):
+        """Replaces statements by which the program ends itself by `return`: it ends with the answer that it has by
+        then. Not inside functions, nor where something would be done on the way out. Are there any?"""
+        taken = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                taken.add(node.id)
+            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                taken.add(node.name)
+            elif isinstance(node, ast.alias):
+                taken.add(node.asname or node.name)
+            elif isinstance(node, ast.arg):
+                taken.add(node.arg)
+        if "final_answer" not in taken:
+            return False
+        exits = False
+        through = (ast.Module, ast.If, ast.For, ast.While, ast.Match, ast.match_case)
+        todo = [tree]
+        while todo:
+            for _, field in ast.iter_fields(todo.pop()):
+                for at, item in enumerate(field if isinstance(field, list) else ()):
+                    if is_exit(item, taken):
+                        exits = True
+                        field[at] = ast.copy_location(ast.Return(), item)
+                    elif isinstance(item, through):
+                        todo.append(item)
+        return exits
+
     def read_program():
-        """The program's tree, with what it may not name replaced, and the lines that its `raise`s cover."""
+        """The program's tree, with what it may not name replaced, the lines that its `raise`s cover, and whether it
+        can end itself."""
         tree = ast.parse(source, program_file)
         raises = set()
+        exits = ended_early(tree)
         hidden = refused_names & (set(needed) | {"__builtins__", "__loader__"})
         for node in ast.walk(tree):
             if isinstance(node, ast.Raise) and node.exc is not None:
@@ -320,7 +365,7 @@ def _serve():
                     node.value = ast.copy_location(name, node.value)
                 elif isinstance(node, ast.Name) and node.id in hidden:
                     node.id = refusal + node.id
-        return tree, raises
+        return tree, raises, exits
 
     def wrapped(tree):
         """The program as the body of a function, for programs with a bare `return` (or a `nonlocal` of
@@ -391,9 +436,9 @@ def _serve():
 
     def run():
         nonlocal reserve
-        raises = set()
+        raises, exits = set(), False
         try:
-            tree, raises = read_program()
+            tree, raises, exits = read_program()
             code = compiled(tree)
         except SyntaxError as error:
             syntax_error(error)
@@ -415,6 +460,8 @@ def _serve():
             sys.setrecursionlimit(depth + 1 + recursion)
             exec(code, space)
             sys.setrecursionlimit(1000)
+            if "final_answer" not in space and exits:
+                failed("exit", None, None, "it ended before final_answer was set")
             if "final_answer" not in space:
                 failed("NoAnswer", None, None, "the program never set final_answer")
             body = [b"l" + struct.pack("<I", 3), packed("done")]

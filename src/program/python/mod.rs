@@ -95,6 +95,8 @@ mod find {
 
     /// How long a Python may take to say what it is.
     const PATIENCE: Duration = Duration::from_secs(30);
+    /// Characters of its complaint that are told.
+    const LONGEST: usize = 160;
 
     /// What probe.py prints.
     #[derive(Deserialize)]
@@ -188,7 +190,13 @@ mod find {
         if let Some(probed) = last(&said).and_then(|line| serde_json::from_str(&line).ok()) {
             return Ok(probed);
         }
-        let complaint = last(&complaint).unwrap_or_else(|| "it said nothing".to_owned());
+        let mut complaint = last(&complaint).unwrap_or_else(|| "it said nothing".to_owned());
+        // What is no Python may repeat all that it was asked.
+        let too_long = complaint.char_indices().nth(LONGEST);
+        if let Some((end, _)) = too_long {
+            complaint.truncate(end);
+            complaint.push('…');
+        }
         Err(if numpy {
             format!("has no numpy that works ({complaint}); install it, or set sandbox.numpy = false")
         } else {

@@ -64,6 +64,11 @@ impl Perception {
             vlm: Vlm::new(vlm, &config.vlm)?,
         })
     }
+
+    /// Part and model, for notices and reports.
+    pub fn names(&self) -> [(&'static str, &str); 3] {
+        [("detector", self.detector.name()), ("depth", self.depth.name()), ("vlm", self.vlm.name())]
+    }
 }
 
 /// The tools for one picture.

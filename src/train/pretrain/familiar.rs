@@ -12,6 +12,8 @@ use std::path::Path;
 const SEED: u64 = 1;
 /// Of each look.
 const PICTURES: u64 = 2_000;
+/// Width and height by turns. One that has the size of a copy which is looked at comes to it unsmoothed.
+const SIZES: [(u32, u32); 4] = [(256, 192), (192, 144), (256, 192), (320, 240)];
 
 /// Writes `familiar.json`.
 pub fn export(out: &Path) -> anyhow::Result<()> {
@@ -19,7 +21,8 @@ pub fn export(out: &Path) -> anyhow::Result<()> {
         .into_par_iter()
         .map(|i| {
             let look = if i.is_multiple_of(2) { Look::Studio } else { Look::LivedIn };
-            let view = rooms::generate(scene_seed(Split::Train, SEED, i), look, 256, 192);
+            let (width, height) = SIZES[(i / 2) as usize % SIZES.len()];
+            let view = rooms::generate(scene_seed(Split::Train, SEED, i), look, width, height);
             features(&Picture::new(view.width, view.height, view.rgb))
         })
         .collect();

@@ -5,6 +5,7 @@
 //! nearly one that is there. Nothing checks that a question can be answered: verifiers judge replies.
 
 use crate::data::queries::Query;
+use crate::files::Held;
 use crate::llm::{ChatError, ChatModel, ChatRequest, Message, SamplingOptions, Schema};
 use crate::tools::Picture;
 use anyhow::{Context, Result, ensure};
@@ -12,8 +13,7 @@ use image::RgbImage;
 use serde::Deserialize;
 use serde_json::json;
 use std::collections::BTreeSet;
-use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -89,7 +89,8 @@ pub fn make(
     seed: u64,
     mut progress: impl FnMut(usize),
 ) -> Result<Made> {
-    let (mut file, mut all) = resume(out)?;
+    let (held, mut all) = resume(out)?;
+    let mut file = held.as_file();
     let mut made = Made::default();
     let schema = Arc::new(schema()?);
     for (at, path) in pictures.iter().enumerate() {
@@ -213,13 +214,11 @@ fn alike(a: &str, b: &str) -> bool {
 }
 
 /// Opens the output behind its whole lines, which it returns.
-fn resume(out: &Path) -> Result<(File, Vec<Query>)> {
+fn resume(out: &Path) -> Result<(Held, Vec<Query>)> {
     let named = || format!("--out {}", out.display());
-    if let Some(folder) = out.parent() {
-        std::fs::create_dir_all(folder).with_context(named)?;
-    }
-    let file = OpenOptions::new().create(true).read(true).append(true).open(out).with_context(named)?;
-    let text = std::fs::read_to_string(out).with_context(named)?;
+    let held = Held::file("--out", out)?;
+    let (mut file, mut text) = (held.as_file(), String::new());
+    file.read_to_string(&mut text).with_context(named)?;
     let whole = text.rfind('\n').map_or(0, |end| end + 1);
     let line = |(i, l): (usize, &str)| {
         serde_json::from_str(l).with_context(|| {
@@ -232,7 +231,7 @@ fn resume(out: &Path) -> Result<(File, Vec<Query>)> {
     };
     let all = text[..whole].lines().enumerate().map(line).collect::<Result<_>>()?;
     file.set_len(whole as u64).with_context(named)?;
-    Ok((file, all))
+    Ok((held, all))
 }
 
 #[cfg(test)]

@@ -30,6 +30,7 @@ use crate::nn::optim::Schedule;
 use crate::pipeline::question_seed;
 use crate::planner::{self, user_turn};
 use crate::program::Sandbox;
+use crate::report::pulse::Pulse;
 use crate::verify::{Scored, Verification, prompts_sha256};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Device;
@@ -93,11 +94,13 @@ pub fn steps(cfg: &config::Reasoner, questions: usize) -> u64 {
     (cfg.epochs * questions as f64 / cfg.batch as f64).ceil().max(1.) as u64
 }
 
-/// That a run may write into a folder: a new or empty one, or a run's. One that has saved something is only gone on
-/// with.
+/// That a run may write into a folder: a new or empty one, or a run's. One that has saved something is only
+/// gone on with. Gone on with is a run alone, which may have been killed before it saved anything.
 pub fn check_folder(dir: &Path, resume: bool) -> Result<()> {
-    let config = || std::fs::read_to_string(dir.join("config.toml"));
-    run::check_folder(dir, || config().is_ok_and(|text| Config::parse(&text, "config.toml").is_ok()))?;
+    let config = std::fs::read_to_string(dir.join("config.toml"));
+    let begun = config.is_ok_and(|text| Config::parse(&text, "config.toml").is_ok());
+    run::check_folder(dir, || begun)?;
+    ensure!(begun || !resume, "no run in {}; check --out, or leave out --resume", dir.display());
     ensure!(
         resume || !run::has_checkpoint(dir),
         "{} holds a run: give --resume to go on with it, or another --out",
@@ -138,21 +141,21 @@ fn settings(config: &Config, queries: &Queries, planner: &str, verifier: &str) -
     }))
 }
 
-/// That a run which is resumed has the settings that it began with. Its models, which need not be loaded for it, by
-/// their names.
+/// That a run which is resumed has the settings that it began with, and the step that it has come to. Its
+/// models, which need not be loaded for it, by their names.
 pub fn check_resumed(
     dir: &Path,
     config: &Config,
     queries: &Queries,
     planner: &str,
     verifier: &str,
-) -> Result<()> {
+) -> Result<u64> {
     if run::has_checkpoint(dir)
         && let Some(saved) = Checkpoints::of(&dir.join("checkpoints")).newest(|_| ())?
     {
-        saved_state(dir, &saved, &settings(config, queries, planner, verifier)?)?;
+        return Ok(saved_state(dir, &saved, &settings(config, queries, planner, verifier)?)?.step);
     }
-    Ok(())
+    Ok(0)
 }
 
 /// Where a run's checkpoint stands, if it was made with these settings.
@@ -229,11 +232,11 @@ impl Training<'_> {
         let mut optimiser = optimiser(policy, self.cfg())?;
         let schedule = schedule(self.cfg(), steps);
         let mut state = State { settings: self.settings(policy)?, ..State::default() };
-        if let Some(saved) = checkpoints.newest(|why| eprintln!("valor: passing over {why}"))? {
+        if let Some(saved) = checkpoints.newest(|why| notice!("valor: passing over {why}"))? {
             state = self.restore(policy, &mut optimiser, &saved, &state.settings)?;
-            eprintln!("valor: going on at step {} of {steps}", state.step);
+            notice!("valor: going on at step {} of {steps}", state.step);
         } else if resume {
-            eprintln!("valor: {} holds no checkpoint yet; beginning at step 0", self.dir.display());
+            notice!("valor: {} holds no checkpoint yet; beginning at step 0", self.dir.display());
         }
         let resolved = toml::to_string(self.config)?;
         write_atomic(&self.dir.join("config.toml"), |w| w.write_all(resolved.as_bytes()))?;
@@ -262,7 +265,7 @@ impl Training<'_> {
             self.send(policy, servers, session, state.step)?;
         }
         let spent = state.usage;
-        let mut pulse = run::Pulse::default();
+        let mut pulse = Pulse::default();
         while state.step < steps && !self.stop.load(Ordering::Relaxed) {
             let step = state.step;
             let engine = engine(policy, servers.as_ref(), self.cfg().algorithm);

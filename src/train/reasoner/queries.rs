@@ -4,6 +4,7 @@ use crate::config;
 use crate::eval::rooms::questions;
 use crate::rooms::demos::training_question;
 use crate::rooms::{Look, Question, View};
+use crate::text::without_bom;
 use anyhow::{Context, Result, ensure};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
@@ -106,6 +107,7 @@ impl Queries {
 fn read(path: &Path) -> Result<Vec<String>> {
     let text = std::fs::read_to_string(path)
         .with_context(|| format!("cannot read {}; give a file of questions, or rooms", path.display()))?;
+    let text = without_bom(&text);
     let name = path.display();
     let expected = "expected a text, or an object with \"question\", \"query\" or \"problem\"";
     let question = |v: &Value, at: usize| -> Result<String> {
@@ -115,7 +117,7 @@ fn read(path: &Path) -> Result<Vec<String>> {
     };
     let lines = || text.lines().map(str::trim).zip(1..).filter(|(l, _)| !l.is_empty());
     let all: Vec<String> = if text.trim_start().starts_with('[') {
-        let all: Vec<Value> = serde_json::from_str(&text).with_context(|| {
+        let all: Vec<Value> = serde_json::from_str(text).with_context(|| {
             format!("{name} begins as a JSON list and is none; a file of one question a line must not begin with [")
         })?;
         all.iter().zip(1..).map(|(v, at)| question(v, at)).collect::<Result<_>>()?
@@ -156,6 +158,7 @@ mod tests {
         for text in [
             "How many?\n\nWhich one?\nHow many?\n",
             "{\"question\": \"How many?\"}\n{\"problem\": \" Which one? \"}\n",
+            "\u{feff}{\"question\": \"How many?\"}\n{\"problem\": \" Which one? \"}\n",
             "[\"How many?\", {\"query\": \"Which one?\"}]",
         ] {
             assert_eq!(of(text).unwrap(), want, "{text}");

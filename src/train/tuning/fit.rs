@@ -9,6 +9,7 @@ use crate::nn::Params;
 use crate::nn::optim::{AdamWConfig, Decay, Schedule};
 use crate::rooms::questions::Split;
 use crate::rooms::{self, Look};
+use crate::text::shown_lines;
 use crate::tools::Picture;
 use crate::tools::real::DetectorParts;
 use crate::train::augment::{Augment, Crop};
@@ -249,11 +250,12 @@ pub fn checked(path: &Path, strict: bool) -> Result<Boxes> {
         boxes.records[0].filename,
         boxes.places()
     );
-    eprint!("valor: wrong in {}:\n{}", path.display(), faults_table(&boxes, &faults));
+    let table = faults_table(&boxes, &faults);
+    notice!("valor: wrong in {}:\n{}", path.display(), shown_lines(table.trim_end()));
     ensure!(!strict, "--strict: {} faults in {}", faults.len(), path.display());
     let left = boxes.without(&faults);
     ensure!(!left.records.is_empty(), "{} holds no record that can be trained on", path.display());
-    eprintln!("valor: that is left out; {} records stay", left.records.len());
+    notice!("valor: that is left out; {} records stay", left.records.len());
     Ok(left)
 }
 

@@ -4,6 +4,7 @@
 use crate::data::odvg::{Boxes, Detected, Instance, LabelMap, Record};
 use crate::data::queries::Asked;
 use crate::eval::stats::Share;
+use crate::text::without_bom;
 use crate::tools::{BBox, bbox};
 use crate::verify::boxes::Stage;
 use anyhow::{Context, Result, bail, ensure};
@@ -66,7 +67,7 @@ pub struct Overrule {
 pub fn overrules(path: &Path) -> Result<Vec<(String, Overrule)>> {
     let text = std::fs::read_to_string(path)
         .with_context(|| format!("cannot read --overrule {}", path.display()))?;
-    let lines = text.lines().zip(1..).filter(|(l, _)| !l.trim().is_empty());
+    let lines = without_bom(&text).lines().zip(1..).filter(|(l, _)| !l.trim().is_empty());
     let read = lines.map(|(line, number)| {
         let at = format!("--overrule {}, line {number}", path.display());
         let o = serde_json::from_str(line)
