@@ -412,7 +412,7 @@ fn again(unanswered: usize, unjudged: usize, remedy: &str) -> Option<ExitCode> {
         return None;
     }
     notice!(
-        "valor: {unanswered} questions had no reply and {unjudged} answers no verdict from their servers; {remedy}"
+        "valor: {unanswered} questions had no result and {unjudged} answers no verdict, for a server's or a network's fault; {remedy}"
     );
     Some(ExitCode::FAILURE)
 }

@@ -343,7 +343,7 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
     if report.unanswered > 0 {
         let n = report.unanswered;
         notice!(
-            "valor: {n} questions had no reply from their servers and are not scored; run the same command again"
+            "valor: {n} questions had no result, for a server's or a network's fault, and are not scored; run the same command again"
         );
         return Ok(ExitCode::FAILURE);
     }

@@ -170,6 +170,8 @@ pub struct Depth {
     pub model: String,
     /// Patches that the picture is divided into; 0: as many as the checkpoint was trained with at most.
     pub num_tokens: usize,
+    /// Is the mirrored picture looked at, too? Depth is the mean of both then, at twice the time.
+    pub mirror: bool,
     pub sample: DepthSample,
 }
 

@@ -9,6 +9,7 @@ use toml::{Table, Value};
 use super::{ENDPOINT, Origins};
 use crate::weights::gguf::is_gguf;
 use crate::weights::source::Source;
+use crate::weights::{ModelFiles, WeightsError};
 
 /// Where a model is from, as far as its name tells.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -21,30 +22,30 @@ enum From {
 }
 
 impl From {
-    fn of(model: &str) -> Self {
+    fn of(model: &str, part: &'static str) -> Self {
         match Source::parse(model) {
             _ if model.is_empty() => Self::Embedded,
             _ if model.starts_with(ENDPOINT) || is_gguf(model) => Self::Elsewhere,
             Ok(Source::Embedded { .. }) => Self::Embedded,
-            Ok(Source::Path(path)) => Self::of_path(&path),
+            Ok(Source::Path(_)) => Self::of_path(model, part),
             // What is no source is refused later, by its name.
             Ok(Source::Hub(_) | Source::Preset(_)) | Err(_) => Self::Elsewhere,
         }
     }
 
-    /// Models of Rooms say so, and what is trained from one has its config; an adapter is of its base's kind.
-    fn of_path(path: &Path) -> Self {
-        let read = |name: &str| -> Option<serde_json::Value> {
-            serde_json::from_str(&std::fs::read_to_string(path.join(name)).ok()?).ok()
-        };
-        if let Some(adapter) = read("adapter_config.json") {
-            let base = adapter["base_model_name_or_path"].as_str().unwrap_or_default();
-            return Self::of(base).max(Self::Path);
-        }
-        match read("config.json") {
-            Some(config) if config.get("rooms_version").is_none() => Self::Elsewhere,
-            _ if path.is_file() => Self::Elsewhere,
-            _ => Self::Path,
+    /// Models of Rooms say so in their config, which what is trained from one has too; that of an adapter or a delta is
+    /// its base's.
+    fn of_path(path: &str, part: &'static str) -> Self {
+        match ModelFiles::open(path, part) {
+            // Its base is on the hub.
+            Err(WeightsError::NotFetched { .. }) => Self::Elsewhere,
+            // What cannot be read is refused later.
+            Err(_) => Self::Path,
+            Ok(files) => match files.json::<serde_json::Value>("config.json") {
+                Ok(config) if config.get("rooms_version").is_none() => Self::Elsewhere,
+                Err(_) if Path::new(path).is_file() => Self::Elsewhere,
+                _ => Self::Path,
+            },
         }
     }
 }
@@ -73,7 +74,7 @@ pub(super) fn suit(table: &mut Table, origins: &mut Origins) {
         let Some(Value::Table(section)) = table.get_mut(part) else { continue };
         let model = section.get("model").and_then(Value::as_str).unwrap_or_default();
         let full = format!("{part}.{key}");
-        if From::of(model) >= least && !origins.contains_key(&full) {
+        if From::of(model, part) >= least && !origins.contains_key(&full) {
             origins.insert(full, format!("suits {part}.model = {model}"));
             section.insert(key.into(), value);
         }
@@ -83,6 +84,7 @@ pub(super) fn suit(table: &mut Table, origins: &mut Origins) {
 #[cfg(test)]
 mod tests {
     use crate::config::Config;
+    use crate::nn::lora::{LoraConfig, peft_config};
 
     #[test]
     fn models_that_are_not_ours_get_what_suits_them_where_nothing_was_said() {
@@ -128,16 +130,26 @@ mod tests {
         let ours = write("ours/config.json", r#"{"model_type": "qwen3", "rooms_version": 3}"#);
         let theirs = write("theirs/config.json", r#"{"model_type": "qwen3"}"#);
         let adapter = |name: &str, base: &str| {
-            let text = serde_json::json!({ "base_model_name_or_path": base }).to_string();
-            write(&format!("{name}/adapter_config.json"), &text)
+            let of = LoraConfig { rank: 2, alpha: 4., targets: vec!["q_proj".into()] };
+            write(&format!("{name}/adapter_config.json"), &peft_config(base, &of).to_string())
         };
         let (on_ours, on_theirs) = (adapter("a", &ours), adapter("b", &theirs));
         for model in [&ours, &on_ours, &adapter("c", "embedded-base"), "runs/none/model"] {
             assert_eq!(of(model), rooms, "{model}");
         }
-        let file = format!("{theirs}/config.json");
-        for model in [&theirs, &on_theirs, &adapter("d", "Qwen/Qwen3-8B"), &file] {
+        let weights = |folder: &str| {
+            let path = std::path::Path::new(folder).join("model.safetensors");
+            std::fs::write(&path, "").unwrap();
+            path.display().to_string()
+        };
+        for model in [&theirs, &on_theirs, &adapter("d", "none/of-that-name"), &weights(&theirs)] {
             assert_eq!(of(model), general, "{model}");
         }
+        // Of a file what lies beside it tells, and a whole model is no adapter.
+        assert_eq!(of(&weights(&ours)), rooms);
+        adapter("ours", "none/of-that-name");
+        assert_eq!(of(&ours), rooms);
+        // One that lies on itself is refused later.
+        assert_eq!(of(&adapter("e", &dir.path().join("e").display().to_string())), rooms);
     }
 }

@@ -22,16 +22,20 @@ pub struct Scored {
     /// Why the syntax is wrong.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub syntax_error: Option<String>,
+    /// Why the program could not be run here, whatever it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unrun: Option<String>,
     /// Those that were asked.
     pub heads: BTreeMap<Head, Verdict>,
-    /// `None` where a verdict that counts is missing.
+    /// `None` where a verdict that counts is missing, or the program could not be run.
     pub reward: Option<f64>,
 }
 
 impl Scored {
-    /// Why a verdict is missing that there may be another time, as a server kept silent.
+    /// Why the reward is missing, which it may not be another time: a server kept silent, or there was no sandbox.
     pub fn silence(&self) -> Option<&str> {
-        self.heads.values().find(|v| v.silent).map(|v| v.said.as_str())
+        let silent = self.heads.values().find(|v| v.silent).map(|v| v.said.as_str());
+        silent.or(self.unrun.as_deref())
     }
 }
 
@@ -83,22 +87,24 @@ impl Verification<'_> {
                     format_error,
                     syntax: false,
                     syntax_error: None,
+                    unrun: None,
                     heads,
                     reward: Some(0.),
                 };
             };
-            let (syntax_error, measured) = match syntax_error(&reply.program, sandbox) {
-                Ok(error) => (error, true),
-                Err(e) => (Some(e), false),
+            let (syntax_error, unrun) = match syntax_error(&reply.program, sandbox) {
+                Ok(error) => (error, None),
+                Err(why) => (None, Some(why)),
             };
+            let syntax = syntax_error.is_none() && unrun.is_none();
             let heads: BTreeMap<Head, Verdict> =
                 Head::ALL.into_iter().filter(asked).zip(verdicts.by_ref()).collect();
-            let mut reward = measured.then_some(if syntax_error.is_none() { w.syntax } else { 0. });
+            let mut reward = unrun.is_none().then_some(if syntax { w.syntax } else { 0. });
             for (head, verdict) in &heads {
                 let earned = verdict.ok.map(|ok| if ok { weight(w, *head) } else { 0. });
                 reward = reward.zip(earned).map(|(r, e)| r + e);
             }
-            Scored { format, format_error, syntax: syntax_error.is_none(), syntax_error, heads, reward }
+            Scored { format, format_error, syntax, syntax_error, unrun, heads, reward }
         };
         Ok(read.into_iter().map(score).collect())
     }

@@ -1,7 +1,6 @@
 //! What a run's folder says was asked for: a run goes on only with the same.
 
 use anyhow::{Context, Result};
-use clap::ValueEnum;
 use serde_json::{Value, json};
 
 use super::How;
@@ -74,10 +73,7 @@ pub(super) fn settings(
         .map(|b| {
             let source = match b {
                 Opened::Items(items) => json!(items.source().fingerprint),
-                Opened::Rooms { look, .. } => {
-                    let look = look.to_possible_value().expect("no look is hidden");
-                    json!(format!("{} {}", crate::rooms::VERSION, look.get_name()))
-                }
+                Opened::Rooms { look, .. } => json!(format!("{} {look:?}", crate::rooms::VERSION)),
                 Opened::Refused(..) => Value::Null,
             };
             (b.name().to_owned(), source)

@@ -296,6 +296,8 @@ impl Batch<'_> {
         if untold > 0 {
             notice!("valor: {untold} rows in {} do not say what settings they are of", out.display());
         }
+        // As by an editor that ends lines in another way.
+        before.unended |= before.rows.len() != whole && !before.doubled;
         Ok(before)
     }
 }
@@ -311,7 +313,7 @@ struct Before {
     unanswered: usize,
     /// There are rows that stand there again.
     doubled: bool,
-    /// The last row lacks the end of its line.
+    /// Lines have other ends than they are to have, or the last one none.
     unended: bool,
 }
 

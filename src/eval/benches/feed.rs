@@ -75,8 +75,13 @@ impl Opened {
         }
     }
 
+    /// Also of one that is refused: what was refused may be there when a run goes on.
     pub fn is_judged(&self) -> bool {
-        matches!(self, Self::Items(items) if items.source().bench.is_judged())
+        match self {
+            Self::Items(items) => items.source().bench.is_judged(),
+            Self::Refused(bench, _) => bench.is_judged(),
+            Self::Rooms { .. } => false,
+        }
     }
 
     /// Questions that a feed has of it, with at most `n`.

@@ -38,6 +38,30 @@ impl Depth {
         Self { width, height, metres, valid, focal: None }
     }
 
+    /// Of the picture's mirror image.
+    pub fn mirrored(mut self) -> Self {
+        self.metres.chunks_mut(self.width).for_each(<[f32]>::reverse);
+        self.valid.chunks_mut(self.width).for_each(<[bool]>::reverse);
+        self
+    }
+
+    /// The geometric mean with another depth of the same picture, for distances are known up to a factor; where one
+    /// of them knows nothing, the other.
+    pub fn mean_with(mut self, other: &Self) -> Self {
+        for (i, z) in self.metres.iter_mut().enumerate() {
+            match (self.valid[i], other.valid[i]) {
+                (true, true) => *z = (*z * other.metres[i]).sqrt(),
+                (false, true) => *z = other.metres[i],
+                _ => {}
+            }
+            self.valid[i] |= other.valid[i];
+        }
+        if let (Some(a), Some(b)) = (&mut self.focal, other.focal) {
+            a.iter_mut().zip(b).for_each(|(a, b)| *a = (*a * b).sqrt());
+        }
+        self
+    }
+
     /// As seen through a camera with these focal lengths, in units of the map's width and height.
     pub fn through(self, focal: [f64; 2]) -> Self {
         Self { focal: Some(focal), ..self }
@@ -122,6 +146,21 @@ mod tests {
 
     fn ramp(mask: Option<&[bool]>) -> Depth {
         Depth::new(4, 3, (0..12).map(|i| 1. + i as f32).collect(), mask)
+    }
+
+    #[test]
+    fn a_mirrored_picture_has_its_say() {
+        let mirrored = ramp(None).mirrored();
+        assert_eq!((mirrored.metres[0], mirrored.metres[3], mirrored.metres[11]), (4., 1., 9.));
+        let both = ramp(None).through([1., 4.]).mean_with(&mirrored.clone().through([4., 1.]));
+        assert_eq!((both.metres[0], both.metres[3], both.focal), (2., 2., Some([2., 2.])));
+        assert_eq!(ramp(None).mean_with(&ramp(None).mirrored().mirrored()).metres, ramp(None).metres);
+        let mut mask = [true; 12];
+        (mask[0], mask[1]) = (false, false);
+        let mut known = [true; 12];
+        known[1] = false;
+        let one = ramp(Some(&mask)).mean_with(&Depth::new(4, 3, vec![8.; 12], Some(&known)));
+        assert_eq!((one.metres[0], &one.valid[..3]), (8., &[true, false, true][..]));
     }
 
     #[test]

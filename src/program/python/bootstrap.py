@@ -336,7 +336,9 @@ def _serve():
         if "final_answer" not in taken:
             return False
         exits = False
-        through = (ast.Module, ast.If, ast.For, ast.While, ast.Match, ast.match_case)
+        # `match` came with 3.10.
+        names = ("Module", "If", "For", "While", "Match", "match_case")
+        through = tuple(getattr(ast, name) for name in names if hasattr(ast, name))
         todo = [tree]
         while todo:
             for _, field in ast.iter_fields(todo.pop()):

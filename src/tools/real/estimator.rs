@@ -17,6 +17,7 @@ pub struct DepthEstimator {
     name: String,
     net: MoGe,
     tokens: Tokens,
+    mirror: bool,
     sample: DepthSample,
     device: Device,
 }
@@ -35,6 +36,7 @@ impl DepthEstimator {
                 0 => Tokens::Level(9.),
                 n => Tokens::Count(n),
             },
+            mirror: cfg.mirror,
             sample: cfg.sample,
             device: device.clone(),
         })
@@ -59,7 +61,16 @@ impl DepthEstimator {
         };
         let image = Tensor::from_slice(rgb, (size.0, size.1, 3), &Device::Cpu)?;
         let image = (image.permute((2, 0, 1))?.to_dtype(DType::F32)? / 255.)?;
-        Ok(self.net.infer(&image.to_device(&self.device)?, self.tokens, None)?.depth)
+        let look = |image: &Tensor| {
+            Ok::<_, candle_core::Error>(
+                self.net.infer(&image.to_device(&self.device)?, self.tokens, None)?.depth,
+            )
+        };
+        let depth = look(&image)?;
+        Ok(match self.mirror {
+            true => depth.mean_with(&look(&image.flip(&[2])?)?.mirrored()),
+            false => depth,
+        })
     }
 }
 

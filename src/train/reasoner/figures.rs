@@ -195,8 +195,11 @@ impl Training<'_> {
             for ((view, q), reply) in
                 asked.iter().zip(&replies).zip(&errors).filter_map(|(r, e)| e.is_none().then_some(r))
             {
-                replied += 1;
                 let run = answer(reply, &mut self.sandbox, &mut OracleTools::new(view));
+                if run.unrun().is_some() {
+                    continue;
+                }
+                replied += 1;
                 right += usize::from(run.value().is_some_and(|a| crate::rooms::questions::score(q, a)));
             }
             m.insert("held_out_right".into(), json!(right as f64 / f64::from(replied.max(1))));

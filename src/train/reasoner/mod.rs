@@ -573,6 +573,9 @@ fn why_missing(error: Option<&str>, scored: &Scored) -> Option<String> {
     if let Some(e) = error {
         return Some(format!("a reply could not be had: {e}"));
     }
+    if let Some(why) = &scored.unrun {
+        return Some(format!("a program could not be run: {why}"));
+    }
     let (head, v) = scored.heads.iter().find(|(_, v)| v.ok.is_none())?;
     Some(format!("the verdict on {} was {:?}", head.word(), v.said.chars().take(200).collect::<String>()))
 }

@@ -18,7 +18,7 @@ use crate::models::grounding_dino::postprocess::{Thresholds, nms};
 use crate::pipeline::question_seed;
 use crate::planner::Planner;
 use crate::program::check::check;
-use crate::program::{IMAGE, Reply, Sandbox};
+use crate::program::{ErrorKind, IMAGE, Reply, Sandbox};
 use crate::tools::real::{Perception, RealTools};
 use crate::tools::{Detection, Picture, ToolErrorKind, Tools};
 use crate::train::Broken;
@@ -323,8 +323,13 @@ impl Miner<'_> {
         }
         let mut tools = RealTools::new(self.perception, picture);
         for program in programs {
-            // Whatever the program makes of it.
-            self.sandbox.run(program, IMAGE, &mut tools);
+            // Whatever the program makes of it, if it can be run.
+            let ended = self.sandbox.run(program, IMAGE, &mut tools).result;
+            if let Err(e) = ended
+                && e.kind == ErrorKind::NoSandbox
+            {
+                return Err(e.to_string());
+            }
         }
         if let Some(why) = tools.outage() {
             return Err(why);
