@@ -234,6 +234,11 @@ impl<'a> Lazy<'a> {
     }
 }
 
+/// Tensors that are there, for [`write_tensors`].
+pub fn lazily(tensors: &HashMap<String, Tensor>) -> impl Iterator<Item = (String, Lazy<'_>)> {
+    tensors.iter().map(|(name, t)| (name.clone(), Lazy::of(t)))
+}
+
 /// A tensor as safetensors writes it. That it could not be made is noted, for the writer cannot be told.
 struct Written<'a> {
     lazy: Lazy<'a>,

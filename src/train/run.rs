@@ -9,7 +9,7 @@
 
 use super::Broken;
 use super::checkpoint::Checkpoints;
-use crate::files::{Lazy, sweep, write_atomic, write_tensors};
+use crate::files::{lazily, sweep, write_atomic, write_tensors};
 use crate::nn::Params;
 use crate::report::pulse::Pulse;
 use anyhow::ensure;
@@ -157,7 +157,7 @@ fn save(path: &Path, trainee: &dyn Trainee, step: u64, settings: &Value) -> anyh
     all.extend(trainee.optimiser_state()?.into_iter().map(|(n, t)| (format!("o/{n}"), t)));
     let meta =
         HashMap::from([("step".to_string(), step.to_string()), ("settings".into(), settings.to_string())]);
-    Ok(write_tensors(path, all.iter().map(|(name, t)| (name.clone(), Lazy::of(t))), Some(meta))?)
+    Ok(write_tensors(path, lazily(&all), Some(meta))?)
 }
 
 fn load(path: &Path, trainee: &mut dyn Trainee, settings: &Value) -> anyhow::Result<u64> {

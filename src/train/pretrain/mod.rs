@@ -6,7 +6,7 @@ pub mod detector;
 pub mod familiar;
 pub mod language;
 
-use crate::files::{Lazy, write_tensors};
+use crate::files::{lazily, write_tensors};
 use crate::nn::optim::Group;
 use crate::nn::{Params, Precision};
 use crate::train::run;
@@ -111,6 +111,5 @@ fn export_weights(run: &Path, out: &Path, is_model: impl Fn(&str) -> bool) -> an
     for (name, t) in all.into_iter().filter(|(name, _)| is_model(name)) {
         weights.insert(name, t.to_dtype(DType::F16)?);
     }
-    let tensors = weights.iter().map(|(name, t)| (name.clone(), Lazy::of(t)));
-    Ok(write_tensors(&out.join("model.safetensors"), tensors, None)?)
+    Ok(write_tensors(&out.join("model.safetensors"), lazily(&weights), None)?)
 }

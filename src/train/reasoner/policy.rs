@@ -15,7 +15,7 @@ use std::collections::{HashMap, HashSet};
 use std::io::Write;
 use std::path::Path;
 
-use crate::files::{Lazy, write_atomic, write_tensors};
+use crate::files::{Lazy, lazily, write_atomic, write_tensors};
 
 /// A planner in training. With an adapter all three networks share the base's weights; without, the
 /// base is a copy of what the training began with.
@@ -183,8 +183,7 @@ pub fn check_trainable(files: &ModelFiles) -> Result<()> {
 
 /// As one safetensors file, in the layout that transformers reads.
 pub(super) fn write(path: &Path, tensors: &HashMap<String, Tensor>) -> Result<()> {
-    let tensors = tensors.iter().map(|(name, t)| (name.clone(), Lazy::of(t)));
-    Ok(write_tensors(path, tensors, Some(note()))?)
+    Ok(write_tensors(path, lazily(tensors), Some(note()))?)
 }
 
 /// transformers asks for it.

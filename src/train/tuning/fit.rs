@@ -3,7 +3,7 @@
 
 use crate::config::{Config, DetectorTraining};
 use crate::data::odvg::{Boxes, Fault, FaultKind, Record};
-use crate::files::{Lazy, sha256_hex, write_atomic, write_tensors};
+use crate::files::{lazily, sha256_hex, write_atomic, write_tensors};
 use crate::models::grounding_dino::caption::Blanks;
 use crate::nn::Params;
 use crate::nn::optim::{AdamWConfig, Decay, Schedule};
@@ -448,8 +448,7 @@ fn export(
     }
     // transformers asks for the note.
     let note = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    let tensors = weights.iter().map(|(name, t)| (name.clone(), Lazy::of(t)));
-    write_tensors(&out.join("model.safetensors"), tensors, Some(note))?;
+    write_tensors(&out.join("model.safetensors"), lazily(&weights), Some(note))?;
     Ok(weights)
 }
 
