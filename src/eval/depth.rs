@@ -15,7 +15,7 @@ pub fn abs_rel(predicted: &Depth, truth: &[f32]) -> f64 {
     sum / n.max(1) as f64
 }
 
-/// The predicted map after the best scale for it (ratio of medians): what remains of
+/// The predicted map after scaling it by the median of true over predicted: about what remains of
 /// [`abs_rel`] when the metric scale is right.
 pub fn abs_rel_aligned(predicted: &Depth, truth: &[f32]) -> f64 {
     let known = |t: f32| t.is_finite() && t > 0.;

@@ -1,11 +1,13 @@
 //! Metric depth from exact depth: the losses that train MoGe-2 from nothing.
 //!
 //! As in MoGe-2 the point map and the metric scale are learnt apart: the map is compared after
-//! aligning its scale to the truth, picture by picture, and the scale head learns that alignment.
-//! Distances are relative to depth (MoGe weights an L1 distance by 1/z; to first order that is
-//! the L1 distance of log depths, which is what the `exp` remapping predicts). Unlike MoGe, the
-//! map's shift is not left free: the truth here comes from known pinhole cameras, so the rays are
-//! supervised as they are and the released solver finds a shift near 0.
+//! aligning its scale to the truth, picture by picture, and the scale head learns that alignment. Beside
+//! that, both learn what comes of them together: a small encoder's class token alone knows the scale less
+//! well than all its patches do.
+//! Distances are relative to the true depth, as MoGe weights an L1 distance by 1/z, and so is the
+//! distance that the aligning scale makes least. Unlike MoGe, the map's shift is not left free: the
+//! truth here comes from known pinhole cameras, so the rays are supervised as they are and the released
+//! solver finds a shift near 0.
 //!
 //! Points and scale only: a model with mask or normal head is refused, for want of a loss.
 
@@ -78,11 +80,13 @@ pub struct DepthLossWeights {
     pub gradient: f64,
     pub rays: f64,
     pub scale: f64,
+    /// The relative error of metric depth, of map and scale together.
+    pub metric: f64,
 }
 
 impl Default for DepthLossWeights {
     fn default() -> Self {
-        Self { depth: 1., gradient: 0.5, rays: 2., scale: 1. }
+        Self { depth: 1., gradient: 0.5, rays: 4., scale: 1., metric: 1. }
     }
 }
 
@@ -94,6 +98,7 @@ pub struct DepthLoss {
     pub gradient: f32,
     pub rays: f32,
     pub scale: f32,
+    pub metric: f32,
 }
 
 /// That a model can be trained by [`depth_loss`].
@@ -121,11 +126,17 @@ pub fn depth_loss(raw: &Raw, truth: &DepthBatch, weights: &DepthLossWeights) -> 
     let b = points.dim(0)?;
     let count = truth.valid.sum_all()?.to_scalar::<f32>()?.max(1.) as f64;
     let mean = |x: Tensor, m: &Tensor| x.abs()?.broadcast_mul(m)?.sum_all()? / count;
-    // Log of truth over prediction; its median over a picture aligns the scales under L1.
+    // Log of truth over prediction, and the picture's scale with the least relative error.
     let ratio = (&truth.log_depth - points.narrow(1, 2, 1)?.squeeze(1)?)?;
-    let aligned = medians(&ratio.detach(), &truth.valid)?;
+    let aligned = best_scales(&ratio.detach(), &truth.valid)?;
     let off = ratio.broadcast_sub(&aligned.reshape((b, 1, 1))?)?;
-    let depth = mean(off.clone(), &truth.valid)?;
+    let relative = |off: &Tensor| {
+        let over = off.neg()?;
+        let bent = over.minimum(MOST_OVER)?;
+        (bent.exp()? - 1.)? + ((over - bent)? * MOST_OVER.exp())?
+    };
+    let depth = mean(relative(&off)?, &truth.valid)?;
+    let metric = mean(relative(&ratio.broadcast_sub(&log_scale.reshape((b, 1, 1))?)?)?, &truth.valid)?;
     let rays = (mean((points.narrow(1, 0, 2)? - &truth.rays)?, &truth.valid.unsqueeze(1)?)? * 0.5)?;
     let scale = (log_scale - &aligned)?.abs()?.mean_all()?;
     let mut gradient = depth.zeros_like()?;
@@ -148,17 +159,33 @@ pub fn depth_loss(raw: &Raw, truth: &DepthBatch, weights: &DepthLossWeights) -> 
     let gradient = (gradient / 3.)?;
     let total = ((&depth * weights.depth)? + (&gradient * weights.gradient)?)?;
     let total = ((total + (&rays * weights.rays)?)? + (&scale * weights.scale)?)?;
-    let [depth, gradient, rays, scale] = [depth, gradient, rays, scale].map(|t| t.to_scalar::<f32>());
-    Ok(DepthLoss { total, depth: depth?, gradient: gradient?, rays: rays?, scale: scale? })
+    let total = (total + (&metric * weights.metric)?)?;
+    let [depth, gradient, rays, scale, metric] =
+        [depth, gradient, rays, scale, metric].map(|t| t.to_scalar::<f32>());
+    Ok(DepthLoss { total, depth: depth?, gradient: gradient?, rays: rays?, scale: scale?, metric: metric? })
 }
 
-/// The median of each picture's valid pixels `[batch]`, 0 where there is none.
-fn medians(x: &Tensor, valid: &Tensor) -> Result<Tensor> {
-    let (x, valid) = (x.flatten_from(1)?.to_vec2::<f32>()?, valid.flatten_from(1)?.to_vec2::<f32>()?);
+/// Log of how much too far a pixel is before it is pulled no harder: from there the loss is straight.
+const MOST_OVER: f64 = 3.;
+
+/// The logarithm of each picture's scale `s` that makes the mean of `|s·predicted/true − 1|` least
+/// `[batch]`, from the logarithms of true over predicted; 0 for a picture without a valid pixel. It is the
+/// median of those ratios with weights of predicted over true.
+fn best_scales(log_ratio: &Tensor, valid: &Tensor) -> Result<Tensor> {
+    let (x, valid) = (log_ratio.flatten_from(1)?.to_vec2::<f32>()?, valid.flatten_from(1)?.to_vec2::<f32>()?);
     let median = |(x, valid): (Vec<f32>, Vec<f32>)| {
         let mut x: Vec<f32> = x.into_iter().zip(valid).filter(|(_, v)| *v > 0.).map(|(x, _)| x).collect();
-        let middle = x.len() / 2;
-        if x.is_empty() { 0. } else { *x.select_nth_unstable_by(middle, f32::total_cmp).1 }
+        x.sort_unstable_by(f32::total_cmp);
+        let Some(least) = x.first().copied() else { return 0. };
+        // Weights up to a factor of their own, so that none overflows.
+        let weight = |x: f32| f64::from(least - x).exp();
+        let half = x.iter().map(|x| weight(*x)).sum::<f64>() / 2.;
+        let mut sum = 0.;
+        let middle = x.iter().find(|x| {
+            sum += weight(**x);
+            sum >= half
+        });
+        middle.copied().unwrap_or(least)
     };
     let m: Vec<f32> = x.into_iter().zip(valid).map(median).collect();
     let n = m.len();
@@ -196,6 +223,40 @@ mod tests {
         wrong.log_scale = Some(Tensor::new(&[0.4f32, -0.9], &Device::Cpu).unwrap());
         let loss = depth_loss(&wrong, &t, &DepthLossWeights::default()).unwrap();
         assert!((loss.scale - 0.1).abs() < 1e-5 && loss.depth < 1e-5, "{loss:?}");
+        // One of the two pictures is a fifth too far.
+        assert!((loss.metric - (0.2f32.exp() - 1.) / 2.).abs() < 0.01, "{loss:?}");
+    }
+
+    #[test]
+    fn a_map_is_aligned_by_the_scale_of_least_relative_error() {
+        let truth = [1f32, 2., 3., 5., 7., 9.];
+        let got = [0.5f32, 2.2, 1., 4., 9., f32::NAN];
+        let ratio: Vec<f32> = truth.iter().zip(got).map(|(t, p)| (t / p).ln()).collect();
+        let shape = (1, 2, 3);
+        let ratio = Tensor::from_vec(ratio, shape, &Device::Cpu).unwrap();
+        let valid = Tensor::from_slice(&[1f32, 1., 1., 1., 1., 0.], shape, &Device::Cpu).unwrap();
+        let scale = best_scales(&ratio, &valid).unwrap().to_vec1::<f32>().unwrap()[0].exp();
+        let error = |s: f32| truth.iter().zip(got).take(5).map(|(t, p)| (s * p / t - 1.).abs()).sum::<f32>();
+        let least = (1..5_000).map(|i| error(i as f32 / 1e3)).min_by(f32::total_cmp).unwrap();
+        assert!(error(scale) <= least + 1e-6, "{} at {scale}, {least} elsewhere", error(scale));
+        let nowhere = best_scales(&ratio, &valid.zeros_like().unwrap()).unwrap();
+        assert_eq!(nowhere.to_vec1::<f32>().unwrap(), [0.]);
+    }
+
+    #[test]
+    fn a_scale_that_is_far_off_is_still_pulled() {
+        let t = truth(8, 6);
+        for (off, pull) in [(-4., -1.), (2., 2f64.exp()), (4., MOST_OVER.exp()), (9., MOST_OVER.exp())] {
+            let mut raw = perfect(&t, [0., 0.]);
+            let s = candle_core::Var::from_vec(vec![off as f32, 0.], 2, &Device::Cpu).unwrap();
+            raw.log_scale = Some(s.as_tensor().clone());
+            let only = DepthLossWeights { depth: 0., gradient: 0., rays: 0., scale: 0., metric: 1. };
+            let g = depth_loss(&raw, &t, &only).unwrap().total.backward().unwrap();
+            let got = f64::from(g.get(&s).unwrap().to_vec1::<f32>().unwrap()[0]);
+            // Of 48 pixels in the first picture and 47 in the second.
+            let want = pull * if off < 0. { f64::exp(off) } else { 1. } * 48. / 95.;
+            assert!((got / want - 1.).abs() < 1e-3, "{got} for {want} at {off}");
+        }
     }
 
     #[test]
@@ -220,10 +281,13 @@ mod tests {
             mask: None,
             log_scale: Some(s.as_tensor().clone()),
         };
-        let only_scale = DepthLossWeights { depth: 0., gradient: 0., rays: 0., scale: 1. };
+        let only_scale = DepthLossWeights { depth: 0., gradient: 0., rays: 0., scale: 1., metric: 0. };
         let g = depth_loss(&raw, &t, &only_scale).unwrap().total.backward().unwrap();
         let norm = |g: &candle_core::Tensor| g.abs().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
         assert!(norm(g.get(&s).unwrap()) > 0. && g.get(&p).is_none_or(|g| norm(g) == 0.));
+        let only_metric = DepthLossWeights { scale: 0., metric: 1., ..only_scale };
+        let g = depth_loss(&raw, &t, &only_metric).unwrap().total.backward().unwrap();
+        assert!(norm(g.get(&s).unwrap()) > 0. && norm(g.get(&p).unwrap()) > 0., "both learn what they make");
         let g = depth_loss(&raw, &t, &DepthLossWeights::default()).unwrap().total.backward().unwrap();
         let g = g.get(&p).unwrap();
         assert!(g.dim(candle_core::D::Minus1).unwrap() == 8 && norm(g).is_finite() && norm(g) > 0.);

@@ -1,4 +1,4 @@
-//! Making the embedded models from nothing on Rooms: one file per model; the three language models,
+//! Making the embedded models from nothing on Rooms: one module per model; the three language models,
 //! and the vision tower that one of them starts from, share a folder.
 
 pub mod depth;

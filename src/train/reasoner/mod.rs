@@ -6,6 +6,7 @@
 //! interrupted. Questions have no answers here: which checkpoint is best is the verifier's opinion of
 //! held-out questions. (On Rooms the share of right answers on exact tools is logged beside, for people.)
 
+mod best;
 mod figures;
 pub mod make;
 mod policy;
@@ -33,6 +34,7 @@ use crate::program::Sandbox;
 use crate::report::pulse::Pulse;
 use crate::verify::{Scored, Verification, prompts_sha256};
 use anyhow::{Context, Result, bail, ensure};
+use best::Best;
 use candle_core::Device;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
@@ -51,42 +53,6 @@ struct State {
     settings: Value,
     /// What the verifier's calls have cost.
     usage: Usage,
-}
-
-/// The evaluation whose policy `best/` holds. It stands beside the weights, which checkpoints know nothing of: a
-/// killed run goes on from before an evaluation whose policy was exported.
-#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
-struct Best {
-    step: u64,
-    /// Of each held-out question, where it is known.
-    rewards: Vec<Option<f64>>,
-}
-
-impl Best {
-    const FILE: &str = "held_out.json";
-
-    fn of(dir: &Path) -> Result<Option<Self>> {
-        let path = dir.join(Self::FILE);
-        match std::fs::read_to_string(&path) {
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            text => {
-                let named = || path.display().to_string();
-                Ok(Some(serde_json::from_str(&text.with_context(named)?).with_context(named)?))
-            }
-        }
-    }
-
-    fn mean(&self) -> Option<f64> {
-        let known: Vec<f64> = self.rewards.iter().copied().flatten().collect();
-        (!known.is_empty()).then(|| known.iter().sum::<f64>() / known.len() as f64)
-    }
-
-    /// Is it better on the questions whose rewards are known of both? (Those that are missing are not missing by
-    /// chance: a long reply's verdicts are.)
-    fn beats(&self, other: &Self) -> bool {
-        let both = self.rewards.iter().zip(&other.rewards).filter_map(|(a, b)| a.zip(*b));
-        both.map(|(a, b)| a - b).sum::<f64>() > 0.
-    }
 }
 
 /// Steps of a run of so many questions.
@@ -227,7 +193,9 @@ impl Training<'_> {
         let steps = self.steps();
         check_folder(&self.dir, resume)?;
         std::fs::create_dir_all(&self.dir).with_context(|| self.dir.display().to_string())?;
-        ["", "best", "model", "rollouts", "held_out"].iter().for_each(|folder| sweep(&self.dir.join(folder)));
+        ["", best::FOLDER, "model", "rollouts", "held_out"]
+            .iter()
+            .for_each(|folder| sweep(&self.dir.join(folder)));
         let checkpoints = Checkpoints::open(&self.dir.join("checkpoints"), self.cfg().keep)?;
         let mut optimiser = optimiser(policy, self.cfg())?;
         let schedule = schedule(self.cfg(), steps);
@@ -250,11 +218,11 @@ impl Training<'_> {
         bar.set_style(ProgressStyle::with_template(
             "train-reasoner {bar:24} {pos}/{len} {elapsed} eta {eta} {msg}",
         )?);
-        let mut best = if state.step == 0 { None } else { Best::of(&self.dir.join("best"))? };
+        let mut best = if state.step == 0 { None } else { Best::of(&self.dir.join(best::FOLDER))? };
         if state.step == 0 {
             let (figures, rewards) = self.evaluate(policy, &bar)?;
             // What the training has to beat.
-            best = self.keep_best(policy, None, 0, rewards)?;
+            best = Best::keep(&self.dir, policy, None, 0, rewards)?;
             if !figures.is_empty() {
                 log.write(0, figures)?;
             }
@@ -284,7 +252,7 @@ impl Training<'_> {
             let every = self.cfg().eval_every;
             if (every > 0 && state.step.is_multiple_of(every)) || state.step == steps {
                 let (figures, rewards) = self.evaluate(policy, &bar)?;
-                best = self.keep_best(policy, best, state.step, rewards)?;
+                best = Best::keep(&self.dir, policy, best, state.step, rewards)?;
                 if !figures.is_empty() {
                     log.write(state.step, figures)?;
                 }
@@ -303,28 +271,6 @@ impl Training<'_> {
             policy.export(&self.dir.join("model"))?;
         }
         Ok(Ended { step: state.step, of: steps, best: best.and_then(|b| Some((b.step, b.mean()?))) })
-    }
-
-    /// Exports a policy that is better than the best one so far, the first in any case.
-    fn keep_best(
-        &self,
-        policy: &Policy,
-        best: Option<Best>,
-        step: u64,
-        rewards: Vec<Option<f64>>,
-    ) -> Result<Option<Best>> {
-        let new = Best { step, rewards };
-        if new.mean().is_none() || best.as_ref().is_some_and(|best| !new.beats(best)) {
-            return Ok(best);
-        }
-        let dir = self.dir.join("best");
-        // Of a kill in between there is no record, in place of a wrong one.
-        match std::fs::remove_file(dir.join(Best::FILE)) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e.into()),
-            _ => policy.export(&dir)?,
-        }
-        write_atomic(&dir.join(Best::FILE), |w| writeln!(w, "{}", json!(new)))?;
-        Ok(Some(new))
     }
 
     fn servers<'p>(&self, policy: &'p Policy) -> Option<Servers<'p>> {
@@ -616,29 +562,5 @@ impl Clock {
 
     fn seconds(&self, phase: &str) -> f64 {
         self.0.get(phase).copied().unwrap_or(0.)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn policies_are_compared_where_both_rewards_are_known() {
-        let of = |rewards: &[Option<f64>]| Best { step: 1, rewards: rewards.to_vec() };
-        let old = of(&[Some(1.), Some(0.8), Some(0.2), None]);
-        // The hard one is missing: its mean is higher, and it is worse.
-        let new = of(&[Some(0.9), Some(0.8), None, Some(1.)]);
-        assert!(new.mean() > old.mean() && !new.beats(&old));
-        assert!(of(&[Some(1.), Some(0.9), None, None]).beats(&old) && !old.beats(&old));
-        assert!(!of(&[None, None, None, Some(1.)]).beats(&old), "nothing to compare");
-        assert_eq!(of(&[None]).mean(), None);
-
-        let dir = tempfile::tempdir().unwrap();
-        assert_eq!(Best::of(dir.path()).unwrap(), None);
-        std::fs::write(dir.path().join(Best::FILE), json!(new).to_string()).unwrap();
-        assert_eq!(Best::of(dir.path()).unwrap(), Some(new));
-        std::fs::write(dir.path().join(Best::FILE), "{").unwrap();
-        assert!(format!("{:#}", Best::of(dir.path()).unwrap_err()).contains("held_out.json"));
     }
 }

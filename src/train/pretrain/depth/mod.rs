@@ -1,13 +1,16 @@
 //! The embedded depth model: a small MoGe-2 trained from nothing on Rooms.
 //!
 //! Pictures of both looks are rendered as they are needed; no scene is seen twice, none of the
-//! test split ever. A run has stages. In the first only the encoder learns, on many small pictures:
-//! its class token and each patch to tell the camera, each patch also the depth of its quarters, which
-//! way they face and what stands there, by linear heads that the finished model does not have.
-//! (Through the maps alone it had not found the camera after 12,000 pictures, and metric depth hangs
-//! on that: half the field of view is twice the distance of a thing of known size. What things are,
-//! the released encoder brings from DINOv2.) Then the same on pictures of full size, and at last the
-//! maps. Everything follows from the seed and the step, so a resumed run is the same run.
+//! test split ever. A run has stages. In the first only the encoder learns, on many small pictures,
+//! by linear heads that the finished model does not have: its class token and each patch tell the
+//! camera; each patch also tells of its quarters which way lines run through them, how far away they
+//! are, which way they face and what stands there. (Through the maps alone it had not found the camera
+//! after 12,000 pictures, and metric depth hangs on that: half the field of view is twice the distance
+//! of a thing of known size. What things are, the released encoder brings from DINOv2.) Then the same
+//! on pictures of full size, and at last the maps, with the encoder's own losses still beside them.
+//! Everything follows from the seed and the step, so a resumed run is the same run.
+
+mod encoder;
 
 use super::super::depth::{
     DepthBatch, DepthLoss, DepthLossWeights, DepthSample, check_trainable, depth_loss,
@@ -20,17 +23,20 @@ use crate::models::moge::{
     Activation, Config, EncoderConfig, Layers, MoGe, ModelConfig, Norm, PerLevel, Remap, Resampler,
     ScaleConfig, StackConfig, Tokens,
 };
+use crate::nn::Params;
 use crate::nn::lanes::Lanes;
 use crate::nn::optim::{AdamW, AdamWConfig, Decay, Schedule};
-use crate::nn::{self, Linear, Params};
 use crate::rooms::questions::{Split, scene_seed};
-use crate::rooms::{self, Kind, Look, View};
+use crate::rooms::{self, Look, View};
 use candle_core::Tensor;
+pub use encoder::EncoderWeights;
+use encoder::{EncoderLosses, Heads, Shown};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::Write;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// A part of a run. Its learning rate starts anew.
@@ -63,12 +69,7 @@ pub struct DepthTraining {
     /// How much faster the matrices between layers learn (by Muon).
     pub muon: f64,
     pub loss: DepthLossWeights,
-    /// Weights of the encoder's own losses: of the camera, of the depth of patches, of the way they
-    /// face, of what they show.
-    pub camera: f64,
-    pub patches: f64,
-    pub normals: f64,
-    pub kinds: f64,
+    pub encoder: EncoderWeights,
     /// Parts of a batch that are worked on side by side.
     pub lanes: usize,
     /// Held-out pictures per look, of the last stage's size.
@@ -77,7 +78,7 @@ pub struct DepthTraining {
 
 impl Default for DepthTraining {
     fn default() -> Self {
-        let (width, height, tokens) = (224, 168, GRID[0] * GRID[1]);
+        let (width, height, tokens) = (256, 192, GRID[0] * GRID[1]);
         let small = Stage {
             steps: 6_000,
             batch: 32,
@@ -87,8 +88,8 @@ impl Default for DepthTraining {
             lr: 5e-4,
             maps: false,
         };
-        let encoder = Stage { steps: 8_000, batch: 16, width, height, tokens, lr: 6e-4, maps: false };
-        let whole = Stage { steps: 2_000, batch: 12, lr: 3e-4, maps: true, ..encoder };
+        let encoder = Stage { steps: 8_000, batch: 16, width, height, tokens, lr: 6e-4, ..small };
+        let whole = Stage { steps: 8_000, batch: 12, lr: 3e-4, maps: true, ..encoder };
         let stages = vec![small, encoder, whole];
         Self {
             seed: 1,
@@ -98,10 +99,7 @@ impl Default for DepthTraining {
             weight_decay: 0.02,
             muon: 6.,
             loss: DepthLossWeights::default(),
-            camera: 1.,
-            patches: 1.,
-            normals: 0.3,
-            kinds: 0.2,
+            encoder: EncoderWeights::default(),
             lanes: 2,
             eval_pictures: 24,
         }
@@ -157,8 +155,11 @@ impl DepthTraining {
     }
 }
 
-/// Patches of 14 pixels on a picture of 224 × 168.
-const GRID: [usize; 2] = [12, 16];
+/// Rows and columns of patches of 14 pixels, on pictures of 256 × 192 made 336 × 252.
+const GRID: [usize; 2] = [18, 24];
+
+/// Layers of the encoder.
+const LAYERS: usize = 9;
 
 /// The embedded model's config: MoGe-2's layout, points and scale only.
 pub fn config() -> Config {
@@ -186,16 +187,16 @@ pub fn config() -> Config {
         model_config: ModelConfig {
             encoder: EncoderConfig {
                 backbone: "dinov2_rooms14".into(),
-                intermediate_layers: Layers::Listed(vec![2, 5]),
+                intermediate_layers: Layers::Listed(vec![1, LAYERS / 3, LAYERS - 1]),
                 dim_out: features,
             },
             neck: stack(
                 [Some(features + 2), Some(2), Some(2), Some(2), Some(2)],
                 neck,
-                [1, 1, 1, 0, 0],
+                [1, 1, 1, 1, 1],
                 None,
             ),
-            points_head: Some(stack(neck.map(Some), [48, 24, 16, 8, 8], [0, 0, 0, 0, 0], Some(3))),
+            points_head: Some(stack(neck.map(Some), [48, 24, 16, 8, 8], [0, 0, 0, 1, 1], Some(3))),
             normal_head: None,
             mask_head: None,
             scale_head: Some(ScaleConfig { dims: vec![dim, dim, 1] }),
@@ -203,10 +204,10 @@ pub fn config() -> Config {
             num_tokens_range: [tokens / 4, tokens],
         },
         backbone: Some(OfficialConfig {
-            img_size: GRID[1] * 14,
+            img_size: 224,
             patch_size: 14,
             embed_dim: dim,
-            depth: 6,
+            depth: LAYERS,
             num_heads: 6,
             mlp_ratio: 4.,
             init_values: 1.,
@@ -223,88 +224,6 @@ pub fn pixels(view: &View) -> candle_core::Result<Tensor> {
     let shape = (view.height as usize, view.width as usize, 3);
     let t = Tensor::from_slice(&view.rgb, shape, &candle_core::Device::Cpu)?;
     t.permute((2, 0, 1))?.to_dtype(candle_core::DType::F32)? / 255.
-}
-
-const CAMERA: usize = 3;
-
-/// Field of view, tilt and height of a picture's camera, each of about unit spread over Rooms.
-fn camera(view: &View) -> [f32; CAMERA] {
-    let c = &view.camera;
-    let focal = (c.fov_x.to_radians() / 2.).tan().ln();
-    [((focal + 0.52) / 0.2) as f32, ((c.tilt - 12.5) / 7.) as f32, ((c.height - 1.5) / 0.3) as f32]
-}
-
-/// Parts of a patch in a row and in a column, each of which has its depth told.
-const PARTS: usize = 2;
-
-/// Mean log depth of the parts of each of `rows` · `cols` patches, patch after patch.
-fn patch_depths(view: &View, rows: usize, cols: usize) -> Vec<f32> {
-    let (w, h) = (view.width as usize, view.height as usize);
-    let (wide, high) = (w / (cols * PARTS), h / (rows * PARTS));
-    assert!(wide * cols * PARTS == w && high * rows * PARTS == h, "{w}×{h} in {cols}×{rows} patches");
-    let part = |px: usize, py: usize| {
-        let pixels =
-            (py * high..(py + 1) * high).flat_map(|y| (px * wide..(px + 1) * wide).map(move |x| y * w + x));
-        pixels.map(|i| view.depth[i].ln()).sum::<f32>() / (wide * high) as f32
-    };
-    (0..rows * cols)
-        .flat_map(|i| (0..PARTS * PARTS).map(move |k| (i, k)))
-        .map(|(i, k)| part(i % cols * PARTS + k % PARTS, i / cols * PARTS + k / PARTS))
-        .collect()
-}
-
-/// The pixel in the middle of each part, in the order of [`patch_depths`].
-fn middles(view: &View, rows: usize, cols: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
-    let (w, h) = (view.width as usize, view.height as usize);
-    let middle = |part: usize, parts: usize, pixels: usize| (2 * part + 1) * pixels / (2 * parts);
-    (0..rows * cols).flat_map(|i| (0..PARTS * PARTS).map(move |k| (i, k))).map(move |(i, k)| {
-        let x = middle(i % cols * PARTS + k % PARTS, cols * PARTS, w);
-        (x, middle(i / cols * PARTS + k / PARTS, rows * PARTS, h))
-    })
-}
-
-/// What a part of a patch can show: a kind of thing, or none.
-const KINDS: usize = Kind::ALL.len() + 1;
-
-/// The number of what is seen in the middle of each part, in the order of [`patch_depths`].
-fn patch_kinds(view: &View, rows: usize, cols: usize) -> Vec<u32> {
-    let none = Kind::ALL.len() as u32;
-    let number = |kind: Kind| Kind::ALL.iter().position(|k| *k == kind).map_or(none, |i| i as u32);
-    let kinds: HashMap<u16, u32> = view.things.iter().map(|t| (t.id, number(t.kind))).collect();
-    let w = view.width as usize;
-    middles(view, rows, cols).map(|(x, y)| kinds.get(&view.ids[y * w + x]).copied().unwrap_or(none)).collect()
-}
-
-/// The unit vector away from the surface in the middle of each part, towards the camera, in its axes
-/// (x right, y down, z forward), three numbers a part in the order of [`patch_depths`].
-fn patch_normals(view: &View, rows: usize, cols: usize) -> Vec<f32> {
-    let (w, h) = (view.width as usize, view.height as usize);
-    let focal = (w as f64 / 2. / (view.camera.fov_x.to_radians() / 2.).tan()) as f32;
-    let point = |x: usize, y: usize| {
-        let z = view.depth[y * w + x];
-        [(x as f32 + 0.5 - w as f32 / 2.) * z / focal, (y as f32 + 0.5 - h as f32 / 2.) * z / focal, z]
-    };
-    let minus = |a: [f32; 3], b: [f32; 3]| [a[0] - b[0], a[1] - b[1], a[2] - b[2]];
-    // Along the side on which the surface goes on.
-    let along = |before: [f32; 3], at: [f32; 3], after: [f32; 3]| {
-        let (a, b) = (minus(at, before), minus(after, at));
-        if a[2].abs() < b[2].abs() { a } else { b }
-    };
-    middles(view, rows, cols)
-        .flat_map(|(x, y)| {
-            let at = point(x, y);
-            let right = along(point(x - 1, y), at, point(x + 1, y));
-            let down = along(point(x, y - 1), at, point(x, y + 1));
-            // Down × right looks back at the camera from a wall that faces it.
-            let n = [
-                down[1] * right[2] - down[2] * right[1],
-                down[2] * right[0] - down[0] * right[2],
-                down[0] * right[1] - down[1] * right[0],
-            ];
-            let len = n.iter().map(|x| x * x).sum::<f32>().sqrt().max(1e-12);
-            n.map(|x| x / len)
-        })
-        .collect()
 }
 
 /// Of the parameters that only training has.
@@ -369,22 +288,9 @@ pub struct DepthTrainer {
     cfg: DepthTraining,
     params: Params,
     net: MoGe,
-    camera: Linear,
-    camera_of_patch: Linear,
-    patches: Linear,
-    normals: Linear,
-    kinds: Linear,
+    heads: Heads,
     optimiser: AdamW,
     lanes: Lanes,
-}
-
-/// Losses of a step; those of the maps where the stage has them.
-struct Losses {
-    camera: Tensor,
-    patches: Tensor,
-    normals: Tensor,
-    kinds: Tensor,
-    maps: Option<DepthLoss>,
 }
 
 impl DepthTrainer {
@@ -392,68 +298,48 @@ impl DepthTrainer {
         let params = super::start(cfg.seed, cfg.from.as_deref())?;
         let net = MoGe::new(model, params.builder())?;
         check_trainable(&net)?;
-        let heads = params.builder().pp(ENCODER_HEADS);
-        let camera = nn::linear(net.backbone().config().dim, CAMERA, heads.pp("camera"))?;
-        let features = model.model_config.encoder.dim_out;
-        let patches = nn::linear(features, PARTS * PARTS, heads.pp("patches"))?;
-        let camera_of_patch = nn::linear(features, CAMERA, heads.pp("camera_of_patch"))?;
-        let normals = nn::linear(features, PARTS * PARTS * 3, heads.pp("normals"))?;
-        let kinds = nn::linear(features, PARTS * PARTS * KINDS, heads.pp("kinds"))?;
-        super::check_complete(&params, cfg.from.as_deref(), Some(ENCODER_HEADS))?;
+        super::check_complete(&params, cfg.from.as_deref(), None)?;
+        let heads = Heads::new(&net, params.builder().pp(ENCODER_HEADS))?;
         if cfg.from.is_none() {
             super::set_positions(&params, "encoder.backbone.pos_embed", 1)?;
         }
         let adamw = AdamWConfig { weight_decay: cfg.weight_decay, ..AdamWConfig::default() };
         let optimiser = AdamW::new(params.named(), adamw, super::group(cfg.muon))?;
         let lanes = Lanes::new(cfg.lanes)?;
-        Ok(Self { cfg, params, net, camera, camera_of_patch, patches, normals, kinds, optimiser, lanes })
+        Ok(Self { cfg, params, net, heads, optimiser, lanes })
     }
 
     pub fn net(&self) -> &MoGe {
         &self.net
     }
 
-    fn losses(&self, views: &[View], stage: Stage) -> anyhow::Result<Losses> {
-        let samples: Vec<_> = views.iter().map(sample).collect();
+    /// The encoder's losses, and those of the maps if they are wanted.
+    fn losses(&self, shown: &[Shown], stage: Stage) -> anyhow::Result<(EncoderLosses, Option<DepthLoss>)> {
+        let samples: Vec<_> = shown.iter().map(|s| sample(&s.view)).collect();
         let (w, h) = (stage.width as usize, stage.height as usize);
         let batch = DepthBatch::new(&samples, w, h)?;
         let (rows, cols) = MoGe::grid(w, h, stage.tokens);
         let (features, cls) = self.net.encode(&batch.image, rows, cols)?;
-        let off = |got: Tensor, truth: Vec<f32>| -> candle_core::Result<Tensor> {
-            let truth = Tensor::from_vec(truth, got.shape(), got.device())?;
-            (got - truth)?.abs()?.mean_all()
+        let encoder = self.heads.losses(shown, &features, &cls)?;
+        let maps = match stage.maps {
+            true => Some(depth_loss(&self.net.heads(&features, &cls, w, h)?, &batch, &self.cfg.loss)?),
+            false => None,
         };
-        let told = |of: usize| views.iter().flat_map(|v| camera(v).repeat(of)).collect::<Vec<f32>>();
-        let depths = views.iter().flat_map(|v| patch_depths(v, rows, cols)).collect();
-        let kinds: Vec<u32> = views.iter().flat_map(|v| patch_kinds(v, rows, cols)).collect();
-        let kinds = Tensor::new(kinds, features.device())?;
-        let normals = views.iter().flat_map(|v| patch_normals(v, rows, cols)).collect();
-        let of_patches = features.flatten_from(2)?.transpose(1, 2)?.contiguous()?;
-        let shown = self.kinds.forward(&of_patches)?.reshape(((), KINDS))?;
-        Ok(Losses {
-            camera: (off(self.camera.forward(&cls)?, told(1))?
-                + off(self.camera_of_patch.forward(&of_patches)?, told(rows * cols))?)?,
-            normals: off(self.normals.forward(&of_patches)?, normals)?,
-            patches: off(self.patches.forward(&of_patches)?, depths)?,
-            kinds: nn::log_probs(&shown, &kinds)?.mean_all()?.neg()?,
-            maps: match stage.maps {
-                true => Some(depth_loss(&self.net.heads(&features, &cls, w, h)?, &batch, &self.cfg.loss)?),
-                false => None,
-            },
-        })
+        Ok((encoder, maps))
     }
 
     /// The pictures of a step; even ones are studio, odd ones lived-in.
-    fn views(&self, step: u64) -> Vec<View> {
+    fn views(&self, step: u64) -> Vec<Shown> {
         let (stage, _, first) = self.cfg.stage(step);
-        (first..first + stage.batch as u64)
-            .into_par_iter()
-            .map(|i| {
-                let look = if i % 2 == 0 { Look::Studio } else { Look::LivedIn };
-                let scene = scene_seed(Split::Train, self.cfg.seed, i);
-                rooms::generate(scene, look, stage.width, stage.height)
-            })
-            .collect()
+        self.shown(Split::Train, first..first + stage.batch as u64, stage)
+    }
+
+    fn shown(&self, split: Split, numbers: Range<u64>, stage: Stage) -> Vec<Shown> {
+        let shown = |i| {
+            let look = if i % 2 == 0 { Look::Studio } else { Look::LivedIn };
+            Shown::new(scene_seed(split, self.cfg.seed, i), look, stage.width, stage.height)
+        };
+        numbers.into_par_iter().map(shown).collect()
     }
 }
 
@@ -474,27 +360,23 @@ impl Trainee for DepthTrainer {
         let (stage, own, _) = self.cfg.stage(step);
         let views = self.views(step);
         let parts = self.lanes.map(&views, |_, views| {
-            let l = self.losses(views, stage)?;
-            let mut total = ((&l.camera * self.cfg.camera)? + (&l.patches * self.cfg.patches)?)?;
-            total = (total + ((&l.normals * self.cfg.normals)? + (&l.kinds * self.cfg.kinds)?)?)?;
-            if let Some(maps) = &l.maps {
-                total = (total + &maps.total)?;
+            let (encoder, maps) = self.losses(views, stage)?;
+            let mut total = encoder.total(&self.cfg.encoder)?;
+            let mut m = vec![];
+            for (name, loss) in encoder.named() {
+                m.push((name, loss.to_scalar::<f32>()?));
             }
-            let mut m = vec![
-                ("loss", total.to_scalar::<f32>()?),
-                ("camera", l.camera.to_scalar()?),
-                ("patches", l.patches.to_scalar()?),
-                ("normals", l.normals.to_scalar()?),
-                ("kinds", l.kinds.to_scalar()?),
-            ];
-            if let Some(maps) = l.maps {
+            if let Some(maps) = maps {
+                total = (total + maps.total)?;
                 m.extend([
                     ("depth", maps.depth),
                     ("gradient", maps.gradient),
                     ("rays", maps.rays),
                     ("scale", maps.scale),
+                    ("metric", maps.metric),
                 ]);
             }
+            m.push(("loss", total.to_scalar()?));
             Ok((total.backward()?, m, views.len() as f64 / stage.batch as f64))
         })?;
         let mut figures: Vec<(&str, f64)> = parts[0].1.iter().map(|(name, _)| (*name, 0.)).collect();
@@ -524,18 +406,16 @@ impl Trainee for DepthTrainer {
         if stage.maps {
             return evaluate(&self.net, &self.cfg);
         }
-        let views: Vec<View> = (0..2 * self.cfg.eval_pictures)
-            .into_par_iter()
-            .map(|i| {
-                let look = if i % 2 == 0 { Look::Studio } else { Look::LivedIn };
-                rooms::generate(scene_seed(Split::Test, self.cfg.seed, i), look, stage.width, stage.height)
-            })
-            .collect();
-        let l = self.losses(&views, stage)?;
-        let all = [("camera", l.camera), ("patches", l.patches), ("normals", l.normals), ("kinds", l.kinds)];
-        all.into_iter()
-            .map(|(name, loss)| Ok((format!("held_out_{name}"), json!(loss.to_scalar::<f32>()?))))
-            .collect()
+        let views = self.shown(Split::Test, 0..2 * self.cfg.eval_pictures, stage);
+        let mut means: BTreeMap<String, f64> = BTreeMap::new();
+        for part in views.chunks(stage.batch) {
+            for (name, loss) in self.losses(part, stage)?.0.named() {
+                let share = part.len() as f64 / views.len() as f64;
+                *means.entry(format!("held_out_{name}")).or_default() +=
+                    share * f64::from(loss.to_scalar::<f32>()?);
+            }
+        }
+        Ok(means.into_iter().map(|(name, mean)| (name, json!(mean))).collect())
     }
 }
 
@@ -570,9 +450,8 @@ mod tests {
         let (cfg, model) = small();
         let t = DepthTrainer::new(cfg, &model)?;
         // Three pictures: of an even number of signs, as an L1 loss has, all may cancel.
-        let l = t.losses(&t.views(0), t.cfg.last())?;
-        let encoder = ((l.camera + l.patches)? + (l.normals + l.kinds)?)?;
-        let grads = (encoder + l.maps.expect("the stage has maps").total)?.backward()?;
+        let (encoder, maps) = t.losses(&t.views(0), t.cfg.last())?;
+        let grads = (encoder.total(&t.cfg.encoder)? + maps.expect("the stage has maps").total)?.backward()?;
         for (name, var) in t.params.named() {
             let Some(g) = grads.get(&var) else { panic!("no gradient: {name}") };
             assert!(g.abs()?.sum_all()?.to_scalar::<f32>()? > 0., "zero gradient: {name}");
@@ -626,19 +505,21 @@ mod tests {
         let (first, second) = (t.views(0), t.views(1));
         assert_eq!((first.len(), second.len()), (3, 2));
         assert!(
-            first.iter().any(|v| v.look == Look::Studio) && first.iter().any(|v| v.look == Look::LivedIn)
+            first.iter().any(|v| v.view.look == Look::Studio)
+                && first.iter().any(|v| v.view.look == Look::LivedIn)
         );
         let test: Vec<u64> = (0..100).map(|i| scene_seed(Split::Test, t.cfg.seed, i)).collect();
         let third = t.views(2);
-        let mut seeds: Vec<u64> = first.iter().chain(&second).chain(&third).map(|v| v.seed).collect();
+        let mut seeds: Vec<u64> = first.iter().chain(&second).chain(&third).map(|v| v.view.seed).collect();
         seeds.sort_unstable();
         seeds.dedup();
         assert_eq!(seeds.len(), 7, "no scene is seen twice");
         for v in first.iter().chain(&second) {
-            assert!(!test.contains(&v.seed));
+            assert!(!test.contains(&v.view.seed));
         }
         Ok(())
     }
+
     #[test]
     fn stages_follow_one_another_and_shrink_in_proportion() {
         let all = DepthTraining::default();
@@ -650,45 +531,12 @@ mod tests {
         assert_eq!(at(6_000), (false, 0, 6_000 * 32));
         assert_eq!(at(14_001), (true, 1, 6_000 * 32 + 8_000 * 16 + 12));
         let steps = |cfg: &DepthTraining| cfg.stages.iter().map(|s| s.steps).collect::<Vec<_>>();
-        assert_eq!(steps(&all.clone().in_steps(90)), [33, 45, 12]);
+        assert_eq!(steps(&all.clone().in_steps(90)), [24, 32, 34]);
         let further = all.clone().of_stages(&[2, 3]).unwrap().in_steps(90);
-        assert_eq!(steps(&further), [72, 18]);
-        assert_eq!(further.stages.iter().map(|s| s.tokens).collect::<Vec<_>>(), [192, 192]);
+        assert_eq!(steps(&further), [45, 45]);
+        assert_eq!(further.stages.iter().map(|s| s.tokens).collect::<Vec<_>>(), [GRID[0] * GRID[1]; 2]);
         for none in [&[][..], &[0], &[4]] {
             assert!(all.clone().of_stages(none).is_err());
-        }
-    }
-
-    #[test]
-    fn patches_are_told_the_depth_of_their_own_parts() {
-        let mut view = rooms::generate(3, Look::Studio, 56, 42);
-        // Depth that tells its place: e to the column, plus a hundredth of the row.
-        for (i, d) in view.depth.iter_mut().enumerate() {
-            *d = ((i % 56) as f32 / 10. + (i / 56) as f32 / 100.).exp();
-        }
-        let got = patch_depths(&view, 3, 4);
-        assert_eq!(got.len(), 3 * 4 * 4);
-        // Patch 5 is the second of the second row; its last part is its lower right one.
-        let want = (14. + 7. + 3.) / 10. + (14. + 7. + 3.) / 100.;
-        assert!((got[5 * 4 + 3] - want).abs() < 1e-3, "{} {want}", got[23]);
-    }
-
-    #[test]
-    fn patches_are_told_which_way_the_floor_faces() {
-        let view = rooms::generate(3, Look::Studio, 224, 168);
-        let normals = patch_normals(&view, 12, 16);
-        let (rows, cols) = (12, 16);
-        assert_eq!(normals.len(), rows * cols * PARTS * PARTS * 3);
-        // The floor's normal is up: (0, −cos, −sin) of the tilt in a camera that looks down by it.
-        let (sin, cos) = view.camera.tilt.to_radians().sin_cos();
-        let up = [0., -cos as f32, -sin as f32];
-        let near = |n: &[f32]| n.iter().zip(up).map(|(a, b)| a * b).sum::<f32>() > 0.99;
-        let all: Vec<&[f32]> = normals.chunks(3).collect();
-        let floor = all.iter().copied().filter(|n| near(n)).count();
-        assert!(floor > all.len() / 10, "{floor} of {} face up", all.len());
-        for n in all {
-            let len = n.iter().map(|x| x * x).sum::<f32>();
-            assert!((len - 1.).abs() < 1e-3, "{n:?}");
         }
     }
 }
