@@ -3,7 +3,6 @@
 use super::eval::{Bench, EvalArgs};
 use super::{all_heard, replaceable};
 use crate::config::Config;
-use crate::eval::detection::AveragePrecision;
 use crate::eval::honesty::honesty;
 use crate::eval::parts;
 use crate::files::write_atomic;
@@ -76,7 +75,7 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
                 table,
                 "AP50 {:.3}{}  AP75 {:.3}  AP {:.3}  ({} things)",
                 ap.ap50,
-                interval(&ap),
+                interval(ap.ap50_interval),
                 ap.ap75,
                 ap.ap,
                 ap.truths
@@ -124,7 +123,7 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
                 "AP50 {:.3}{}  AP75 {:.3}  AP {:.3}  small {}  medium {}  large {}  ({} things; \
                  {unreadable} pictures left out)",
                 ap.ap50,
-                interval(&ap),
+                interval(ap.ap50_interval),
                 ap.ap75,
                 ap.ap,
                 or_dash(ap.small),
@@ -142,7 +141,14 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
         Bench::RoomsDepth => {
             let model = DepthEstimator::load(&config.depth, device)?;
             let r = parts::depth(&model, look, seed, n, &mut tick)?;
-            writeln!(table, "AbsRel {:.4}  after the best scale {:.4}", r.abs_rel, r.abs_rel_aligned)?;
+            writeln!(
+                table,
+                "AbsRel {:.4}{}  with the scale set right {:.4}{}",
+                r.abs_rel,
+                interval(r.abs_rel_interval),
+                r.abs_rel_aligned,
+                interval(r.abs_rel_aligned_interval)
+            )?;
             serde_json::to_value(&r)?
         }
         Bench::RoomsVlm => {
@@ -164,16 +170,14 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
                 pulse.beat(&bar);
             };
             let r = parts::verifier(&judge, &planner, &asked, seed, tick)?;
-            writeln!(table, "{:<12} balanced  right passes{:14}wrong is objected to", "head", "")?;
+            writeln!(table, "{:<12} balanced{:16}right passes{:18}wrong is objected to", "head", "", "")?;
             for (name, h) in &r.heads {
                 let (passed, objected) = (h.passed.to_string(), h.objected.to_string());
+                let balanced = or_dash(h.balanced) + &interval(Some(h.balanced_interval));
                 writeln!(
                     table,
-                    "{name:<12} {:>8}  {passed:<25}{:>5}  {objected:<25}{:>5}  unreadable {}",
-                    or_dash(h.balanced),
-                    h.passed.n,
-                    h.objected.n,
-                    h.unreadable
+                    "{name:<12} {balanced:<24}{passed:<25}{:>5}  {objected:<25}{:>5}  unreadable {}",
+                    h.passed.n, h.objected.n, h.unreadable
                 )?;
             }
             writeln!(table, "objections to the mistake kept from it: {}  n {}", r.kept_back, r.kept_back.n)?;
@@ -234,6 +238,7 @@ fn or_dash(x: f64) -> String {
     if x.is_nan() { "–".into() } else { format!("{x:.3}") }
 }
 
-fn interval(ap: &AveragePrecision) -> String {
-    ap.ap50_interval.map_or_else(String::new, |[low, high]| format!(" [{low:.3}, {high:.3}]"))
+fn interval(ends: Option<[f64; 2]>) -> String {
+    let known = ends.filter(|ends| ends.iter().all(|x| !x.is_nan()));
+    known.map_or_else(String::new, |[low, high]| format!(" [{low:.3}, {high:.3}]"))
 }

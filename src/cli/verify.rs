@@ -247,16 +247,16 @@ fn audit(args: &AuditArgs) -> Result<ExitCode> {
     writeln!(out, "verifier: {}", judge.name())?;
     writeln!(
         out,
-        "{:<10} {:<24} {:>8} {:>6}  {:<24} {:<24} {:>6} {:>7}",
+        "{:<10} {:<24} {:<22} {:>6}  {:<24} {:<24} {:>6} {:>7}",
         "head", "accuracy", "balanced", "kappa", "false accepts", "false rejects", "cases", "missing"
     )?;
     for (head, h) in &report.heads {
         writeln!(
             out,
-            "{:<10} {:<24} {:>8.3} {:>6.2}  {:<24} {:<24} {:>6} {:>7}",
+            "{:<10} {:<24} {:<22} {:>6.2}  {:<24} {:<24} {:>6} {:>7}",
             head.word(),
             h.accuracy.to_string(),
-            h.balanced,
+            format!("{:.3} [{:.3}, {:.3}]", h.balanced, h.balanced_interval[0], h.balanced_interval[1]),
             h.kappa,
             h.false_accept.to_string(),
             h.false_reject.to_string(),

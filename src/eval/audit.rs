@@ -42,6 +42,8 @@ pub struct HeadAudit {
     pub accuracy: Share,
     /// Mean of the shares of right verdicts on what is right and on what is wrong.
     pub balanced: f64,
+    /// Its 95 % interval.
+    pub balanced_interval: [f64; 2],
     /// Of what is wrong, what passes.
     pub false_accept: Share,
     /// Of what is right, what is objected to.
@@ -83,8 +85,19 @@ impl Audit {
             let by_chance = truth * said + (1. - truth) * (1. - said);
             let kappa = if by_chance < 1. { (accuracy.value - by_chance) / (1. - by_chance) } else { 0. };
             let balanced = 1. - (false_accept.value + false_reject.value) / 2.;
+            let wrong = false_accept.mean_interval(&false_reject);
+            let balanced_interval = [1. - wrong[1], 1. - wrong[0]];
             let missing = of.len() - read.len();
-            heads.insert(head, HeadAudit { accuracy, balanced, false_accept, false_reject, kappa, missing });
+            let audit = HeadAudit {
+                accuracy,
+                balanced,
+                balanced_interval,
+                false_accept,
+                false_reject,
+                kappa,
+                missing,
+            };
+            heads.insert(head, audit);
         }
         let mut named: BTreeMap<String, Vec<(u64, bool)>> = BTreeMap::new();
         for (c, v) in cases.iter().zip(verdicts).filter(|(c, _)| !c.ok) {
@@ -162,6 +175,8 @@ mod tests {
         let chance = 2. / 3. * 19. / 30. + 1. / 3. * 11. / 30.;
         assert!((h.kappa - (0.7 - chance) / (1. - chance)).abs() < 1e-9, "{}", h.kappa);
         assert!((h.balanced - 0.675).abs() < 1e-9);
+        let [low, high] = h.balanced_interval;
+        assert!((0.4..0.675).contains(&low) && (0.675..0.9).contains(&high), "{low} {high}");
         assert_eq!((audit.objected["slip"].hits, audit.objected["slip"].n), (6, 10));
         assert_eq!(audit.heads.len(), 1);
     }

@@ -6,7 +6,7 @@
 use super::audit::Labelled;
 use super::detection::{self, AveragePrecision, Scored, Truth};
 use super::rooms::SIZE;
-use super::stats::Share;
+use super::stats::{Share, percentiles};
 use crate::data::odvg::{Boxes, Instance};
 use crate::llm::{ChatError, ChatReply};
 use crate::pipeline::question_seed;
@@ -123,13 +123,15 @@ pub fn detection(
     Ok(detection::with_interval(&scored, names.len()))
 }
 
-/// Errors of metric depth, means over pictures.
-#[derive(Clone, Debug, Default, Serialize)]
+/// Errors of metric depth, means over pictures, with 95 % intervals where those are two or more.
+#[derive(Clone, Debug, Serialize)]
 pub struct DepthReport {
     /// Mean of |d − truth| / truth over all pixels.
     pub abs_rel: f64,
-    /// The same after each picture's best scale.
+    pub abs_rel_interval: Option<[f64; 2]>,
+    /// The same after scaling each picture by its median of truth over prediction.
     pub abs_rel_aligned: f64,
+    pub abs_rel_aligned_interval: Option<[f64; 2]>,
     pub pictures: u64,
 }
 
@@ -140,15 +142,26 @@ pub fn depth(
     pictures: u64,
     mut progress: impl FnMut(),
 ) -> Result<DepthReport> {
-    let mut report = DepthReport { pictures, ..Default::default() };
+    let (mut rel, mut aligned) = (Vec::new(), Vec::new());
     for i in 0..pictures {
         let view = view(look, seed, i);
         let got = estimator.estimate(&picture(&view))?;
-        report.abs_rel += super::depth::abs_rel(&got, &view.depth) / pictures as f64;
-        report.abs_rel_aligned += super::depth::abs_rel_aligned(&got, &view.depth) / pictures as f64;
+        rel.push(super::depth::abs_rel(&got, &view.depth));
+        aligned.push(super::depth::abs_rel_aligned(&got, &view.depth));
         progress();
     }
-    Ok(report)
+    let mean = |errors: &[f64]| errors.iter().sum::<f64>() / pictures as f64;
+    let interval = |errors: &[f64]| {
+        let drawn = |times: &[usize]| times.iter().zip(errors).map(|(t, e)| *t as f64 * e).sum::<f64>();
+        percentiles(errors.len(), |times| drawn(times) / pictures as f64)
+    };
+    Ok(DepthReport {
+        abs_rel: mean(&rel),
+        abs_rel_interval: interval(&rel),
+        abs_rel_aligned: mean(&aligned),
+        abs_rel_aligned_interval: interval(&aligned),
+        pictures,
+    })
 }
 
 /// Crops of one picture at most, so that pictures are many.
@@ -199,8 +212,9 @@ pub struct HeadReport {
     pub passed: Share,
     /// Of what is wrong, the share that is objected to.
     pub objected: Share,
-    /// Their mean.
+    /// Their mean, and its 95 % interval.
     pub balanced: f64,
+    pub balanced_interval: [f64; 2],
     /// Replies without a readable verdict; each counts as wrong.
     pub unreadable: usize,
 }
@@ -297,7 +311,8 @@ pub fn verifier(
         let (passed, objected) = (share(true), share(false));
         let balanced = (passed.value + objected.value) / 2.;
         let unreadable = got.iter().filter(|v| v.ok.is_none() && !v.silent).count();
-        heads.insert(head.word(), HeadReport { passed, objected, balanced, unreadable });
+        let balanced_interval = passed.mean_interval(&objected);
+        heads.insert(head.word(), HeadReport { passed, objected, balanced, balanced_interval, unreadable });
     }
     let got = verdicts(&kept.iter().collect::<Vec<_>>())?;
     silent += silence(&got);

@@ -38,6 +38,13 @@ impl Share {
         let (low, high) = wilson(p, n / deff);
         Self { hits: hits as usize, n: n as usize, value: p, low, high }
     }
+
+    /// 95 % interval of the mean of two shares of different cases, from their own (MOVER: Zou and Donner 2008).
+    pub fn mean_interval(&self, other: &Self) -> [f64; 2] {
+        let mean = (self.value + other.value) / 2.;
+        let off = |end: fn(&Self) -> f64| (self.value - end(self)).hypot(other.value - end(other)) / 2.;
+        [mean - off(|s| s.low), mean + off(|s| s.high)]
+    }
 }
 
 /// Resamples of a bootstrap, and its seed: the same scores have the same interval.
@@ -177,6 +184,19 @@ mod tests {
         let once = Share::clustered((0..300).map(|i| (i, hit(i))));
         let thrice = Share::clustered((0..900).map(|i| (i / 3, hit(i / 3))));
         assert!((once.low - thrice.low).abs() < 2e-3 && (once.high - thrice.high).abs() < 2e-3);
+    }
+
+    #[test]
+    fn a_mean_of_two_shares_is_known_as_well_as_both() {
+        let share = |hits: u64, n: u64| Share::clustered((0..n).map(move |i| (i, i < hits)));
+        // As by theory, where the shares are far from 0 and 1: 1.96 √(p q / n) each.
+        let (a, b) = (share(400, 1000), share(1800, 3000));
+        let half = 1.96 * (0.24f64 / 1000. + 0.24 / 3000.).sqrt() / 2.;
+        let [low, high] = a.mean_interval(&b);
+        assert!((low - (0.5 - half)).abs() < 1e-3 && (high - (0.5 + half)).abs() < 1e-3, "{low} {high}");
+        // Few cases of one, all right: what is not known of it shows.
+        let [low, high] = share(990, 1000).mean_interval(&share(6, 6));
+        assert!(low < 0.81 && high < 1.0 && high > 0.995, "{low} {high}");
     }
 
     #[test]

@@ -242,6 +242,8 @@ pub fn original_inputs(f: &Fixture, case: &str) -> Inputs {
     inputs
 }
 
+/// Of the batch the case with the right text mask: `batch2_asis` repeats masks in the order of (head, batch), as the
+/// original does in batches, where one picture's prompt masks another's.
 pub const CASES: [(&str, &str); 5] =
     [("a", "a"), ("b", "b"), ("c", "c"), ("d", "d"), ("batch2", "batch2_fixedmask")];
 
