@@ -206,7 +206,7 @@ fn embedded_models_fit() {
         ("vlm", Part::Vlm),
     ];
     for (name, part) in parts {
-        let files = ModelFiles::open(crate::config::EMBEDDED, name).unwrap();
+        let files = ModelFiles::open(crate::weights::source::EMBEDDED, name).unwrap();
         assert_eq!(check(&files).unwrap().part, part);
     }
 }

@@ -1,6 +1,7 @@
 //! Text of strangers (models, programs, files): for a terminal, which it must not command, and as
 //! editors save it.
 
+use serde_json::Value;
 use std::borrow::Cow;
 use std::fmt::Write as _;
 
@@ -36,6 +37,15 @@ fn spelt<'a>(text: &'a str, kept: &str) -> Cow<'a, str> {
         }
     }
     Cow::Owned(out)
+}
+
+/// A value as people write it.
+pub fn plain(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Bool(yes) => if *yes { "yes" } else { "no" }.to_owned(),
+        other => other.to_string(),
+    }
 }
 
 /// A file's text without the byte-order mark that some editors put before it.

@@ -7,7 +7,7 @@
 //! the same settings.
 
 use super::{ExecutorArgs, ModelArgs, fillable, planning_sets, replaceable};
-use crate::config::{Config, EMBEDDED, EMBEDDED_BASE};
+use crate::config::Config;
 use crate::eval::benches::feed::{ROOMS_N, Shard};
 use crate::eval::rooms::{Programs, Report, ToolSet, evaluate, questions};
 use crate::files::write_atomic;
@@ -20,6 +20,7 @@ use crate::rooms::spec::Family;
 use crate::rooms::{Look, Question, View};
 use crate::text::shown;
 use crate::tools::real::Perception;
+use crate::weights::source::{EMBEDDED, EMBEDDED_BASE};
 use anyhow::bail;
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -397,7 +398,8 @@ fn reproducible(args: &EvalArgs, config: &Config, report: &Report) -> anyhow::Re
 mod tests {
     use super::EvalArgs;
     use crate::cli::{Cli, Command};
-    use crate::config::{Config, EMBEDDED_BASE};
+    use crate::config::Config;
+    use crate::weights::source::EMBEDDED_BASE;
     use clap::Parser;
 
     fn args(more: &[&str]) -> EvalArgs {

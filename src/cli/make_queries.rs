@@ -6,9 +6,9 @@ use crate::data::training::{Split, TrainingSet};
 use crate::files::write_atomic;
 use crate::llm::ChatModels;
 use crate::report::pulse::Pulse;
+use crate::sight::Picture;
+use crate::sight::picture::DecodeOptions;
 use crate::text::shown;
-use crate::tools::Picture;
-use crate::tools::picture::DecodeOptions;
 use crate::train::reasoner::make::{make, pictures};
 use crate::weights::hub::Hub;
 use anyhow::{Context, Result, ensure};
@@ -65,7 +65,7 @@ fn written(args: &MakeQueriesArgs, images: &Path) -> Result<ExitCode> {
     let (config, device) = (args.models.config()?, args.models.device()?);
     let pictures = pictures(images)?;
     ensure!(
-        config.vlm.model != crate::config::EMBEDDED,
+        config.vlm.model != crate::weights::source::EMBEDDED,
         "vlm.model: the embedded VLM answers about crops and writes no questions; name another, such as with \
          --config configs/api.toml"
     );

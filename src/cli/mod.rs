@@ -410,7 +410,7 @@ mod tests {
 
     #[test]
     fn an_error_is_one_line_and_says_nothing_twice() {
-        let open = crate::tools::Picture::open(std::path::Path::new("/no/such.png"));
+        let open = crate::sight::Picture::open(std::path::Path::new("/no/such.png"));
         let line = one_line(&open.context("first\n  second\n").unwrap_err());
         assert!(line.starts_with("first; second: cannot open picture /no/such.png: "), "{line}");
         assert_eq!(line.matches("os error").count(), 1, "{line}");

@@ -1,7 +1,7 @@
 //! `valor train-reasoner`: from questions without answers to a better planner.
 
 use super::{ModelArgs, fillable, servers, to_be_fetched};
-use crate::config::{Algorithm, Config, ENDPOINT};
+use crate::config::{Algorithm, Config, ENDPOINT, Head};
 use crate::files::Held;
 use crate::llm::ChatModels;
 use crate::pipeline::sandbox;
@@ -11,7 +11,7 @@ use crate::train::Broken;
 use crate::train::reasoner::{
     Policy, Queries, Training, check_folder, check_resumed, check_trainable, steps,
 };
-use crate::verify::{self, Head, Judge, Verification, check_files};
+use crate::verify::{self, Judge, Verification, check_files};
 use crate::weights::ModelFiles;
 use anyhow::{Result, ensure};
 use std::path::PathBuf;

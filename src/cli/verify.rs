@@ -1,6 +1,7 @@
 //! `valor verify`: the reward's heads on replies, and how far their judge can be trusted.
 
 use super::{ModelArgs, all_heard, json_lines, replaceable};
+use crate::config::Head;
 use crate::eval::audit::{Audit, Labelled, rooms};
 use crate::eval::benches::record::NO_REPLY;
 use crate::eval::rooms::questions;
@@ -10,7 +11,7 @@ use crate::pipeline::sandbox;
 use crate::report::pulse::Pulse;
 use crate::rooms::{Look, Question};
 use crate::text::shown;
-use crate::verify::{Ask, Head, Judge, Scored, Verification, check_files};
+use crate::verify::{Ask, Judge, Scored, Verification, check_files};
 use anyhow::{Context, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Deserializer};

@@ -1,7 +1,8 @@
 //! What cannot be meant, told by its key.
 
-use super::{Config, ConfigError, EMBEDDED_BASE, ENDPOINT, address_fault, invalid};
+use super::{Config, ConfigError, ENDPOINT, address_fault, invalid};
 use crate::weights::gguf::is_gguf;
+use crate::weights::source::EMBEDDED_BASE;
 
 /// A program that failed three times will fail again.
 const MOST_REPAIRS: usize = 2;

@@ -45,12 +45,6 @@ pub const BUILT_IN: &str = "built-in configuration";
 /// Full keys, and where their values were set last.
 pub type Origins = BTreeMap<String, String>;
 
-/// Where a network's weights come from: `"embedded"`, a path, a preset, or the hub.
-pub const EMBEDDED: &str = "embedded";
-
-/// The embedded planner or detector before its training; of other parts refused.
-pub const EMBEDDED_BASE: &str = "embedded-base";
-
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
@@ -247,6 +241,29 @@ pub struct Reward {
     pub attribute: f64,
     pub spatial: f64,
     pub adherence: f64,
+}
+
+/// Of the heads in [`Reward`] those that a language model decides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Head {
+    Logic,
+    Attribute,
+    Spatial,
+    Adherence,
+}
+
+impl Head {
+    pub const ALL: [Self; 4] = [Self::Logic, Self::Attribute, Self::Spatial, Self::Adherence];
+
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Logic => "logic",
+            Self::Attribute => "attribute",
+            Self::Spatial => "spatial",
+            Self::Adherence => "adherence",
+        }
+    }
 }
 
 #[derive(Debug, thiserror::Error)]

@@ -14,8 +14,8 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::hash::Hash;
 use std::path::{Path, PathBuf};
 
+use crate::sight::{BBox, Picture, bbox};
 use crate::text::without_bom;
-use crate::tools::{BBox, Picture, bbox};
 use rayon::prelude::*;
 
 /// A line of an ODVG file.

@@ -4,9 +4,10 @@
 //! worth knowing before a training that believes it.
 
 use super::stats::Share;
+use crate::config::Head;
 use crate::rooms::mistakes::{Mistake, applies, demonstration, judge};
 use crate::rooms::questions::Question;
-use crate::verify::{Ask, Head, Verdict};
+use crate::verify::{Ask, Verdict};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 

@@ -1,6 +1,6 @@
 //! Errors of metric depth against exact depth.
 
-use crate::models::moge::Depth;
+use crate::sight::Depth;
 
 /// Mean of `|predicted − true| / true` over the pixels where the truth is known; a pixel
 /// without a valid prediction counts as wholly wrong (1).

@@ -8,7 +8,7 @@
 //! nothing. Not here: average recall, masks.
 
 use super::stats;
-use crate::tools::{BBox, bbox};
+use crate::sight::{BBox, bbox};
 use rayon::prelude::*;
 use serde::Serialize;
 

@@ -17,7 +17,7 @@ use crate::program::reply::ReplyError;
 use crate::program::{
     ErrorKind, Executor, IMAGE, Limits, Outcome, Python, PythonError, Reply, Sandbox, SandboxError,
 };
-use crate::tools::Tools;
+use crate::sight::Tools;
 use crate::tools::real::{LoadError, Perception};
 use crate::weights::{ModelFiles, WeightsError};
 use candle_core::Device;

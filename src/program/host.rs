@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::{Limits, wire::Plain};
-use crate::tools::{BBox, Detection, ToolError, Tools};
+use crate::sight::{BBox, Detection, ToolError, Tools};
 
 /// One call of a tool by a program, as it went: an entry of the trace.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -161,7 +161,7 @@ fn shorten(text: &str) -> String {
 }
 
 fn of_tool(error: ToolError) -> Raised {
-    use crate::tools::ToolErrorKind as Kind;
+    use crate::sight::ToolErrorKind as Kind;
     let type_name = match error.kind {
         Kind::FileNotFound => "FileNotFoundError",
         Kind::Value => "ValueError",

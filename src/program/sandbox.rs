@@ -9,7 +9,7 @@ use super::child::Worker;
 use super::host::{self, Request, ToolCall};
 use super::wire::Plain;
 use super::{ErrorKind, Executor, Interpreter, Layers, Limits, Outcome, ProgramError, Python, guard};
-use crate::tools::Tools;
+use crate::sight::Tools;
 
 /// A worker could not be started.
 #[derive(Debug, thiserror::Error)]

@@ -12,7 +12,7 @@ use anyhow::Result;
 use base64::Engine as _;
 use serde_json::{Value, json};
 
-use super::{escape, head, plain, program_table};
+use super::{escape, head, program_table};
 use crate::data::Bench;
 use crate::eval::benches::batch::{SHOWN_RIGHT, SHOWN_WRONG};
 use crate::eval::benches::folder::picture_path;
@@ -20,6 +20,7 @@ use crate::eval::benches::record::{Record, SAMPLES, each};
 use crate::eval::benches::summary::{PUBLISHED, Summary, notes};
 use crate::eval::stats::Mean;
 use crate::program::Reply;
+use crate::text::plain;
 
 /// A run's page, from its folder.
 ///

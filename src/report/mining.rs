@@ -3,8 +3,9 @@
 //! Reads records and the pictures that they name; those that cannot be read are left out.
 
 use super::{data_url, escape, head};
+use crate::sight::{BBox, Picture};
 use crate::tools::draw::{COLOURS, Canvas};
-use crate::tools::{BBox, Picture, real};
+use crate::tools::real;
 use crate::verify::boxes::show::MARGIN;
 use serde::Deserialize;
 use std::fmt::Write;

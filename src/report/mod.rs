@@ -16,9 +16,8 @@ use base64::Engine as _;
 use serde_json::Value;
 use std::fmt::Write;
 
-use crate::models::moge::Depth;
-use crate::text::is_unruly;
-use crate::tools::Picture;
+use crate::sight::{Depth, Picture};
+use crate::text::{is_unruly, plain};
 use crate::tools::draw::COLOURS;
 use pictures::{boxes_of, depth_picture, png};
 
@@ -115,15 +114,6 @@ pub fn escape(text: &str) -> String {
         }
     }
     out
-}
-
-/// A value as people write it.
-pub fn plain(value: &Value) -> String {
-    match value {
-        Value::String(text) => text.clone(),
-        Value::Bool(yes) => if *yes { "yes" } else { "no" }.to_owned(),
-        other => other.to_string(),
-    }
 }
 
 fn why(trace: &Value) -> String {

@@ -3,8 +3,7 @@
 use serde_json::Value;
 use std::io::Cursor;
 
-use crate::models::moge::Depth;
-use crate::tools::{BBox, Picture};
+use crate::sight::{BBox, Depth, Picture};
 
 pub fn png(picture: &Picture) -> image::ImageResult<Vec<u8>> {
     let mut out = Cursor::new(Vec::new());

@@ -2,7 +2,8 @@
 //!
 //! Reads the run's records only (`metrics.jsonl`'s lines, replies to held-out questions).
 
-use super::{escape, head, plain};
+use super::{escape, head};
+use crate::text::plain;
 use serde_json::Value;
 use std::fmt::Write;
 

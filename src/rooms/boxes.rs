@@ -11,7 +11,7 @@ use rand::seq::IndexedRandom;
 
 use super::spec::Noun;
 use super::{Colour, Kind, Thing, View};
-use crate::tools::{BBox, bbox};
+use crate::sight::{BBox, bbox};
 
 /// A question about boxes of one picture with its true answer.
 #[derive(Clone, Debug, PartialEq)]

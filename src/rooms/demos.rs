@@ -14,7 +14,7 @@ use super::recipe::{Measure, Recipe, Then};
 use super::spec::{AnyNoun, Family, Form, More, Most, Near, Side, Spec, kind_of, plural};
 use super::wording::invented;
 use super::{Colour, Kind};
-use crate::verify::Head;
+use crate::config::Head;
 
 /// A question that training may use: families alike often, then their forms.
 pub fn training_question(rng: &mut impl Rng) -> (Spec, String) {

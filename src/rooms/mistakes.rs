@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use super::recipe::{Find, Measure, Recipe, Then};
 use super::spec::{Dim, Form, More, Most, Near, Noun, Side, Spec};
 use super::{Colour, Kind};
-use crate::verify::Head;
+use crate::config::Head;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

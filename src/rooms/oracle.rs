@@ -6,8 +6,7 @@
 use super::spec::{Noun, colour_of, kind_of};
 use super::vqa::{UNKNOWN, answer_crop, answer_whole, parse_crop};
 use super::{Colour, Thing, View};
-use crate::models::moge::{Depth, DepthError};
-use crate::tools::{BBox, Detection, ToolError, ToolErrorKind, Tools, bbox};
+use crate::sight::{BBox, Depth, DepthError, Detection, ToolError, ToolErrorKind, Tools, bbox};
 
 /// [`Tools`] that know the truth of one picture.
 #[derive(Clone, Copy, Debug)]

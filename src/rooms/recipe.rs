@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::frames;
 use super::spec::{Dim, More, Most, Near, Noun, Side, Spec};
 use super::{Colour, Kind};
-use crate::tools::{BBox, ToolError, Tools};
+use crate::sight::{BBox, ToolError, Tools};
 
 /// What is read off a box.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -15,9 +15,9 @@ use super::questions::{AnswerType, Question, Split, mean_relative_accuracy, samp
 use super::recipe::{Recipe, Then};
 use super::spec::{AnyNoun, Dim, Family, Form, Most, Near, Noun, Side, Spec};
 use super::{Camera, Colour, Kind, Look, Thing, View};
+use crate::config::Head;
 use crate::program::Reply;
-use crate::tools::Tools;
-use crate::verify::Head;
+use crate::sight::Tools;
 
 const SIZE: (u32, u32) = (160, 120);
 

@@ -13,7 +13,7 @@ use super::spec::{Form, Noun, Spec, colour_of};
 use super::template::{fill, read};
 use super::truth::NounsOf;
 use super::{Colour, Kind, Thing, View};
-use crate::tools::BBox;
+use crate::sight::BBox;
 
 /// The answer to what cannot be answered.
 pub const UNKNOWN: &str = "unknown";

@@ -2,7 +2,7 @@
 
 use font8x8::UnicodeFonts;
 
-use super::{BBox, Picture};
+use crate::sight::{BBox, Picture};
 
 /// For labels, in turn; told apart by most colour-blind people (Okabe and Ito 2008).
 pub const COLOURS: [[u8; 3]; 7] = [

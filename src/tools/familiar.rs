@@ -5,8 +5,8 @@
 //! from renderings of Rooms; it does not tell a good picture from a bad one, and other flat-shaded
 //! interiors pass. Only a notice hangs on it, never an answer.
 
-use super::Picture;
 use crate::nn::resample::{Filter, resize_u8};
+use crate::sight::Picture;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use serde::Deserialize;
 
-use super::{BBox, Detection, ToolError, ToolErrorKind, Tools};
+use crate::sight::{BBox, Detection, ToolError, ToolErrorKind, Tools};
 
 /// A scene file (JSON).
 #[derive(Clone, Debug, Deserialize)]

@@ -1,6 +1,6 @@
 //! Tools that look at nothing: what the syntax head of the reward runs programs on (method.md 3).
 
-use super::{BBox, Detection, ToolError, Tools};
+use crate::sight::{BBox, Detection, ToolError, Tools};
 
 /// Fixed answers: 0.5 m, one box per noun, one numeral. (Right programs convert what they asked for to a
 /// number where the question wants one; of a word they would fail, and their reward would teach them not

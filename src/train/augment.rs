@@ -7,7 +7,7 @@
 
 use crate::models::grounding_dino::preprocess::ImageProcessor;
 use crate::nn::resample::{Filter, resize_u8};
-use crate::tools::{BBox, Picture};
+use crate::sight::{BBox, Picture};
 use candle_core::{Result, Tensor};
 use rand::Rng;
 use rand::seq::IndexedRandom;

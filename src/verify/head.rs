@@ -4,32 +4,8 @@
 //! reply only the verifier's own last verdict counts. A reply without a readable one is a missing
 //! verdict, never a no.
 
-use crate::config::ConfigError;
-use serde::{Deserialize, Serialize};
+use crate::config::{ConfigError, Head};
 use std::path::Path;
-
-/// The heads that a language model decides.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Head {
-    Logic,
-    Attribute,
-    Spatial,
-    Adherence,
-}
-
-impl Head {
-    pub const ALL: [Self; 4] = [Self::Logic, Self::Attribute, Self::Spatial, Self::Adherence];
-
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::Logic => "logic",
-            Self::Attribute => "attribute",
-            Self::Spatial => "spatial",
-            Self::Adherence => "adherence",
-        }
-    }
-}
 
 /// The instructions that the embedded verifier was trained with.
 pub fn rooms_prompt(head: Head) -> &'static str {

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::cache::VerdictCache;
-use super::head::{Head, parse_verdict, prompt, user_turn};
-use crate::config::{self, ConfigError};
+use super::head::{parse_verdict, prompt, user_turn};
+use crate::config::{self, ConfigError, Head};
 use crate::llm::endpoint::Usage;
 use crate::llm::{ChatError, ChatModel, ChatReply, ChatRequest, SamplingOptions};
 

@@ -5,9 +5,8 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::head::Head;
 use super::judge::{Ask, Judge, JudgeError, Verdict};
-use crate::config;
+use crate::config::{self, Head};
 use crate::program::{ErrorKind, IMAGE, Reply, Sandbox, check};
 use crate::tools::stub::StubTools;
 

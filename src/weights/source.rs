@@ -1,8 +1,13 @@
 //! What a configuration's `model` can name.
 
 use super::presets::{self, Preset};
-use crate::config::{EMBEDDED, EMBEDDED_BASE};
 use std::path::PathBuf;
+
+/// The models in the binary, as valor's training left them.
+pub const EMBEDDED: &str = "embedded";
+
+/// The embedded planner or detector before its training; of other parts refused.
+pub const EMBEDDED_BASE: &str = "embedded-base";
 
 /// What a repository on the hub holds; names of one kind are apart from those of the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use image::{DynamicImage, ImageFormat};
 use tempfile::TempDir;
-use valor::tools::Picture;
+use valor::sight::Picture;
 use valor::weights::Checkpoint;
 
 fn folder() -> TempDir {

@@ -210,22 +210,22 @@ fn the_trace_tells_what_the_tools_said() {
 #[test]
 fn a_killed_worker_is_replaced() {
     struct Killer(u32);
-    impl valor::tools::Tools for Killer {
-        fn gd_detect(&mut self, _: &str) -> Result<Vec<valor::tools::Detection>, valor::tools::ToolError> {
+    impl valor::sight::Tools for Killer {
+        fn gd_detect(&mut self, _: &str) -> Result<Vec<valor::sight::Detection>, valor::sight::ToolError> {
             // SAFETY: sends a signal to the worker that this test started.
             unsafe { libc::kill(self.0 as i32, libc::SIGKILL) };
             Ok(vec![])
         }
-        fn depth(&mut self, _: valor::tools::BBox) -> Result<f64, valor::tools::ToolError> {
+        fn depth(&mut self, _: valor::sight::BBox) -> Result<f64, valor::sight::ToolError> {
             Ok(1.)
         }
-        fn vqa(&mut self, _: Option<valor::tools::BBox>, _: &str) -> Result<String, valor::tools::ToolError> {
+        fn vqa(&mut self, _: Option<valor::sight::BBox>, _: &str) -> Result<String, valor::sight::ToolError> {
             Ok(String::new())
         }
-        fn point3d(&mut self, _: valor::tools::BBox) -> Result<[f64; 3], valor::tools::ToolError> {
+        fn point3d(&mut self, _: valor::sight::BBox) -> Result<[f64; 3], valor::sight::ToolError> {
             Ok([0.; 3])
         }
-        fn size3d(&mut self, _: valor::tools::BBox) -> Result<[f64; 3], valor::tools::ToolError> {
+        fn size3d(&mut self, _: valor::sight::BBox) -> Result<[f64; 3], valor::sight::ToolError> {
             Ok([0.; 3])
         }
     }

@@ -5,12 +5,12 @@ use std::process::{Command, Output};
 use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
-use valor::config::{self, Config};
+use valor::config::{self, Config, Head};
 use valor::llm::endpoint::Endpoint;
 use valor::llm::{ChatError, ChatModel, ChatReply, ChatRequest, Finish, SamplingOptions};
 use valor::pipeline::limits;
 use valor::program::Sandbox;
-use valor::verify::{Ask, Head, Judge, Scored, Verification};
+use valor::verify::{Ask, Judge, Scored, Verification};
 
 use crate::server::{Act, Server};
 

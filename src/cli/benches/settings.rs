@@ -5,14 +5,14 @@ use serde_json::{Value, json};
 
 use super::How;
 use crate::cli::eval::{EvalArgs, ToolChoice};
-use crate::config::Config;
+use crate::config::{Config, Head};
 use crate::eval::benches::feed::Opened;
 use crate::eval::benches::run::PROGRAMS;
 use crate::files::sha256_hex;
 use crate::pipeline::{Referee, identity};
 use crate::planner::prompt;
 use crate::tools::real::vqa_prompts;
-use crate::verify::{Head, prompt as head_prompt};
+use crate::verify::prompt as head_prompt;
 
 /// Everything that a run's records hang on.
 pub(super) fn settings(

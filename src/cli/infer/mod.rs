@@ -4,7 +4,7 @@ mod batch;
 mod settings;
 
 use super::{ExecutorArgs, ModelArgs, planning_sets, writable};
-use crate::config::{Config, EMBEDDED, EMBEDDED_BASE};
+use crate::config::Config;
 use crate::eval::benches::record::NO_REPLY;
 use crate::files::{is_one_place, is_same, write_atomic};
 use crate::llm::{ChatError, ChatModels};
@@ -12,13 +12,14 @@ use crate::pipeline::{Answered, Asked, Models, Referee, Run, answer_all, elect, 
 use crate::program::{IMAGE, Sandbox};
 use crate::report;
 use crate::report::pictures::{boxes_of, png};
-use crate::text::shown;
-use crate::tools::Picture;
+use crate::sight::Picture;
+use crate::sight::picture::DecodeOptions;
+use crate::text::{plain, shown};
 use crate::tools::draw::overlay;
 use crate::tools::familiar::Familiar;
-use crate::tools::picture::DecodeOptions;
 use crate::tools::real::RealTools;
 use crate::weights::ModelFiles;
+use crate::weights::source::{EMBEDDED, EMBEDDED_BASE};
 use anyhow::{Context, bail};
 use serde_json::{Map, Value, json};
 use std::io::{Read, Write};
@@ -283,7 +284,7 @@ fn print(trace: &Value, run: &Run, as_json: bool) -> std::io::Result<()> {
     let mut out = super::stdout();
     match run.value() {
         _ if as_json => writeln!(out, "{trace:#}"),
-        Some(value) => writeln!(out, "{}", shown(&report::plain(value))),
+        Some(value) => writeln!(out, "{}", shown(&plain(value))),
         None => Ok(()),
     }
 }

@@ -16,9 +16,9 @@ use crate::pipeline::{Answered, Asked, Run, answer, elect, question_seed, run_al
 use crate::program::{IMAGE, Sandbox};
 use crate::rooms::OracleTools;
 use crate::rooms::questions::score as score_room;
-use crate::tools::picture::DecodeOptions;
+use crate::sight::picture::DecodeOptions;
+use crate::sight::{Picture, Tools};
 use crate::tools::real::RealTools;
-use crate::tools::{Picture, Tools};
 
 impl Runner<'_> {
     pub(super) fn about_one_picture(

@@ -14,7 +14,7 @@ use serde_json::Value;
 use super::metric::Form;
 use super::record::{Record, SAMPLES, each};
 use crate::eval::stats::Mean;
-use crate::text::shown;
+use crate::text::{plain, shown};
 
 #[derive(Clone, Debug, Serialize)]
 pub struct Compared {
@@ -167,7 +167,7 @@ pub fn table(all: &[Compared], alone: usize, form: Form) -> String {
         let _ = writeln!(out, "{alone} samples have a score in one run only, and are left out");
     }
     for c in all {
-        let told = |v: &Value| shown(&crate::report::plain(v)).into_owned();
+        let told = |v: &Value| shown(&plain(v)).into_owned();
         let said = |v: &Option<Value>| v.as_ref().map_or("no answer".into(), told);
         for f in c.flipped.iter().take(SHOWN) {
             let _ = writeln!(

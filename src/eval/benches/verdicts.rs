@@ -13,6 +13,7 @@ use super::record::{NO_REPLY, Record};
 use super::run::{Runner, Stopped, Times, finish, spend};
 use crate::data::Kind;
 use crate::llm::ChatError;
+use crate::text::plain;
 use crate::verify::Pair;
 
 impl Runner<'_> {
@@ -63,8 +64,7 @@ impl Runner<'_> {
             .iter()
             .map(|&i| {
                 let r = &done[i].record;
-                let text = |v: &Value| crate::report::plain(v);
-                [r.question.clone(), text(&r.truth), text(r.answer.as_ref().unwrap_or(&Value::Null))]
+                [r.question.clone(), plain(&r.truth), plain(r.answer.as_ref().unwrap_or(&Value::Null))]
             })
             .collect();
         let pairs: Vec<Pair> =

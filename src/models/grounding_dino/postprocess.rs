@@ -7,7 +7,7 @@
 //! noun, for average precision.
 
 use super::caption::{Caption, TextTokenizer};
-use crate::tools::{BBox, Detection};
+use crate::sight::{BBox, Detection};
 use candle_core::{Result, Tensor, bail};
 
 /// Score thresholds; the method's are 0.35 / 0.25, for mining 0.1 / 0.1.

@@ -6,7 +6,7 @@
 //! path differs by one 8-bit step).
 
 use crate::nn::resample::{Filter, resize_u8};
-use crate::tools::Picture;
+use crate::sight::Picture;
 use candle_core::{DType, Device, Result, Tensor};
 use serde::Deserialize;
 

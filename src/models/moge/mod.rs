@@ -9,15 +9,14 @@
 //! camera and is not.
 
 pub mod camera;
-mod depth;
 mod stack;
 
 pub use camera::{Tolerance, recover_focal_shift};
-pub use depth::{Depth, DepthError};
 pub use stack::{Activation, ConvStack, Norm, PerLevel, Resampler, StackConfig};
 
 use super::dinov2::{self, Dinov2, OfficialConfig};
 use crate::nn::{Filter, Linear, linear, resize};
+use crate::sight::Depth;
 use candle_core::{D, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 use serde::{Deserialize, Serialize};

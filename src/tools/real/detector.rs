@@ -6,7 +6,7 @@ use crate::models::grounding_dino::caption::{Blanks, Caption, TextTokenizer, tok
 use crate::models::grounding_dino::postprocess::{Thresholds, detect, noun_scores};
 use crate::models::grounding_dino::preprocess::{ImageProcessor, SizeRule};
 use crate::models::grounding_dino::{self, Config, GroundingDino, Inputs, Semantics, names};
-use crate::tools::{BBox, Detection, Picture, ToolError};
+use crate::sight::{BBox, Detection, Picture, ToolError};
 use crate::weights::hub::Hub;
 use crate::weights::source::{HubSource, RepoKind};
 use crate::weights::{Checkpoint, ModelFiles, WeightsError, message_of};

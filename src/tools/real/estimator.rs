@@ -2,9 +2,9 @@
 
 use super::{LoadError, value};
 use crate::config::{self, DepthSample};
-use crate::models::moge::{self, Depth, MoGe, Tokens};
+use crate::models::moge::{self, MoGe, Tokens};
 use crate::nn::resample::{Filter, resize_u8};
-use crate::tools::{BBox, Picture, ToolError};
+use crate::sight::{BBox, Depth, Picture, ToolError};
 use crate::weights::ModelFiles;
 use candle_core::{DType, Device, Result, Tensor};
 

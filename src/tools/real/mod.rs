@@ -12,12 +12,11 @@ pub use detector::{Detector, DetectorParts};
 pub use estimator::DepthEstimator;
 pub use questions::{Vlm, crop, vqa_prompts};
 
-use super::{BBox, Detection, Picture, ToolError, ToolErrorKind, Tools};
 use crate::config::{Config, ConfigError};
 use crate::llm::local;
 use crate::llm::{ChatModel, ChatModels};
 use crate::models::grounding_dino::caption::nouns_of;
-use crate::models::moge::Depth;
+use crate::sight::{BBox, Depth, Detection, Picture, ToolError, ToolErrorKind, Tools};
 use crate::weights::{WeightsError, message_of};
 use candle_core::{Device, Tensor};
 use std::collections::HashMap;

@@ -3,7 +3,7 @@
 use crate::config::{self, ConfigError};
 use crate::llm::{ChatError, ChatModel, ChatRequest, Message, Role, SamplingOptions};
 use crate::nn::resample::{Filter, resize_u8};
-use crate::tools::{BBox, Picture};
+use crate::sight::{BBox, Picture};
 use std::sync::{Arc, OnceLock};
 
 /// A chat model that sees, and how crops are shown to it.

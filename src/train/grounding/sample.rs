@@ -4,7 +4,7 @@ use super::TrainConfig;
 use crate::models::grounding_dino::caption::{Caption, MAX_TEXT_LEN, TextTokenizer};
 use crate::models::grounding_dino::preprocess::ImageProcessor;
 use crate::models::grounding_dino::{Config, Inputs};
-use crate::tools::{BBox, Picture};
+use crate::sight::{BBox, Picture};
 use crate::train::grounding_loss::Target;
 use candle_core::{Device, Result, Tensor};
 use rand::Rng;

@@ -12,7 +12,7 @@ use crate::models::{bert, swin};
 use crate::nn::optim::{AdamWConfig, Decay, Schedule};
 use crate::rooms::questions::{Split, scene_seed};
 use crate::rooms::{self, Colour, Kind, Look};
-use crate::tools::Picture;
+use crate::sight::Picture;
 use crate::train::augment::{Augment, Crop};
 use crate::train::grounding::{GroundingTrainer, Region, Sample, Samples, TrainConfig, Validation};
 use crate::train::run::{self, Metrics, RunOptions};

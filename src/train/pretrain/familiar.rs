@@ -3,7 +3,7 @@
 use crate::files::write_atomic;
 use crate::rooms::questions::{Split, scene_seed};
 use crate::rooms::{self, Look};
-use crate::tools::Picture;
+use crate::sight::Picture;
 use crate::tools::familiar::{Familiar, features};
 use rayon::prelude::*;
 use std::io::Write;

@@ -2,6 +2,7 @@
 
 use super::update::Update;
 use super::{Clock, HeldOut, Policy, Rollout, Training, unix, whole, why_missing};
+use crate::config::Head;
 use crate::files::write_atomic;
 use crate::llm::{ChatModel, ChatRequest, Finish, SamplingOptions};
 use crate::pipeline::answer;
@@ -10,7 +11,6 @@ use crate::program::Reply;
 use crate::report::{tensorboard, training};
 use crate::rooms::{self, OracleTools};
 use crate::train::run::{self, Metrics};
-use crate::verify::Head;
 use anyhow::{Context, Result};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};

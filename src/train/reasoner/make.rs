@@ -7,7 +7,7 @@
 use crate::data::queries::Query;
 use crate::files::Held;
 use crate::llm::{ChatError, ChatModel, ChatRequest, Message, SamplingOptions, Schema};
-use crate::tools::Picture;
+use crate::sight::Picture;
 use anyhow::{Context, Result, ensure};
 use image::RgbImage;
 use serde::Deserialize;

@@ -4,8 +4,8 @@
 use crate::data::odvg::{Boxes, Detected, Instance, LabelMap, Record};
 use crate::data::queries::Asked;
 use crate::eval::stats::Share;
+use crate::sight::{BBox, bbox};
 use crate::text::without_bom;
-use crate::tools::{BBox, bbox};
 use crate::verify::boxes::Stage;
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};

@@ -2,7 +2,7 @@
 
 use super::show;
 use crate::llm::{ChatRequest, Message};
-use crate::tools::{BBox, Picture};
+use crate::sight::{BBox, Picture};
 use image::RgbImage;
 
 /// The three questions; each has a prompt in which `{noun}` stands for a noun and `{an}` for the noun

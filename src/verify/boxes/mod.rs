@@ -21,7 +21,7 @@ use std::sync::Arc;
 use crate::config::{self, ConfigError, Granularity};
 use crate::llm::endpoint::Usage;
 use crate::llm::{ChatError, ChatModel, ChatReply, ChatRequest, Message, SamplingOptions};
-use crate::tools::{Detection, Picture};
+use crate::sight::{Detection, Picture};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

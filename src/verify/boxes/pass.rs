@@ -2,7 +2,7 @@
 
 use super::{BoxJudge, Open, Stage, UNREADABLE, show};
 use crate::llm::{ChatError, ChatRequest, Message, Schema};
-use crate::tools::Detection;
+use crate::sight::Detection;
 use serde::Deserialize;
 use serde_json::json;
 use std::collections::BTreeMap;

@@ -3,9 +3,9 @@
 use image::RgbImage;
 
 use crate::nn::resample::{Filter, resize_u8};
+use crate::sight::{BBox, Detection, Picture, bbox};
 use crate::tools::draw::{COLOURS, Canvas};
 use crate::tools::real::crop;
-use crate::tools::{BBox, Detection, Picture, bbox};
 
 /// Growth of a box that is looked at alone: share of its size on each side (method.md 5.3).
 pub const MARGIN: f64 = 0.1;

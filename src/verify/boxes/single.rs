@@ -3,7 +3,7 @@
 use super::ask::{about, parse, worded};
 use super::{BoxJudge, Open, Said, Stage, UNREADABLE, show};
 use crate::llm::{ChatError, ChatRequest, Message};
-use crate::tools::bbox::{iou, nesting};
+use crate::sight::bbox::{iou, nesting};
 
 /// Boxes of one noun that overlap by less than both of these are two things for certain.
 const OVERLAP: f64 = 0.15;

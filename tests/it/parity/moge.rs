@@ -2,6 +2,7 @@ use super::{Fixture, assert_close};
 use candle_core::{DType, Tensor};
 use std::collections::{BTreeMap, BTreeSet};
 use valor::models::moge::{self, Config, MoGe, Tokens, Tolerance, recover_focal_shift};
+use valor::sight::Depth;
 
 /// MoGe's own folder, its config, and the numbers of tokens it was run with.
 fn open() -> (Fixture, Config, Vec<usize>) {
@@ -75,7 +76,7 @@ pub fn antialiased_resize() {
 
 /// Errors where the reference calls a pixel valid; the reference's mask must be ours.
 #[track_caller]
-fn assert_depth(name: &str, got: &moge::Depth, want: &Tensor, tol: f64) {
+fn assert_depth(name: &str, got: &Depth, want: &Tensor, tol: f64) {
     let want = floats(want);
     assert_eq!(got.metres.len(), want.len());
     let scale = want.iter().filter(|v| v.is_finite()).fold(0f64, |m, v| m.max(v.abs()));

@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use valor::models::grounding_dino::preprocess::{ImageProcessor, SizeRule};
 use valor::nn::resample::{Filter, resize_f32, resize_u8};
-use valor::tools::picture::{Alpha, DecodeOptions, Picture};
+use valor::sight::picture::{Alpha, DecodeOptions, Picture};
 
 #[derive(Deserialize)]
 struct Reading {

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use candle_core::Device;
 
 use super::*;
+use crate::config::Head;
 use crate::llm::engine::EngineOptions;
 use crate::llm::local::LocalChat;
 use crate::llm::{ChatModel, ChatRequest, Message, SamplingOptions};
@@ -13,7 +14,6 @@ use crate::rooms::questions::{Question, sample_questions};
 use crate::rooms::spec::Form;
 use crate::rooms::vqa::{CropAsk, parse_crop};
 use crate::rooms::{Look, Split};
-use crate::verify::Head;
 use crate::verify::parse_verdict;
 
 fn short(o: fn(PathBuf) -> Options, dir: &Path) -> Options {

@@ -13,6 +13,7 @@
 use super::super::{check_complete, start};
 use super::planner::{network, sample};
 use super::{HELD_OUT, Options, stream, text_format, tokenizer_of};
+use crate::config::Head;
 use crate::files::write_atomic;
 use crate::llm::engine::{Engine, EngineOptions, Network};
 use crate::llm::local::LocalChat;
@@ -23,7 +24,6 @@ use crate::rooms::demos::{VerifierSample, verifier_sample};
 use crate::rooms::recipe::{Recipe, Then};
 use crate::train::lm::LmTrainee;
 use crate::train::run::{self, Metrics, Trainee};
-use crate::verify::Head;
 use crate::verify::{parse_verdict, rooms_prompt, user_turn, verdict_text};
 use anyhow::Context;
 use candle_core::{Device, Tensor};

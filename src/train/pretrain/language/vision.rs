@@ -15,7 +15,7 @@ use crate::nn::optim::AdamW;
 use crate::nn::{self, Linear, Params};
 use crate::rooms::questions::{Split, scene_seed};
 use crate::rooms::{self, Colour, Kind, Look, View};
-use crate::tools::Picture;
+use crate::sight::Picture;
 use crate::train::run::{Metrics, Trainee};
 use anyhow::Context;
 use candle_core::{D, Device, Tensor};
