@@ -13,11 +13,12 @@ OUT = os.path.join(os.path.dirname(__file__), "..", "data", "results")
 ROWS = [(look, *row) for look in ("studio", "lived-in") for row in (
     ("base planner, base detector", "base"), ("tuned planner", "tuned"), ("tuned detector", "detector"),
     ("both tuned, as embedded", "both"), ("both tuned, pictures shuffled", "both_shuffled"))]
-KEPT = ("index", "scene", "family", "held_out", "truth", "answer", "correct")
+KEPT = ("rooms_version", "index", "scene", "family", "held_out", "truth", "answer", "correct")
 
 
 def rows(name):
-    return [json.loads(line) for line in open(f"{WHERE}/p_{name}.jsonl")]
+    """Those written before rows told their generator's version are of the first."""
+    return [{"rooms_version": 1, **json.loads(line)} for line in open(f"{WHERE}/p_{name}.jsonl")]
 
 
 def table(name):
@@ -41,12 +42,15 @@ def paired(a, b, keep):
 
 
 have = [(look, label, f"{name}_{look}") for look, label, name in ROWS if os.path.exists(f"{WHERE}/p_{name}_{look}.txt")]
-out = """# eval on Rooms
+versions = {r["rooms_version"] for *_, name in have for r in rows(name)}
+assert len(versions) == 1, f"rows of several versions of Rooms: {versions}"
+out = f"""# eval on Rooms
 
-The whole pipeline on the embedded models: planner, program, detector, depth, VLM; greedy, seed 20261123, 95 % intervals with
-pictures as clusters; 1,000 questions in studio rooms, 2,000 in lived-in ones, and 5,000 where pictures are shuffled in studio
-rooms and for the run beside it. The files hold each question's truth and answer (without its text and the reply); `cargo test
---release -- results` works the rows out of them again, and `scripts/rooms_table.py` made this page.
+Rooms version {min(versions)}. The whole pipeline on the embedded models: planner, program, detector, depth, VLM; greedy, seed
+20261123, 95 % intervals with pictures as clusters; 1,000 questions in studio rooms, 2,000 in lived-in ones, and 5,000 where
+pictures are shuffled in studio rooms and for the run beside it. The files hold each question's truth and answer (without its
+text and the reply); `cargo test --release -- results` works the rows out of them again, and `scripts/rooms_table.py` made this
+page.
 
 ```sh
 valor eval --bench rooms --tools real --greedy --n 1000 --seed 20261123 --look studio --planner configured --out rows.jsonl

@@ -31,7 +31,7 @@ use crate::eval::benches::run::{Method, PROGRAMS, Programs, Runner, Stopped, Tim
 use crate::eval::benches::summary::{PUBLISHED, Summary, summarise, table};
 use crate::files::write_atomic;
 use crate::llm::ChatModels;
-use crate::pipeline::{Referee, executor, limits};
+use crate::pipeline::{Referee, executor, limits, tell_missing};
 use crate::planner::Planner;
 use crate::program::{Executor, Sandbox};
 use crate::report::pulse::Pulse;
@@ -233,7 +233,8 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode
     let runs_programs = !direct && !args.planner_only;
     let executor = if runs_programs { executor(&config.sandbox)? } else { Executor::default() };
     if runs_programs {
-        Sandbox::open(limits(&config.sandbox), executor.clone(), None).context("cannot start the sandbox")?;
+        let opened = Sandbox::open(limits(&config.sandbox), executor.clone(), None);
+        tell_missing(&opened.context("cannot start the sandbox")?);
     }
     let programs = args.programs.as_deref().map(Programs::open).transpose().context("--programs")?;
     let settings = settings(args, config, &benches, how, tools)?;

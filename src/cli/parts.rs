@@ -226,6 +226,9 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
         writeln!(stdout, "{report:#}")?;
     } else {
         write!(stdout, "{table}")?;
+        if bench != Bench::Detection {
+            writeln!(stdout, "rooms version {}", crate::rooms::VERSION)?;
+        }
     }
     if unjudged > 0 {
         notice!("valor: of {unjudged} whole replies a verdict is missing");

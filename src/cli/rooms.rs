@@ -61,7 +61,7 @@ struct PretrainArgs {
     /// Continue the runs that are there
     #[arg(long)]
     resume: bool,
-    /// Checkpoints and metrics, a folder per model
+    /// Checkpoints, metrics and their curves (report.html), a folder per model
     #[arg(long, default_value = "runs/pretrain")]
     runs: PathBuf,
     /// Where finished models go, a folder per model

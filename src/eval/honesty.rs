@@ -9,7 +9,7 @@ use crate::planner::Planner;
 use crate::program::{IMAGE, Reply, Sandbox};
 use crate::rooms::questions::{Question, score};
 use crate::rooms::recast::recast;
-use crate::rooms::{Look, OracleTools, View};
+use crate::rooms::{Look, OracleTools, VERSION, View};
 use crate::verify::Verification;
 use anyhow::Result;
 use rand::SeedableRng;
@@ -19,6 +19,7 @@ use serde::Serialize;
 /// A reply, what it is worth and what the verifier made of it.
 #[derive(Clone, Debug, Serialize)]
 pub struct Labelled {
+    pub rooms_version: u32,
     /// The question's number.
     pub index: usize,
     /// Is its sentence frame one that no training held?
@@ -84,8 +85,16 @@ pub fn honesty(
             let passed = scored.format && scored.syntax && scored.heads.values().all(|v| v.ok == Some(true));
             match right_everywhere(q, &reply, &pool, n, index as u64 ^ seed, sandbox) {
                 Some(right) => {
-                    let (held_out, question) = (q.held_out, q.text.clone());
-                    labelled.push(Labelled { index, held_out, question, reply, right, passed });
+                    let (rooms_version, held_out, question) = (VERSION, q.held_out, q.text.clone());
+                    labelled.push(Labelled {
+                        rooms_version,
+                        index,
+                        held_out,
+                        question,
+                        reply,
+                        right,
+                        passed,
+                    });
                 }
                 None => left_out += 1,
             }

@@ -31,6 +31,8 @@ pub fn questions(look: Look, seed: u64) -> impl Iterator<Item = (Arc<View>, Ques
 /// One question, scored unless a server gave no reply.
 #[derive(Clone, Debug, Serialize)]
 pub struct Sample {
+    /// The questions' generator: those of another version are others.
+    pub rooms_version: u32,
     pub index: usize,
     pub scene: u64,
     pub family: String,
@@ -70,6 +72,7 @@ impl Sample {
     pub fn new(index: usize, view: &View, q: &Question, run: &Run) -> Self {
         let (answer, silent) = (run.value().cloned(), run.outage.is_some());
         Self {
+            rooms_version: rooms::VERSION,
             index,
             scene: view.seed,
             family: q.family.text().to_string(),
@@ -285,6 +288,7 @@ impl Report {
             let list: Vec<_> = self.failures.iter().map(|(k, n)| format!("{k} {n}")).collect();
             let _ = writeln!(out, "no answer: {}", list.join(", "));
         }
+        let _ = writeln!(out, "rooms version {}", self.rooms_version);
         out
     }
 }

@@ -22,6 +22,7 @@ use crate::tools::real::{LoadError, Perception};
 use crate::weights::{ModelFiles, WeightsError};
 use candle_core::Device;
 use serde_json::Value;
+use std::sync::Once;
 
 /// Every model that answering takes.
 pub struct Models {
@@ -97,12 +98,30 @@ pub fn executor(cfg: &config::Sandbox) -> Result<Executor, PythonError> {
     })
 }
 
-/// Starts the sandbox that a configuration asks for.
+/// Starts the sandbox that a configuration asks for, and tells what of its jail is not to be had.
 ///
 /// # Errors
 /// If it cannot be had here; nothing weaker is started in its place.
 pub fn sandbox(cfg: &config::Sandbox) -> Result<Sandbox, NoSandbox> {
-    Ok(Sandbox::open(limits(cfg), executor(cfg)?, None)?)
+    let sandbox = Sandbox::open(limits(cfg), executor(cfg)?, None)?;
+    tell_missing(&sandbox);
+    Ok(sandbox)
+}
+
+/// Tells, once in a process, which layers of the jail this machine lacks: who runs strangers' programs should
+/// not have to ask `valor doctor`. The worker has said so as it started; nothing is started to ask.
+pub fn tell_missing(sandbox: &Sandbox) {
+    static TOLD: Once = Once::new();
+    let layers = sandbox.layers();
+    if !layers.complete() {
+        TOLD.call_once(|| {
+            notice!(
+                "valor: this machine lacks layers of the programs' jail ({}); the interpreter's own limits and \
+                 the worker's deadline hold",
+                layers.missing()
+            );
+        });
+    }
 }
 
 /// Why there is no program to run.

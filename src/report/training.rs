@@ -5,6 +5,7 @@
 use super::{escape, head};
 use crate::text::plain;
 use serde_json::Value;
+use std::collections::BTreeSet;
 use std::fmt::Write;
 
 /// Curves that share a diagram: its title, and the keys of their figures.
@@ -27,15 +28,7 @@ const EXAMPLES: usize = 12;
 /// A run's page. `metrics` are its lines in order; `before` and `after` the replies to the same held-out
 /// questions at its beginning and now, each `{"question", "reply", "reward"}`.
 pub fn page(title: &str, metrics: &[Value], before: &[Value], after: &[Value]) -> String {
-    let mut out = head(title);
-    let last = metrics.iter().filter_map(|m| m["step"].as_u64()).max().unwrap_or(0);
-    let _ = writeln!(out, "<h1>{}</h1>\n<p>After step {last}.</p>\n<div class=\"pictures\">", escape(title));
-    for (name, keys) in DIAGRAMS {
-        if let Some(figure) = diagram(name, keys, metrics) {
-            out.push_str(&figure);
-        }
-    }
-    out.push_str("</div>\n");
+    let mut out = beginning(title, DIAGRAMS, metrics);
     out.push_str(&phases(metrics));
     let reward = |v: &Value| v["reward"].as_f64();
     let mut changed: Vec<(&Value, &Value)> = before
@@ -68,6 +61,37 @@ pub fn page(title: &str, metrics: &[Value], before: &[Value], after: &[Value]) -
         );
     }
     out.push_str("</main></body></html>\n");
+    out
+}
+
+/// The page of a run that leaves nothing but figures: a curve of each, for whatever a trainee measures.
+pub fn curves(title: &str, metrics: &[Value]) -> String {
+    let keys = metrics.iter().filter_map(Value::as_object).flatten().map(|(key, _)| key.as_str());
+    let keys: BTreeSet<&str> = keys.filter(|key| !CLOCKS.contains(key)).collect();
+    let diagrams = keys.iter().map(|key| (*key, std::slice::from_ref(key)));
+    let mut out = beginning(title, diagrams, metrics);
+    out.push_str("</main></body></html>\n");
+    out
+}
+
+/// What of a line says when it was, not how it went.
+const CLOCKS: [&str; 3] = ["step", "seconds", "unix"];
+
+/// A page's head, and the diagrams that there are figures for.
+fn beginning<'a>(
+    title: &str,
+    diagrams: impl IntoIterator<Item = (&'a str, &'a [&'a str])>,
+    metrics: &[Value],
+) -> String {
+    let mut out = head(title);
+    let last = metrics.iter().filter_map(|m| m["step"].as_u64()).max().unwrap_or(0);
+    let _ = writeln!(out, "<h1>{}</h1>\n<p>After step {last}.</p>\n<div class=\"pictures\">", escape(title));
+    for (name, keys) in diagrams {
+        if let Some(figure) = diagram(name, keys, metrics) {
+            out.push_str(&figure);
+        }
+    }
+    out.push_str("</div>\n");
     out
 }
 
@@ -125,7 +149,7 @@ fn diagram(title: &str, keys: &[&str], metrics: &[Value]) -> Option<String> {
         let _ = write!(
             caption,
             "<span style=\"white-space:nowrap\"><span class=\"key\" style=\"background:{colour}\"></span>{} {}</span> ",
-            key.replace('_', " "),
+            escape(&key.replace('_', " ")),
             number(now)
         );
     }
@@ -193,5 +217,20 @@ mod tests {
     #[test]
     fn a_run_without_a_step_has_a_page_too() {
         assert!(page("run", &[], &[], &[]).contains("After step 0"));
+        assert!(curves("run", &[]).contains("After step 0"));
+    }
+
+    #[test]
+    fn whatever_is_measured_has_a_curve_and_clocks_have_none() {
+        let metrics = [
+            json!({"step": 1, "loss": 0.5, "lr": 1e-3, "skipped": true, "seconds": 2.0}),
+            json!({"step": 1, "unix": 5.0, "ap<50>": 0.25}),
+        ];
+        let page = curves("run <1>", &metrics);
+        assert!(page.contains("run &lt;1&gt;") && page.contains("After step 1"));
+        assert_eq!(page.matches("<polyline").count(), 3, "{page}");
+        for name in ["<b>loss</b>", "<b>lr</b>", "<b>ap&lt;50&gt;</b>"] {
+            assert!(page.contains(name), "{name}: {page}");
+        }
     }
 }

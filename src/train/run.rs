@@ -1,17 +1,18 @@
-//! What every training run shares: steps, a checkpoint that resumes exactly, a metrics log,
-//! progress.
+//! What every training run shares: steps, a checkpoint that resumes exactly, a metrics log and its
+//! curves, progress.
 //!
 //! Checkpoints are [`super::checkpoint`]'s folders, each with one safetensors file (parameters, optimiser
 //! state, step, settings). Randomness must follow from the run's seed and the step number
 //! alone: then a resumed run repeats what an undisturbed one would have done, and no generator
 //! state is stored. The metrics log is JSON lines; on resume, lines after the checkpoint's step
-//! are dropped.
+//! are dropped. The page of curves is made from that log alone, and so goes on as it does.
 
 use super::Broken;
 use super::checkpoint::Checkpoints;
 use crate::files::{lazily, sweep, write_atomic, write_tensors};
 use crate::nn::Params;
 use crate::report::pulse::Pulse;
+use crate::report::{tensorboard, training};
 use anyhow::ensure;
 use candle_core::{Device, Tensor};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -58,7 +59,7 @@ pub fn say(bar: &ProgressBar, line: &str) {
 
 #[derive(Clone, Debug)]
 pub struct RunOptions {
-    /// Holds `checkpoints` and `metrics.jsonl`.
+    /// Holds `checkpoints`, `metrics.jsonl`, and its curves in `report.html` and for TensorBoard.
     pub dir: PathBuf,
     pub steps: u64,
     /// Continue from the folder's newest whole checkpoint; without it, a folder that holds one is refused.
@@ -83,7 +84,7 @@ pub fn train(trainee: &mut dyn Trainee, options: &RunOptions) -> anyhow::Result<
     std::fs::create_dir_all(&options.dir)?;
     sweep(&options.dir);
     let checkpoints = Checkpoints::open(&options.dir.join(CHECKPOINTS), options.keep)?;
-    let log = options.dir.join("metrics.jsonl");
+    let log = options.dir.join(METRICS);
     let mut start = 0;
     let said = |why: &str| notice!("valor: passed over a checkpoint: {why}");
     if let Some(newest) = checkpoints.newest(said)? {
@@ -95,9 +96,15 @@ pub fn train(trainee: &mut dyn Trainee, options: &RunOptions) -> anyhow::Result<
         }
         start = load(&newest.path.join(CHECKPOINT), trainee, &options.settings)?;
     }
+    let draw = || {
+        let title = format!("{} {}", options.label, options.dir.display());
+        report(&options.dir, |metrics| training::curves(&title, metrics))
+    };
     if start == options.steps
         && let Some(done) = last_figures(&log, start)
     {
+        // A kill may have come between the figures and their page.
+        draw()?;
         return Ok(done);
     }
     let mut log = MetricsLog::open(&log, start)?;
@@ -120,15 +127,20 @@ pub fn train(trainee: &mut dyn Trainee, options: &RunOptions) -> anyhow::Result<
         }
         bar.set_position(done);
         pulse.beat(&bar);
-        if options.eval_every > 0 && done % options.eval_every == 0 && done < options.steps {
+        let evaluates = options.eval_every > 0 && done % options.eval_every == 0 && done < options.steps;
+        if evaluates {
             let m = trainee.evaluate()?;
             say(&bar, &format!("{} step {done}: {}", options.label, Value::Object(m.clone())));
             log.write(done, m)?;
         }
         let stopped = options.stop.as_ref().is_some_and(|s| s.load(Ordering::Relaxed));
-        if done % options.save_every.max(1) == 0 || done == options.steps || stopped {
+        let saves = done % options.save_every.max(1) == 0 || done == options.steps || stopped;
+        if saves {
             checkpoints
                 .save(done, None, |dir| save(&dir.join(CHECKPOINT), trainee, done, &options.settings))?;
+        }
+        if saves || evaluates {
+            draw()?;
         }
         if stopped && done < options.steps {
             bar.finish_and_clear();
@@ -139,7 +151,24 @@ pub fn train(trainee: &mut dyn Trainee, options: &RunOptions) -> anyhow::Result<
     bar.finish_and_clear();
     let m = trainee.evaluate()?;
     log.write(options.steps, m.clone())?;
+    draw()?;
     Ok(m)
+}
+
+/// `report.html`, made by `page`, and TensorBoard's file, anew from the log in a run's folder.
+pub(super) fn report(dir: &Path, page: impl FnOnce(&[Value]) -> String) -> anyhow::Result<()> {
+    let metrics = lines(&dir.join(METRICS));
+    let page = page(&metrics);
+    write_atomic(&dir.join("report.html"), |w| w.write_all(page.as_bytes()))?;
+    let events = tensorboard::events(&metrics);
+    write_atomic(&dir.join("events.out.tfevents.valor"), |w| w.write_all(&events))?;
+    Ok(())
+}
+
+/// The lines of a record; none where it is not there, and not a half-written one.
+pub(super) fn lines(path: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    text.lines().filter_map(|l| serde_json::from_str(l).ok()).collect()
 }
 
 /// The held-out figures that a run logged at its end.
@@ -186,6 +215,8 @@ fn load(path: &Path, trainee: &mut dyn Trainee, settings: &Value) -> anyhow::Res
 const CHECKPOINT: &str = "checkpoint.safetensors";
 /// Where those are, in a run's folder.
 const CHECKPOINTS: &str = "checkpoints";
+/// The log, there too.
+const METRICS: &str = "metrics.jsonl";
 
 /// Has a run saved anything yet?
 pub fn has_checkpoint(run: &Path) -> bool {
@@ -303,6 +334,25 @@ mod tests {
         };
         let losses = |d| lines(d).iter().map(|l| (l["step"].clone(), l["loss"].clone())).collect::<Vec<_>>();
         assert_eq!(losses(a.path()), losses(b.path()));
+    }
+
+    #[test]
+    fn a_run_has_a_page_of_its_curves_from_first_to_last_session() {
+        let dir = tempfile::tempdir().unwrap();
+        let page = || std::fs::read_to_string(dir.path().join("report.html")).unwrap();
+        let points = |page: &str| {
+            let (_, curve) = page.split_once("<polyline points=\"").unwrap();
+            curve.split_once('"').unwrap().0.split(' ').count()
+        };
+        run(dir.path(), 8);
+        assert!(page().contains("After step 8") && page().contains("<b>loss</b>"), "{}", page());
+        run(dir.path(), 20);
+        assert_eq!((points(&page()), page().contains("After step 20")), (20, true), "{}", page());
+        // A finished run's is made anew where it is gone.
+        std::fs::remove_file(dir.path().join("report.html")).unwrap();
+        run(dir.path(), 20);
+        assert_eq!(points(&page()), 20);
+        assert!(dir.path().join("events.out.tfevents.valor").is_file());
     }
 
     #[test]

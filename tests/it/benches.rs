@@ -101,7 +101,7 @@ fn shown(path: &Path) -> &str {
 /// Bad input: exit code 2, nothing on stdout, one line on stderr with these parts.
 fn refused(args: &[&str], parts: &[&str]) {
     let out = eval(args);
-    let error = text(&out.stderr);
+    let error = crate::cli::told(&out.stderr);
     assert_eq!((out.status.code(), text(&out.stdout)), (Some(2), ""), "{args:?}: {error}");
     assert!(error.starts_with("valor: ") && error.trim_end().lines().count() == 1, "{error}");
     for part in parts {

@@ -473,7 +473,10 @@ fn where_the_jail_is_not_whole_it_refuses_to_start() {
             assert!(said.contains("refuses to start") && said.contains(layer), "{layer} {option}: {said}");
             assert_eq!(said.lines().count(), 1, "{said}");
         }
-        assert_eq!(run(&[]).0, Some(0), "the embedded interpreter has limits of its own");
+        let (code, said) = run(&[]);
+        assert_eq!(code, Some(0), "the embedded interpreter has limits of its own");
+        let told = said.starts_with("valor: this machine lacks layers of the programs' jail (");
+        assert!(told && said.contains(layer) && said.lines().count() == 1, "{said}");
     }
 }
 

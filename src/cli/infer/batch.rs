@@ -100,11 +100,12 @@ pub(super) fn run<'a>(
     }
     let bar = ProgressBar::new(all as u64);
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} eta {eta}")?);
-    bar.set_position((done - again.len()) as u64);
     let mut pulse = Pulse::default();
     let mut failed = unanswered;
     if done < all || !again.is_empty() {
         let (reasoner, mut sandbox) = load()?;
+        // Not before, as loading shows itself.
+        bar.set_position((done - again.len()) as u64);
         let mut answer = |of: &[usize]| -> (Vec<String>, Option<String>) {
             let (rows, gone) = batch.answer(&reasoner, &mut sandbox, of);
             failed += rows.iter().filter(|row| row["answer"].is_null()).count();
@@ -192,7 +193,7 @@ impl Batch<'_> {
             .filter(|(_, i)| pictures[**i].1.is_ok())
             .map(|(q, i)| (q, place(*i)))
             .collect();
-        let (replies, gone) = reasoner.answer(sandbox, &asked, &mut tools);
+        let (replies, gone) = reasoner.answer(sandbox, &asked, &mut tools, || ());
         let mut replies = replies.into_iter();
         let mut rows = Vec::with_capacity(of.len());
         let mut answered = 0;

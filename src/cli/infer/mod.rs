@@ -2,6 +2,7 @@
 
 mod batch;
 mod settings;
+mod waiting;
 
 use super::{ExecutorArgs, ModelArgs, planning_sets, writable};
 use crate::config::Config;
@@ -12,8 +13,8 @@ use crate::pipeline::{Answered, Asked, Models, Referee, Run, answer_all, elect, 
 use crate::program::{IMAGE, Sandbox};
 use crate::report;
 use crate::report::pictures::{boxes_of, png};
-use crate::sight::Picture;
 use crate::sight::picture::DecodeOptions;
+use crate::sight::{Picture, Tools};
 use crate::text::{plain, shown};
 use crate::tools::draw::overlay;
 use crate::tools::familiar::Familiar;
@@ -26,6 +27,7 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
+use waiting::{DECIDING, PLANNING, Watched, spinner};
 
 #[derive(Debug, clap::Args)]
 pub struct InferArgs {
@@ -118,9 +120,11 @@ impl<'a> Reasoner<'a> {
         let started = Instant::now();
         // First, as it takes the least and may be refused.
         let sandbox = sandbox(&config.sandbox)?;
+        let bar = spinner("loading models");
         let models = Models::load(config, device, chats)?;
         let referee = Referee::load(config, chats)?;
         let load_seconds = started.elapsed().as_secs_f64();
+        bar.finish_and_clear();
         let names: Vec<String> =
             models.names().iter().map(|(part, name)| format!("{part}: {name}")).collect();
         notice!("valor: models: {}", names.join(", "));
@@ -135,11 +139,13 @@ impl<'a> Reasoner<'a> {
 
     /// Answers questions together; each names its tools by number. Where a model will answer nothing more, also why:
     /// questions that it left open have no reply, those that were answered before keep theirs, which is paid for.
+    /// `progress` hears of each program's first run.
     fn answer(
         &self,
         sandbox: &mut Sandbox,
         asked: &[(&Query, usize)],
-        tools: &mut [RealTools],
+        tools: &mut [impl Tools],
+        progress: impl FnMut(),
     ) -> (Vec<Option<Reply>>, Option<String>) {
         let started = Instant::now();
         let samples = self.config.inference.samples;
@@ -151,7 +157,7 @@ impl<'a> Reasoner<'a> {
             })
             .collect();
         let repairs = self.config.inference.repairs;
-        let runs = answer_all(&self.models.planner, sandbox, &all, tools, repairs, || ());
+        let runs = answer_all(&self.models.planner, sandbox, &all, tools, repairs, progress);
         let mut gone =
             runs.iter().find_map(|run| run.as_ref().err()).map(|e| format!("the planner failed: {e}"));
         let vlm = self.models.perception.vlm.failed().map(|e| format!("the VLM failed: {e}"));
@@ -253,8 +259,11 @@ pub fn run(args: InferArgs) -> anyhow::Result<ExitCode> {
         notice!("valor: {notice}");
     }
     let q = Query { file: &image.display().to_string(), question, seed: args.seed };
-    let mut tools = [RealTools::new(&reasoner.models.perception, &picture)];
-    let (mut replies, gone) = reasoner.answer(&mut sandbox, &[(&q, 0)], &mut tools);
+    let bar = spinner(PLANNING);
+    let mut tools = [Watched { tools: RealTools::new(&reasoner.models.perception, &picture), bar: &bar }];
+    let (mut replies, gone) =
+        reasoner.answer(&mut sandbox, &[(&q, 0)], &mut tools, || bar.set_message(DECIDING));
+    bar.finish_and_clear();
     let Some(reply) = replies.remove(0) else {
         notice!("valor: {}", shown(&gone.unwrap_or_default()));
         return Ok(ExitCode::FAILURE);
@@ -268,7 +277,9 @@ pub fn run(args: InferArgs) -> anyhow::Result<ExitCode> {
         notice!("valor: {}", shown(&reason));
     }
     if let Some(path) = &args.report {
-        let depth = tools[0].depth_map().context("depth for the report")?;
+        let bar = spinner("depth for the report");
+        let depth = tools[0].tools.depth_map().context("depth for the report")?;
+        bar.finish_and_clear();
         let page = report::page(&trace, &picture, Some(depth))?;
         write_atomic(path, |w| w.write_all(page.as_bytes()))?;
     }

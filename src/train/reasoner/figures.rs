@@ -8,7 +8,7 @@ use crate::llm::{ChatModel, ChatRequest, Finish, SamplingOptions};
 use crate::pipeline::answer;
 use crate::planner::{self, user_turn};
 use crate::program::Reply;
-use crate::report::{tensorboard, training};
+use crate::report::training;
 use crate::rooms::{self, OracleTools};
 use crate::train::run::{self, Metrics};
 use anyhow::{Context, Result};
@@ -16,7 +16,7 @@ use indicatif::ProgressBar;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 impl Training<'_> {
     pub(super) fn figures(&self, rollouts: &[Rollout], learnt: usize, u: &Update, clock: Clock) -> Metrics {
@@ -126,21 +126,14 @@ impl Training<'_> {
 
     /// `report.html` and TensorBoard's file, anew from the run's records.
     pub(super) fn report(&self, step: u64) -> Result<()> {
-        let lines = |path: &Path| -> Vec<Value> {
-            let text = std::fs::read_to_string(path).unwrap_or_default();
-            text.lines().filter_map(|l| serde_json::from_str(l).ok()).collect()
-        };
-        let metrics = lines(&self.dir.join("metrics.jsonl"));
-        let page = training::page(
-            &format!("train-reasoner {}", self.dir.display()),
-            &metrics,
-            &lines(&self.held_out_file(0)),
-            &lines(&self.held_out_file(step)),
-        );
-        write_atomic(&self.dir.join("report.html"), |w| w.write_all(page.as_bytes()))?;
-        let events = tensorboard::events(&metrics);
-        write_atomic(&self.dir.join("events.out.tfevents.valor"), |w| w.write_all(&events))?;
-        Ok(())
+        run::report(&self.dir, |metrics| {
+            training::page(
+                &format!("train-reasoner {}", self.dir.display()),
+                metrics,
+                &run::lines(&self.held_out_file(0)),
+                &run::lines(&self.held_out_file(step)),
+            )
+        })
     }
 
     /// The most likely reply to each held-out question: the verifier's mean reward, and on Rooms the
