@@ -474,6 +474,9 @@ mod tests {
         assert_same(&[&x, &w], || plain.forward(&x), product)?;
         let r = random((3, 4, 7), 4)?;
         assert_same(&[&x, &w, &r], || plain.forward_residual(&x, &r), || product()? + r.as_tensor())?;
+        let all = [x.clone(), w.clone(), r.clone()];
+        let e = max_gradient_error(&all, 1e-2, 60, || plain.forward_residual(&x, &r))?;
+        assert!(e < 1e-3, "{e}");
         let biased = Linear::new(w.as_tensor().clone(), Some(b.as_tensor().clone()));
         assert_same(&[&x, &w, &b], || biased.forward(&x), || product()?.broadcast_add(&b))?;
         let e = max_gradient_error(&[x.clone(), w.clone(), b.clone()], 1e-2, 60, || biased.forward(&x))?;

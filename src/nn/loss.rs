@@ -253,6 +253,9 @@ mod tests {
         assert_same(&[&h, &w], || log_probs(&h.matmul(&w.t()?)?, &t), composed)?;
         let e = max_gradient_error(&[h.clone(), w.clone()], 1e-2, 60, || linear_log_probs(&h, &w, &t))?;
         assert!(e < 1e-3, "{e}");
+        let logits = random((n, 33), 4)?;
+        let e = max_gradient_error(std::slice::from_ref(&logits), 1e-2, 120, || log_probs(&logits, &t))?;
+        assert!(e < 1e-3, "{e}");
         let outside = Tensor::new(vec![33u32; n], &Device::Cpu)?;
         assert!(linear_log_probs(&h, &w, &outside).is_err());
         Ok(())

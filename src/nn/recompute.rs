@@ -157,7 +157,7 @@ impl<F: Fn(&[Tensor]) -> Result<Tensor> + Send + Sync> CustomOp3 for Recompute<F
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::nn::gradcheck::random;
+    use crate::nn::gradcheck::{max_gradient_error, random};
 
     #[test]
     fn gradients_are_those_of_the_plain_graph() -> Result<()> {
@@ -189,6 +189,19 @@ mod tests {
         assert!(g.get(&w).is_some() && g.get(&v).is_some());
         let e = kept(&x)?.backward().unwrap_err().to_string();
         assert!(e.contains("nn::backward"), "{e}");
+        Ok(())
+    }
+
+    #[test]
+    fn gradients_are_those_of_finite_differences() -> Result<()> {
+        let (x, w, v) = (random((3, 4), 1)?, random((4, 4), 2)?, random((4, 4), 3)?);
+        let y = || {
+            let (w, v) = (w.as_tensor().clone(), v.as_tensor().clone());
+            let all: Arc<[Tensor]> = [w.clone(), v.clone()].into();
+            recompute(&[x.as_tensor()], all, move |x| x[0].matmul(&w)?.sqr()?.matmul(&v)? + &x[0])
+        };
+        let e = max_gradient_error(&[x.clone(), w.clone(), v.clone()], 1e-2, 60, y)?;
+        assert!(e < 1e-3, "{e}");
         Ok(())
     }
 

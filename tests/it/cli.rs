@@ -157,6 +157,25 @@ fn program_answers_stand_on_stdout() {
     assert_eq!(program("word.py", &["--json"]), "{\"answer\":\"two chairs\"}\n");
 }
 
+/// Also where it goes through what has no order of its own.
+#[test]
+fn a_program_gives_the_same_json_every_time() {
+    let sets = "kinds = {'lamp', 'chair', 'sofa', 'table', 'bed'}\n\
+                counts = {}\n\
+                for kind in kinds:\n    counts[kind] = len(gd_detect(img_pth, kind))\n\
+                final_answer = [list(kinds), counts, str(kinds), depth(img_pth, [0, 0, 40, 50]) / 7]\n";
+    let dir = programs(&[("sets.py", sets), ("fails.py", "a = [1]\nfinal_answer = a[3]\n")]);
+    let scene = shown(&dir, "scene.json");
+    for (file, code, key) in [("sets.py", 0, "answer"), ("fails.py", 1, "error")] {
+        let file = shown(&dir, file);
+        let [first, again] = [(); 2].map(|()| run(&["program", "run", &file, "--scene", &scene, "--json"]));
+        assert_eq!((first.status.code(), stderr(&first)), (Some(code), ""), "{file}");
+        let said: Value = serde_json::from_str(stdout(&first)).unwrap();
+        assert!(!said[key].is_null(), "{said}");
+        assert_eq!((again.status.code(), stdout(&again)), (Some(code), stdout(&first)), "{file}");
+    }
+}
+
 /// A program is a stranger's: what it says commands no terminal, and is one line.
 #[test]
 fn what_programs_say_is_shown_as_text() {
@@ -244,30 +263,33 @@ fn nobody_reading_is_no_error() {
 #[test]
 fn correct_programs_on_exact_tools_are_always_right() {
     let dir = tempfile::tempdir().unwrap();
-    let records = shown(&dir, "records.jsonl");
-    let output = run(&["eval", "--bench", "rooms", "-n", "40", "--seed", "5", "--json", "--out", &records]);
-    assert!(output.status.success(), "{}", stderr(&output));
-    assert!(stderr(&output).contains("valor: stored programs, exact tools\n"), "{}", stderr(&output));
-    let report: Value = serde_json::from_str(stdout(&output)).unwrap();
-    let all = report["rows"].as_array().unwrap().iter().find(|r| r["family"] == "all").unwrap();
-    assert_eq!((&all["all"]["hits"], &all["all"]["n"]), (&json!(40), &json!(40)), "{report}");
-    // With what it takes to measure it again.
-    for (key, value) in [
-        ("bench", json!("rooms")),
-        ("look", json!("studio")),
-        ("seed", json!(5)),
-        ("n", json!(40)),
-        ("tools", json!("oracle")),
-        ("planner", json!("stored")),
-        ("models", json!({})),
-        ("failures", json!({})),
-        ("rooms_version", json!(valor::rooms::VERSION)),
-    ] {
-        assert_eq!(report[key], value, "{key}: {report}");
+    for look in ["studio", "lived-in"] {
+        let out = shown(&dir, &format!("{look}.jsonl"));
+        let args = ["eval", "--bench", "rooms", "-n", "40", "--seed", "5", "--json", "--out", &out];
+        let output = run(&[&args[..], &["--look", look]].concat());
+        assert!(output.status.success(), "{}", stderr(&output));
+        assert!(stderr(&output).contains("valor: stored programs, exact tools\n"), "{}", stderr(&output));
+        let report: Value = serde_json::from_str(stdout(&output)).unwrap();
+        let all = report["rows"].as_array().unwrap().iter().find(|r| r["family"] == "all").unwrap();
+        assert_eq!((&all["all"]["hits"], &all["all"]["n"]), (&json!(40), &json!(40)), "{report}");
+        // With what it takes to measure it again.
+        for (key, value) in [
+            ("bench", json!("rooms")),
+            ("look", json!(look)),
+            ("seed", json!(5)),
+            ("n", json!(40)),
+            ("tools", json!("oracle")),
+            ("planner", json!("stored")),
+            ("models", json!({})),
+            ("failures", json!({})),
+            ("rooms_version", json!(valor::rooms::VERSION)),
+        ] {
+            assert_eq!(report[key], value, "{key}: {report}");
+        }
+        let records = lines(Path::new(&out));
+        assert_eq!(records.len(), 40);
+        assert!(records.iter().all(|r| r["correct"] == true && r["rooms_version"] == valor::rooms::VERSION));
     }
-    let records = lines(Path::new(&records));
-    assert_eq!(records.len(), 40);
-    assert!(records.iter().all(|r| r["correct"] == true && r["rooms_version"] == valor::rooms::VERSION));
 }
 
 #[test]
@@ -507,6 +529,26 @@ fn the_embedded_models_and_what_lies_on_them_fit() {
     assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
     let said = stdout(&output);
     assert!(said.contains("on embedded planner: ") && said.contains("expected a rank of 16"), "{said}");
+}
+
+/// A MB has 10^6 bytes.
+#[test]
+fn embedded_models_take_at_most_32_mb_and_with_the_tuned_ones_40() {
+    let made = ["depth", "detector", "familiar", "planner", "verifier", "vlm"];
+    let mut sizes: BTreeMap<String, usize> = BTreeMap::new();
+    for entry in std::fs::read_dir("data/embedded").unwrap() {
+        let entry = entry.unwrap();
+        let name = entry.file_name().into_string().unwrap();
+        if name != "README.md" {
+            sizes.insert(name, files(&entry.path()).values().map(Vec::len).sum());
+        }
+    }
+    let all = sizes.values().sum::<usize>();
+    let base = made.iter().map(|name| sizes[*name]).sum::<usize>();
+    assert!(all <= 40_000_000 && base <= 32_000_000, "{all}, {base}: {sizes:?}");
+    // What else there is came of them.
+    sizes.retain(|name, _| !made.contains(&name.as_str()));
+    assert_eq!(sizes.into_keys().collect::<Vec<_>>(), ["box-verifier", "detector-tuned", "planner-tuned"]);
 }
 
 /// Of what lies on an embedded model its own tensors.

@@ -10,6 +10,7 @@ mod endpoint;
 mod faults;
 mod hub;
 mod infer;
+mod inputs;
 mod llm;
 mod outputs;
 mod parity;

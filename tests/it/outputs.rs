@@ -6,6 +6,8 @@ use std::process::{Command, Output, Stdio};
 use serde_json::Value;
 use tempfile::TempDir;
 use valor::files::Held;
+use valor::rooms::{Kind, Look, Split, Thing, generate, scene_seed};
+use valor::sight::Picture;
 
 use crate::cli::refused;
 
@@ -180,6 +182,26 @@ fn a_full_disk_below_stdout_is_work_that_failed() {
         assert_eq!(done.status.code(), Some(1), "{args:?}: {told}");
         assert!(told.ends_with(&format!("valor: stdout: {FULL}\n")), "{args:?}: {told}");
     }
+}
+
+/// With nothing set to make it easier.
+#[test]
+fn readmes_first_command_gives_what_is_true_of_the_scene() {
+    let question = "What color does the bed have?";
+    let command = format!("cargo run --release -- infer {DEMO} \"{question}\"");
+    let readme = std::fs::read_to_string("README.md").unwrap();
+    assert_eq!(readme.lines().find(|l| l.starts_with("cargo run")), Some(&*command));
+    // README tells which scene it is.
+    let view = generate(scene_seed(Split::Test, 1, 8), Look::Studio, 256, 192);
+    let picture = Picture::open(Path::new(DEMO)).unwrap();
+    // Not to the bit: sines may be rounded otherwise on another machine.
+    let off = picture.rgb().iter().zip(&view.rgb).map(|(a, b)| u64::from(a.abs_diff(*b))).sum::<u64>();
+    assert!(off < view.rgb.len() as u64 / 10, "{DEMO} shows another scene: {off}");
+    let beds: Vec<&Thing> = view.things.iter().filter(|t| t.kind == Kind::Bed).collect();
+    let [bed] = beds[..] else { panic!("{} beds", beds.len()) };
+    let done = run(&["infer", DEMO, question]);
+    assert_eq!(done.status.code(), Some(0), "{}", stderr(&done));
+    assert_eq!(String::from_utf8_lossy(&done.stdout), format!("{}\n", bed.colour));
 }
 
 /// Who reads what is told on stderr may leave, as `head` does.

@@ -161,6 +161,22 @@ fn defect_10_4_programs_run_in_a_jail_with_a_time_limit() {
     }
 }
 
+/// With these an answer would hang on when it was asked for, and on luck.
+#[test]
+fn clocks_and_dice_are_denied() {
+    for source in [
+        "import time\nfinal_answer = time.time()",
+        "from time import monotonic\nfinal_answer = monotonic()",
+        "import datetime\nfinal_answer = str(datetime.datetime.now())",
+        "from datetime import datetime\nfinal_answer = str(datetime.now())",
+        "import random\nfinal_answer = random.random()",
+        "import random as dice\nfinal_answer = dice.choice([1, 2])",
+        "from random import choice\nfinal_answer = choice([1, 2])",
+    ] {
+        assert_eq!(kind(source), Some(ErrorKind::Denied), "{source}");
+    }
+}
+
 /// The stub, like every other implementation, takes the box by either name.
 #[test]
 fn defect_10_12_one_signature_for_every_tool() {
@@ -243,6 +259,71 @@ fn a_killed_worker_is_replaced() {
     unsafe { libc::kill(second as i32, libc::SIGKILL) };
     std::thread::sleep(std::time::Duration::from_millis(50));
     assert_eq!(sandbox.run("final_answer = 3", "a.png", &mut StubTools).result, Ok(json!(3)));
+}
+
+/// State, parent, and ticks of processor time of a process that is there.
+#[cfg(target_os = "linux")]
+fn stat(pid: u32) -> Option<(String, u64, u64)> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // Behind the name, which may hold anything.
+    let fields: Vec<&str> = text.rsplit_once(") ")?.1.split(' ').collect();
+    let number = |at: usize| fields.get(at)?.parse::<u64>().ok();
+    Some(((*fields.first()?).to_owned(), number(1)?, number(11)? + number(12)?))
+}
+
+/// One that is busy, too: it would not see the end of its pipe for as long as its program runs.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_worker_dies_with_its_parent() {
+    use std::process::{Child, Command, Stdio};
+    use std::time::{Duration, Instant};
+
+    struct Ended(Child);
+    impl Drop for Ended {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    let dir = tempfile::tempdir().unwrap();
+    let endless = dir.path().join("endless.py");
+    std::fs::write(&endless, "while True:\n    pass\n").unwrap();
+    let child = Command::new(env!("CARGO_BIN_EXE_valor"))
+        .args(["program", "run", "--set", "sandbox.seconds=80", "--scene"])
+        .args([here().join("scene.json"), endless])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut parent = Ended(child);
+    let id = u64::from(parent.0.id());
+    // A fifth of a second of its own: far more than it takes to get ready.
+    let busy = |pid: &u32| stat(*pid).is_some_and(|(_, of, ticks)| of == id && ticks >= 20);
+    let started = Instant::now();
+    let worker = loop {
+        let mut all = std::fs::read_dir("/proc")
+            .unwrap()
+            .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
+        if let Some(worker) = all.find(busy) {
+            break worker;
+        }
+        assert!(parent.0.try_wait().unwrap().is_none(), "it ended by itself");
+        assert!(started.elapsed() < Duration::from_secs(30), "no worker is busy");
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    drop(parent);
+    let killed = Instant::now();
+    // Whoever takes in orphans may leave it a zombie.
+    while stat(worker).is_some_and(|(state, ..)| !["Z", "X"].contains(&&*state)) {
+        if killed.elapsed() > Duration::from_secs(10) {
+            // SAFETY: sends a signal to the worker that this test's child started.
+            unsafe { libc::kill(worker as i32, libc::SIGKILL) };
+            panic!("the worker outlived its parent");
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 #[cfg(target_os = "linux")]
