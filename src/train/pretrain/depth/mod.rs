@@ -7,7 +7,8 @@
 //! are, which way they face and what stands there. (Through the maps alone it had not found the camera
 //! after 12,000 pictures, and metric depth hangs on that: half the field of view is twice the distance
 //! of a thing of known size. What things are, the released encoder brings from DINOv2.) Then the same
-//! on pictures of full size, and at last the maps, with the encoder's own losses still beside them.
+//! on pictures of full size; then the maps, with the encoder's own losses still beside them, and at last
+//! the maps above all: what the encoder knows of the camera, the maps and the scale have to make use of.
 //! Everything follows from the seed and the step, so a resumed run is the same run.
 
 mod encoder;
@@ -50,8 +51,8 @@ pub struct Stage {
     pub height: u32,
     pub tokens: usize,
     pub lr: f64,
-    /// Is the whole model trained, or the encoder alone?
-    pub maps: bool,
+    /// How much the losses of maps and scale count beside the encoder's own; 0: the encoder is trained alone.
+    pub maps: f64,
 }
 
 /// Settings of a run; with the step number they determine it.
@@ -86,11 +87,12 @@ impl Default for DepthTraining {
             height: height / 2,
             tokens: tokens / 4,
             lr: 5e-4,
-            maps: false,
+            maps: 0.,
         };
         let encoder = Stage { steps: 8_000, batch: 16, width, height, tokens, lr: 6e-4, ..small };
-        let whole = Stage { steps: 8_000, batch: 12, lr: 3e-4, maps: true, ..encoder };
-        let stages = vec![small, encoder, whole];
+        let whole = Stage { steps: 7_000, batch: 12, lr: 3e-4, maps: 1., ..encoder };
+        let maps = Stage { steps: 1_000, lr: 2e-4, maps: 4., ..whole };
+        let stages = vec![small, encoder, whole, maps];
         Self {
             seed: 1,
             from: None,
@@ -321,7 +323,7 @@ impl DepthTrainer {
         let (rows, cols) = MoGe::grid(w, h, stage.tokens);
         let (features, cls) = self.net.encode(&batch.image, rows, cols)?;
         let encoder = self.heads.losses(shown, &features, &cls)?;
-        let maps = match stage.maps {
+        let maps = match stage.maps > 0. {
             true => Some(depth_loss(&self.net.heads(&features, &cls, w, h)?, &batch, &self.cfg.loss)?),
             false => None,
         };
@@ -367,7 +369,7 @@ impl Trainee for DepthTrainer {
                 m.push((name, loss.to_scalar::<f32>()?));
             }
             if let Some(maps) = maps {
-                total = (total + maps.total)?;
+                total = (total + (maps.total * stage.maps)?)?;
                 m.extend([
                     ("depth", maps.depth),
                     ("gradient", maps.gradient),
@@ -403,7 +405,7 @@ impl Trainee for DepthTrainer {
     /// Errors of depth where the run trains the maps, else the encoder's losses; on the test split.
     fn evaluate(&mut self) -> anyhow::Result<Metrics> {
         let stage = self.cfg.last();
-        if stage.maps {
+        if stage.maps > 0. {
             return evaluate(&self.net, &self.cfg);
         }
         let views = self.shown(Split::Test, 0..2 * self.cfg.eval_pictures, stage);
@@ -433,9 +435,9 @@ mod tests {
 
     /// Small pictures and few tokens: the network is the embedded one.
     fn small() -> (DepthTraining, Config) {
-        let maps = Stage { steps: 2, batch: 2, width: 56, height: 42, tokens: 12, lr: 1e-3, maps: true };
+        let maps = Stage { steps: 2, batch: 2, width: 56, height: 42, tokens: 12, lr: 1e-3, maps: 4. };
         let cfg = DepthTraining {
-            stages: vec![Stage { steps: 1, batch: 3, maps: false, ..maps }, maps],
+            stages: vec![Stage { steps: 1, batch: 3, maps: 0., ..maps }, maps],
             warmup: 0,
             eval_pictures: 1,
             ..DepthTraining::default()
@@ -525,17 +527,17 @@ mod tests {
         let all = DepthTraining::default();
         let at = |step| {
             let (stage, own, first) = all.stage(step);
-            (stage.maps, own, first)
+            (stage.maps > 0., own, first)
         };
         assert_eq!(at(5_999), (false, 5_999, 5_999 * 32));
         assert_eq!(at(6_000), (false, 0, 6_000 * 32));
         assert_eq!(at(14_001), (true, 1, 6_000 * 32 + 8_000 * 16 + 12));
         let steps = |cfg: &DepthTraining| cfg.stages.iter().map(|s| s.steps).collect::<Vec<_>>();
-        assert_eq!(steps(&all.clone().in_steps(90)), [24, 32, 34]);
-        let further = all.clone().of_stages(&[2, 3]).unwrap().in_steps(90);
-        assert_eq!(steps(&further), [45, 45]);
+        assert_eq!(steps(&all.clone().in_steps(90)), [24, 32, 28, 6]);
+        let further = all.clone().of_stages(&[2, 4]).unwrap().in_steps(90);
+        assert_eq!(steps(&further), [80, 10]);
         assert_eq!(further.stages.iter().map(|s| s.tokens).collect::<Vec<_>>(), [GRID[0] * GRID[1]; 2]);
-        for none in [&[][..], &[0], &[4]] {
+        for none in [&[][..], &[0], &[5]] {
             assert!(all.clone().of_stages(none).is_err());
         }
     }
