@@ -16,9 +16,15 @@ ROWS = [(look, *row) for look in ("studio", "lived-in") for row in (
 KEPT = ("rooms_version", "index", "scene", "family", "held_out", "truth", "answer", "correct")
 
 
+versions = set()
+
+
 def rows(name):
     """Those written before rows told their generator's version are of the first."""
-    return [{"rooms_version": 1, **json.loads(line)} for line in open(f"{WHERE}/p_{name}.jsonl")]
+    all = [{"rooms_version": 1, **json.loads(line)} for line in open(f"{WHERE}/p_{name}.jsonl")]
+    versions.update(r["rooms_version"] for r in all)
+    assert len(versions) == 1, f"{name}: rows of several versions of Rooms: {versions}"
+    return all
 
 
 def table(name):
@@ -42,8 +48,7 @@ def paired(a, b, keep):
 
 
 have = [(look, label, f"{name}_{look}") for look, label, name in ROWS if os.path.exists(f"{WHERE}/p_{name}_{look}.txt")]
-versions = {r["rooms_version"] for *_, name in have for r in rows(name)}
-assert len(versions) == 1, f"rows of several versions of Rooms: {versions}"
+rows(have[0][2])
 out = f"""# eval on Rooms
 
 Rooms version {min(versions)}. The whole pipeline on the embedded models: planner, program, detector, depth, VLM; greedy, seed

@@ -160,6 +160,7 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
             serde_json::to_value(&shares)?
         }
         Bench::RoomsVerifier => {
+            let mut jail = args.scenes.map(|_| sandbox(&config.sandbox)).transpose()?;
             let judge = Judge::new(chats.verifier()?, &config.verifier)?;
             let planner = Planner::new(chats.planner()?, config)?;
             let asked: Vec<Question> =
@@ -184,12 +185,11 @@ pub fn run(args: &EvalArgs, bench: Bench, config: &Config, device: &Device) -> a
             writeln!(table, "replies without plan and program: {}", r.unparsed)?;
             silent = r.silent;
             let mut figures = serde_json::to_value(&r)?;
-            if let Some(rooms) = args.scenes {
+            if let (Some(rooms), Some(sandbox)) = (args.scenes, &mut jail) {
                 bar.set_length(asked.len() as u64);
                 let verification = Verification { judge: &judge, weights: &config.reward };
-                let mut sandbox = sandbox(&config.sandbox)?;
                 let of = (look, seed, rooms);
-                let r = honesty(&verification, &planner, &asked, of, &mut sandbox, |done| {
+                let r = honesty(&verification, &planner, &asked, of, sandbox, |done| {
                     bar.set_position(done as u64);
                     pulse.beat(&bar);
                 })?;

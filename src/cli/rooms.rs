@@ -76,8 +76,8 @@ struct PretrainArgs {
     /// Seed instead of the recipe's
     #[arg(long, requires = "only")]
     seed: Option<u64>,
-    /// Only these stages of the recipe, counted from 1, such as 2,3; depth has three: small pictures,
-    /// whole ones, maps
+    /// Only these stages of the recipe, counted from 1, such as 2,3; depth has four: small pictures,
+    /// whole ones, maps, maps above all. With --from it leaves out the first by itself
     #[arg(long, requires = "only", value_delimiter = ',', value_name = "N")]
     stages: Vec<usize>,
     /// How exactly matrix products are computed; less than f32 is faster on CPUs with AMX, and changes
@@ -206,8 +206,7 @@ fn pretrain(args: &PretrainArgs) -> Result<()> {
                     if !args.stages.is_empty() {
                         o = o.of_stages(&args.stages)?;
                     } else if o.from.is_some() {
-                        // It has no more to learn from small pictures.
-                        o = o.of_stages(&[2, 3])?;
+                        o = o.after_small_pictures();
                     }
                     if let Some(steps) = args.steps {
                         o = o.in_steps(steps);

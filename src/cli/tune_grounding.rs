@@ -44,14 +44,14 @@ enum Stage {
 pub struct TuneGroundingArgs {
     #[arg(long, value_enum, default_value = "all")]
     stage: Stage,
-    /// Folder of the run: mined boxes, metrics, checkpoints, and in the end the model. Mining goes on where
-    /// it stopped
+    /// Folder of the run: mined boxes, metrics and their curves (report.html), checkpoints, and in the end
+    /// the model. Mining goes on where it stopped
     #[arg(long, value_name = "DIR", default_value = "runs/grounding")]
     out: PathBuf,
     /// Go on with the training in the folder, from its newest whole checkpoint
     #[arg(long)]
     resume: bool,
-    /// A person's word on mined boxes: JSON lines {"image", "index", "keep"}, numbers as in report.html
+    /// A person's word on mined boxes: JSON lines {"image", "index", "keep"}, numbers as in mined/report.html
     #[arg(long, value_name = "FILE")]
     overrule: Option<PathBuf>,
     /// Train on nothing if anything is wrong with the boxes, in place of leaving that out

@@ -252,12 +252,17 @@ fn audit(args: &AuditArgs) -> Result<ExitCode> {
         "head", "accuracy", "balanced", "kappa", "false accepts", "false rejects", "cases", "missing"
     )?;
     for (head, h) in &report.heads {
+        let [low, high] = h.balanced_interval;
+        let balanced = match h.balanced.is_nan() {
+            true => "–".into(),
+            false => format!("{:.3} [{low:.3}, {high:.3}]", h.balanced),
+        };
         writeln!(
             out,
             "{:<10} {:<24} {:<22} {:>6.2}  {:<24} {:<24} {:>6} {:>7}",
             head.word(),
             h.accuracy.to_string(),
-            format!("{:.3} [{:.3}, {:.3}]", h.balanced, h.balanced_interval[0], h.balanced_interval[1]),
+            balanced,
             h.kappa,
             h.false_accept.to_string(),
             h.false_reject.to_string(),

@@ -39,7 +39,8 @@ impl Share {
         Self { hits: hits as usize, n: n as usize, value: p, low, high }
     }
 
-    /// 95 % interval of the mean of two shares of different cases, from their own (MOVER: Zou and Donner 2008).
+    /// 95 % interval of the mean of two shares, from their own (MOVER: Zou and Donner 2008), as of cases that know
+    /// nothing of one another: that one cluster may have cases of both is left out of account.
     pub fn mean_interval(&self, other: &Self) -> [f64; 2] {
         let mean = (self.value + other.value) / 2.;
         let off = |end: fn(&Self) -> f64| (self.value - end(self)).hypot(other.value - end(other)) / 2.;

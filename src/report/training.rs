@@ -140,11 +140,17 @@ fn diagram(title: &str, keys: &[&str], metrics: &[Value]) -> Option<String> {
     let mut caption = String::new();
     for ((key, points), colour) in curves.iter().zip(COLOURS.iter().cycle()) {
         let path: Vec<String> = points.iter().map(|p| format!("{:.1},{:.1}", x(p.0), y(p.1))).collect();
-        let _ = write!(
-            svg,
-            "<polyline points=\"{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.5\"/>",
-            path.join(" ")
-        );
+        let _ = match points[..] {
+            // A line of one point is nothing to see.
+            [p] => {
+                write!(svg, "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"2\" fill=\"{colour}\"/>", x(p.0), y(p.1))
+            }
+            _ => write!(
+                svg,
+                "<polyline points=\"{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.5\"/>",
+                path.join(" ")
+            ),
+        };
         let now = points.last().map_or(0., |p| p.1);
         let _ = write!(
             caption,
@@ -228,7 +234,7 @@ mod tests {
         ];
         let page = curves("run <1>", &metrics);
         assert!(page.contains("run &lt;1&gt;") && page.contains("After step 1"));
-        assert_eq!(page.matches("<polyline").count(), 3, "{page}");
+        assert_eq!(page.matches("<circle").count(), 3, "{page}");
         for name in ["<b>loss</b>", "<b>lr</b>", "<b>ap&lt;50&gt;</b>"] {
             assert!(page.contains(name), "{name}: {page}");
         }

@@ -96,15 +96,18 @@ pub fn train(trainee: &mut dyn Trainee, options: &RunOptions) -> anyhow::Result<
         }
         start = load(&newest.path.join(CHECKPOINT), trainee, &options.settings)?;
     }
-    let draw = || {
+    // Made of what the log has: that it can't be written is told, and ends no training.
+    let draw = |bar: &ProgressBar| {
         let title = format!("{} {}", options.label, options.dir.display());
-        report(&options.dir, |metrics| training::curves(&title, metrics))
+        if let Err(e) = report(&options.dir, |metrics| training::curves(&title, metrics)) {
+            say(bar, &format!("valor: no page of curves: {e:#}"));
+        }
     };
     if start == options.steps
         && let Some(done) = last_figures(&log, start)
     {
         // A kill may have come between the figures and their page.
-        draw()?;
+        draw(&ProgressBar::hidden());
         return Ok(done);
     }
     let mut log = MetricsLog::open(&log, start)?;
@@ -122,6 +125,7 @@ pub fn train(trainee: &mut dyn Trainee, options: &RunOptions) -> anyhow::Result<
         }
         if done % options.log_every.max(1) == 0 || done == options.steps {
             m.insert("seconds".into(), json!(begun.elapsed().as_secs_f64()));
+            m.insert("unix".into(), json!(unix()));
             bar.set_message(format!("loss {:.4}", m["loss"].as_f64().unwrap_or(f64::NAN)));
             log.write(done, m)?;
         }
@@ -129,8 +133,9 @@ pub fn train(trainee: &mut dyn Trainee, options: &RunOptions) -> anyhow::Result<
         pulse.beat(&bar);
         let evaluates = options.eval_every > 0 && done % options.eval_every == 0 && done < options.steps;
         if evaluates {
-            let m = trainee.evaluate()?;
+            let mut m = trainee.evaluate()?;
             say(&bar, &format!("{} step {done}: {}", options.label, Value::Object(m.clone())));
+            m.insert("unix".into(), json!(unix()));
             log.write(done, m)?;
         }
         let stopped = options.stop.as_ref().is_some_and(|s| s.load(Ordering::Relaxed));
@@ -140,7 +145,7 @@ pub fn train(trainee: &mut dyn Trainee, options: &RunOptions) -> anyhow::Result<
                 .save(done, None, |dir| save(&dir.join(CHECKPOINT), trainee, done, &options.settings))?;
         }
         if saves || evaluates {
-            draw()?;
+            draw(&bar);
         }
         if stopped && done < options.steps {
             bar.finish_and_clear();
@@ -150,8 +155,10 @@ pub fn train(trainee: &mut dyn Trainee, options: &RunOptions) -> anyhow::Result<
     }
     bar.finish_and_clear();
     let m = trainee.evaluate()?;
-    log.write(options.steps, m.clone())?;
-    draw()?;
+    let mut logged = m.clone();
+    logged.insert("unix".into(), json!(unix()));
+    log.write(options.steps, logged)?;
+    draw(&bar);
     Ok(m)
 }
 
@@ -163,6 +170,11 @@ pub(super) fn report(dir: &Path, page: impl FnOnce(&[Value]) -> String) -> anyho
     let events = tensorboard::events(&metrics);
     write_atomic(&dir.join("events.out.tfevents.valor"), |w| w.write_all(&events))?;
     Ok(())
+}
+
+/// Seconds since 1970, for people who look when something happened.
+pub(super) fn unix() -> f64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0., |d| d.as_secs_f64().round())
 }
 
 /// The lines of a record; none where it is not there, and not a half-written one.
@@ -177,6 +189,7 @@ fn last_figures(log: &Path, step: u64) -> Option<Metrics> {
     let mut last: Metrics = serde_json::from_str(text.strip_suffix('\n')?.lines().last()?).ok()?;
     let is_theirs = last.get("step") == Some(&json!(step)) && !last.contains_key("loss");
     last.remove("step");
+    last.remove("unix");
     is_theirs.then_some(last)
 }
 
@@ -353,6 +366,11 @@ mod tests {
         run(dir.path(), 20);
         assert_eq!(points(&page()), 20);
         assert!(dir.path().join("events.out.tfevents.valor").is_file());
+        // Nor is one that can't be made the end of anything.
+        let other = tempfile::tempdir().unwrap();
+        std::fs::create_dir(other.path().join("report.html")).unwrap();
+        assert_eq!(run(other.path(), 20), run(dir.path(), 20));
+        assert_eq!(run(other.path(), 20), run(dir.path(), 20));
     }
 
     #[test]

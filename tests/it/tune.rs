@@ -49,7 +49,9 @@ fn lines(path: &Path) -> Vec<Value> {
 fn metrics(out: &Path) -> Vec<Value> {
     let mut all = lines(&out.join("metrics.jsonl"));
     all.iter_mut().for_each(|v| {
-        v.as_object_mut().unwrap().remove("seconds");
+        for timed in ["seconds", "unix"] {
+            v.as_object_mut().unwrap().remove(timed);
+        }
     });
     all
 }

@@ -1,7 +1,7 @@
 //! What a run tells of itself: a step's figures, samples, evaluations, the report.
 
 use super::update::Update;
-use super::{Clock, HeldOut, Policy, Rollout, Training, unix, whole, why_missing};
+use super::{Clock, HeldOut, Policy, Rollout, Training, whole, why_missing};
 use crate::config::Head;
 use crate::files::write_atomic;
 use crate::llm::{ChatModel, ChatRequest, Finish, SamplingOptions};
@@ -77,7 +77,7 @@ impl Training<'_> {
             m.insert("distinct_programs".into(), json!(by_family));
         }
         m.insert("seconds".into(), json!(clock.0));
-        m.insert("unix".into(), json!(unix()));
+        m.insert("unix".into(), json!(run::unix()));
         m
     }
 
@@ -178,7 +178,7 @@ impl Training<'_> {
             scored.iter().zip(&errors).find_map(|(s, e)| why_missing(e.as_deref(), s))
         })?;
         let rewards: Vec<f64> = all.iter().copied().flatten().collect();
-        m.insert("unix".into(), json!(unix()));
+        m.insert("unix".into(), json!(run::unix()));
         if !rewards.is_empty() {
             let mean = rewards.iter().sum::<f64>() / rewards.len() as f64;
             m.insert("held_out_reward".into(), json!(mean));

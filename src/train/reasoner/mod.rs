@@ -228,7 +228,7 @@ impl Training<'_> {
             }
         }
         let servers = self.servers(policy);
-        let session = unix() as u64;
+        let session = run::unix() as u64;
         if let (Some(servers), true) = (&servers, state.step > 0) {
             self.send(policy, servers, session, state.step)?;
         }
@@ -541,11 +541,6 @@ fn save(dir: &Path, policy: &Policy, optimiser: &AdamW, state: &State) -> Result
     optimiser.save(&dir.join("optimiser.safetensors"))?;
     write_atomic(&dir.join("state.json"), |w| writeln!(w, "{}", serde_json::to_string_pretty(state)?))?;
     Ok(())
-}
-
-/// Seconds since 1970, for people who look when something happened.
-fn unix() -> f64 {
-    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0., |d| d.as_secs_f64().round())
 }
 
 /// Seconds by phase.

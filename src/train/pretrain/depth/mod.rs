@@ -123,6 +123,12 @@ impl DepthTraining {
         Ok(self)
     }
 
+    /// Without the first stage: a model that is gone on from has no more to learn from small pictures.
+    pub fn after_small_pictures(mut self) -> Self {
+        self.stages.remove(0);
+        self
+    }
+
     /// The same in `steps` steps, stages in their proportion.
     pub fn in_steps(mut self, steps: u64) -> Self {
         let (all, mut left) = (self.steps(), steps);
@@ -537,6 +543,9 @@ mod tests {
         let further = all.clone().of_stages(&[2, 4]).unwrap().in_steps(90);
         assert_eq!(steps(&further), [80, 10]);
         assert_eq!(further.stages.iter().map(|s| s.tokens).collect::<Vec<_>>(), [GRID[0] * GRID[1]; 2]);
+        let after = all.clone().after_small_pictures();
+        assert_eq!(after.stages, all.stages[1..]);
+        assert_eq!(after.last().maps, all.last().maps);
         for none in [&[][..], &[0], &[5]] {
             assert!(all.clone().of_stages(none).is_err());
         }
