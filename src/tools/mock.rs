@@ -5,6 +5,7 @@ use std::collections::HashMap;
 
 use serde::Deserialize;
 
+use crate::sight::bbox::iou;
 use crate::sight::{BBox, Detection, ToolError, ToolErrorKind, Tools};
 
 /// A scene file (JSON).
@@ -97,14 +98,6 @@ impl MockTools {
         }
         best.map(|(_, object)| object)
     }
-}
-
-/// Intersection over union of two boxes, 0 where either is empty.
-fn iou(a: BBox, b: BBox) -> f64 {
-    let area = |b: BBox| (b[2] - b[0]).max(0.) * (b[3] - b[1]).max(0.);
-    let both = [a[0].max(b[0]), a[1].max(b[1]), a[2].min(b[2]), a[3].min(b[3])];
-    let union = area(a) + area(b) - area(both);
-    if union > 0. { area(both) / union } else { 0. }
 }
 
 fn flat(tool: &str) -> ToolError {

@@ -7,6 +7,7 @@
 //! noun, for average precision.
 
 use super::caption::{Caption, TextTokenizer};
+use crate::sight::bbox::iou;
 use crate::sight::{BBox, Detection};
 use candle_core::{Result, Tensor, bail};
 
@@ -147,14 +148,6 @@ fn clip(b: BBox, (height, width): (u32, u32)) -> Option<BBox> {
     let (w, h) = (width as f64, height as f64);
     let c = [b[0].clamp(0., w), b[1].clamp(0., h), b[2].clamp(0., w), b[3].clamp(0., h)];
     (c[2] > c[0] && c[3] > c[1]).then_some(c)
-}
-
-/// Intersection over union of two `[x1, y1, x2, y2]` boxes.
-pub fn iou(a: BBox, b: BBox) -> f64 {
-    let area = |b: BBox| (b[2] - b[0]).max(0.) * (b[3] - b[1]).max(0.);
-    let inter = area([a[0].max(b[0]), a[1].max(b[1]), a[2].min(b[2]), a[3].min(b[3])]);
-    let union = area(a) + area(b) - inter;
-    if union > 0. { inter / union } else { 0. }
 }
 
 /// Greedy suppression within each label; `found` is sorted, best first.
