@@ -1,5 +1,5 @@
-//! Arithmetic that the CPU kernels share, compiled three times: for any processor, for x86 with AVX2 and FMA, and
-//! with AVX-512 too, chosen at run time.
+//! Arithmetic that the CPU kernels share, compiled twice: for any processor, and for x86 with
+//! AVX2 and FMA, chosen at run time.
 //!
 //! Kernels are plain loops that the compiler vectorises; sums run in fixed lanes so that a result
 //! depends neither on the number of threads nor on where a row lies in its batch.
@@ -7,8 +7,8 @@
 /// Lanes of the sums: one AVX2 register.
 pub(super) const LANES: usize = 8;
 
-/// Defines a function whose body is also compiled for AVX2 and FMA, and for AVX-512, with the same results. In the
-/// body the constant `FMA` says whether fused multiply-add is an instruction (see [`madd`]).
+/// Defines a function whose body is also compiled for AVX2 and FMA. In the body the constant
+/// `FMA` says whether fused multiply-add is an instruction (see [`madd`]).
 macro_rules! wide {
     ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$meta])*
@@ -18,14 +18,6 @@ macro_rules! wide {
             fn body<const FMA: bool>($($arg: $ty),*) $(-> $ret)? $body
             #[cfg(target_arch = "x86_64")]
             if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") {
-                    #[target_feature(enable = "avx2,fma,avx512f,avx512vl")]
-                    fn avx512($($arg: $ty),*) $(-> $ret)? {
-                        body::<true>($($arg),*)
-                    }
-                    // SAFETY: the processor has all of these.
-                    return unsafe { avx512($($arg),*) };
-                }
                 #[target_feature(enable = "avx2,fma")]
                 fn avx2($($arg: $ty),*) $(-> $ret)? {
                     body::<true>($($arg),*)
