@@ -319,6 +319,18 @@ mod tests {
     }
 
     #[test]
+    fn shares_that_count_for_nothing_are_zero_and_none_is_subnormal() {
+        let x = [0f32, -1., -45.9, -46.1, -86., -87.2, f32::NEG_INFINITY];
+        let mut y = x;
+        super::softmax_row::<false>(&mut y);
+        let sum: f64 = x.iter().map(|x| f64::from(*x).exp()).sum();
+        for (x, y) in x.iter().zip(y) {
+            let w = if *x > -46. { f64::from(*x).exp() / sum } else { 0. };
+            assert!((f64::from(y) - w).abs() <= 1e-6 * w && !y.is_subnormal(), "{y} at {x}, want {w}");
+        }
+    }
+
+    #[test]
     fn elementary_functions_are_accurate() {
         let x: Vec<f32> = (-8000..8000).map(|i| i as f32 * 0.00731).collect();
         let mut e = x.clone();
