@@ -76,8 +76,8 @@ struct PretrainArgs {
     /// Seed instead of the recipe's
     #[arg(long, requires = "only")]
     seed: Option<u64>,
-    /// Only these stages of the recipe, counted from 1, such as 2,3; depth has four: small pictures,
-    /// whole ones, maps, maps above all. With --from it leaves out the first by itself
+    /// Only these stages of the recipe, counted from 1, such as 2,3; depth has five: small pictures,
+    /// halves of large ones, whole ones, maps, maps above all. With --from it leaves out the first by itself
     #[arg(long, requires = "only", value_delimiter = ',', value_name = "N")]
     stages: Vec<usize>,
     /// How exactly matrix products are computed; less than f32 is faster on CPUs with AMX, and changes

@@ -377,6 +377,11 @@ impl Dinov2 {
     /// Pixels `[batch, channels, h, w]` (normalised) to the first block's input
     /// `[batch, 1 + registers + rows · cols, dim]`.
     pub fn embed(&self, pixels: &Tensor) -> Result<Tensor> {
+        self.embed_of(pixels, None)
+    }
+
+    /// [`Self::embed`] without the patches whose indices (row by row) are not among `kept`, if that is given.
+    fn embed_of(&self, pixels: &Tensor, kept: Option<&[u32]>) -> Result<Tensor> {
         let (b, c, h, w) = pixels.dims4()?;
         let (p, d) = (self.cfg.patch, self.cfg.dim);
         if c != self.cfg.channels || h == 0 || w == 0 || h % p != 0 || w % p != 0 {
@@ -392,15 +397,23 @@ impl Dinov2 {
             rows * cols,
             c * p * p,
         ))?;
+        let (mut patches, mut positions) = (patches, self.positions(rows, cols)?);
+        if let Some(kept) = kept {
+            let device = pixels.device();
+            patches = patches.index_select(&Tensor::new(kept, device)?, 1)?;
+            let with_cls: Vec<u32> = std::iter::once(0).chain(kept.iter().map(|i| i + 1)).collect();
+            positions = positions.index_select(&Tensor::new(with_cls, device)?, 1)?;
+        }
         let weight = self.patch_weight.reshape((d, c * p * p))?;
         let x = Linear::new(weight, Some(self.patch_bias.clone())).forward(&patches)?;
+        let n = x.dim(1)?;
         let x = Tensor::cat(&[&self.cls.expand((b, 1, d))?.contiguous()?, &x], 1)?;
-        let x = x.broadcast_add(&self.positions(rows, cols)?)?;
+        let x = x.broadcast_add(&positions)?;
         match &self.registers {
             None => Ok(x),
             Some(r) => {
                 let r = r.expand((b, self.cfg.registers, d))?.contiguous()?;
-                Tensor::cat(&[&x.narrow(1, 0, 1)?, &r, &x.narrow(1, 1, rows * cols)?], 1)
+                Tensor::cat(&[&x.narrow(1, 0, 1)?, &r, &x.narrow(1, 1, n)?], 1)
             }
         }
     }
@@ -424,13 +437,19 @@ impl Dinov2 {
     }
 
     /// Normed outputs of the blocks with these indices (from 0, ascending): patch tokens
-    /// `[batch, rows · cols, dim]` and class token `[batch, dim]`.
-    pub fn intermediate(&self, pixels: &Tensor, layers: &[usize]) -> Result<Vec<(Tensor, Tensor)>> {
+    /// `[batch, rows · cols, dim]` and class token `[batch, dim]`. With `kept`, only the patches of these
+    /// indices (row by row) are looked at: `[batch, kept, dim]`.
+    pub fn intermediate(
+        &self,
+        pixels: &Tensor,
+        layers: &[usize],
+        kept: Option<&[u32]>,
+    ) -> Result<Vec<(Tensor, Tensor)>> {
         let Some(&last) = layers.iter().max() else { return Ok(Vec::new()) };
         if last >= self.blocks.len() || !layers.is_sorted() {
             candle_core::bail!("dinov2: layers {layers:?} of {}", self.blocks.len())
         }
-        let mut x = self.embed(pixels)?;
+        let mut x = self.embed_of(pixels, kept)?;
         let mut out = Vec::with_capacity(layers.len());
         let skip = 1 + self.cfg.registers;
         for (i, block) in self.blocks[..=last].iter().enumerate() {

@@ -267,13 +267,27 @@ impl MoGe {
     /// Pictures `[batch, 3, h, w]` in 0..1 → features `[batch, dim_out, rows, cols]` and the last
     /// listed layer's class token `[batch, dim]`.
     pub fn encode(&self, image: &Tensor, rows: usize, cols: usize) -> Result<(Tensor, Tensor)> {
+        let (patches, cls) = self.encode_patches(image, rows, cols, None)?;
+        let (b, _, d) = patches.dims3()?;
+        Ok((patches.transpose(1, 2)?.reshape((b, d, rows, cols))?, cls))
+    }
+
+    /// [`Self::encode`] with features as `[batch, patches, dim_out]`: of all, row by row, or of those with the
+    /// indices `kept`, the others not being looked at.
+    pub fn encode_patches(
+        &self,
+        image: &Tensor,
+        rows: usize,
+        cols: usize,
+        kept: Option<&[u32]>,
+    ) -> Result<(Tensor, Tensor)> {
         let p = self.backbone.config().patch;
         let x = resize(image, rows * p, cols * p, Filter::Bilinear { antialias: true })?;
         let x = x.broadcast_sub(&self.mean)?.broadcast_div(&self.std)?;
         let mut sum: Option<Tensor> = None;
         let mut cls = None;
         for ((patches, c), proj) in
-            self.backbone.intermediate(&x, &self.layers)?.iter().zip(&self.projections)
+            self.backbone.intermediate(&x, &self.layers, kept)?.iter().zip(&self.projections)
         {
             let y = proj.forward(patches)?;
             sum = Some(match sum {
@@ -283,8 +297,7 @@ impl MoGe {
             cls = Some(c.clone());
         }
         let (Some(sum), Some(cls)) = (sum, cls) else { candle_core::bail!("moge: no encoder layer") };
-        let (b, _, d) = sum.dims3()?;
-        Ok((sum.transpose(1, 2)?.reshape((b, d, rows, cols))?, cls))
+        Ok((sum, cls))
     }
 
     /// The neck's five levels from the encoder's features.

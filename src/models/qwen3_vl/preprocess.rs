@@ -122,9 +122,10 @@ impl Processor {
         let factor = (self.patch_size * self.merge_size) as f64;
         let area = h * w;
         let snap = |scaled: &dyn Fn(f64) -> f64, round: fn(f64) -> f64| {
-            let side = |x: f64| (round(scaled(x) / factor) * factor).max(factor);
+            let side = |x: f64| round(scaled(x) / factor) * factor;
             (side(h), side(w))
         };
+        // A side of less than half a patch is none at first, as in HF's code, and the picture one that is too small.
         let (mut oh, mut ow) = snap(&|x| x, f64::round_ties_even);
         // In HF's order of operations: a side may come out a hair below a whole number of patches.
         if oh * ow > self.max_pixels as f64 {
@@ -134,7 +135,7 @@ impl Processor {
             let beta = (self.min_pixels as f64 / area).sqrt();
             (oh, ow) = snap(&|x| x * beta, f64::ceil);
         }
-        Ok((oh as usize, ow as usize))
+        Ok((oh.max(factor) as usize, ow.max(factor) as usize))
     }
 
     /// Resizes (bicubic, antialiased, 8 bits), normalises and cuts into patches.
@@ -200,6 +201,8 @@ mod tests {
         }
         // A hair below a whole number, had the side been multiplied by the inverse.
         assert_eq!(p.target_size(4237, 4237).unwrap(), (4096, 4096));
+        // As HF's smart_resize: less than half a patch of height is none, so the picture is enlarged.
+        assert_eq!(p.target_size(15, 3000).unwrap(), (32, 3648));
         assert!(p.target_size(1, 201).is_err());
         assert!(p.target_size(0, 5).is_err());
     }

@@ -95,6 +95,44 @@ fn official_names() {
 }
 
 #[test]
+fn hidden_patches_have_no_say_and_all_kept_is_none_hidden() {
+    let f = Fixture::open("dinov2-tiny");
+    for registers in [0, 4] {
+        let cfg = Config { registers, ..config(&f) };
+        let net = Dinov2::new(&cfg, valor::nn::Params::new(1).builder()).unwrap();
+        let x = f.input("pixel_values").to_device(&candle_core::Device::Cpu).unwrap();
+        let (_, _, h, w) = x.dims4().unwrap();
+        let (p, cols) = (cfg.patch, w / cfg.patch);
+        let layers = [0, cfg.layers - 1];
+        let of = |x: &Tensor, kept: Option<&[u32]>| net.intermediate(x, &layers, kept).unwrap();
+        let all: Vec<u32> = (0..(h / p * cols) as u32).collect();
+        let same = |a: Vec<(Tensor, Tensor)>, b: Vec<(Tensor, Tensor)>| {
+            for ((patches, cls), (want, want_cls)) in a.into_iter().zip(b) {
+                assert_close("patches", &patches, &want, 1e-6);
+                assert_close("class token", &cls, &want_cls, 1e-6);
+            }
+        };
+        same(of(&x, Some(&all)), of(&x, None));
+        // The first and the last patch are hidden: whatever stands there, and only there, changes nothing.
+        let kept = &all[1..all.len() - 1];
+        let black = |x: &Tensor, row: usize, col: usize| {
+            let corner = Tensor::zeros((1, cfg.channels, p, p), x.dtype(), x.device()).unwrap();
+            let corner =
+                corner.expand((x.dim(0).unwrap(), cfg.channels, p, p)).unwrap().contiguous().unwrap();
+            let at = [0..x.dim(0).unwrap(), 0..cfg.channels, row * p..row * p + p, col * p..col * p + p];
+            x.slice_assign(&at, &corner).unwrap()
+        };
+        let changed = black(&black(&x, 0, 0), h / p - 1, cols - 1);
+        let [(first, _), (last, cls)] = &of(&x, Some(kept))[..] else { panic!("two layers") };
+        assert_eq!((first.dim(1).unwrap(), last.dim(1).unwrap()), (kept.len(), kept.len()));
+        same(of(&changed, Some(kept)), of(&x, Some(kept)));
+        let seen = of(&black(&x, 0, 1), Some(kept));
+        let moved = (&seen[1].1 - cls).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(moved > 1e-4, "a patch that is kept has its say: {moved}");
+    }
+}
+
+#[test]
 fn every_parameter_receives_a_gradient() {
     let f = Fixture::open("dinov2-tiny");
     for (swiglu, registers) in [(false, 0), (true, 4)] {

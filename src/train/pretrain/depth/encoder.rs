@@ -82,9 +82,16 @@ impl Heads {
         })
     }
 
-    /// Of pictures with the encoder's `features` `[batch, dim, rows, cols]` and class tokens `[batch, dim]`.
-    pub fn losses(&self, shown: &[Shown], features: &Tensor, cls: &Tensor) -> Result<EncoderLosses> {
-        let (_, _, rows, cols) = features.dims4()?;
+    /// Of pictures with class tokens `cls` `[batch, dim]` and, for patches of a grid of `rows` · `cols`,
+    /// `features` `[batch, patches, dim]`: of all, row by row, or of those with the indices `kept`.
+    pub fn losses(
+        &self,
+        shown: &[Shown],
+        (rows, cols): (usize, usize),
+        kept: Option<&[u32]>,
+        features: &Tensor,
+        cls: &Tensor,
+    ) -> Result<EncoderLosses> {
         let views = || shown.iter().map(|s| &s.view);
         // So that the middle of each part has pixels on all sides.
         let most = |v: &View| [(v.width, cols), (v.height, rows)].map(|(n, of)| n as usize > 2 * PARTS * of);
@@ -94,22 +101,31 @@ impl Heads {
             (got - truth)?.abs()?.mean_all()
         };
         let told = |of: usize| shown.iter().flat_map(|s| camera(s).repeat(of)).collect::<Vec<f32>>();
-        let depths = views().flat_map(|v| patch_depths(v, rows, cols)).collect();
-        let kinds: Vec<u32> = views().flat_map(|v| patch_kinds(v, rows, cols)).collect();
+        let depths = views().flat_map(|v| of_kept(patch_depths(v, rows, cols), rows * cols, kept)).collect();
+        let kinds: Vec<u32> =
+            views().flat_map(|v| of_kept(patch_kinds(v, rows, cols), rows * cols, kept)).collect();
         let kinds = Tensor::new(kinds, features.device())?;
-        let normals = views().flat_map(|v| patch_normals(v, rows, cols)).collect();
-        let lines = shown.iter().flat_map(|s| patch_lines(s, rows, cols)).collect();
-        let of_patches = features.flatten_from(2)?.transpose(1, 2)?.contiguous()?;
-        let seen = self.kinds.forward(&of_patches)?.reshape(((), KINDS))?;
+        let normals =
+            views().flat_map(|v| of_kept(patch_normals(v, rows, cols), rows * cols, kept)).collect();
+        let lines =
+            shown.iter().flat_map(|s| of_kept(patch_lines(s, rows, cols), rows * cols, kept)).collect();
+        let seen = self.kinds.forward(features)?.reshape(((), KINDS))?;
         let of_cls = off(self.camera.forward(cls)?, told(1))?;
         Ok(EncoderLosses {
-            camera: (of_cls + off(self.camera_of_patch.forward(&of_patches)?, told(rows * cols))?)?,
-            lines: off(self.lines.forward(&of_patches)?, lines)?,
-            patches: off(self.patches.forward(&of_patches)?, depths)?,
-            normals: off(self.normals.forward(&of_patches)?, normals)?,
+            camera: (of_cls + off(self.camera_of_patch.forward(features)?, told(features.dim(1)?))?)?,
+            lines: off(self.lines.forward(features)?, lines)?,
+            patches: off(self.patches.forward(features)?, depths)?,
+            normals: off(self.normals.forward(features)?, normals)?,
             kinds: nn::log_probs(&seen, &kinds)?.mean_all()?.neg()?,
         })
     }
+}
+
+/// What is told of the patches `kept`, of what is told of each of `patches`, patch after patch.
+fn of_kept<T: Copy>(told: Vec<T>, patches: usize, kept: Option<&[u32]>) -> Vec<T> {
+    let Some(kept) = kept else { return told };
+    let each = told.len() / patches;
+    kept.iter().flat_map(|i| told[*i as usize * each..][..each].iter().copied()).collect()
 }
 
 /// A picture and which way its camera looks.
@@ -322,6 +338,13 @@ mod tests {
             let turned = turn(h / 2. + w / 2.) - turn(h / 2.);
             assert!((0.15 * told[6] * tilt.cos() + turned).abs() < 1e-4, "{} {turned}", told[6]);
         }
+    }
+
+    #[test]
+    fn what_is_told_of_some_patches_is_what_is_told_of_them_among_all() {
+        let told: Vec<u32> = (0..6 * 4).collect();
+        assert_eq!(of_kept(told.clone(), 6, Some(&[1, 4])), [4, 5, 6, 7, 16, 17, 18, 19]);
+        assert_eq!(of_kept(told.clone(), 6, None), told);
     }
 
     #[test]
