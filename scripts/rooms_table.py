@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes data/results/rooms.md and the rows behind it from runs of `valor eval --bench rooms --out FILE.jsonl`.
 
-  scripts/rooms_table.py FOLDER      with p_NAME.jsonl (rows) and p_NAME.txt (the printed table) for each NAME below
+  scripts/rooms_table.py FOLDER      where scripts/rooms_runs.sh left p_NAME.jsonl (rows) and p_NAME.txt (the printed table)
 
 tests/it/results.rs works the table out of the rows again. Paired differences are over the same questions, their
 intervals by 10,000 resamples of scenes.
@@ -52,17 +52,15 @@ rows(have[0][2])
 out = f"""# eval on Rooms
 
 Rooms version {min(versions)}. The whole pipeline on the embedded models: planner, program, detector, depth, VLM; greedy, seed
-20261123, 95 % intervals with pictures as clusters; 1,000 questions in studio rooms, 2,000 in lived-in ones, and 5,000 where
-pictures are shuffled in studio rooms and for the run beside it. The files hold each question's truth and answer (without its
-text and the reply); `cargo test --release -- results` works the rows out of them again, and `scripts/rooms_table.py` made this
-page.
+20261123, 95 % intervals with pictures as clusters; 1,000 questions, and 2,000 where pictures are shuffled and for the run
+beside it. The files hold each question's truth and answer (without its text and the reply); `cargo test --release -- results`
+works the rows out of them again. `scripts/rooms_runs.sh` made the runs and `scripts/rooms_table.py` this page.
 
 ```sh
 valor eval --bench rooms --tools real --greedy --n 1000 --seed 20261123 --look studio --planner configured --out rows.jsonl
 ```
 
-with `--planner base`, `--set detector.model=embedded-base`, `--look lived-in --n 2000` and `--shuffle-pictures --n 5000` where
-the row says so.
+with `--planner base`, `--set detector.model=embedded-base`, `--look lived-in` and `--shuffle-pictures` where the row says so.
 
 | | all | seen frames | unseen frames |
 |---|---|---|---|
@@ -113,8 +111,9 @@ def of_families(what, columns):
             out += f"| both than {label}, points | {cells[0]} | | | " + " | ".join(cells[1:]) + " |\n"
 
 
-of_families("More questions of those families whose figures lie near those on shuffled pictures, studio", [
-    ("both tuned, as embedded", "families_studio"), ("pictures shuffled", "families_shuffled_studio")])
+for look in ("studio", "lived-in"):
+    of_families(f"More questions of those families whose figures lie near those on shuffled pictures, {look}", [
+        ("both tuned, as embedded", f"families_{look}"), ("pictures shuffled", f"families_shuffled_{look}")])
 of_families("Counting, which hangs most on the detector, lived-in", [
     ("tuned planner", "counts_tuned_lived-in"), ("tuned detector", "counts_detector_lived-in"),
     ("both tuned, as embedded", "counts_both_lived-in")])
