@@ -322,6 +322,15 @@ pub fn run(args: &EvalArgs, config: &Config, device: &Device) -> Result<ExitCode
             1
         },
     };
+    // What a run that was finished wrote holds no longer, and a shard that is broken off now is not finished.
+    for stale in [RESULTS, REPORT].map(|name| out.join(name)) {
+        match std::fs::remove_file(&stale) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(e).with_context(|| stale.display().to_string());
+            }
+            _ => {}
+        }
+    }
     let reopened = if open { runner.reopen(&mut folder) } else { Ok(()) };
     let already = done.len();
     let bar = ProgressBar::new(total as u64);
@@ -403,8 +412,7 @@ const SAME_COMMAND: &str = "the same command asks again";
 
 /// What is still open of what was summarised, told.
 fn still_open(all: &[Summary], remedy: &str) -> Option<ExitCode> {
-    let unjudged = all.iter().filter_map(|s| s.table.first()).map(|r| r.unjudged).sum();
-    again(all.iter().map(|s| s.unanswered).sum(), unjudged, remedy)
+    again(all.iter().map(|s| s.unanswered).sum(), all.iter().map(|s| s.unheard).sum(), remedy)
 }
 
 /// What is still open of a run, told: a server's silence is no answer, and work that failed.

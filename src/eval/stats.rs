@@ -18,7 +18,8 @@ pub struct Share {
 impl Share {
     /// From `(cluster, hit)` pairs: Wilson's score interval (1927), which stays inside 0…1 and does
     /// not collapse at 0 or n hits, on the effective sample size n / deff (Kish 1965). Questions
-    /// about one picture are one cluster.
+    /// about one picture are one cluster; where they say nothing of how clusters differ, all hits or none, or
+    /// but one cluster, each cluster is one trial.
     pub fn clustered(samples: impl IntoIterator<Item = (u64, bool)>) -> Self {
         let mut clusters: BTreeMap<u64, (f64, f64)> = BTreeMap::new();
         for (cluster, hit) in samples {
@@ -33,8 +34,10 @@ impl Share {
         let (p, c) = (hits / n, clusters.len() as f64);
         let independent = p * (1. - p) / n;
         let between: f64 = clusters.values().map(|(h, m)| (h - p * m).powi(2)).sum::<f64>() / (n * n);
-        let deff =
-            if independent > 0. && c > 1. { (between * c / (c - 1.) / independent).max(1.) } else { 1. };
+        let deff = match independent > 0. && c > 1. {
+            true => (between * c / (c - 1.) / independent).max(1.),
+            false => n / c,
+        };
         let (low, high) = wilson(p, n / deff);
         Self { hits: hits as usize, n: n as usize, value: p, low, high }
     }
@@ -177,6 +180,18 @@ mod tests {
         assert!((low - 0.2553).abs() < 1e-4 && (high - 0.3662).abs() < 1e-4, "{low} {high}");
         let s = Share::clustered((0..20).map(|i| (i, false)));
         assert!(s.low == 0. && (s.high - 0.1611).abs() < 1e-4, "{s:?}");
+    }
+
+    #[test]
+    fn where_clusters_cannot_differ_each_is_one_trial() {
+        // Twenty of twenty about five rooms, none of 600 about sixty, and one room alone.
+        for (n, clusters, hit) in [(20, 5, true), (600, 60, false)] {
+            let share = Share::clustered((0..n).map(|i| (i % clusters, hit)));
+            let one_each = Share::clustered((0..clusters).map(|i| (i, hit)));
+            assert_eq!((share.low, share.high), (one_each.low, one_each.high));
+        }
+        let one = Share::clustered((0..20).map(|i| (7, i < 10)));
+        assert_eq!((one.low, one.high), wilson(0.5, 1.));
     }
 
     #[test]

@@ -151,8 +151,8 @@ pub fn mean_relative_accuracy(question: &Question, answer: &Value) -> Option<f64
 
 /// The mean over θ of 0.50, 0.55 … 0.95 of [error < 1 − θ] (method.md 8).
 pub fn relative_accuracy(error: f64) -> f64 {
-    // In integers, since 0.05 has no exact sum.
-    (10..20).filter(|theta| error < 1. - f64::from(*theta) / 20.).count() as f64 / 10.
+    // The thresholds as literals are: 1 − 0.95 is a little more than 0.05.
+    (10..20).filter(|theta| error < f64::from(20 - theta) / 20.).count() as f64 / 10.
 }
 
 fn relative_error(question: &Question, answer: &Value) -> Option<f64> {

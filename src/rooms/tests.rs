@@ -11,7 +11,9 @@ use super::demos::{planner_sample, verifier_sample};
 use super::frames::{frames, sentence, skeleton};
 use super::mistakes::{Mistake, base_mistakes, habits, judge, labels, recipes};
 use super::oracle::OracleTools;
-use super::questions::{AnswerType, Question, Split, mean_relative_accuracy, sample_questions, score};
+use super::questions::{
+    AnswerType, Question, Split, mean_relative_accuracy, relative_accuracy, sample_questions, score,
+};
 use super::recipe::{Recipe, Then};
 use super::spec::{AnyNoun, Dim, Family, Form, Most, Near, Noun, Side, Spec};
 use super::{Camera, Colour, Kind, Look, Thing, View};
@@ -305,6 +307,10 @@ fn answers_are_scored_strictly() {
     assert_eq!(mean_relative_accuracy(&float, &json!(1.0)), Some(1.));
     assert_eq!(mean_relative_accuracy(&float, &json!(1.12)), Some(0.8));
     assert_eq!(mean_relative_accuracy(&float, &json!("none")), Some(0.));
+    // An error that is a threshold is not below it.
+    for (error, accuracy) in [(1. / 20., 0.9), (3. / 20., 0.7), (3. / 10., 0.4), (0., 1.), (0.5, 0.)] {
+        assert_eq!(relative_accuracy(error), accuracy, "{error}");
+    }
     let yes = question(json!("yes"), AnswerType::YesNo, None);
     assert!(score(&yes, &json!(" Yes")) && score(&yes, &json!(true)) && score(&yes, &json!("True")));
     assert!(!score(&yes, &json!("")) && !score(&yes, &json!(1)) && !score(&yes, &json!("y")));

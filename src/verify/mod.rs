@@ -16,4 +16,4 @@ mod synonym;
 pub use head::{general_prompt, parse_verdict, prompt, rooms_prompt, user_turn, verdict_text};
 pub use judge::{Ask, Judge, JudgeError, Verdict, check_files, prompts_sha256};
 pub use reward::{Scored, Verification, weight};
-pub use synonym::{Pair, SynonymJudge};
+pub use synonym::{Pair, Said, SynonymJudge};

@@ -21,6 +21,17 @@ pub struct SynonymJudge {
     cache: VerdictCache,
 }
 
+/// What came of asking the judge.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Said {
+    /// Whether the two answers mean the same.
+    Same(bool),
+    /// Nothing that can be read; asked the same again it would be the same.
+    Unreadable,
+    /// Nothing.
+    Silent,
+}
+
 /// A question with its right answer and the one that was given.
 #[derive(Clone, Copy, Debug)]
 pub struct Pair<'a> {
@@ -39,17 +50,18 @@ impl SynonymJudge {
         self.model.identity()
     }
 
-    /// A verdict on each; `None` where it is missing. Where the judge will answer nothing any more, also why; what it
-    /// decided before is paid for, and among them.
+    /// A verdict on each. Where the judge will answer nothing any more, also why; what it decided before is paid for,
+    /// and among them.
     ///
     /// # Errors
     /// If the cache cannot be written.
-    pub fn verdicts(&self, pairs: &[Pair]) -> Result<(Vec<Option<bool>>, Option<ChatError>), JudgeError> {
+    pub fn verdicts(&self, pairs: &[Pair]) -> Result<(Vec<Said>, Option<ChatError>), JudgeError> {
         let identity = self.model.identity();
         let key = |p: &Pair| VerdictCache::key(&["synonym", &identity, PROMPT, p.question, p.truth, p.given]);
         let keys: Vec<String> = pairs.iter().map(key).collect();
-        let mut verdicts: Vec<Option<bool>> = keys.iter().map(|k| self.cache.get(k)).collect();
-        let open: Vec<usize> = (0..pairs.len()).filter(|&i| verdicts[i].is_none()).collect();
+        let mut verdicts: Vec<Said> =
+            keys.iter().map(|k| self.cache.get(k).map_or(Said::Silent, Said::Same)).collect();
+        let open: Vec<usize> = (0..pairs.len()).filter(|&i| verdicts[i] == Said::Silent).collect();
         let request = |i: usize, seed: u64| {
             let Pair { question, truth, given } = pairs[i];
             let parts =
@@ -57,11 +69,13 @@ impl SynonymJudge {
             ChatRequest::user(format!("{PROMPT}\n{}", parts.join("\n")), seed, self.max_new_tokens)
         };
         let (_, gone) = in_two_rounds(&*self.model, open, request, |i, reply| {
-            verdicts[i] = reply.ok().and_then(|reply| parse_verdict(&reply.text));
-            if let Some(same) = verdicts[i] {
+            let silent = reply.as_ref().is_err_and(ChatError::is_outage);
+            let same = reply.ok().and_then(|reply| parse_verdict(&reply.text));
+            if let Some(same) = same {
                 self.cache.put(&keys[i], same)?;
             }
-            Ok(verdicts[i].is_some())
+            verdicts[i] = same.map_or(if silent { Said::Silent } else { Said::Unreadable }, Said::Same);
+            Ok(same.is_some())
         })?;
         Ok((verdicts, gone))
     }

@@ -643,7 +643,7 @@ fn two_runs_are_compared_sample_by_sample() {
 }
 
 #[test]
-fn gqa_is_judged_by_a_model_once_and_a_missing_verdict_is_missing() {
+fn gqa_is_judged_by_a_model_and_a_judge_that_is_silent_is_asked_again() {
     let dir = tempfile::tempdir().unwrap();
     let file = programs(
         &dir,
@@ -658,13 +658,16 @@ fn gqa_is_judged_by_a_model_once_and_a_missing_verdict_is_missing() {
             ("gqa", 4, "Is it indoors or outdoors?", "final_answer = 'inside'"),
         ],
     );
-    // "Green" is not asked about. The second is unreadable, and again.
-    let verdicts = ["<answer>yes</answer>", "who knows", "who knows", "<answer>yes</answer>"];
-    let server = Server::start(verdicts.map(|v| Act::Reply(v.into())));
+    // "Green" is not asked about. On the second there is silence, and again; then what cannot be read.
+    let (yes, unclear) = (Act::Reply("<answer>yes</answer>".into()), Act::Reply("who knows".into()));
+    let silence = |status| Act::Status(status, "", "{}".into());
+    let server = Server::start([yes, silence(503), silence(503), silence(401), unclear]);
     let sets: Vec<String> = [
         format!("endpoints.s.base_url={}", server.url),
         "endpoints.s.model=judge".into(),
         "endpoints.s.concurrency=1".into(),
+        "endpoints.s.tries=1".into(),
+        format!("endpoints.s.cache={}", dir.path().join("replies").display()),
         "eval.judge.model=endpoint:s".into(),
         format!("eval.judge.cache={}", dir.path().join("verdicts").display()),
     ]
@@ -678,29 +681,63 @@ fn gqa_is_judged_by_a_model_once_and_a_missing_verdict_is_missing() {
         args.extend(sets.iter().map(String::as_str));
         let done = eval(&args);
         assert_eq!(done.status.code(), Some(code), "{}", text(&done.stderr));
-        (results(&out), text(&done.stdout).to_owned() + text(&done.stderr))
+        text(&done.stdout).to_owned() + text(&done.stderr)
     };
-    let (r, said) = run("one", 1);
+    let one = dir.path().join("one");
+    let said = run("one", 1);
+    let r = results(&one);
     // Of three: yes by the judge, yes by the words, none. Missing is a no as released; of the rest alone
     // nothing is said strictly, since words that are the same need no judge.
     assert_figures(&r, "gqa", "", (3, 2. / 3., f64::NAN));
     assert_eq!(bench(&r, "gqa")["table"][0]["unjudged"], 1);
-    assert!(said.contains("too many for a strict figure") && said.contains("1 answers no verdict"), "{said}");
+    assert!(said.contains("too many for a strict figure; the judge kept silent on 1"), "{said}");
+    assert!(said.contains("1 answers no verdict"), "{said}");
     let heard = server.heard();
     assert_eq!(heard.len(), 3);
     let turn = heard[0].body["messages"][0]["content"].as_str().unwrap();
     assert_eq!(turn.matches("</given>").count(), 1, "the answer closed its tag: {turn}");
     assert_eq!(turn.matches("<answer>yes</answer>").count(), 1, "only the instructions' own: {turn}");
-    // The same command asks for what is missing, and for nothing else.
-    let (r, _) = run("one", 0);
-    assert_figures(&r, "gqa", "", (3, 1., 1.));
-    assert_eq!(server.heard().len(), 4);
-    let order: Vec<u64> =
-        samples(&dir.path().join("one")).iter().map(|s| s["index"].as_u64().unwrap()).collect();
+    // The same command asks for what is missing, and for nothing else. Where it is broken off, the figures of
+    // before are none of a finished run.
+    let said = run("one", 1);
+    assert!(said.contains("goes on behind") && server.heard().len() == 4, "{said}");
+    assert!(!one.join("results.json").exists() && !one.join("report.html").exists());
+    // What cannot be read is the judge's fault: asked the same it would say the same.
+    let said = run("one", 0);
+    assert!(said.contains("1 answers have no verdict") && !said.contains("kept silent"), "{said}");
+    let r = results(&one);
+    assert_figures(&r, "gqa", "", (3, 2. / 3., f64::NAN));
+    assert_eq!(
+        (&bench(&r, "gqa")["table"][0]["unjudged"], &bench(&r, "gqa")["unheard"]),
+        (&json!(1), &json!(0))
+    );
+    assert_eq!(server.heard().len(), 6);
+    let order: Vec<u64> = samples(&one).iter().map(|s| s["index"].as_u64().unwrap()).collect();
     assert_eq!(order, [0, 1, 2, 3, 4]);
-    // Known verdicts are not asked for again.
+    // Neither is asked for again, nor are known verdicts by another run.
+    run("one", 0);
     run("two", 0);
-    assert_eq!(server.heard().len(), 4);
+    assert_eq!(server.heard().len(), 6);
+}
+
+/// A picture that the network did not bring may come another time; one behind a dead link does not.
+#[test]
+fn pictures_that_a_network_keeps_back_are_asked_for_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let web = Web::of_vsr();
+    let (data, out) = (data(&dir, &web), dir.path().join("run"));
+    let file = programs(&dir, ROWS);
+    let args = ["--bench", "vsr", "--data", shown(&data), "--programs", shown(&file), "--out", shown(&out)];
+    let failures = || -> Vec<Value> { samples(&out).iter().map(|s| s["failure"].clone()).collect() };
+    let done = command(&args).env("HF_HUB_OFFLINE", "1").output().unwrap();
+    let error = text(&done.stderr);
+    assert!(done.status.code() == Some(1) && error.contains("questions had no result"), "{error}");
+    assert!(failures().iter().all(|f| f == "no-reply"), "{:?}", failures());
+    assert_eq!(bench(&results(&out), "vsr")["unanswered"], json!(failures().len()));
+    let done = eval(&args);
+    assert_eq!(done.status.code(), Some(0), "{}", text(&done.stderr));
+    assert_figures(&results(&out), "vsr", "", (3, 2. / 3., 2. / 3.));
+    assert_eq!(failures().iter().filter(|f| *f == "refused").count(), 1);
 }
 
 /// Its refusal is no bad input: what was answered is recorded, with the verdicts that there were, and gone on with.

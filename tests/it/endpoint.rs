@@ -118,6 +118,9 @@ fn a_cache_that_cannot_be_written_to_costs_no_reply() {
 fn passing_faults_are_tried_again_and_final_ones_are_not() {
     let unpaid = r#"{"error": {"message": "pay first", "code": "insufficient_quota"}}"#;
     let filtered = completion("x").replace("\"stop\"", "\"content_filter\"");
+    // As of a model all of whose tokens went into thinking.
+    let thought =
+        r#"{"choices": [{"finish_reason": "length"}], "usage": {"prompt_tokens": 3, "total_tokens": 9}}"#;
     // What the server does, the reply or words of the error, requests it got, tries counted as failed,
     // calls billed, and whether the endpoint is of no further use.
     let cases: Vec<(Vec<Act>, Result<&str, &str>, usize, u64, u64, bool)> = vec![
@@ -135,11 +138,14 @@ fn passing_faults_are_tried_again_and_final_ones_are_not() {
         (vec![Act::Body(completion("x").replace("\"x\"", "null")), reply("yes")], Ok("yes"), 2, 1, 2, false),
         (vec![reply("")], Err("the reply is empty (tried 3 times)"), 3, 3, 3, false),
         (vec![Act::Body(r#"{"choices": []}"#.into())], Err("no choice"), 3, 3, 3, false),
+        (vec![Act::Body(r#"{"usage": {"prompt_tokens": 3}}"#.into())], Err("no choice"), 3, 3, 3, false),
+        (vec![Act::Body(thought.into())], Ok(""), 1, 0, 1, false),
         (vec![Act::Huge(40)], Err("longer than 1024 kB (max_reply_kb)"), 1, 1, 0, false),
         (vec![Act::Body(filtered)], Err("content_filter"), 1, 1, 1, false),
         (vec![busy(429, "retry-after: 60\r\n")], Err("asks to wait 60 s"), 1, 1, 0, false),
         (vec![busy(400, "")], Err("refuses the request, status 400: come back later"), 1, 1, 0, false),
         (vec![busy(401, "")], Err("refuses the key"), 1, 1, 0, true),
+        (vec![busy(402, "")], Err("nothing left to pay with"), 1, 1, 0, true),
         (vec![busy(404, "")], Err("no such address or model"), 1, 1, 0, true),
         (vec![Act::Status(429, "", unpaid.into())], Err("quota is used up"), 1, 1, 0, true),
         (

@@ -27,7 +27,18 @@ impl Runner<'_> {
         sandbox: &mut Sandbox,
         times: &Mutex<Times>,
     ) -> Result<Vec<(usize, Done)>, Stopped> {
-        let picture = group.first().map(|j| decoded(&j.planned.task.seen)).expect("no group is empty");
+        // Each question fetched the picture for itself, and what the network did not bring may come another time.
+        let (lost, group): (Vec<Job>, Vec<Job>) =
+            group.into_iter().partition(|j| matches!(j.planned.task.seen, Seen::Unreached(_)));
+        let mut all = Vec::with_capacity(lost.len() + group.len());
+        for Job { number, planned: Planned { task, .. }, .. } in lost {
+            let mut record = blank(&task);
+            if let Seen::Unreached(why) = task.seen {
+                record.set_outage(why);
+            }
+            all.push((number, Done { record, thumbnail: None }));
+        }
+        let Some(picture) = group.first().map(|j| decoded(&j.planned.task.seen)) else { return Ok(all) };
         let room = match &group[0].planned.task.seen {
             Seen::Room(view, _) => Some(view.clone()),
             _ => None,
@@ -41,7 +52,8 @@ impl Runner<'_> {
         let picture = match picture {
             Ok(picture) => picture,
             Err(why) => {
-                return Ok(group.iter().map(|j| (j.number, refused(&j.planned.task, &why))).collect());
+                all.extend(group.iter().map(|j| (j.number, refused(&j.planned.task, &why))));
+                return Ok(all);
             }
         };
         let mut tools: Option<Box<dyn Tools + '_>> = match (self.perception, &room) {
@@ -49,7 +61,6 @@ impl Runner<'_> {
             (None, Some(view)) => Some(Box::new(OracleTools::new(view))),
             (None, None) => None,
         };
-        let mut all = Vec::with_capacity(group.len());
         for Job { batch: _, number, planned: Planned { task, replies }, shown } in group {
             let mut record = blank(&task);
             record.size = Some((picture.width(), picture.height()));
@@ -177,7 +188,7 @@ fn stored(program: &str, sandbox: &mut Sandbox, tools: &mut dyn Tools) -> Answer
 
 fn decoded(seen: &Seen) -> Result<Picture, String> {
     match seen {
-        Seen::Nothing(why) => Err(why.clone()),
+        Seen::Nothing(why) | Seen::Unreached(why) => Err(why.clone()),
         Seen::Room(view, _) => Ok(Picture::new(view.width, view.height, view.rgb.clone())),
         Seen::Picture(PictureRef::Bytes(bytes)) => {
             Picture::decode(bytes, "the row's picture", DecodeOptions::default()).map_err(|e| e.to_string())

@@ -28,6 +28,8 @@ pub enum Seen {
     Room(Arc<View>, Box<Question>),
     /// Nothing: the row is no question, for this reason.
     Nothing(String),
+    /// The picture could not be had, for this reason, which may pass.
+    Unreached(String),
 }
 
 /// One question to be measured.

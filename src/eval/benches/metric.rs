@@ -39,7 +39,9 @@ impl Form {
 pub enum Judged {
     Yes,
     No,
-    /// The judge gave no readable verdict.
+    /// The judge gave no verdict that can be read.
+    Unreadable,
+    /// The judge gave no reply; of another time it may.
     Missing,
     /// There is no judge.
     Nobody,
@@ -71,8 +73,8 @@ pub fn score(form: Form, of: Wanted, answer: Option<&Value>, judged: Judged) -> 
             _ if strict && plain(answer).is_empty() => Some(0.),
             Judged::Yes => Some(1.),
             Judged::No => Some(0.),
-            Judged::Missing if strict => None,
-            Judged::Missing => Some(0.),
+            Judged::Missing | Judged::Unreadable if strict => None,
+            Judged::Missing | Judged::Unreadable => Some(0.),
             Judged::Nobody if strict => hit(same_words(of.truth, answer)),
             Judged::Nobody => None,
         },
@@ -145,7 +147,9 @@ mod tests {
         let truth = json!("sofa");
         let of = Wanted { bench: Bench::Gqa, kind: Kind::Synonym, truth: &truth };
         let by = |judged, answer: Option<Value>| Form::ALL.map(|f| score(f, of, answer.as_ref(), judged));
-        assert_eq!(by(Judged::Missing, Some(json!("couch"))), [Some(0.), None]);
+        for none in [Judged::Missing, Judged::Unreadable] {
+            assert_eq!(by(none, Some(json!("couch"))), [Some(0.), None]);
+        }
         assert_eq!(by(Judged::Yes, Some(json!("couch"))), [Some(1.), Some(1.)]);
         assert_eq!(by(Judged::No, Some(json!("table"))), [Some(0.), Some(0.)]);
         // Without a judge there is no figure to set beside the published ones; words are compared.

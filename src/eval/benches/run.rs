@@ -24,7 +24,7 @@ use super::metric::{Form, Judged, Wanted, score};
 pub use super::programs::{PROGRAMS, Programs, Written};
 use super::record::Record;
 use crate::config::Inference;
-use crate::data::{Links, PictureRef};
+use crate::data::{LinkCause, Links, PictureRef};
 use crate::llm::{ChatError, ChatReply};
 use crate::pipeline::{Referee, question_seed};
 use crate::planner::Planner;
@@ -284,8 +284,9 @@ impl Runner<'_> {
 
     /// Has the programs written.
     fn plan(&self, tasks: Vec<Task>) -> Result<Vec<Planned>> {
-        let asked: Vec<usize> =
-            (0..tasks.len()).filter(|&i| !matches!(tasks[i].seen, Seen::Nothing(_))).collect();
+        let asked: Vec<usize> = (0..tasks.len())
+            .filter(|&i| !matches!(tasks[i].seen, Seen::Nothing(_) | Seen::Unreached(_)))
+            .collect();
         let votes = self.how.samples;
         let mut replies: Vec<Vec<Result<ChatReply, ChatError>>> = tasks.iter().map(|_| Vec::new()).collect();
         match &self.method {
@@ -322,7 +323,8 @@ impl Runner<'_> {
                         let Seen::Picture(PictureRef::Link(link)) = &task.seen else { continue };
                         task.seen = match self.links.get(link) {
                             Ok(bytes) => Seen::Picture(PictureRef::Bytes(bytes)),
-                            Err(e) => Seen::Nothing(e.to_string()),
+                            Err(e) if e.cause == LinkCause::Link => Seen::Nothing(e.to_string()),
+                            Err(e) => Seen::Unreached(e.to_string()),
                         };
                     }
                 });

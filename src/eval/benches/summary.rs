@@ -37,7 +37,7 @@ pub struct Row {
     pub pictures: usize,
     pub reference: Option<Mean>,
     pub strict: Option<Mean>,
-    /// Answers without a verdict; in no strict figure.
+    /// Answers without a verdict that can be read; in no strict figure.
     pub unjudged: usize,
 }
 
@@ -51,6 +51,8 @@ pub struct Summary {
     pub unmeasured: usize,
     /// Those among them to which a server gave no reply.
     pub unanswered: usize,
+    /// Answers on which the judge kept silent.
+    pub unheard: usize,
     pub unmeasured_why: Vec<String>,
     /// Failures of the method, by kind.
     pub failures: BTreeMap<String, usize>,
@@ -88,6 +90,7 @@ struct Tally {
     faults: BTreeMap<String, usize>,
     nothing_detected: usize,
     unanswered: usize,
+    unheard: usize,
     cut: usize,
     lenient: usize,
     duplicates: Vec<[usize; 2]>,
@@ -129,6 +132,7 @@ pub fn summarise(dir: &Path, notes: &[(String, Note)]) -> Result<Vec<Summary>> {
         t.cut += usize::from(r.cut);
         t.lenient += usize::from(!r.flags.is_empty());
         t.without_judge |= r.judged == Some(Judged::Nobody);
+        t.unheard += usize::from(r.judged == Some(Judged::Missing));
         let (reference, strict) = (r.reference, r.strict);
         t.kept.push(Kept { part: r.part, index: r.index, picture: r.picture, reference, strict });
         Ok(())
@@ -179,6 +183,7 @@ impl Tally {
             table,
             unmeasured: self.unmeasured,
             unanswered: self.unanswered,
+            unheard: self.unheard,
             unmeasured_why: self.unmeasured_why,
             failures: self.failures,
             faults: self.faults,
@@ -280,10 +285,11 @@ pub fn notes(s: &Summary) -> Vec<String> {
     if let Some(first) = s.table.first().filter(|r| r.unjudged > 0) {
         let figure =
             if first.strict.is_some() { "are in no strict figure" } else { "too many for a strict figure" };
-        lines.push(format!(
-            "{} answers have no verdict, {figure}; the same command asks for them again",
-            first.unjudged
-        ));
+        let again = match s.unheard {
+            0 => String::new(),
+            n => format!("; the judge kept silent on {n}, about which the same command asks again"),
+        };
+        lines.push(format!("{} answers have no verdict, {figure}{again}", first.unjudged));
     }
     if s.without_judge {
         lines.push(

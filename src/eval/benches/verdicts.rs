@@ -14,7 +14,7 @@ use super::run::{Runner, Stopped, Times, finish, spend};
 use crate::data::Kind;
 use crate::llm::ChatError;
 use crate::text::plain;
-use crate::verify::Pair;
+use crate::verify::{Pair, Said};
 
 impl Runner<'_> {
     /// Goes over what a folder holds: rows to which a server gave no reply go, to be asked again, and verdicts
@@ -72,9 +72,10 @@ impl Runner<'_> {
         let (verdicts, gone) = judge.verdicts(&pairs)?;
         for (&i, verdict) in open.iter().zip(verdicts) {
             done[i].record.judged = Some(match verdict {
-                Some(true) => Judged::Yes,
-                Some(false) => Judged::No,
-                None => Judged::Missing,
+                Said::Same(true) => Judged::Yes,
+                Said::Same(false) => Judged::No,
+                Said::Unreadable => Judged::Unreadable,
+                Said::Silent => Judged::Missing,
             });
         }
         spend(times, "judge", started);

@@ -213,7 +213,7 @@ impl Endpoint {
             call = call.header("authorization", format!("Bearer {}", key.0));
         }
         let response = call.send(body.bytes()).map_err(|e| Failure::of_transport(&e))?;
-        let mut reply = wire::read(response, body, &self.cfg);
+        let mut reply = wire::read(response, body, &self.cfg, self.key.as_ref());
         if let (Ok(reply), Some(key)) = (&mut reply, &self.key) {
             // A server that repeats what it was sent. What stands for a key with servers that want none, `none`
             // or `x`, is also a word of programs.

@@ -8,6 +8,7 @@ use image::RgbImage;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::Key;
 use crate::config;
 use crate::llm::{ChatError, ChatReply, ChatRequest, Finish, Message, SamplingOptions};
 
@@ -52,10 +53,11 @@ impl Failure {
         use ureq::Error;
         match e {
             Error::Timeout(_) => Self::new("no reply within the deadline (seconds)", true),
-            Error::HostNotFound | Error::ConnectionFailed | Error::Io(_) | Error::Protocol(_) => {
-                Self::new(format!("cannot reach the server: {e}"), true)
+            Error::BadUri(_) | Error::InvalidProxyUrl | Error::RequireHttpsOnly(_) | Error::TlsRequired => {
+                Self { closes: true, ..Self::new(format!("cannot ask the server: {e}"), false) }
             }
-            other => Self::new(format!("cannot ask the server: {other}"), false),
+            // No reply came: whatever it was, it says nothing about the model.
+            _ => Self::new(format!("cannot reach the server: {e}"), true),
         }
     }
 
@@ -126,19 +128,21 @@ fn data_url(image: &RgbImage) -> Result<String, ChatError> {
     Ok(format!("data:image/png;base64,{}", base64::engine::general_purpose::STANDARD.encode(png)))
 }
 
+/// Servers leave parts out: Gemini's route the message and the count of its tokens where all of them went into
+/// thinking.
 #[derive(Deserialize)]
 struct Completion {
-    choices: Vec<Choice>,
+    choices: Option<Vec<Choice>>,
     usage: Option<Tokens>,
 }
 
 #[derive(Deserialize)]
 struct Choice {
-    message: Content,
+    message: Option<Content>,
     finish_reason: Option<String>,
 }
 
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 struct Content {
     content: Option<String>,
     refusal: Option<String>,
@@ -146,15 +150,27 @@ struct Content {
 
 #[derive(Deserialize)]
 struct Tokens {
-    prompt_tokens: usize,
-    completion_tokens: usize,
+    prompt_tokens: Option<usize>,
+    completion_tokens: Option<usize>,
+    total_tokens: Option<usize>,
 }
 
-/// What a server answered to `asked`, judged. Not more than `max_reply_kb` is read of it.
+impl Tokens {
+    /// Of the prompt, and those made: thinking is billed, and some count it in the total alone.
+    fn billed(&self) -> (usize, usize) {
+        let prompt = self.prompt_tokens.unwrap_or_default();
+        let beside = self.total_tokens.unwrap_or_default().saturating_sub(prompt);
+        (prompt, self.completion_tokens.unwrap_or_default().max(beside))
+    }
+}
+
+/// What a server answered to `asked`, judged. Not more than `max_reply_kb` is read of it, and no failure's
+/// message holds the key.
 pub(super) fn read(
     mut response: ureq::http::Response<ureq::Body>,
     asked: &Body,
     cfg: &config::Endpoint,
+    key: Option<&Key>,
 ) -> Result<ChatReply, Failure> {
     let status = response.status().as_u16();
     let header = |name| response.headers().get(name).and_then(|v| v.to_str().ok()).map(str::to_owned);
@@ -163,7 +179,7 @@ pub(super) fn read(
     let mut bytes = Vec::new();
     let taken = response.body_mut().as_reader().take(most as u64 + 1).read_to_end(&mut bytes);
     if status != 200 {
-        return Err(Failure { retry_after, ..refused(status, &bytes) });
+        return Err(Failure { retry_after, ..refused(status, &bytes, key) });
     }
     if let Err(e) = taken {
         let inner = e.get_ref().and_then(|e| e.downcast_ref::<ureq::Error>());
@@ -183,23 +199,27 @@ pub(super) fn read(
     }
     let completion: Completion = serde_json::from_slice(&bytes)
         .map_err(|e| Failure::new(format!("the reply is no chat completion: {e}"), true))?;
-    let tokens = completion.usage.as_ref().map(|u| (u.prompt_tokens, u.completion_tokens));
-    let Some(choice) = completion.choices.into_iter().next() else {
+    if completion.choices.is_none() && completion.usage.is_none() {
+        return Err(Failure::new("the reply is no chat completion: it has neither choices nor usage", true));
+    }
+    let tokens = completion.usage.as_ref().map(Tokens::billed);
+    let Some(choice) = completion.choices.into_iter().flatten().next() else {
         return Err(Failure::unusable("the reply holds no choice", tokens.unwrap_or_default()));
     };
-    let text = choice.message.content.unwrap_or_default();
+    let message = choice.message.unwrap_or_default();
+    let text = message.content.unwrap_or_default();
     // A server that does not count still bills: three bytes a token is dear for any language model.
     let (prompt_tokens, new_tokens) = tokens.unwrap_or((asked.0.len() / 3, text.len().div_ceil(3)));
     let unusable = |message: String, passing| {
         Err(Failure { passing, ..Failure::unusable(message, (prompt_tokens, new_tokens)) })
     };
-    if let Some(refusal) = choice.message.refusal.filter(|r| !r.is_empty()) {
-        return unusable(format!("the model refuses: {}", excerpt(refusal.as_bytes())), false);
+    if let Some(refusal) = message.refusal.filter(|r| !r.is_empty()) {
+        return unusable(format!("the model refuses: {}", excerpt(&refusal, key)), false);
     }
     let finish = match choice.finish_reason.as_deref() {
         Some("length") => Finish::Length,
         Some("stop") | None => Finish::Stop,
-        Some(other) => return unusable(format!("the reply ended by {:?}", excerpt(other.as_bytes())), false),
+        Some(other) => return unusable(format!("the reply ended by {:?}", excerpt(other, key)), false),
     };
     if text.is_empty() && finish == Finish::Stop {
         let empty = Failure::unusable("the reply is empty", (prompt_tokens, new_tokens));
@@ -218,7 +238,7 @@ pub(super) fn fitted(mut reply: ChatReply, request: &ChatRequest) -> Result<Chat
     Ok(reply)
 }
 
-fn refused(status: u16, body: &[u8]) -> Failure {
+fn refused(status: u16, body: &[u8], key: Option<&Key>) -> Failure {
     #[derive(Deserialize)]
     struct Outer {
         error: Inner,
@@ -230,13 +250,14 @@ fn refused(status: u16, body: &[u8]) -> Failure {
     }
     let error: Option<Inner> = serde_json::from_slice::<Outer>(body).ok().map(|o| o.error);
     let said = error.as_ref().and_then(|e| e.message.clone());
-    let said = said.map_or_else(|| excerpt(body), |m| excerpt(m.as_bytes()));
+    let said = excerpt(&said.unwrap_or_else(|| String::from_utf8_lossy(body).into_owned()), key);
     let code = error.and_then(|e| e.code).and_then(|c| c.as_str().map(str::to_owned));
     // Told as "too many requests", but no wait will help.
     let unpaid = code.as_deref() == Some("insufficient_quota");
     let colon = if said.is_empty() { "" } else { ": " };
     let (text, passing, closes) = match status {
         401 | 403 => ("the server refuses the key (key_env)", false, true),
+        402 => ("the account has nothing left to pay with", false, true),
         404 => ("the server has no such address or model (base_url, model)", false, true),
         429 if unpaid => ("the account's quota is used up", false, true),
         408 | 425 | 429 | 500..=599 => ("the server is busy or broken", true, false),
@@ -246,11 +267,12 @@ fn refused(status: u16, body: &[u8]) -> Failure {
     Failure { closes, ..Failure::new(format!("{text}, status {status}{colon}{said}"), passing) }
 }
 
-/// The beginning of a stranger's text.
-fn excerpt(bytes: &[u8]) -> String {
-    let text = String::from_utf8_lossy(&bytes[..bytes.len().min(1000)]);
-    let short: String = text.trim().chars().take(200).collect();
-    if short.len() < text.trim().len() { format!("{short}…") } else { short }
+/// The beginning of a stranger's text, in which the key is hidden before a cut could leave a part of it.
+fn excerpt(text: &str, key: Option<&Key>) -> String {
+    let hidden = key.map(|key| key.hidden_in(text));
+    let text = hidden.as_deref().unwrap_or(text).trim();
+    let short: String = text.chars().take(200).collect();
+    if short.len() < text.len() { format!("{short}…") } else { short }
 }
 
 /// `Retry-After`: seconds or a date.
@@ -285,13 +307,13 @@ mod tests {
     #[test]
     fn passing_errors_are_told_from_final_ones() {
         let told = |status, body: &str| {
-            let f = refused(status, body.as_bytes());
+            let f = refused(status, body.as_bytes(), None);
             (f.passing, f.closes)
         };
         for status in [408, 425, 429, 500, 502, 503, 529] {
             assert_eq!(told(status, ""), (true, false), "{status}");
         }
-        for status in [301, 401, 403, 404] {
+        for status in [301, 401, 402, 403, 404] {
             assert_eq!(told(status, "<html>"), (false, true), "{status}");
         }
         assert_eq!(told(400, r#"{"error": {"message": "too long", "code": null}}"#), (false, false));
@@ -299,6 +321,46 @@ mod tests {
             told(429, r#"{"error": {"message": "pay", "code": "insufficient_quota"}}"#),
             (false, true)
         );
-        assert!(refused(400, "x".repeat(5000).as_bytes()).message.len() < 300);
+        assert!(refused(400, "x".repeat(5000).as_bytes(), None).message.len() < 300);
+    }
+
+    #[test]
+    fn what_brings_no_reply_is_no_fault_of_the_model() {
+        let told = |e: ureq::Error| {
+            let f = Failure::of_transport(&e);
+            (f.passing, f.closes, f.misfit)
+        };
+        for passing in [ureq::Error::HostNotFound, ureq::Error::ConnectProxyFailed("403".into())] {
+            assert_eq!(told(passing), (true, false, false));
+        }
+        for settled in [ureq::Error::InvalidProxyUrl, ureq::Error::BadUri("x".into())] {
+            assert_eq!(told(settled), (false, true, false));
+        }
+    }
+
+    #[test]
+    fn a_key_is_hidden_before_a_text_is_cut() {
+        let key = Key("sk-0123456789abcdefghijklmnopqrstuvwxyz".into());
+        for before in [0, 150, 180, 199, 990] {
+            let body = format!("{}{} is wrong", "x".repeat(before), key.0);
+            let json = json!({ "error": { "message": body } }).to_string();
+            for body in [body, json] {
+                let told = refused(400, body.as_bytes(), Some(&key)).message;
+                assert!(!told.contains("sk-0"), "{told}");
+            }
+        }
+    }
+
+    #[test]
+    fn tokens_that_are_only_in_the_total_are_billed() {
+        for (usage, billed) in [
+            (json!({ "prompt_tokens": 5, "completion_tokens": 7 }), (5, 7)),
+            (json!({ "prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12 }), (5, 7)),
+            (json!({ "prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 100 }), (5, 95)),
+            (json!({ "prompt_tokens": 5, "total_tokens": 100 }), (5, 95)),
+            (json!({ "prompt_tokens": 5, "completion_tokens": null, "total_tokens": 2 }), (5, 0)),
+        ] {
+            assert_eq!(serde_json::from_value::<Tokens>(usage).unwrap().billed(), billed);
+        }
     }
 }
