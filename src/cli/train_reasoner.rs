@@ -160,7 +160,8 @@ pub fn run(args: &TrainReasonerArgs) -> Result<ExitCode> {
 fn plan(config: &Config, queries: &Queries) {
     let r = &config.reasoner;
     let steps = steps(r, queries.training.len());
-    let rollouts = steps * (r.batch * r.group) as u64;
+    // Places of groups that say nothing are filled anew so many times, at most.
+    let rollouts = steps * (r.batch * r.group * (1 + r.resample)) as u64;
     let asks = |head: &Head| verify::weight(&config.reward, *head) > 0.;
     let asked: Vec<&str> = Head::ALL.into_iter().filter(asks).map(Head::word).collect();
     let held_out = queries.held_out.texts().len() as u64;
@@ -169,7 +170,8 @@ fn plan(config: &Config, queries: &Queries) {
         _ if r.eval_every > 0 => 1 + steps.div_ceil(r.eval_every),
         _ => 2,
     };
-    let calls = (rollouts + evaluations * held_out) * asked.len() as u64;
+    // What cannot be read is asked once more.
+    let calls = 2 * (rollouts + evaluations * held_out) * asked.len() as u64;
     let algorithm = match r.algorithm {
         Algorithm::Grpo => "GRPO",
         Algorithm::Sft => "SFT on rollouts that earn enough",
@@ -184,7 +186,8 @@ fn plan(config: &Config, queries: &Queries) {
     println!("questions        {} to train on, {held_out} held out", queries.training.len());
     println!("steps            {steps} of {} questions × {} rollouts", r.batch, r.group);
     println!(
-        "rollouts         {rollouts}, of at most {} tokens: at most {}",
+        "rollouts         {}{rollouts}, of at most {} tokens: at most {}",
+        if r.resample > 0 { "at most " } else { "" },
         r.max_new_tokens,
         rollouts * r.max_new_tokens as u64
     );

@@ -7,7 +7,7 @@
 //! starts them ([`crate::files::Held`]). Not protected against: someone who forges files and manifest.
 
 use crate::files::write_atomic;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -100,15 +100,29 @@ impl Checkpoints {
     }
 
     /// The newest that is whole; `passed_over` hears of each newer one that is not, and why.
+    ///
+    /// # Errors
+    /// If there are some and none is whole: to begin anew would destroy what may yet be rescued.
     pub fn newest(&self, mut passed_over: impl FnMut(&str)) -> Result<Option<Saved>> {
+        let mut why = None;
         for &step in self.steps()?.iter().rev() {
             let path = self.path(step);
             match verify(&path, step) {
                 Ok(()) => return Ok(Some(Saved { step, path })),
-                Err(e) => passed_over(&format!("{}: {e:#}", path.display())),
+                Err(e) => {
+                    let fault = format!("{}: {e:#}", path.display());
+                    passed_over(&fault);
+                    why.get_or_insert(fault);
+                }
             }
         }
-        Ok(None)
+        match why {
+            None => Ok(None),
+            Some(why) => bail!(
+                "no checkpoint in {} is whole ({why}); put a copy back, or move the folder away to begin anew",
+                self.dir.display()
+            ),
+        }
     }
 
     /// Is there any, be it whole or not?
@@ -240,6 +254,7 @@ mod tests {
         all.save(1, None, filled("abc")).unwrap();
         let forged = r#"{"step": 1, "files": {"../x": [0, ""]}}"#;
         std::fs::write(all.path(1).join(MANIFEST), forged).unwrap();
-        assert!(newest(&all).1[0].contains("names"));
+        let e = all.newest(|_| ()).unwrap_err().to_string();
+        assert!(e.contains("its manifest names") && e.contains("no checkpoint in"), "{e}");
     }
 }

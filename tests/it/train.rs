@@ -469,6 +469,53 @@ fn a_verifier_that_is_gone_stops_the_run_and_keeps_it() {
     assert!(said.contains("rewards are missing") && said.contains("--resume"), "{said}");
 }
 
+/// What is done is not lost with the verifier: it is saved, whenever the next save would have been.
+#[test]
+fn an_outage_takes_no_step_along_that_is_done() {
+    let yes = || Act::Reply("<answer>yes</answer>".into());
+    // Enough for the first step, of six rollouts and four heads, and not for all.
+    let server = Server::start((0..30).map(|_| yes()).chain([Act::Status(500, "", "no".into())]));
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let go = |server: &Server, more: &[&str]| {
+        let own = ["planner.model=embedded", "reasoner.questions=8", "reasoner.save_every=25"];
+        let sets = [judged_by(server), own.map(str::to_owned).to_vec()].concat();
+        let sets: Vec<&str> = sets.iter().map(String::as_str).chain(["reasoner.held_out=0"]).collect();
+        run(&out, &sets, more)
+    };
+    let o = go(&server, &[]);
+    assert_eq!(o.status.code(), Some(1), "{}", stderr(&o));
+    assert!(stderr(&o).contains(" is saved"), "{}", stderr(&o));
+    let done = metrics(&out).len() as u64;
+    assert!((1..4).contains(&done), "{done} steps");
+    // The server is another one now, and its page is a folder, which ends nothing.
+    let _ = std::fs::remove_file(out.join("report.html"));
+    std::fs::create_dir(out.join("report.html")).unwrap();
+    let o = go(&Server::start([yes()]), &["--resume"]);
+    assert!(o.status.success(), "{}", stderr(&o));
+    assert!(stderr(&o).contains(&format!("going on at step {done} of 4")), "{}", stderr(&o));
+    assert!(stderr(&o).contains("no page of curves"), "{}", stderr(&o));
+    let steps: Vec<u64> = metrics(&out).iter().map(|m| m["step"].as_u64().unwrap()).collect();
+    assert_eq!(steps, [1, 2, 3, 4]);
+}
+
+/// To begin anew would destroy what may yet be rescued.
+#[test]
+fn a_run_whose_checkpoints_are_all_broken_is_refused_and_left_as_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    assert!(run(&out, &[], &[]).status.success());
+    for entry in std::fs::read_dir(out.join("checkpoints")).unwrap() {
+        std::fs::write(entry.unwrap().path().join("optimiser.safetensors"), "spoilt").unwrap();
+    }
+    let before = (metrics(&out), weights(&out), std::fs::read(out.join("best/held_out.json")).unwrap());
+    let o = run(&out, &[], &["--resume"]);
+    assert_eq!(o.status.code(), Some(2), "{}", stderr(&o));
+    assert!(stderr(&o).contains("is whole (") && stderr(&o).contains("put a copy back"), "{}", stderr(&o));
+    let after = (metrics(&out), weights(&out), std::fs::read(out.join("best/held_out.json")).unwrap());
+    assert!(before == after, "something was touched");
+}
+
 fn make_queries(images: &Path, out: &Path, server: &Server, n: usize) -> Output {
     Command::new(env!("CARGO_BIN_EXE_valor"))
         .arg("make-queries")

@@ -217,9 +217,11 @@ fn alike(a: &str, b: &str) -> bool {
 fn resume(out: &Path) -> Result<(Held, Vec<Query>)> {
     let named = || format!("--out {}", out.display());
     let held = Held::file("--out", out)?;
-    let (mut file, mut text) = (held.as_file(), String::new());
-    file.read_to_string(&mut text).with_context(named)?;
-    let whole = text.rfind('\n').map_or(0, |end| end + 1);
+    let (mut file, mut bytes) = (held.as_file(), Vec::new());
+    file.read_to_end(&mut bytes).with_context(named)?;
+    // The half line may end within a character.
+    let whole = bytes.iter().rposition(|b| *b == b'\n').map_or(0, |end| end + 1);
+    let text = std::str::from_utf8(&bytes[..whole]).with_context(named)?;
     let line = |(i, l): (usize, &str)| {
         serde_json::from_str(l).with_context(|| {
             format!(
@@ -229,7 +231,7 @@ fn resume(out: &Path) -> Result<(Held, Vec<Query>)> {
             )
         })
     };
-    let all = text[..whole].lines().enumerate().map(line).collect::<Result<_>>()?;
+    let all = text.lines().enumerate().map(line).collect::<Result<_>>()?;
     file.set_len(whole as u64).with_context(named)?;
     Ok((held, all))
 }
@@ -237,6 +239,21 @@ fn resume(out: &Path) -> Result<(Held, Vec<Query>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_line_that_was_cut_within_a_character_is_gone_on_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("queries.jsonl");
+        let line =
+            serde_json::to_string(&Query { image: "a.png".into(), question: "Is the café open?".into() });
+        let line = format!("{}\n", line.unwrap());
+        let cut = line.find('é').unwrap() + 1;
+        std::fs::write(&out, [line.as_bytes(), &line.as_bytes()[..cut]].concat()).unwrap();
+        let (held, all) = resume(&out).unwrap();
+        assert_eq!((all.len(), all[0].question.as_str()), (1, "Is the café open?"));
+        drop(held);
+        assert_eq!(std::fs::read_to_string(&out).unwrap(), line);
+    }
 
     #[test]
     fn near_copies_are_known() {

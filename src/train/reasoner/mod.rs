@@ -53,6 +53,34 @@ struct State {
     settings: Value,
     /// What the verifier's calls have cost.
     usage: Usage,
+    /// Is the step's evaluation still to come?
+    #[serde(default)]
+    unevaluated: bool,
+}
+
+/// A run under way.
+struct Live<'p> {
+    policy: &'p Policy,
+    optimiser: AdamW,
+    schedule: Schedule,
+    checkpoints: Checkpoints,
+    state: State,
+    /// The step of the newest checkpoint.
+    saved: u64,
+    /// Are weights and optimiser those of the state's step? While they are updated they are of none.
+    sound: bool,
+    best: Option<Best>,
+    log: MetricsLog,
+    bar: ProgressBar,
+}
+
+impl Live<'_> {
+    fn save(&mut self) -> Result<()> {
+        let (best, state) = (self.best.as_ref().map(|b| b.step), &self.state);
+        self.checkpoints.save(state.step, best, |dir| save(dir, self.policy, &self.optimiser, state))?;
+        self.saved = state.step;
+        Ok(())
+    }
 }
 
 /// Steps of a run of so many questions.
@@ -159,6 +187,13 @@ pub struct Ended {
     pub best: Option<(u64, f64)>,
 }
 
+/// A step's rollouts, of which the first `kept` are learnt from.
+struct Gathered {
+    rollouts: Vec<Rollout>,
+    kept: usize,
+    clock: Clock,
+}
+
 /// One rollout with what came of it.
 struct Rollout {
     /// Of the training questions.
@@ -198,7 +233,6 @@ impl Training<'_> {
             .for_each(|folder| sweep(&self.dir.join(folder)));
         let checkpoints = Checkpoints::open(&self.dir.join("checkpoints"), self.cfg().keep)?;
         let mut optimiser = optimiser(policy, self.cfg())?;
-        let schedule = schedule(self.cfg(), steps);
         let mut state = State { settings: self.settings(policy)?, ..State::default() };
         if let Some(saved) = checkpoints.newest(|why| notice!("valor: passing over {why}"))? {
             state = self.restore(policy, &mut optimiser, &saved, &state.settings)?;
@@ -213,64 +247,109 @@ impl Training<'_> {
             // Of a session that was ended before its first checkpoint.
             std::fs::remove_file(&log)?;
         }
-        let mut log = MetricsLog::open(&log, state.step)?;
+        let log = MetricsLog::open(&log, state.step)?;
         let bar = ProgressBar::new(steps).with_position(state.step);
         bar.set_style(ProgressStyle::with_template(
             "train-reasoner {bar:24} {pos}/{len} {elapsed} eta {eta} {msg}",
         )?);
-        let mut best = if state.step == 0 { None } else { Best::of(&self.dir.join(best::FOLDER))? };
-        if state.step == 0 {
-            let (figures, rewards) = self.evaluate(policy, &bar)?;
-            // What the training has to beat.
-            best = Best::keep(&self.dir, policy, None, 0, rewards)?;
-            if !figures.is_empty() {
-                log.write(0, figures)?;
+        // What the training has to beat is evaluated first.
+        let (best, unevaluated) = match state.step {
+            0 => (None, true),
+            _ => (Best::of(&self.dir.join(best::FOLDER))?, state.unevaluated),
+        };
+        let mut live = Live {
+            policy,
+            optimiser,
+            schedule: schedule(self.cfg(), steps),
+            checkpoints,
+            saved: state.step,
+            sound: true,
+            state: State { unevaluated, ..state },
+            best,
+            log,
+            bar,
+        };
+        let ended = self.go(&mut live, steps);
+        live.bar.finish_and_clear();
+        // A verifier or a server that fails takes no step along that is done.
+        if ended.is_err() && live.sound && live.state.step > live.saved {
+            match live.save() {
+                Ok(()) => notice!("valor: step {} is saved", live.state.step),
+                Err(e) => notice!("valor: step {} could not be saved: {e:#}", live.state.step),
             }
+        }
+        ended?;
+        if live.state.step == steps {
+            policy.export(&self.dir.join("model"))?;
+        }
+        let best = live.best.and_then(|b| Some((b.step, b.mean()?)));
+        Ok(Ended { step: live.state.step, of: steps, best })
+    }
+
+    /// To the last step, or to a stop.
+    fn go(&mut self, live: &mut Live, steps: u64) -> Result<()> {
+        let policy = live.policy;
+        let spent = live.state.usage;
+        if live.state.unevaluated {
+            self.weigh(live)?;
         }
         let servers = self.servers(policy);
         let session = run::unix() as u64;
-        if let (Some(servers), true) = (&servers, state.step > 0) {
-            self.send(policy, servers, session, state.step)?;
+        if let (Some(servers), true) = (&servers, live.state.step > 0) {
+            self.send(policy, servers, session, live.state.step)?;
         }
-        let spent = state.usage;
         let mut pulse = Pulse::default();
-        while state.step < steps && !self.stop.load(Ordering::Relaxed) {
-            let step = state.step;
+        while live.state.step < steps && !self.stop.load(Ordering::Relaxed) {
+            let step = live.state.step;
             let engine = engine(policy, servers.as_ref(), self.cfg().algorithm);
-            let mut figures = self.step(policy, engine, &mut optimiser, &schedule, step, &bar)?;
-            state.step = step + 1;
-            state.usage = spent + self.verification.judge.usage().unwrap_or_default();
-            if let Some(servers) = &servers {
-                self.send(policy, servers, session, state.step)?;
-            }
-            if self.verification.judge.usage().is_some() {
-                figures.insert("verifier".into(), json!(state.usage));
-            }
-            log.write(state.step, figures)?;
-            bar.set_position(state.step);
-            pulse.beat(&bar);
+            let gathered = self.gather(engine, step, &live.bar)?;
+            live.sound = false;
+            let (mut figures, rollouts) = self.learn(live, gathered)?;
             let every = self.cfg().eval_every;
-            if (every > 0 && state.step.is_multiple_of(every)) || state.step == steps {
-                let (figures, rewards) = self.evaluate(policy, &bar)?;
-                best = Best::keep(&self.dir, policy, best, state.step, rewards)?;
-                if !figures.is_empty() {
-                    log.write(state.step, figures)?;
-                }
-                self.report(state.step)?;
+            live.state.step = step + 1;
+            live.state.unevaluated =
+                (every > 0 && live.state.step.is_multiple_of(every)) || live.state.step == steps;
+            live.state.usage = spent + self.verification.judge.usage().unwrap_or_default();
+            live.sound = true;
+            if self.verification.judge.usage().is_some() {
+                figures.insert("verifier".into(), json!(live.state.usage));
+            }
+            live.log.write(live.state.step, figures)?;
+            self.record(step, &rollouts)?;
+            if let Some(servers) = &servers {
+                self.send(policy, servers, session, live.state.step)?;
+            }
+            live.bar.set_position(live.state.step);
+            pulse.beat(&live.bar);
+            if live.state.unevaluated {
+                self.weigh(live)?;
             }
             let stopped = self.stop.load(Ordering::Relaxed);
-            if state.step.is_multiple_of(self.cfg().save_every) || state.step == steps || stopped {
+            if live.state.step.is_multiple_of(self.cfg().save_every) || live.state.step == steps || stopped {
                 // The evaluation's calls, too.
-                state.usage = spent + self.verification.judge.usage().unwrap_or_default();
-                let best = best.as_ref().map(|b| b.step);
-                checkpoints.save(state.step, best, |dir| save(dir, policy, &optimiser, &state))?;
+                live.state.usage = spent + self.verification.judge.usage().unwrap_or_default();
+                live.save()?;
             }
         }
-        bar.finish_and_clear();
-        if state.step == steps {
-            policy.export(&self.dir.join("model"))?;
+        Ok(())
+    }
+
+    /// Evaluates the policy, and keeps it if it is the best.
+    fn weigh(&mut self, live: &mut Live) -> Result<()> {
+        let step = live.state.step;
+        let (figures, rewards) = self.evaluate(live.policy, &live.bar)?;
+        live.best = Best::keep(&self.dir, live.policy, live.best.take(), step, rewards)?;
+        if !figures.is_empty() {
+            live.log.write(step, figures)?;
         }
-        Ok(Ended { step: state.step, of: steps, best: best.and_then(|b| Some((b.step, b.mean()?))) })
+        live.state.unevaluated = false;
+        // Made of what the log has: that it can't be written is told, and ends no training.
+        if step > 0
+            && let Err(e) = self.report(step)
+        {
+            run::say(&live.bar, &format!("valor: no page of curves: {e:#}"));
+        }
+        Ok(())
     }
 
     fn servers<'p>(&self, policy: &'p Policy) -> Option<Servers<'p>> {
@@ -321,8 +400,11 @@ impl Training<'_> {
         let learnt: Vec<update::Scored> = rollouts.iter().filter_map(|r| self.lesson(r)).collect();
         let (mut optimiser, schedule) = (optimiser(policy, self.cfg())?, schedule(self.cfg(), self.steps()));
         clock.time("update", || update(policy, &mut optimiser, &schedule, self.cfg(), 0, &learnt))?;
-        let whole = self.cfg().batch as f64 / questions.len() as f64;
-        Ok(clock.0.into_iter().map(|(phase, seconds)| (phase, seconds * whole)).collect())
+        let mut whole = self.cfg().batch as f64 / questions.len() as f64;
+        let update = clock.0.remove("update").map(|seconds| ("update", seconds * whole));
+        // Every place may have to be filled anew as often as is allowed.
+        whole *= (1 + self.cfg().resample) as f64;
+        Ok(clock.0.into_iter().map(|(phase, seconds)| (phase, seconds * whole)).chain(update).collect())
     }
 
     fn restore(
@@ -339,15 +421,8 @@ impl Training<'_> {
         Ok(state)
     }
 
-    fn step(
-        &mut self,
-        policy: &Policy,
-        engine: &dyn RolloutEngine,
-        optimiser: &mut AdamW,
-        schedule: &Schedule,
-        step: u64,
-        bar: &ProgressBar,
-    ) -> Result<Metrics> {
+    /// A step's rollouts, scored.
+    fn gather(&mut self, engine: &dyn RolloutEngine, step: u64, bar: &ProgressBar) -> Result<Gathered> {
         let mut clock = Clock::default();
         let (mut rollouts, mut silent) = (Vec::new(), Vec::new());
         for round in 0..=self.cfg().resample as u64 {
@@ -376,22 +451,29 @@ impl Training<'_> {
         self.check_missing(&format!("step {}", step + 1), &rewards, || {
             rollouts.iter().find_map(|r| why_missing(r.reply.as_ref().err().map(String::as_str), &r.scored))
         })?;
+        Ok(Gathered { rollouts, kept, clock })
+    }
+
+    /// Updates the policy by them.
+    fn learn(&self, live: &mut Live, gathered: Gathered) -> Result<(Metrics, Vec<Rollout>)> {
+        let Gathered { rollouts, kept, mut clock } = gathered;
+        let step = live.state.step;
         let learnt: Vec<update::Scored> = rollouts[..kept].iter().filter_map(|r| self.lesson(r)).collect();
+        let (optimiser, schedule) = (&mut live.optimiser, &live.schedule);
         let report =
-            clock.time("update", || update(policy, optimiser, schedule, self.cfg(), step, &learnt))?;
+            clock.time("update", || update(live.policy, optimiser, schedule, self.cfg(), step, &learnt))?;
         if !report.loss.is_finite() {
             let why = format!("step {}: the loss is not finite; the last checkpoint is kept", step + 1);
             return Err(Broken(why).into());
         }
         let figures = self.figures(&rollouts, learnt.len(), &report, clock);
-        bar.set_message(format!(
+        live.bar.set_message(format!(
             "reward {:.3} kl {:.4} entropy {:.3}",
             figures["reward"].as_f64().unwrap_or(f64::NAN),
             report.kl,
             figures["entropy"].as_f64().unwrap_or(f64::NAN)
         ));
-        self.record(step, &rollouts)?;
-        Ok(figures)
+        Ok((figures, rollouts))
     }
 
     /// That not too many rewards of a step or an evaluation are missing; `why` one of them is.

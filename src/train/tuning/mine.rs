@@ -11,16 +11,16 @@ use super::record::{self, Mined};
 use crate::config::{Config, Mining};
 use crate::data::odvg::LabelMap;
 use crate::data::queries::Asked;
-use crate::files::write_atomic;
+use crate::files::{sha256_hex, write_atomic};
 use crate::llm::ChatError;
 use crate::models::grounding_dino::caption::nouns_of;
 use crate::models::grounding_dino::postprocess::{Thresholds, nms};
-use crate::pipeline::question_seed;
-use crate::planner::Planner;
+use crate::pipeline::{identity, question_seed};
+use crate::planner::{self, Planner};
 use crate::program::check::check;
 use crate::program::{ErrorKind, IMAGE, Reply, Sandbox};
 use crate::sight::{Detection, Picture, ToolErrorKind, Tools};
-use crate::tools::real::{Perception, RealTools};
+use crate::tools::real::{Perception, RealTools, vqa_prompts};
 use crate::train::Broken;
 use crate::verify::boxes::{BoxJudge, Case};
 use anyhow::{Context, Result, bail, ensure};
@@ -116,18 +116,22 @@ impl Miner<'_> {
         &self.config.grounding.mining
     }
 
-    /// What a folder's records hang on.
-    fn settings(&self) -> Value {
+    /// What a folder's records hang on, of models and prompts what they are: files under one name can change.
+    fn settings(&self) -> Result<Value> {
+        let c = self.config;
         let mut of_run = json!(self.cfg());
         for free in ["missing_limit", "prompts", "model"] {
             of_run.as_object_mut().expect("a table").remove(free);
         }
-        json!({
-            "mining": of_run, "seed": self.config.grounding.seed, "judge": self.judge.identity(),
-            "queries": self.config.grounding.queries, "planner": self.planner.model.identity(),
-            "planning": self.config.planner, "detector": self.config.detector, "depth": self.config.depth,
-            "vlm": self.config.vlm, "sandbox": self.config.sandbox,
-        })
+        let prompts = format!("{}\n{:?}", planner::prompt(c)?, vqa_prompts(&c.vlm)?);
+        Ok(json!({
+            "mining": of_run, "seed": c.grounding.seed, "judge": self.judge.identity(),
+            "queries": c.grounding.queries, "planner": self.planner.model.identity(),
+            "planning": c.planner, "detector": c.detector, "depth": c.depth, "vlm": c.vlm,
+            "detector_is": identity(c, &c.detector.model, "detector")?,
+            "depth_is": identity(c, &c.depth.model, "depth")?, "vlm_is": identity(c, &c.vlm.model, "vlm")?,
+            "prompts_sha256": sha256_hex(prompts.as_bytes(), 32), "sandbox": c.sandbox,
+        }))
     }
 
     /// Mines those of `pictures` that the folder has no record of. `progress` hears how many are done.
@@ -211,7 +215,7 @@ impl Miner<'_> {
     }
 
     fn same_settings(&self) -> Result<()> {
-        let (path, is) = (self.dir.join("settings.json"), self.settings());
+        let (path, is) = (self.dir.join("settings.json"), self.settings()?);
         if !path.exists() {
             write_atomic(&path, |w| writeln!(w, "{is:#}"))?;
             return Ok(());

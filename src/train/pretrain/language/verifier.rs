@@ -14,7 +14,6 @@ use super::super::{check_complete, start};
 use super::planner::{network, sample};
 use super::{HELD_OUT, Options, stream, text_format, tokenizer_of};
 use crate::config::Head;
-use crate::files::write_atomic;
 use crate::llm::engine::{Engine, EngineOptions, Network};
 use crate::llm::local::LocalChat;
 use crate::llm::{ChatModel, ChatRequest, SamplingOptions};
@@ -29,7 +28,6 @@ use anyhow::Context;
 use candle_core::{Device, Tensor};
 use serde_json::json;
 use std::collections::HashMap;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// How replies reason; part of a run's settings, so that none goes on under another way.
@@ -215,10 +213,8 @@ pub fn train(o: &Options, planner: &Path) -> anyhow::Result<Metrics> {
                     planner.display()
                 )
             })?;
-            // The planner's ids are this network's.
-            let tokenizer = tokenizer_of(planner, None)?;
-            write_atomic(&o.dir.join("tokenizer.json"), |w| w.write_all(tokenizer.as_bytes()))?;
-            (tokenizer, Params::from_tensors(o.seed, of_planner)?)
+            // The planner's ids are this network's, and stay so whatever becomes of the planner.
+            (tokenizer_of(&o.dir, Some(planner))?, Params::from_tensors(o.seed, of_planner)?)
         }
     };
     let format = text_format(&tokenizer)?;
