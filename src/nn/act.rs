@@ -6,7 +6,7 @@ use super::kernels::{self, Memory};
 use super::simd::{self, wide};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 pub fn relu(x: &Tensor) -> Result<Tensor> {
@@ -24,7 +24,14 @@ pub fn gelu(x: &Tensor) -> Result<Tensor> {
 
 /// GELU by the tanh approximation (`gelu_pytorch_tanh` in HF configs).
 pub fn gelu_tanh(x: &Tensor) -> Result<Tensor> {
-    if cpu::fused(&[x]) { x.contiguous()?.apply_op1(Pointwise::GeluTanh) } else { x.gelu() }
+    if cpu::fused(&[x]) {
+        return x.contiguous()?.apply_op1(Pointwise::GeluTanh);
+    }
+    match x.dtype() {
+        // Candle rounds each of its steps to them, and 1 + tanh cancels below −2: PyTorch rounds once.
+        half @ (DType::BF16 | DType::F16) => x.to_dtype(DType::F32)?.gelu()?.to_dtype(half),
+        _ => x.gelu(),
+    }
 }
 
 /// An activation that a layer may apply to its output itself.
@@ -301,6 +308,20 @@ mod tests {
         for f in [silu, gelu, gelu_tanh, softmax] {
             let e = max_gradient_error(std::slice::from_ref(&x), 1e-2, 60, || f(&x))?;
             assert!(e < 1e-3, "{e}");
+        }
+        Ok(())
+    }
+
+    /// As candle rounds it, it is nothing at all from −3.25 on.
+    #[test]
+    fn gelu_tanh_of_half_precision_is_rounded_once() -> Result<()> {
+        let x = Tensor::arange_step(-4f32, 4., 0.0625, &candle_core::Device::Cpu)?;
+        let want = gelu_tanh(&x)?.to_vec1::<f32>()?;
+        for (half, unit) in [(DType::BF16, 2f32.powi(-9)), (DType::F16, 2f32.powi(-12))] {
+            let got = gelu_tanh(&x.to_dtype(half)?)?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+            for (got, want) in got.iter().zip(&want) {
+                assert!((got - want).abs() <= 1.1 * unit * 2. * want.abs() + 1e-7, "{got} {want}");
+            }
         }
         Ok(())
     }
