@@ -7,13 +7,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use super::sandbox::{Budget, START_UP, SandboxError};
+use super::sandbox::{Budget, START_UP, SandboxError, WORKER_LIFE};
 use super::wire::{self, Plain};
 use super::worker::{ARGUMENT, LIBRARIES};
 use super::{Layers, Limits, Python};
 
-/// Seconds of processor time after which the kernel ends a worker.
-const WORKER_CPU: u64 = 90;
+/// Seconds of processor time that a worker has beside what its programs may take.
+const SPARE_CPU: u64 = 30;
 /// Deepest message that a worker may send.
 const WIRE_DEPTH: u32 = 48;
 
@@ -34,7 +34,7 @@ pub(super) fn shown(executable: Option<&Path>) -> String {
 impl Worker {
     /// One with the embedded interpreter, and what confines it.
     pub fn embedded(executable: Option<&Path>, limits: &Limits) -> Result<(Self, Layers), SandboxError> {
-        let mut worker = Self::spawn(executable, ARGUMENT, limits.address_space, &[])?;
+        let mut worker = Self::spawn(executable, ARGUMENT, limits, limits.address_space, &[])?;
         let layers = worker.hear_layers("ready", limits, Instant::now() + START_UP);
         Ok((worker, layers.ok_or_else(|| SandboxError::NotAWorker { path: shown(executable) })?))
     }
@@ -52,7 +52,7 @@ impl Worker {
         let spec = serde_json::to_string(python).expect("paths that came from JSON go back into it");
         // Mapping libraries takes address space that is not the program's; see `limit_memory`.
         let room = limits.address_space + (4 << 30);
-        let mut worker = Self::spawn(executable, ARGUMENT, room, &[&spec])?;
+        let mut worker = Self::spawn(executable, ARGUMENT, limits, room, &[&spec])?;
         let not_a_worker = || SandboxError::NotAWorker { path: shown(executable) };
         worker.link.set_read_timeout(Some(START_UP)).map_err(|_| not_a_worker())?;
         let mut door = start::take_door(&worker.link).map_err(|_| not_a_worker())?;
@@ -95,6 +95,7 @@ impl Worker {
     fn spawn(
         executable: Option<&Path>,
         argument: &str,
+        limits: &Limits,
         address_space: u64,
         more: &[&str],
     ) -> Result<Self, SandboxError> {
@@ -106,10 +107,13 @@ impl Worker {
             None => std::env::current_exe().map_err(failed)?,
         };
         let (link, theirs) = UnixStream::pair().map_err(failed)?;
+        // The kernel ends it after its life and the last program's time.
+        let last = (limits.seconds + limits.grace_seconds).ceil() as u64;
+        let cpu = WORKER_LIFE.as_secs() + last + SPARE_CPU;
         let mut command = Command::new(path);
         command
             .arg(argument)
-            .args([u64::from(std::process::id()), address_space, WORKER_CPU].map(|n| n.to_string()))
+            .args([u64::from(std::process::id()), address_space, cpu].map(|n| n.to_string()))
             .args(more)
             .env_clear()
             .current_dir("/")

@@ -42,7 +42,7 @@ pub struct Sandbox {
 }
 
 /// A worker is replaced after this much running: its processor-time limit holds for its whole life.
-const WORKER_LIFE: Duration = Duration::from_secs(60);
+pub(super) const WORKER_LIFE: Duration = Duration::from_secs(60);
 /// How long a new worker may take to get ready.
 pub(super) const START_UP: Duration = Duration::from_secs(20);
 

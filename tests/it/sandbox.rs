@@ -409,6 +409,122 @@ fn rewriting_changes_no_meaning() {
             "class A:\n def f(self): return 3\nclass B(A):\n x=1\nfinal_answer=B().f()\nif final_answer: return",
             json!(3),
         ),
+        // Truth values are numbers, wherever they come from.
+        (
+            "a = 3 > 2; b = 4 > 2\nfinal_answer = [a + b, a - b, 1 + a, 2.5 - b, a % 2, -a + 1]",
+            json!([2, 0, 2, 1.5, 1, 0]),
+        ),
+        (
+            "def left(a, b): return a < b\nn = 0\nfor x in [1, 2, 3]:\n c = x > 1\n n = n + c\nfinal_answer = n + left(1, 2) + left(3, 1)",
+            json!(3),
+        ),
+        (
+            "flags = [True, False, True]; d = {'red': True}\nclass O:\n ok = True\no = O(); n = 0\nn += flags[0]; n += d['red']; n += o.ok; n -= flags[2]\nfinal_answer = n",
+            json!(2),
+        ),
+        (
+            "import numpy as np\nflags = [True, False, True]; n = 5\nn -= flags[0]\nfinal_answer = [n, 7 - (3 > 2), (3 > 2) % 2]",
+            json!([4, 6, 1]),
+        ),
+        (
+            "a = 'x'; b = ['y']\nfinal_answer = [a + 'z', b + [a], 'n: ' + str(1 > 0), (a or b) + 'w', (1, 2) + (3,)]",
+            json!(["xz", ["y", "x"], "n: True", "xw", [1, 2, 3]]),
+        ),
+        // What is stored to among several targets is rewritten itself.
+        (
+            "import numpy as np\nm = [[1,2],[3,4]]\nm[0][0], m[1][0] = m[1][0], m[0][0]\nfinal_answer = m",
+            json!([[3, 2], [1, 4]]),
+        ),
+        (
+            "import numpy as np\nd = {'a': {}}\nd['a']['x'], d['a']['y'] = 1, 2\nfinal_answer = d",
+            json!({"a": {"x": 1, "y": 2}}),
+        ),
+        (
+            "import numpy as np\nclass X: pass\nxs = [X(), X()]\nxs[0].v, xs[1].v = 1, 2\nfinal_answer = [x.v for x in xs]",
+            json!([1, 2]),
+        ),
+        (
+            "class B:\n def __init__(self): self.p = {}\n @property\n def pos(self): return self.p\nb = B()\nb.pos['x'], b.pos['y'] = 1, 2\nfinal_answer = b.p",
+            json!({"x": 1, "y": 2}),
+        ),
+        (
+            "import numpy as np\nm = np.zeros((2, 2)); m[0,1] = m[1,0] = 5.0\na = m[0, 0] = (7)\nfinal_answer = [m.tolist(), a]",
+            json!([[[7.0, 5.0], [5.0, 0.0]], 7]),
+        ),
+        (
+            "import numpy as np\nm = np.array([[1, 2], [3, 4]]); m[0, :], k = 9, 1\nfinal_answer = m.tolist()",
+            json!([[9, 9], [3, 4]]),
+        ),
+        // So are the bounds of slices and what is deleted.
+        (
+            "import numpy as np\nn = 4; a = [1,2,3,4]\nfinal_answer = a[:max(1, int(np.ceil(n*0.3)))]",
+            json!([1, 2]),
+        ),
+        (
+            "import numpy as np\nx = np.array([3, 2, 1]); a = [1, 2, 3]\ndel a[int(np.argmax(a))]\nfinal_answer = [x[:np.argmin(x)].tolist(), a]",
+            json!([[3, 2], [1, 2]]),
+        ),
+        (
+            "import numpy as np\narr = np.array([1, 2, 3, 4]); idx = np.array([1, 3])\nfinal_answer = arr[idx[0]:idx[1]].tolist()",
+            json!([2, 3]),
+        ),
+        ("a = [1, 2, 3]; flags = [True, False]\na[sum(flags):2] = [9]\nfinal_answer = a", json!([1, 9, 3])),
+        // Properties are seen by name, too.
+        (
+            "class S:\n @property\n def area(self): return 2\n def big(self): return getattr(self, 'area', 0) > 1\ns = S()\nfinal_answer = [s.big(), hasattr(s, 'area'), hasattr(s, 'no'), getattr(s, 'no', 7)]",
+            json!([true, true, false, 7]),
+        ),
+        (
+            "from operator import attrgetter\nclass S:\n def __init__(self, w): self.w = w\n @property\n def area(self): return self.w * 2\nboxes = [S(1), S(3), S(2)]\nfinal_answer = [max(boxes, key=attrgetter('area')).w, attrgetter('w', 'area')(boxes[0])]",
+            json!([3, [1, 2]]),
+        ),
+        (
+            "class A:\n @property\n def area(self): return 2\nclass B(A):\n @property\n def area(self): return super().area + 1\nfinal_answer = B().area",
+            json!(3),
+        ),
+        // Copies are copies.
+        (
+            "import copy\nfrom collections import defaultdict\nd = defaultdict(list); d['a'].append(1)\ne = copy.deepcopy(d); e['a'].append(2); e['b'].append(3)\nt = copy.deepcopy((1, [2]))\nfinal_answer = [dict(d), dict(e), copy.copy(5), copy.deepcopy({'k': [1]}), list(t)]",
+            json!([{"a": [1]}, {"a": [1, 2], "b": [3]}, 5, {"k": [1]}, [1, [2]]]),
+        ),
+        (
+            "import numpy as np\na = np.array([1, 2, 3]); b = np.array(a); c = np.asarray(a); b[0] = 9; c[1] = 8\nfinal_answer = a.tolist()",
+            json!([1, 8, 3]),
+        ),
+        // numpy as programs write it.
+        (
+            "import numpy as np\nx = np.array([1.5])\nfinal_answer = [isinstance(x, np.ndarray), isinstance(5, (list, np.ndarray)), isinstance([5], (list, np.ndarray))]",
+            json!([true, false, true]),
+        ),
+        (
+            "import numpy as np\nc = np.zeros(3); i = 1; c[i] += 1; c[i] *= 4\nd = {'a': [1]}; d['a'][0] += 2; d['a'] += [5]\nclass O: pass\no = O(); o.v = np.array([1, 2]); o.v = o.v + 1; o.v += 1\nfinal_answer = [c.tolist(), d, o.v.tolist()]",
+            json!([[0.0, 4.0, 0.0], {"a": [3, 5]}, [3, 4]]),
+        ),
+        (
+            "import numpy as np\nm = np.array([[1, 2], [3, 4]])\nn = m.copy(); n[n > 2] = 0\nfinal_answer = [m[m > 2].tolist(), n.tolist(), (m % 2).tolist()]",
+            json!([[3, 4], [[1, 2], [0, 0]], [[1, 0], [1, 0]]]),
+        ),
+        (
+            "import numpy as np\na = np.array([7, 8]); a //= 2\nfinal_answer = [a.tolist(), float(np.round(2.567, decimals=2)), float(np.clip(5, a_min=0, a_max=1)), np.clip([1, 5], 2, None).tolist()]",
+            json!([[3, 4], 2.57, 1.0, [2, 5]]),
+        ),
+        (
+            "import numpy as np\nfinal_answer = [np.sort([[3, 1], [2, 0]]).tolist(), np.zeros(2, dtype=int).tolist(), str(np.ones(1, dtype=int)[0]), np.full(2, 1.5).tolist(), float(np.linalg.norm([3, 4], 2))]",
+            json!([[[1, 3], [0, 2]], [0, 0], "1", [1.5, 1.5], 5.0]),
+        ),
+        (
+            "import numpy as np\nrows, cols = np.where(np.array([[1, 5], [7, 2]]) > 2)\nfinal_answer = [rows.tolist(), cols.tolist(), np.where(np.array([1, 5]) > 2)[0].tolist()]",
+            json!([[0, 1], [1, 0], [1]]),
+        ),
+        (
+            "import statistics\nfinal_answer = [str(statistics.mean([1, 2, 3])), statistics.mean([1, 2]), statistics.mean([True, False]), str(statistics.mean([2.0, 4.0]))]",
+            json!(["2", 1.5, 0.5, "3.0"]),
+        ),
+        // One name, the module's and a function's own.
+        (
+            "count = 0\ndef g():\n global count\n count += 1\ndef outer():\n count = 0\n def inner():\n  nonlocal count\n  count += 1\n inner(); return count\ng(); g()\nfinal_answer = [count, outer()]",
+            json!([2, 1]),
+        ),
     ];
     let mut sandbox = sandbox();
     // Within the limits on parts and on text, but not of what a worker may send.
@@ -456,6 +572,20 @@ fn rewriting_changes_no_meaning() {
         ),
         ("r=all(any(ask(x) == y for x in [1, 2]) for y in [1, 3, 2])", json!([false, [1, 1, 2]])),
         ("r=any(1 / x > 0 for x in [ask(1), 0])", json!([true, [1]])),
+        ("r=any((m := x) and ask(x) > 1 for x in [1, 2, 3])\nr=[r, m]", json!([[true, 2], [1, 2]])),
+        ("r=all((bad := x) < 2 and ask(x) for x in [1, 2, 3])\nr=[r, bad]", json!([[false, 2], [1]])),
+        ("r=next((h := ask(x)) for x in [4, 2, 3])\nr=[r, h]", json!([[4, 4], [4]])),
+        ("r=next((h for x in [4, 2, 3] if (h := ask(x)) < 3), None)\nr=[r, h]", json!([[2, 2], [4, 2]])),
+        ("r=next(((h := x) for x in []), 'none')", json!(["none", []])),
+        ("r=any((q := 8 / x) > 1 for x in [4, 0, 2])\nr=[r, q]", json!([[true, 2.0], []])),
+        (
+            "r=any((p := ask(x * y)) > 3 for x in (1, 2) for y in [1, 2, 3] if y > 1)\nr=[r, p]",
+            json!([[true, 4], [2, 3, 4]]),
+        ),
+        (
+            "def f():\n if any((w := ask(x)) > 1 for x in [1, 2, 3]): return w\n return 0\nr=f()",
+            json!([2, [1, 2]]),
+        ),
         ("r=[any(ask(y) for x in [1, 2] if (y := x - 1)), y]", json!([[true, 1], [1]])),
         (
             "import numpy as np\nr=any(ask(int(a[0])) > 1 for a in np.array([[1, 2], [3, 4], [5, 6]]))",
@@ -472,4 +602,18 @@ fn rewriting_changes_no_meaning() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// A gap is told as one, so that CPython may be asked in its place, and is no fault of the program.
+#[test]
+fn gaps_of_the_library_are_told_as_gaps() {
+    for source in [
+        "class V:\n def __lt__(self, o): return True\nfinal_answer = sorted([V(), V()])",
+        "class V:\n def __getitem__(self, k): return k\nfinal_answer = V()[3]",
+        "import copy\nclass V:\n def __init__(self): self.b = [1]\nfinal_answer = copy.deepcopy(V()).b",
+        "import numpy as np\nfinal_answer = float(np.linalg.norm([3, 4], 1))",
+        "import numpy as np\nm = np.zeros((2, 2))\nfinal_answer = m[[[0], [1]]].tolist()",
+    ] {
+        assert_eq!(kind(source), Some(ErrorKind::Unsupported), "{source}");
+    }
 }

@@ -79,6 +79,9 @@ fn stored_name(rewriter: &Rewriter, member: &str) -> String {
 
 fn method(rewriter: &mut Rewriter, function: &StmtFunctionDef) {
     let name = function.name.as_str();
+    if name.starts_with("__") && name.ends_with("__") && !SPECIAL.contains(&name) {
+        return rewriter.refuse(function.name.range(), &format!("a class's {name}"));
+    }
     for decorator in &function.decorator_list {
         let with = match &decorator.expression {
             Expr::Name(with) => with.id.as_str(),
@@ -92,6 +95,34 @@ fn method(rewriter: &mut Rewriter, function: &StmtFunctionDef) {
         rewriter.edits.replace(decorator.range(), "");
     }
 }
+
+/// The value of `super().name`, a property, if `object` is `super()`.
+pub(super) fn super_property(rewriter: &Rewriter, object: &Expr, name: &str) -> Option<String> {
+    let Expr::Call(inner) = object else { return None };
+    if !matches!(&*inner.func, Expr::Name(n) if n.id.as_str() == "super") {
+        return None;
+    }
+    let (class, first) = rewriter.supers.last()?;
+    let has = |base: &&str| rewriter.facts.classes.get(base).is_some_and(|c| c.members.contains(&name));
+    let owner = rewriter.facts.ancestors(class).into_iter().find(has)?;
+    Some(format!("{owner}.{}({first})", stored_name(rewriter, name)))
+}
+
+/// Special methods that the interpreter calls.
+const SPECIAL: &[&str] = &[
+    "__init__",
+    "__post_init__",
+    "__repr__",
+    "__str__",
+    "__eq__",
+    "__ne__",
+    "__hash__",
+    "__iter__",
+    "__next__",
+    "__contains__",
+    "__enter__",
+    "__exit__",
+];
 
 /// `super().m(…)`, `Class.classmethod(…)` and `self.staticmethod(…)`.
 pub(super) fn call(rewriter: &mut Rewriter, call: &ExprCall) {

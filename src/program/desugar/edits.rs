@@ -56,6 +56,21 @@ impl Edits {
         self.list.iter().any(|e| e.end > e.start && e.start < end && start < e.end)
     }
 
+    /// The edited text of a stretch, where all edits lie.
+    pub fn within(mut self, source: &str, range: TextRange) -> String {
+        self.list.sort_by_key(|e| (e.start, e.order));
+        let (mut out, mut at) = (String::new(), range.start().to_usize());
+        for edit in self.list.iter() {
+            if edit.start >= at {
+                out.push_str(&source[at..edit.start]);
+                out.push_str(&edit.text);
+                at = edit.end;
+            }
+        }
+        out.push_str(&source[at..range.end().to_usize()]);
+        out
+    }
+
     /// The edited text. Appends to `lines`, for every line of it, the line of the source where it
     /// begins, from 1. An edit inside a replaced stretch is dropped.
     pub fn apply(mut self, source: &str, lines: &mut Vec<u32>) -> String {

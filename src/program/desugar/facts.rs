@@ -25,6 +25,8 @@ pub(super) struct Facts<'a> {
     /// Names bound by the program's own statements, not inside functions.
     pub top: Vec<&'a str>,
     pub nonlocals: HashSet<&'a str>,
+    /// Names that functions declare to be the module's.
+    pub globals: HashSet<&'a str>,
     /// There is a bare `return`, or one of `exits`.
     pub returns: bool,
     /// Where statements begin by which the program ends itself, with the answer that it has by then. (Not inside
@@ -120,6 +122,9 @@ impl<'a> Facts<'a> {
             match binding.how {
                 How::Nonlocal => {
                     facts.nonlocals.insert(binding.name);
+                }
+                How::Global => {
+                    facts.globals.insert(binding.name);
                 }
                 How::Assign | How::Delete if binding.depth == 0 => facts.top.push(binding.name),
                 _ => {}

@@ -13,22 +13,36 @@ use ruff_text_size::{Ranged, TextRange, TextSize};
 use super::OURS;
 use super::rewrite::Rewriter;
 
-/// Rewrites such a call; whether it was one.
-pub(super) fn call(rewriter: &mut Rewriter, name: &str, call: &ExprCall) -> bool {
+/// What became of a call.
+pub(super) enum Lazy {
+    /// It is none of such.
+    Not,
+    /// It is rewritten around its arguments, which are still to be visited.
+    Arguments,
+    Done,
+}
+
+/// Rewrites such a call.
+pub(super) fn call(rewriter: &mut Rewriter, name: &str, call: &ExprCall) -> Lazy {
     let (generator, default) = match &*call.arguments.args {
         [Expr::Generator(g)] => (g, None),
         [Expr::Generator(g), default] if name == "next" && !default.is_starred_expr() => (g, Some(default)),
-        _ => return false,
+        _ => return Lazy::Not,
     };
-    if !call.arguments.keywords.is_empty() || !plain(generator) {
-        return false;
-    }
     let one = TextSize::new(1);
     let within = TextRange::new(call.arguments.start() + one, call.arguments.end() - one);
-    if generator.parenthesized && rewriter.parenthesized(generator.range, within) != generator.range {
-        return false;
+    if !call.arguments.keywords.is_empty()
+        || (generator.parenthesized && rewriter.parenthesized(generator.range, within) != generator.range)
+    {
+        return Lazy::Not;
     }
-    let Some(marks) = marks(rewriter, generator) else { return false };
+    match binds(generator) {
+        Binds { awaits: true, .. } | Binds { functions: true, .. } => return Lazy::Not,
+        Binds { names: true, .. } => return flagged(rewriter, name, call, generator, default),
+        _ if !plain(generator) => return Lazy::Not,
+        _ => {}
+    }
+    let Some(marks) = marks(rewriter, generator) else { return Lazy::Not };
     rewriter.edits.replace(call.func.range(), format!("{OURS}{name}"));
     let (start, end) = (generator.range.start(), generator.range.end());
     if generator.parenthesized {
@@ -41,7 +55,7 @@ pub(super) fn call(rewriter: &mut Rewriter, name: &str, call: &ExprCall) -> bool
     rewriter.edits.open(element.start().to_usize(), open);
     let mut marks = marks.into_iter();
     for (at, part) in loops.iter().enumerate() {
-        let Some(in_) = marks.next() else { return true };
+        let Some(in_) = marks.next() else { return Lazy::Arguments };
         if at == 0 {
             rewriter.edits.replace(in_, format!("{close}, "));
             close.clear();
@@ -51,7 +65,7 @@ pub(super) fn call(rewriter: &mut Rewriter, name: &str, call: &ExprCall) -> bool
             close = format!("{end})");
         }
         for _ in &part.ifs {
-            let Some(if_) = marks.next() else { return true };
+            let Some(if_) = marks.next() else { return Lazy::Arguments };
             let (open, end) = lambda(rewriter, &loops[..=at]);
             rewriter.edits.replace(if_, format!("{close}, (False, {open}"));
             close = format!("{end})");
@@ -63,7 +77,42 @@ pub(super) fn call(rewriter: &mut Rewriter, name: &str, call: &ExprCall) -> bool
         let whole = rewriter.parenthesized(default.range(), call.arguments.range);
         rewriter.edits.open(whole.start().to_usize(), "default=");
     }
-    true
+    Lazy::Arguments
+}
+
+/// One that binds names of the function around it, `any((found := x) > 3 for x in xs)`, which a function of its own
+/// would keep to itself: `bool([1 for t in [[]] for x in xs if not t if (found := x) > 3 and not t.append(1)])`,
+/// where `t` is filled by the item that decides, after which nothing is evaluated.
+fn flagged(
+    rewriter: &mut Rewriter,
+    name: &str,
+    call: &ExprCall,
+    generator: &ExprGenerator,
+    default: Option<&Expr>,
+) -> Lazy {
+    let t = rewriter.temporary();
+    let element = rewriter.fragment(&generator.elt);
+    let (before, first, last) = match name {
+        "any" => ("bool([", "1".to_owned(), format!(" if ({element}) and not {t}.append(1)])")),
+        "all" => ("(not [", "1".to_owned(), format!(" if not ({element}) and not {t}.append(1)])")),
+        _ => ("next(iter([", format!("({element})"), format!(" if not {t}.append(1)])")),
+    };
+    let mut text = format!("{before}{first} for {t} in [[]]");
+    for part in &generator.generators {
+        let (target, items) = (rewriter.fragment(&part.target), rewriter.fragment(&part.iter));
+        text.push_str(&format!(" for {target} in ({items}) if not {t}"));
+        for test in &part.ifs {
+            let test = rewriter.fragment(test);
+            text.push_str(&format!(" if ({test})"));
+        }
+    }
+    text.push_str(&last);
+    if name == "next" {
+        let default = default.map(|default| rewriter.fragment(default));
+        text.push_str(&default.map_or(")".to_owned(), |default| format!(", {default})")));
+    }
+    rewriter.edits.replace(call.range(), text);
+    Lazy::Done
 }
 
 /// The stretches `for … in` and `if` of a generator expression, in their order.
@@ -139,7 +188,7 @@ fn targets<'e>(target: &'e Expr, names: &mut Vec<&'e str>) {
     }
 }
 
-/// Are its targets names, alone or in tuples, and does nothing in it bind names of the function around it?
+/// Are its targets names, alone or in tuples?
 fn plain(generator: &ExprGenerator) -> bool {
     fn names_alone(target: &Expr) -> bool {
         match target {
@@ -149,21 +198,34 @@ fn plain(generator: &ExprGenerator) -> bool {
             _ => false,
         }
     }
-    let mut binds = Binds(false);
-    binds.visit_expr(&generator.elt);
-    for part in &generator.generators {
-        binds.visit_comprehension(part);
-    }
-    !binds.0 && generator.generators.iter().all(|part| !part.is_async && names_alone(&part.target))
+    generator.generators.iter().all(|part| names_alone(&part.target))
 }
 
-/// Is there an assignment expression, or an `await`?
-struct Binds(bool);
+/// What a generator expression does that a function of its own could not.
+#[derive(Default)]
+struct Binds {
+    /// Names of the function around it.
+    names: bool,
+    /// Makes functions, which see the variables as they are in the end.
+    functions: bool,
+    awaits: bool,
+}
+
+fn binds(generator: &ExprGenerator) -> Binds {
+    let mut binds = Binds::default();
+    binds.visit_expr(&generator.elt);
+    for part in &generator.generators {
+        binds.awaits |= part.is_async;
+        binds.visit_comprehension(part);
+    }
+    binds
+}
 
 impl<'a> Visitor<'a> for Binds {
     fn visit_expr(&mut self, expr: &'a Expr) {
-        // A function that is made there sees the variable as it is in the end.
-        self.0 |= matches!(expr, Expr::Named(_) | Expr::Await(_) | Expr::Lambda(_));
+        self.names |= expr.is_named_expr();
+        self.functions |= expr.is_lambda_expr();
+        self.awaits |= expr.is_await_expr();
         visitor::walk_expr(self, expr);
     }
 }

@@ -126,8 +126,8 @@ pub(super) fn prepare(source: &str) -> Result<Prepared, ProgramError> {
         // Everything that the program binds stays global, as it is without the wrapping: a closure's
         // `nonlocal` names are the exception.
         code.push_str("def _v_program():\n");
-        let mut names: Vec<&str> =
-            facts.top.iter().copied().filter(|n| !facts.nonlocals.contains(n)).collect();
+        let theirs = |n: &&str| !facts.nonlocals.contains(n) || facts.globals.contains(n);
+        let mut names: Vec<&str> = facts.top.iter().copied().filter(theirs).collect();
         names.push("final_answer");
         names.sort_unstable();
         names.dedup();

@@ -12,7 +12,8 @@ use ruff_text_size::{Ranged, TextRange, TextSize};
 
 use super::edits::Edits;
 use super::facts::Facts;
-use super::{LINE, OURS, REFUSE, classes, imports, indentation, lazy, line_of, matching, prelude};
+use super::lazy::{self, Lazy};
+use super::{LINE, OURS, REFUSE, classes, imports, indentation, line_of, matching, prelude};
 use crate::program::ProgramError;
 use crate::program::host::SIGNATURES;
 
@@ -45,6 +46,9 @@ pub(in crate::program) const REFUSED_ATTRIBUTES: &[&str] = &[
 
 /// Methods that programs hand over, `key=counts.get` say; the interpreter can only call them.
 const BOUND_METHODS: &[&str] = &["get", "count", "index", "append", "add", "__getitem__"];
+
+/// Builtins that give no truth value.
+const NUMBERS: &[&str] = &["abs", "float", "int", "len", "round", "str", "sum"];
 
 /// Modules that the interpreter lacks: the library alone stands for them.
 pub(super) const OUR_MODULES: &[&str] = &["numpy", "statistics", "copy", "operator"];
@@ -146,6 +150,42 @@ impl Rewriter<'_, '_> {
         around.last().map_or(inner, |(open, close)| range(open.start(), close.end()))
     }
 
+    /// An expression as it will be, to stand elsewhere: what it stands in place of is not to be visited.
+    pub fn fragment(&mut self, expr: &Expr) -> String {
+        let around = std::mem::take(self.edits);
+        self.visit_expr(expr);
+        std::mem::replace(self.edits, around).within(self.source, expr.range())
+    }
+
+    /// What stands between the brackets of a subscript, as a value.
+    fn key(&mut self, key: &Expr) -> String {
+        match key {
+            Expr::Slice(slice) => {
+                let mut bound = |e: &Option<Box<Expr>>| {
+                    e.as_ref().map_or_else(|| "None".to_owned(), |e| self.fragment(e))
+                };
+                let bounds = [&slice.lower, &slice.upper, &slice.step].map(&mut bound);
+                format!("slice({})", bounds.join(", "))
+            }
+            Expr::Tuple(tuple) if !tuple.elts.is_empty() => {
+                let parts: Vec<String> = tuple.elts.iter().map(|part| self.key(part)).collect();
+                format!("({},)", parts.join(", "))
+            }
+            one => format!("({})", self.fragment(one)),
+        }
+    }
+
+    /// The statement that stores a value, a name of ours, in a target.
+    fn store(&mut self, target: &Expr, value: &str) -> String {
+        match target {
+            Expr::Subscript(s) if self.facts.numpy || s.slice.is_slice_expr() => {
+                let ours = if self.facts.numpy { "set" } else { "splice" };
+                format!("{OURS}{ours}({}, {}, {value})", self.fragment(&s.value), self.key(&s.slice))
+            }
+            _ => format!("{} = {value}", self.fragment(target)),
+        }
+    }
+
     /// The operator's token between two operands.
     fn operator(&self, left: &Expr, right: &Expr) -> TextRange {
         let between = self.tokens.in_range(range(left.end(), right.start()));
@@ -179,7 +219,8 @@ impl Rewriter<'_, '_> {
         Some((last.end().to_usize(), comma))
     }
 
-    fn call(&mut self, call: &ExprCall) {
+    /// Whether the arguments are done with.
+    fn call(&mut self, call: &ExprCall) -> bool {
         let has_key = call.arguments.find_keyword("key").is_some();
         match &*call.func {
             Expr::Name(name) => {
@@ -197,6 +238,7 @@ impl Rewriter<'_, '_> {
                     "len" | "abs" | "float" | "int" => self.facts.numpy,
                     "round" => self.facts.numpy || call.arguments.len() > 1,
                     "sum" | "callable" | "format" | "issubclass" | "ascii" => true,
+                    "getattr" | "hasattr" => !self.facts.properties.is_empty(),
                     _ => false,
                 };
                 if ours && self.facts.builtin(known) {
@@ -205,8 +247,12 @@ impl Rewriter<'_, '_> {
                     self.edits.replace(name.range, format!("{OURS}{known}"));
                 }
                 let stops = matches!(known, "any" | "all" | "next") && self.facts.builtin(known);
-                if stops && lazy::call(self, known, call) {
-                    return;
+                if stops {
+                    match lazy::call(self, known, call) {
+                        Lazy::Not => {}
+                        Lazy::Arguments => return false,
+                        Lazy::Done => return true,
+                    }
                 }
                 if known == "next"
                     && let Some(Expr::Generator(g)) = call.arguments.args.first()
@@ -224,6 +270,7 @@ impl Rewriter<'_, '_> {
             _ => {}
         }
         classes::call(self, call);
+        false
     }
 
     /// Replaces an attribute by something else; whether it did. `called`: it is what a call calls.
@@ -250,6 +297,13 @@ impl Rewriter<'_, '_> {
         }
         let unbound =
             matches!(&*attribute.value, Expr::Name(n) if n.id.as_str() == "str" && self.facts.builtin("str"));
+        if self.facts.properties.contains(name)
+            && !called
+            && let Some(text) = classes::super_property(self, &attribute.value, name)
+        {
+            self.edits.replace(attribute.range, text);
+            return true;
+        }
         if unbound && STR_METHODS.contains(&name) {
             self.edits.replace(attribute.range, format!("(lambda s, *a: s.{name}(*a))"));
             return true;
@@ -305,19 +359,16 @@ impl Rewriter<'_, '_> {
             one => std::slice::from_ref(one),
         };
         for part in parts {
-            let Expr::Slice(slice) = part else { continue };
-            // Written anew: a slice's bounds are seldom more than names and numbers.
-            let bound =
-                |e: &Option<Box<Expr>>| e.as_ref().map_or("None", |e| self.text(e.range())).to_owned();
-            let text =
-                format!("slice({}, {}, {})", bound(&slice.lower), bound(&slice.upper), bound(&slice.step));
-            self.edits.replace(slice.range, text);
+            if part.is_slice_expr() {
+                let text = self.key(part);
+                self.edits.replace(part.range(), text);
+            }
         }
     }
 
     /// What the interpreter cannot assign to: an item of an array, an attribute or item among several
-    /// targets.
-    fn assign(&mut self, assign: &StmtAssign) {
+    /// targets. Whether the targets are done with.
+    fn assign(&mut self, assign: &StmtAssign) -> bool {
         match assign.targets.as_slice() {
             [Expr::Subscript(target)] if self.facts.numpy || target.slice.is_slice_expr() => {
                 let ours = if self.facts.numpy { "set" } else { "splice" };
@@ -328,32 +379,36 @@ impl Rewriter<'_, '_> {
                     self.edits.replace(equal.range(), "(");
                 }
                 self.edits.close(assign.range.end().to_usize(), "))");
+                false
             }
             [Expr::Tuple(_) | Expr::List(_)] => {
                 let mut leaves = vec![];
                 collect_leaves(&assign.targets[0], &mut leaves);
                 if leaves.iter().all(|leaf| leaf.is_name_expr()) {
-                    return;
+                    return false;
                 }
                 let mut after = String::new();
                 for leaf in leaves {
                     let temporary = self.temporary();
-                    let store = match leaf {
-                        Expr::Subscript(s) if self.facts.numpy && !s.slice.is_slice_expr() => format!(
-                            "{OURS}set({}, ({}), {temporary})",
-                            self.text(s.value.range()),
-                            self.text(s.slice.range())
-                        ),
-                        _ => format!("{} = {temporary}", self.text(leaf.range())),
-                    };
+                    let store = self.store(leaf, &temporary);
                     after.push_str(&format!("; {store}"));
                     self.edits.replace(leaf.range(), temporary);
                 }
-                if !after.is_empty() {
-                    self.edits.close(assign.range.end().to_usize(), after);
-                }
+                self.edits.close(assign.range.end().to_usize(), after);
+                true
             }
-            _ => {}
+            // Of several in a row, `m[0, 1] = m[1, 0] = 5.` say, each takes the value.
+            targets @ [_, _, ..] if self.facts.numpy && targets.iter().any(Expr::is_subscript_expr) => {
+                let temporary = self.temporary();
+                let stores: Vec<String> =
+                    targets.iter().map(|target| self.store(target, &temporary)).collect();
+                let last = targets.last().expect("there are two").end();
+                let value = self.parenthesized(assign.value.range(), range(last, assign.range.end()));
+                self.edits.replace(range(assign.range.start(), value.start()), format!("{temporary} = "));
+                self.edits.close(assign.range.end().to_usize(), format!("; {}", stores.join("; ")));
+                true
+            }
+            _ => false,
         }
     }
 
@@ -376,7 +431,6 @@ impl Rewriter<'_, '_> {
 
     fn operation(&mut self, binary: &ruff_python_ast::ExprBinOp) {
         let number = |e: &Expr| e.is_number_literal_expr();
-        let truth = |e: &Expr| e.is_compare_expr() || matches!(e, Expr::UnaryOp(u) if u.op == UnaryOp::Not);
         if self.facts.numpy {
             let name = match binary.op {
                 Operator::Add => "add",
@@ -384,7 +438,7 @@ impl Rewriter<'_, '_> {
                 Operator::Mult => "mul",
                 Operator::Div => "div",
                 Operator::FloorDiv => "floordiv",
-                Operator::Mod => "mod",
+                Operator::Mod => "remainder",
                 Operator::Pow => "pow",
                 Operator::MatMult => "matmul",
                 Operator::BitAnd => "and",
@@ -395,37 +449,74 @@ impl Rewriter<'_, '_> {
             self.binary(binary.range, name, &binary.left, &binary.right);
         } else if binary.op == Operator::Mod && !number(&binary.left) {
             self.binary(binary.range, "mod", &binary.left, &binary.right);
-        } else if matches!(binary.op, Operator::Add | Operator::Sub | Operator::Mult) {
-            for side in [&binary.left, &binary.right] {
-                if truth(side) {
-                    self.edits.wrap(side.range(), "int(", ")");
-                }
+        } else if matches!(binary.op, Operator::Add | Operator::Sub | Operator::Mod) {
+            // Beside a string or a list there is no truth value.
+            let sides = [&*binary.left, &*binary.right];
+            if !sides.into_iter().any(is_sequence) {
+                sides.into_iter().for_each(|side| self.number(side));
             }
+        } else if binary.op == Operator::Mult {
+            let truth =
+                |e: &Expr| e.is_compare_expr() || matches!(e, Expr::UnaryOp(u) if u.op == UnaryOp::Not);
+            [&*binary.left, &*binary.right].into_iter().filter(|e| truth(e)).for_each(|e| self.number(e));
         }
     }
 
-    fn aug_assign(&mut self, assign: &ruff_python_ast::StmtAugAssign) {
+    /// What may be a truth value counts as a number: the interpreter adds none.
+    fn number(&mut self, operand: &Expr) {
+        let known = match operand {
+            Expr::Name(_) | Expr::Attribute(_) | Expr::Subscript(_) | Expr::If(_) | Expr::Named(_) => false,
+            Expr::Compare(_) | Expr::BoolOp(_) | Expr::BooleanLiteral(_) => false,
+            Expr::UnaryOp(unary) => unary.op != UnaryOp::Not,
+            Expr::BinOp(b) => !matches!(b.op, Operator::BitAnd | Operator::BitOr | Operator::BitXor),
+            Expr::Call(call) => matches!(&*call.func, Expr::Name(name)
+                if self.facts.builtin(name.id.as_str())
+                    && (NUMBERS.contains(&name.id.as_str()) || name.id.as_str() == "list")),
+            _ => true,
+        };
+        if !known {
+            self.edits.wrap(operand.range(), format!("{OURS}num("), ")");
+        }
+    }
+
+    /// Whether the target is done with.
+    fn aug_assign(&mut self, assign: &ruff_python_ast::StmtAugAssign) -> bool {
         let ours = match assign.op {
             _ if !self.facts.numpy => None,
-            Operator::Add => Some("add"),
+            Operator::Add => Some("iadd"),
             Operator::Sub => Some("sub"),
             Operator::Mult => Some("mul"),
             Operator::Div => Some("div"),
+            Operator::FloorDiv => Some("floordiv"),
+            Operator::Mod => Some("remainder"),
+            Operator::Pow => Some("pow"),
             _ => None,
         };
-        if let (Some(ours), Expr::Name(name)) = (ours, &*assign.target) {
-            let ours = if ours == "add" { "iadd" } else { ours };
-            let operator = self.operator(&assign.target, &assign.value);
-            self.edits.replace(operator, format!("= {OURS}{ours}({}, ", name.id.as_str()));
-            self.edits.close(assign.value.end().to_usize(), ")");
-        } else if matches!(assign.op, Operator::Add | Operator::Sub)
-            && matches!(
-                &*assign.value,
-                Expr::Compare(_) | Expr::BoolOp(_) | Expr::UnaryOp(_) | Expr::Name(_) | Expr::Call(_)
-            )
-        {
-            self.edits.wrap(assign.value.range(), format!("{OURS}num("), ")");
+        let of_name = |target: &Expr| match target {
+            Expr::Attribute(a) => a.value.is_name_expr(),
+            target => target.is_name_expr(),
+        };
+        match (ours, &*assign.target) {
+            (Some(ours), target) if of_name(target) => {
+                let was = self.text(target.range()).to_owned();
+                let operator = self.operator(target, &assign.value);
+                self.edits.replace(operator, format!("= {OURS}{ours}({was}, "));
+                self.edits.close(assign.value.end().to_usize(), ")");
+            }
+            // Not where a name would be bound to the function alone.
+            (Some(ours), Expr::Subscript(s)) if !self.text(assign.value.range()).contains(":=") => {
+                let (value, key) = (self.fragment(&s.value), self.key(&s.slice));
+                let whole =
+                    self.parenthesized(assign.value.range(), range(s.range.end(), assign.range.end()));
+                let text = format!("{OURS}change({value}, {key}, lambda {OURS}a: {OURS}{ours}({OURS}a, ");
+                self.edits.replace(range(assign.range.start(), whole.start()), text);
+                self.edits.close(assign.range.end().to_usize(), "))");
+                return true;
+            }
+            _ if matches!(assign.op, Operator::Add | Operator::Sub) => self.number(&assign.value),
+            _ => {}
         }
+        false
     }
 
     fn delete(&mut self, delete: &ruff_python_ast::StmtDelete) {
@@ -434,11 +525,7 @@ impl Rewriter<'_, '_> {
             match target {
                 Expr::Name(name) => parts.push(format!("{} = None", name.id.as_str())),
                 Expr::Subscript(s) if !s.slice.is_slice_expr() => {
-                    parts.push(format!(
-                        "{OURS}del({}, {})",
-                        self.text(s.value.range()),
-                        self.text(s.slice.range())
-                    ));
+                    parts.push(format!("{OURS}del({}, {})", self.fragment(&s.value), self.key(&s.slice)));
                 }
                 _ => return self.refuse(delete.range, "this form of del"),
             }
@@ -462,6 +549,15 @@ impl Rewriter<'_, '_> {
             }
         }
     }
+}
+
+/// Is it written as text, or as a list of something?
+fn is_sequence(expr: &Expr) -> bool {
+    expr.is_string_literal_expr()
+        || expr.is_f_string_expr()
+        || expr.is_list_expr()
+        || expr.is_list_comp_expr()
+        || expr.is_tuple_expr()
 }
 
 /// The targets of an unpacking, in the order in which they are stored to.
@@ -513,8 +609,16 @@ impl<'a> Visitor<'a> for Rewriter<'_, '_> {
             Stmt::Match(m) => return matching::rewrite(self, m),
             Stmt::Delete(delete) => return self.delete(delete),
             Stmt::Import(_) | Stmt::ImportFrom(_) => return imports::rewrite(self, stmt),
-            Stmt::AugAssign(assign) => self.aug_assign(assign),
-            Stmt::Assign(assign) => self.assign(assign),
+            Stmt::AugAssign(assign) => {
+                if self.aug_assign(assign) {
+                    return self.visit_expr(&assign.value);
+                }
+            }
+            Stmt::Assign(assign) => {
+                if self.assign(assign) {
+                    return self.visit_expr(&assign.value);
+                }
+            }
             Stmt::Expr(e) if self.facts.exits.contains(&e.range.start()) => {
                 self.edits.replace(e.range, "return".to_owned());
                 return;
@@ -531,7 +635,7 @@ impl<'a> Visitor<'a> for Rewriter<'_, '_> {
     fn visit_expr(&mut self, expr: &'a Expr) {
         match expr {
             Expr::Call(call) => {
-                self.call(call);
+                let done = self.call(call);
                 if call.func.is_attribute_expr() {
                     if !self.attribute(&call.func, true) {
                         visitor::walk_expr(self, &call.func);
@@ -539,7 +643,9 @@ impl<'a> Visitor<'a> for Rewriter<'_, '_> {
                 } else {
                     self.visit_expr(&call.func);
                 }
-                self.visit_arguments(&call.arguments);
+                if !done {
+                    self.visit_arguments(&call.arguments);
+                }
                 return;
             }
             Expr::Attribute(_) if self.attribute(expr, false) => return,

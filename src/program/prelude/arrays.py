@@ -51,16 +51,18 @@ class _v_ndarray:
         return _v_numpy_argmax(self, axis)
     def argsort(self):
         return _v_numpy_argsort(self)
+    def sort(self):
+        self.data = _v_numpy_sort(self).data
     def any(self, axis=None):
         return _v_numpy_any(self, axis)
     def all(self, axis=None):
         return _v_numpy_all(self, axis)
     def cumsum(self):
         return _v_numpy_cumsum(self)
-    def round(self, digits=0):
-        return _v_numpy_round(self, digits)
-    def clip(self, low, high):
-        return _v_numpy_clip(self, low, high)
+    def round(self, decimals=0):
+        return _v_numpy_round(self, decimals)
+    def clip(self, a_min=None, a_max=None):
+        return _v_numpy_clip(self, a_min, a_max)
     def dot(self, other):
         return _v_numpy_dot(self, other)
     def nonzero(self):
@@ -165,7 +167,7 @@ def _v_add(a, b):
 def _v_sub(a, b):
     if _v_is_array(a) or _v_is_array(b):
         return _v_both(lambda x, y: _v_int_of(x) - _v_int_of(y), a, b)
-    return a - b
+    return _v_int_of(a) - _v_int_of(b)
 def _v_mul(a, b):
     if _v_is_array(a) or _v_is_array(b):
         return _v_both(lambda x, y: _v_int_of(x) * _v_int_of(y), a, b)
@@ -182,6 +184,8 @@ def _v_div(a, b):
     return a / b
 def _v_floordiv(a, b):
     return _v_both(lambda x, y: x // y, a, b) if _v_is_array(a) or _v_is_array(b) else a // b
+def _v_remainder(a, b):
+    return _v_both(lambda x, y: x % y, a, b) if _v_is_array(a) or _v_is_array(b) else _v_mod(a, b)
 def _v_pow(a, b):
     return _v_both(lambda x, y: x ** y, a, b) if _v_is_array(a) or _v_is_array(b) else a ** b
 def _v_and(a, b):
@@ -241,12 +245,20 @@ def _v_pick(data, keys):
         return [_v_pick(item, rest) for item in data[key]]
     if _v_is_array(key) or isinstance(key, list):
         chosen = _v_plain(key)
+        if len(chosen) > 0 and isinstance(chosen[0], list):
+            if not _v_is_mask(chosen) or _v_depth(chosen) != _v_depth(data):
+                raise NotImplementedError('this index of an array is not supported')
+            return [item for item, wanted in zip(_v_flat(data), _v_flat(chosen)) if wanted]
         if len(chosen) > 0 and (chosen[0] is True or chosen[0] is False):
             if len(chosen) != len(data):
                 raise IndexError('boolean index did not match indexed array')
             return [_v_pick(item, rest) for item, wanted in zip(data, chosen) if wanted]
         return [_v_pick(data[at], rest) for at in chosen]
     return _v_pick(data[key], rest)
+def _v_is_mask(data):
+    return all([item is True or item is False for item in _v_flat(data)])
+def _v_change(value, key, change):
+    _v_set(value, key, change(_v_get(value, key)))
 def _v_set(value, key, item):
     if not _v_is_array(value):
         if isinstance(key, slice):
@@ -266,6 +278,13 @@ def _v_places(data, key):
         return chosen
     return None
 def _v_put(data, keys, item):
+    if (_v_is_array(keys[0]) or isinstance(keys[0], list)) and _v_depth(_v_plain(keys[0])) > 1:
+        mask = _v_plain(keys[0])
+        if isinstance(item, list) or not _v_is_mask(mask) or _v_depth(mask) != _v_depth(data):
+            raise NotImplementedError('this index of an array is not supported')
+        for row, wanted in zip(data, mask):
+            _v_put(row, [wanted], item)
+        return
     places = _v_places(data, keys[0])
     if places is None:
         if len(keys) > 1:
@@ -331,20 +350,20 @@ def _v_where_best(items, largest):
         if (items[at] > items[best]) if largest else (items[at] < items[best]):
             best = at
     return best
-def _v_numpy_ndarray(*args):
-    raise NotImplementedError('numpy.ndarray() is not supported')
+_v_numpy_ndarray = _v_ndarray
 def _v_numpy_array(value, dtype=None, copy=True):
-    array = _v_array_of(value)
+    array = _v_wrap(_v_nested_copy(value.data)) if copy and _v_is_array(value) else _v_array_of(value)
     return array if dtype is None else _v_cast(array, dtype)
 def _v_numpy_asarray(value, dtype=None):
-    return _v_numpy_array(value, dtype)
+    return _v_numpy_array(value, dtype, False)
 def _v_numpy_zeros(shape, dtype=None):
-    return _v_numpy_full(shape, 0.0)
+    return _v_numpy_full(shape, 0.0, dtype)
 def _v_numpy_ones(shape, dtype=None):
-    return _v_numpy_full(shape, 1.0)
+    return _v_numpy_full(shape, 1.0, dtype)
 def _v_numpy_full(shape, value, dtype=None):
     sides = [shape] if isinstance(shape, int) else list(shape)
-    return _v_give(_v_filled(sides, value))
+    array = _v_give(_v_filled(sides, value))
+    return array if dtype is None else _v_cast(array, dtype)
 def _v_filled(sides, value):
     return value if len(sides) == 0 else [_v_filled(sides[1:], value) for at in range(sides[0])]
 def _v_numpy_arange(start, stop=None, step=1):
@@ -425,7 +444,9 @@ def _v_numpy_argsort(value):
     items = _v_plain(value)
     return _v_wrap(sorted(range(len(items)), key=lambda at: items[at]))
 def _v_numpy_sort(value):
-    return _v_wrap(sorted(_v_plain(value)))
+    return _v_wrap(_v_sorted_rows(_v_plain(value)))
+def _v_sorted_rows(data):
+    return [_v_sorted_rows(row) for row in data] if _v_depth(data) > 1 else sorted(data)
 def _v_numpy_unique(value, return_counts=False):
     items = _v_flat(_v_plain(value))
     found = sorted(set(items))
@@ -439,7 +460,13 @@ def _v_numpy_all(value, axis=None):
 def _v_numpy_count_nonzero(value):
     return len([item for item in _v_flat(_v_plain(value)) if item])
 def _v_numpy_nonzero(value):
-    return (_v_wrap([at for at, item in enumerate(_v_plain(value)) if item]),)
+    data = _v_plain(value)
+    if _v_depth(data) > 2:
+        raise NotImplementedError('nonzero() of more than two dimensions is not supported')
+    if _v_depth(data) == 2:
+        places = [(at, column) for at, row in enumerate(data) for column, item in enumerate(row) if item]
+        return (_v_wrap([at for at, column in places]), _v_wrap([column for at, column in places]))
+    return (_v_wrap([at for at, item in enumerate(data) if item]),)
 def _v_numpy_cumsum(value):
     out = []
     total = 0
@@ -470,7 +497,9 @@ def _v_numpy_cross(a, b):
     if len(a) == 2:
         return a[0] * b[1] - a[1] * b[0]
     return _v_wrap([a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]])
-def _v_numpy_linalg_norm(value, axis=None):
+def _v_numpy_linalg_norm(value, ord=None, axis=None):
+    if ord is not None and (ord != 2 or (axis is None and _v_depth(_v_plain(value)) > 1)):
+        raise NotImplementedError('numpy.linalg.norm() of this ord is not supported')
     return _v_along(lambda items: sum([item * item for item in items]) ** 0.5, value, axis)
 def _v_numpy_where(test, a=None, b=None):
     if a is None:
@@ -503,10 +532,10 @@ def _v_numpy_square(value):
     return _v_map_numbers(lambda x: x * x, value)
 def _v_numpy_sign(value):
     return _v_map_numbers(lambda x: 1 if x > 0 else (-1 if x < 0 else 0), value)
-def _v_numpy_round(value, digits=0):
-    return _v_map_numbers(lambda x: round(x, digits), value)
-def _v_numpy_around(value, digits=0):
-    return _v_numpy_round(value, digits)
+def _v_numpy_round(value, decimals=0):
+    return _v_map_numbers(lambda x: round(x, decimals), value)
+def _v_numpy_around(value, decimals=0):
+    return _v_numpy_round(value, decimals)
 def _v_numpy_floor(value):
     return _v_map_numbers(lambda x: float(x // 1), value)
 def _v_numpy_ceil(value):
@@ -521,8 +550,11 @@ def _v_numpy_isclose(a, b, rtol=1e-05, atol=1e-08):
     return _v_both(lambda x, y: abs(x - y) <= atol + rtol * abs(y), a, b)
 def _v_numpy_allclose(a, b, rtol=1e-05, atol=1e-08):
     return all(_v_flat(_v_plain(_v_numpy_isclose(a, b, rtol, atol))))
-def _v_numpy_clip(value, low, high):
-    return _v_map_numbers(lambda x: min(max(x, low), high), value)
+def _v_numpy_clip(value, a_min=None, a_max=None):
+    return _v_map_numbers(lambda x: _v_within(x, a_min, a_max), value)
+def _v_within(x, low, high):
+    x = low if low is not None and x < low else x
+    return high if high is not None and x > high else x
 def _v_numpy_maximum(a, b):
     return _v_both(lambda x, y: max(x, y), a, b)
 def _v_numpy_minimum(a, b):

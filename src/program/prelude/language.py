@@ -101,6 +101,12 @@ def _v_attr(value, name):
     if hasattr(value, '_v_prop_' + name):
         return getattr(value, '_v_prop_' + name)()
     return getattr(value, name)
+def _v_getattr(value, name, *default):
+    if hasattr(value, '_v_prop_' + name):
+        return getattr(value, '_v_prop_' + name)()
+    return getattr(value, name, *default)
+def _v_hasattr(value, name):
+    return hasattr(value, '_v_prop_' + name) or hasattr(value, name)
 def _v_nothing(*args, **options):
     return None
 def _v_del(container, key):
@@ -120,7 +126,7 @@ def _v_splice(value, key, items):
 def _v_missing(name):
     raise NotImplementedError(name + ' is not supported')
 def _v_mod(a, b):
-    return _v_percent(a, b) if isinstance(a, str) else a % b
+    return _v_percent(a, b) if isinstance(a, str) else _v_num(a) % _v_num(b)
 def _v_percent(text, values):
     row = values if isinstance(values, tuple) else (values,)
     used = 0

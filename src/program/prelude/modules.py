@@ -48,21 +48,30 @@ def _v_math_dist(a, b):
 def _v_collections_OrderedDict(*args, **options):
     return dict(*args, **options)
 def _v_copy_copy(value):
-    return value.copy() if isinstance(value, (list, dict, set)) else value
+    known = isinstance(value, (list, dict, set)) or type(value).__name__ == 'deque'
+    if known or hasattr(value, 'copy'):
+        return value.copy()
+    if value is None or isinstance(value, (int, float, str, bytes, tuple, frozenset)) or _v_callable(value):
+        return value
+    raise NotImplementedError('copy.copy() of ' + type(value).__name__ + ' is not supported')
 def _v_copy_deepcopy(value):
     if isinstance(value, list):
         return [_v_copy_deepcopy(item) for item in value]
-    if isinstance(value, tuple):
+    if type(value).__name__ == 'tuple':
         return tuple([_v_copy_deepcopy(item) for item in value])
+    out = _v_copy_copy(value)
     if isinstance(value, dict):
-        return {key: _v_copy_deepcopy(item) for key, item in value.items()}
-    return value.copy() if isinstance(value, set) else value
+        for key in list(out):
+            out[key] = _v_copy_deepcopy(out[key])
+    return out
 def _v_operator_itemgetter(*keys):
     if len(keys) == 1:
         return lambda value: value[keys[0]]
     return lambda value: tuple([value[key] for key in keys])
-def _v_operator_attrgetter(name):
-    return lambda value: getattr(value, name)
+def _v_operator_attrgetter(*names):
+    if len(names) == 1:
+        return lambda value: _v_attr(value, names[0])
+    return lambda value: tuple([_v_attr(value, name) for name in names])
 def _v_operator_add(a, b):
     return a + b
 def _v_operator_mul(a, b):
@@ -74,7 +83,9 @@ def _v_statistics_numbers(values):
     return values
 def _v_statistics_mean(values):
     values = _v_statistics_numbers(values)
-    return sum(values) / len(values)
+    total = _v_sum(values)
+    whole = all([isinstance(value, int) for value in values]) and total % len(values) == 0
+    return total // len(values) if whole else total / len(values)
 def _v_statistics_fmean(values):
     return float(_v_statistics_mean(values))
 def _v_statistics_median(values):

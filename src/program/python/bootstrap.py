@@ -372,10 +372,12 @@ def _serve():
     def wrapped(tree):
         """The program as the body of a function, for programs with a bare `return` (or a `nonlocal` of
         their own names). What it binds stays global, but for those names."""
-        nonlocals = set()
+        nonlocals, globals_ = set(), set()
         for node in ast.walk(tree):
             if isinstance(node, ast.Nonlocal):
                 nonlocals.update(node.names)
+            elif isinstance(node, ast.Global):
+                globals_.update(node.names)
         # `global` of the program's own level says what is so anyway, and may stand too late here.
         todo = [tree]
         while todo:
@@ -397,7 +399,7 @@ def _serve():
         code = inside(tree.body)
         function = next(c for c in code.co_consts if isinstance(c, types.CodeType))
         bound = set(function.co_varnames) | set(function.co_cellvars) | {"final_answer"}
-        return inside([ast.Global(sorted(bound - nonlocals))] + tree.body)
+        return inside([ast.Global(sorted(bound - (nonlocals - globals_)))] + tree.body)
 
     def compiled(tree):
         try:
