@@ -10,7 +10,7 @@ use super::ExecutorArgs;
 use crate::config::Config;
 use crate::pipeline::sandbox;
 use crate::program::guard::MAX_SOURCE;
-use crate::text::shown;
+use crate::text::{shown, without_bom};
 use crate::tools::mock::{MockTools, Scene};
 
 #[derive(Debug, clap::Args)]
@@ -83,7 +83,7 @@ fn read(file: &Path) -> anyhow::Result<String> {
     }
     let too_long = bytes.len() > MAX_SOURCE;
     match String::from_utf8(bytes) {
-        Ok(text) => Ok(text),
+        Ok(text) => Ok(without_bom(&text).to_owned()),
         // Cut in the middle of a character: the sandbox says that it is too long.
         Err(e) if too_long => Ok(String::from_utf8_lossy(e.as_bytes()).into_owned()),
         Err(_) => bail!("{} is not UTF-8 text", file.display()),

@@ -172,8 +172,15 @@ fn clocks_and_dice_are_denied() {
         "import random\nfinal_answer = random.random()",
         "import random as dice\nfinal_answer = dice.choice([1, 2])",
         "from random import choice\nfinal_answer = choice([1, 2])",
+        "from time import *\nfinal_answer = 1",
     ] {
         assert_eq!(kind(source), Some(ErrorKind::Denied), "{source}");
+    }
+    // What is only imported, as language models like to, does no harm.
+    for source in
+        ["from datetime import datetime\nfinal_answer = 1", "from os import path, sep\nfinal_answer = 1"]
+    {
+        assert_eq!(answer(source), json!(1), "{source}");
     }
 }
 
@@ -482,6 +489,10 @@ fn rewriting_changes_no_meaning() {
             "class A:\n @property\n def area(self): return 2\nclass B(A):\n @property\n def area(self): return super().area + 1\nfinal_answer = B().area",
             json!(3),
         ),
+        (
+            "class A:\n n = 3\n @classmethod\n def one(cls, x): return cls.two(x) + 1\n @classmethod\n def two(cls, x): return cls.n * x\n def f(self): return self.one(2)\nclass B(A):\n n = 5\nfinal_answer = [A.one(1), B.one(1), A().f(), B().f()]",
+            json!([4, 6, 7, 11]),
+        ),
         // Copies are copies.
         (
             "import copy\nfrom collections import defaultdict\nd = defaultdict(list); d['a'].append(1)\ne = copy.deepcopy(d); e['a'].append(2); e['b'].append(3)\nt = copy.deepcopy((1, [2]))\nfinal_answer = [dict(d), dict(e), copy.copy(5), copy.deepcopy({'k': [1]}), list(t)]",
@@ -613,6 +624,7 @@ fn gaps_of_the_library_are_told_as_gaps() {
         "import copy\nclass V:\n def __init__(self): self.b = [1]\nfinal_answer = copy.deepcopy(V()).b",
         "import numpy as np\nfinal_answer = float(np.linalg.norm([3, 4], 1))",
         "import numpy as np\nm = np.zeros((2, 2))\nfinal_answer = m[[[0], [1]]].tolist()",
+        "class A:\n n = 0\n def __init__(self): A.n += 1\nclass B(A): pass\nB()\nfinal_answer = B.n",
     ] {
         assert_eq!(kind(source), Some(ErrorKind::Unsupported), "{source}");
     }

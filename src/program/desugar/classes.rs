@@ -3,10 +3,11 @@
 //! a property is a method under another name, read through a function of the library.
 
 use ruff_python_ast::visitor::{self, Visitor};
-use ruff_python_ast::{Expr, ExprCall, Stmt, StmtClassDef, StmtFunctionDef};
+use ruff_python_ast::{Expr, ExprAttribute, ExprCall, Stmt, StmtClassDef, StmtFunctionDef};
 use ruff_text_size::{Ranged, TextRange, TextSize};
 
-use super::rewrite::Rewriter;
+use super::facts::Facts;
+use super::rewrite::{Method, Rewriter};
 use super::{OURS, indentation};
 
 pub(super) fn class(rewriter: &mut Rewriter, class: &StmtClassDef) {
@@ -58,10 +59,12 @@ pub(super) fn class(rewriter: &mut Rewriter, class: &StmtClassDef) {
             Stmt::FunctionDef(function) => {
                 method(rewriter, function);
                 let first = function.parameters.iter().next().map_or("self", |p| p.name().as_str());
-                rewriter.supers.push((name.to_owned(), first.to_owned()));
+                let class = rewriter.facts.classes.get(name);
+                let of_class = class.is_some_and(|c| c.classmethods.contains(function.name.as_str()));
+                rewriter.methods.push(Method { class: name.to_owned(), first: first.to_owned(), of_class });
                 // The decorators are gone, and the rest of a function is visited as any other.
                 rewriter.visit_stmt(stmt);
-                rewriter.supers.pop();
+                rewriter.methods.pop();
             }
             other => visitor::walk_stmt(rewriter, other),
         }
@@ -102,7 +105,7 @@ pub(super) fn super_property(rewriter: &Rewriter, object: &Expr, name: &str) -> 
     if !matches!(&*inner.func, Expr::Name(n) if n.id.as_str() == "super") {
         return None;
     }
-    let (class, first) = rewriter.supers.last()?;
+    let Method { class, first, .. } = rewriter.methods.last()?;
     let has = |base: &&str| rewriter.facts.classes.get(base).is_some_and(|c| c.members.contains(&name));
     let owner = rewriter.facts.ancestors(class).into_iter().find(has)?;
     Some(format!("{owner}.{}({first})", stored_name(rewriter, name)))
@@ -124,6 +127,14 @@ const SPECIAL: &[&str] = &[
     "__exit__",
 ];
 
+/// Is it an attribute of a class, by the class's name, that an heir has? Heirs hold what it was when they were made.
+pub(super) fn is_inherited(facts: &Facts, attribute: &ExprAttribute) -> bool {
+    let Expr::Name(class) = &*attribute.value else { return false };
+    let (class, name) = (class.id.as_str(), attribute.attr.as_str());
+    facts.classes.get(class).is_some_and(|c| c.members.contains(&name))
+        && facts.classes.keys().any(|heir| facts.ancestors(heir).contains(&class))
+}
+
 /// `super().m(…)`, `Class.classmethod(…)` and `self.staticmethod(…)`.
 pub(super) fn call(rewriter: &mut Rewriter, call: &ExprCall) {
     let Expr::Attribute(attribute) = &*call.func else { return };
@@ -132,7 +143,7 @@ pub(super) fn call(rewriter: &mut Rewriter, call: &ExprCall) {
     let comma = if call.arguments.is_empty() { "" } else { ", " };
     match &*attribute.value {
         Expr::Call(inner) if matches!(&*inner.func, Expr::Name(n) if n.id.as_str() == "super") => {
-            let Some((class, first)) = rewriter.supers.last().cloned() else { return };
+            let Some(Method { class, first, .. }) = rewriter.methods.last().cloned() else { return };
             let owner =
                 rewriter.facts.ancestors(&class).into_iter().find(|base| {
                     rewriter.facts.classes.get(base).is_some_and(|c| c.members.contains(&method))
@@ -154,14 +165,24 @@ pub(super) fn call(rewriter: &mut Rewriter, call: &ExprCall) {
         Expr::Name(object) if rewriter.facts.statics.contains_key(method) => {
             rewriter.edits.replace(object.range, rewriter.facts.statics[method]);
         }
-        Expr::Name(class) => {
-            let class = class.id.as_str();
+        Expr::Name(object) => {
+            // `self` and `cls` are of the class around.
+            let around = rewriter.methods.last().filter(|m| m.first == object.id.as_str()).cloned();
+            let class = around.as_ref().map_or(object.id.as_str(), |m| &m.class);
             let owners = std::iter::once(class).chain(rewriter.facts.ancestors(class));
             let is_classmethod = owners
                 .filter_map(|owner| rewriter.facts.classes.get(owner))
                 .any(|c| c.classmethods.contains(method));
             if is_classmethod {
-                rewriter.edits.open(after_open.to_usize(), format!("{class}{comma}"));
+                let given = match around {
+                    Some(m) if !m.of_class => {
+                        let given = format!("type({})", m.first);
+                        rewriter.edits.replace(object.range, given.clone());
+                        given
+                    }
+                    _ => object.id.to_string(),
+                };
+                rewriter.edits.open(after_open.to_usize(), format!("{given}{comma}"));
             }
         }
         _ => {}

@@ -1,4 +1,4 @@
-//! Imports: of our modules names are bound to parts of the library, of refused ones to what ends the program.
+//! Imports: of our modules names are bound to parts of the library, of refused ones to nothing: who reads them ends the program.
 
 use ruff_python_ast::Stmt;
 use ruff_text_size::Ranged;
@@ -37,8 +37,11 @@ pub(super) fn rewrite(rewriter: &mut Rewriter, stmt: &Stmt) {
                 let path = format!("{module}.{}", alias.name.as_str());
                 if let Some(ours) = prelude::for_path(&path) {
                     parts.push(format!("{bound} = {ours}"));
-                } else if refused {
+                } else if refused && alias.name.as_str() == "*" {
                     parts.push(format!("{REFUSE}(\"{path}\")"));
+                } else if refused {
+                    // It stays unbound, and whoever reads it is told.
+                    parts.push("pass".to_owned());
                 } else if OUR_MODULES.contains(&root_of(module).as_str()) {
                     parts.push(format!("{OURS}missing(\"{path}\")"));
                 } else {

@@ -101,7 +101,7 @@ pub(super) fn rewrite(
         facts,
         edits,
         generator: vec![],
-        supers: vec![],
+        methods: vec![],
         temporaries: 0,
         error: None,
     };
@@ -116,11 +116,19 @@ pub(super) struct Rewriter<'r, 'f> {
     pub edits: &'r mut Edits,
     /// For each function around: does it yield?
     generator: Vec<bool>,
-    /// For each method around: its class and the name of its first parameter.
-    pub supers: Vec<(String, String)>,
+    pub methods: Vec<Method>,
     /// How many variables of our own there are so far.
     pub temporaries: usize,
     pub error: Option<ProgramError>,
+}
+
+/// A method around what is visited.
+#[derive(Clone)]
+pub(super) struct Method {
+    pub class: String,
+    /// The name of its first parameter.
+    pub first: String,
+    pub of_class: bool,
 }
 
 fn range(start: TextSize, end: TextSize) -> TextRange {
@@ -609,16 +617,8 @@ impl<'a> Visitor<'a> for Rewriter<'_, '_> {
             Stmt::Match(m) => return matching::rewrite(self, m),
             Stmt::Delete(delete) => return self.delete(delete),
             Stmt::Import(_) | Stmt::ImportFrom(_) => return imports::rewrite(self, stmt),
-            Stmt::AugAssign(assign) => {
-                if self.aug_assign(assign) {
-                    return self.visit_expr(&assign.value);
-                }
-            }
-            Stmt::Assign(assign) => {
-                if self.assign(assign) {
-                    return self.visit_expr(&assign.value);
-                }
-            }
+            Stmt::AugAssign(assign) if self.aug_assign(assign) => return self.visit_expr(&assign.value),
+            Stmt::Assign(assign) if self.assign(assign) => return self.visit_expr(&assign.value),
             Stmt::Expr(e) if self.facts.exits.contains(&e.range.start()) => {
                 self.edits.replace(e.range, "return".to_owned());
                 return;
@@ -647,6 +647,9 @@ impl<'a> Visitor<'a> for Rewriter<'_, '_> {
                     self.visit_arguments(&call.arguments);
                 }
                 return;
+            }
+            Expr::Attribute(a) if a.ctx == ExprContext::Store && classes::is_inherited(self.facts, a) => {
+                return self.refuse(a.range, "storing to what other classes inherit");
             }
             Expr::Attribute(_) if self.attribute(expr, false) => return,
             Expr::BinOp(binary) => self.operation(binary),
