@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs what data/results/rooms.md says, for scripts/rooms_table.py: about an hour of two cores.
+# Runs what data/results/rooms.md says, for scripts/rooms_table.py.
 #
 #   scripts/rooms_runs.sh FOLDER [VALOR]
 #

@@ -14,6 +14,7 @@ mod lazy;
 mod matching;
 mod prelude;
 mod rewrite;
+mod targets;
 
 use std::collections::{HashMap, HashSet};
 

@@ -149,8 +149,6 @@ def _v_depth(data):
     return depth
 def _v_both(function, a, b):
     return _v_give(_v_pair(function, _v_plain(a), _v_plain(b)))
-def _v_int_of(value):
-    return int(value) if value is True or value is False else value
 def _v_iadd(a, b):
     if isinstance(a, list):
         a.extend(_v_rows(b) if _v_is_array(b) else b)
@@ -162,15 +160,15 @@ def _v_iadd(a, b):
     return out
 def _v_add(a, b):
     if _v_is_array(a) or _v_is_array(b):
-        return _v_both(lambda x, y: _v_int_of(x) + _v_int_of(y), a, b)
-    return _v_int_of(a) + _v_int_of(b)
+        return _v_both(lambda x, y: _v_num(x) + _v_num(y), a, b)
+    return _v_num(a) + _v_num(b)
 def _v_sub(a, b):
     if _v_is_array(a) or _v_is_array(b):
-        return _v_both(lambda x, y: _v_int_of(x) - _v_int_of(y), a, b)
-    return _v_int_of(a) - _v_int_of(b)
+        return _v_both(lambda x, y: _v_num(x) - _v_num(y), a, b)
+    return _v_num(a) - _v_num(b)
 def _v_mul(a, b):
     if _v_is_array(a) or _v_is_array(b):
-        return _v_both(lambda x, y: _v_int_of(x) * _v_int_of(y), a, b)
+        return _v_both(lambda x, y: _v_num(x) * _v_num(y), a, b)
     return a * b
 def _v_quotient(x, y):
     if y == 0:
@@ -330,7 +328,7 @@ def _v_along(function, value, axis):
 def _v_along_rows(function, column):
     return _v_plain(_v_along(function, column, 0))
 def _v_total(items):
-    return sum([_v_int_of(item) for item in items])
+    return sum([_v_num(item) for item in items])
 def _v_average(items):
     return _v_total(items) / len(items) if len(items) > 0 else float('nan')
 def _v_variance(items, ddof):
@@ -471,7 +469,7 @@ def _v_numpy_cumsum(value):
     out = []
     total = 0
     for item in _v_flat(_v_plain(value)):
-        total += _v_int_of(item)
+        total += _v_num(item)
         out.append(total)
     return _v_wrap(out)
 def _v_numpy_diff(value):

@@ -97,10 +97,6 @@ def _v_isinstance(value, cls):
 def _v_issubclass(cls, base):
     bases = base if isinstance(base, tuple) else (base,)
     return any([one is cls or one in _v_bases_of(cls) for one in bases])
-def _v_attr(value, name):
-    if hasattr(value, '_v_prop_' + name):
-        return getattr(value, '_v_prop_' + name)()
-    return getattr(value, name)
 def _v_getattr(value, name, *default):
     if hasattr(value, '_v_prop_' + name):
         return getattr(value, '_v_prop_' + name)()

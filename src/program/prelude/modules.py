@@ -70,8 +70,8 @@ def _v_operator_itemgetter(*keys):
     return lambda value: tuple([value[key] for key in keys])
 def _v_operator_attrgetter(*names):
     if len(names) == 1:
-        return lambda value: _v_attr(value, names[0])
-    return lambda value: tuple([_v_attr(value, name) for name in names])
+        return lambda value: _v_getattr(value, names[0])
+    return lambda value: tuple([_v_getattr(value, name) for name in names])
 def _v_operator_add(a, b):
     return a + b
 def _v_operator_mul(a, b):

@@ -1,7 +1,8 @@
 //! What a run tells of itself: a step's figures, samples, evaluations, the report.
 
+use super::rollouts::{Clock, Rollout, whole, why_missing};
 use super::update::Update;
-use super::{Clock, HeldOut, Policy, Rollout, Training, whole, why_missing};
+use super::{HeldOut, Policy, Training};
 use crate::config::Head;
 use crate::files::write_atomic;
 use crate::llm::{ChatModel, ChatRequest, Finish, SamplingOptions};

@@ -11,52 +11,40 @@ mod figures;
 pub mod make;
 mod policy;
 mod queries;
+mod rollouts;
+mod state;
 mod update;
 
 pub use policy::{Policy, check_trainable};
 pub use queries::{HeldOut, Queries, ROOMS};
+pub use state::{check_folder, check_resumed};
 
+use super::Broken;
 use super::checkpoint::{Checkpoints, Saved};
-use super::grpo::advantages;
 use super::lm::Sample;
 use super::rollout::{RolloutEngine, Servers};
 use super::run::{self, Metrics, MetricsLog};
-use super::{Broken, differences};
 use crate::config::{self, Algorithm, Config};
-use crate::files::{sha256_hex, sweep, write_atomic};
-use crate::llm::endpoint::Usage;
-use crate::llm::{ChatReply, ChatRequest, Finish, Message};
+use crate::files::{sweep, write_atomic};
+use crate::llm::Message;
 use crate::nn::AdamW;
 use crate::nn::optim::Schedule;
-use crate::pipeline::question_seed;
 use crate::planner::{self, user_turn};
 use crate::program::Sandbox;
 use crate::report::pulse::Pulse;
-use crate::verify::{Scored, Verification, prompts_sha256};
-use anyhow::{Context, Result, bail, ensure};
+use crate::verify::Verification;
+use anyhow::{Context, Result};
 use best::Best;
 use candle_core::Device;
 use indicatif::{ProgressBar, ProgressStyle};
+use rollouts::{Clock, Gathered, Rollout};
 use serde_json::{Value, json};
+use state::{State, save, saved_state, settings};
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
 use update::{log_probs, optimiser, schedule, update};
-
-/// Where a run stands, beside its weights.
-#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
-struct State {
-    step: u64,
-    /// What must be the same for a resumed run to be the same run.
-    settings: Value,
-    /// What the verifier's calls have cost.
-    usage: Usage,
-    /// Is the step's evaluation still to come?
-    #[serde(default)]
-    unevaluated: bool,
-}
 
 /// A run under way.
 struct Live<'p> {
@@ -88,85 +76,6 @@ pub fn steps(cfg: &config::Reasoner, questions: usize) -> u64 {
     (cfg.epochs * questions as f64 / cfg.batch as f64).ceil().max(1.) as u64
 }
 
-/// That a run may write into a folder: a new or empty one, or a run's. One that has saved something is only
-/// gone on with. Gone on with is a run alone, which may have been killed before it saved anything.
-pub fn check_folder(dir: &Path, resume: bool) -> Result<()> {
-    let config = std::fs::read_to_string(dir.join("config.toml"));
-    let begun = config.is_ok_and(|text| Config::parse(&text, "config.toml").is_ok());
-    run::check_folder(dir, || begun)?;
-    ensure!(begun || !resume, "no run in {}; check --out, or leave out --resume", dir.display());
-    ensure!(
-        resume || !run::has_checkpoint(dir),
-        "{} holds a run: give --resume to go on with it, or another --out",
-        dir.display()
-    );
-    Ok(())
-}
-
-/// What a resumed run may not change, its planner and verifier by their names. Limits on memory and what is written
-/// when are one's own.
-fn settings(config: &Config, queries: &Queries, planner: &str, verifier: &str) -> Result<Value> {
-    let mut of_run = json!(config.reasoner);
-    for free in [
-        "micro_tokens",
-        "kv_cache_mb",
-        "recompute",
-        "offload",
-        "save_every",
-        "keep",
-        "missing_limit",
-        "servers",
-    ] {
-        of_run.as_object_mut().expect("a table").remove(free);
-    }
-    // Of instructions and questions what they say, too: files under one name can change, and of other
-    // questions those that were trained on may become held-out ones.
-    let prompt = planner::prompt(config)?;
-    let training = queries.training.iter().map(String::as_str);
-    let questions: Vec<&str> = training.chain(queries.held_out.texts()).collect();
-    Ok(json!({
-        "reasoner": of_run, "planner": planner,
-        "prompt": config.planner.prompt, "prompt_sha256": sha256_hex(prompt.as_bytes(), 32),
-        "questions_sha256": sha256_hex(questions.join("\n").as_bytes(), 32),
-        "verifier": verifier, "prompts": config.verifier.prompts,
-        "prompts_sha256": prompts_sha256(&config.verifier)?,
-        "max_new_tokens": config.verifier.max_new_tokens,
-        "reward": config.reward, "sandbox": config.sandbox,
-    }))
-}
-
-/// That a run which is resumed has the settings that it began with, and the step that it has come to. Its
-/// models, which need not be loaded for it, by their names.
-pub fn check_resumed(
-    dir: &Path,
-    config: &Config,
-    queries: &Queries,
-    planner: &str,
-    verifier: &str,
-) -> Result<u64> {
-    if run::has_checkpoint(dir)
-        && let Some(saved) = Checkpoints::of(&dir.join("checkpoints")).newest(|_| ())?
-    {
-        return Ok(saved_state(dir, &saved, &settings(config, queries, planner, verifier)?)?.step);
-    }
-    Ok(0)
-}
-
-/// Where a run's checkpoint stands, if it was made with these settings.
-fn saved_state(dir: &Path, saved: &Saved, settings: &Value) -> Result<State> {
-    let named = || saved.path.display().to_string();
-    let text = std::fs::read_to_string(saved.path.join("state.json")).with_context(named)?;
-    let state: State = serde_json::from_str(&text).with_context(named)?;
-    if state.settings != *settings {
-        bail!(
-            "{} was made with other settings: {}",
-            dir.display(),
-            differences(&state.settings, settings).join("; ")
-        )
-    }
-    Ok(state)
-}
-
 /// What a run needs besides its policy.
 pub struct Training<'a> {
     pub config: &'a Config,
@@ -185,28 +94,6 @@ pub struct Ended {
     pub of: u64,
     /// The best evaluation's step and mean reward.
     pub best: Option<(u64, f64)>,
-}
-
-/// A step's rollouts, of which the first `kept` are learnt from.
-struct Gathered {
-    rollouts: Vec<Rollout>,
-    kept: usize,
-    clock: Clock,
-}
-
-/// One rollout with what came of it.
-struct Rollout {
-    /// Of the training questions.
-    question: usize,
-    reply: std::result::Result<ChatReply, String>,
-    scored: Scored,
-    advantage: Option<f64>,
-}
-
-impl Rollout {
-    fn text(&self) -> &str {
-        self.reply.as_ref().map_or("", |r| &r.text)
-    }
 }
 
 impl Training<'_> {
@@ -421,40 +308,7 @@ impl Training<'_> {
         Ok(state)
     }
 
-    /// A step's rollouts, scored.
-    fn gather(&mut self, engine: &dyn RolloutEngine, step: u64, bar: &ProgressBar) -> Result<Gathered> {
-        let mut clock = Clock::default();
-        let (mut rollouts, mut silent) = (Vec::new(), Vec::new());
-        for round in 0..=self.cfg().resample as u64 {
-            let mut questions = self.queries.batch(self.cfg(), step, round);
-            // Later rounds only fill the places of groups that say nothing.
-            let wanted = self.cfg().batch - rollouts.len() / self.cfg().group;
-            questions.truncate(wanted);
-            let new = self.collect(engine, &questions, step, round, &mut clock, bar)?;
-            let last = round == self.cfg().resample as u64;
-            for group in chunks(new, self.cfg().group) {
-                let spread = group.iter().any(|r| r.advantage.is_some_and(|a| a != 0.));
-                if spread || last || self.cfg().algorithm == Algorithm::Sft {
-                    rollouts.extend(group);
-                } else {
-                    silent.extend(group);
-                }
-            }
-            if rollouts.len() / self.cfg().group >= self.cfg().batch {
-                break;
-            }
-        }
-        // Figures are of all that was sampled: what says nothing to the update is good all the same, or missing.
-        let kept = rollouts.len();
-        rollouts.append(&mut silent);
-        let rewards: Vec<Option<f64>> = rollouts.iter().map(|r| r.scored.reward).collect();
-        self.check_missing(&format!("step {}", step + 1), &rewards, || {
-            rollouts.iter().find_map(|r| why_missing(r.reply.as_ref().err().map(String::as_str), &r.scored))
-        })?;
-        Ok(Gathered { rollouts, kept, clock })
-    }
-
-    /// Updates the policy by them.
+    /// Updates the policy by a step's rollouts.
     fn learn(&self, live: &mut Live, gathered: Gathered) -> Result<(Metrics, Vec<Rollout>)> {
         let Gathered { rollouts, kept, mut clock } = gathered;
         let step = live.state.step;
@@ -476,28 +330,6 @@ impl Training<'_> {
         Ok((figures, rollouts))
     }
 
-    /// That not too many rewards of a step or an evaluation are missing; `why` one of them is.
-    fn check_missing(
-        &self,
-        of: &str,
-        rewards: &[Option<f64>],
-        why: impl FnOnce() -> Option<String>,
-    ) -> Result<()> {
-        let missing = rewards.iter().filter(|r| r.is_none()).count();
-        if missing as f64 <= self.cfg().missing_limit * rewards.len() as f64 {
-            return Ok(());
-        }
-        Err(Broken(format!(
-            "{of}: {missing} of {} rewards are missing, more than reasoner.missing_limit = {} allows; {}. \
-             The last checkpoint is kept: see to the verifier ({}) and go on with --resume",
-            rewards.len(),
-            self.cfg().missing_limit,
-            why().unwrap_or_default(),
-            self.verification.judge.name()
-        ))
-        .into())
-    }
-
     /// What the update learns from a rollout, if anything.
     fn lesson(&self, r: &Rollout) -> Option<update::Scored> {
         let advantage = match self.cfg().algorithm {
@@ -511,72 +343,6 @@ impl Training<'_> {
         let sample = Sample { ids, replies, pictures: None };
         Some(update::Scored { sample, sampled: trace.log_probs.clone(), advantage })
     }
-
-    /// Samples and scores a group of replies to each question.
-    fn collect(
-        &mut self,
-        engine: &dyn RolloutEngine,
-        questions: &[usize],
-        step: u64,
-        round: u64,
-        clock: &mut Clock,
-        bar: &ProgressBar,
-    ) -> Result<Vec<Rollout>> {
-        let config = self.config;
-        let (cfg, prompt) = (&config.reasoner, planner::prompt(config)?);
-        let of_step = question_seed(cfg.seed, step as usize, round as usize);
-        let request = |(k, &q): (usize, &usize)| {
-            let turn = user_turn(&prompt, &self.queries.training[q]);
-            (0..cfg.group).map(move |i| {
-                ChatRequest::user(turn.clone(), question_seed(of_step, k, i), cfg.max_new_tokens)
-            })
-        };
-        let requests: Vec<ChatRequest> = questions.iter().enumerate().flat_map(request).collect();
-        bar.set_message("rollouts");
-        let replies = clock.time("rollouts", || engine.sample(&requests));
-        let mut texts = Vec::with_capacity(replies.len());
-        let mut kept = Vec::with_capacity(replies.len());
-        for reply in replies {
-            match reply {
-                Err(e) if e.is_of_model() => return Err(e).context("the planner failed"),
-                Ok(r) => {
-                    texts.push(whole(&r).to_owned());
-                    kept.push(Ok(r));
-                }
-                Err(e) => {
-                    texts.push(String::new());
-                    kept.push(Err(e.to_string()));
-                }
-            }
-        }
-        let asked = questions.iter().flat_map(|&q| std::iter::repeat_n(q, cfg.group));
-        let cases: Vec<(&str, &str)> = asked
-            .clone()
-            .zip(&texts)
-            .map(|(q, text)| (self.queries.training[q].as_str(), text.as_str()))
-            .collect();
-        bar.set_message("verdicts");
-        let verification = &self.verification;
-        let sandbox = &mut self.sandbox;
-        let scored = clock.time("verdicts", || verification.score(&cases, sandbox, |_| ()))?;
-        let mut out: Vec<Rollout> = asked
-            .zip(kept)
-            .zip(scored)
-            .map(|((question, reply), mut scored)| {
-                if reply.is_err() {
-                    scored.reward = None;
-                }
-                Rollout { question, reply, scored, advantage: None }
-            })
-            .collect();
-        for group in out.chunks_mut(cfg.group) {
-            let rewards: Vec<Option<f64>> = group.iter().map(|r| r.scored.reward).collect();
-            for (r, a) in group.iter_mut().zip(advantages(&rewards, cfg.objective.normalise)) {
-                r.advantage = a;
-            }
-        }
-        Ok(out)
-    }
 }
 
 /// Who samples: GRPO learns from its own policy's rollouts, SFT from the base's.
@@ -589,55 +355,5 @@ fn engine<'p>(
         (Some(servers), _) => servers,
         (None, Algorithm::Grpo) => &policy.sampler,
         (None, Algorithm::Sft) => &policy.base_sampler,
-    }
-}
-
-/// What counts of a reply: one cut at the limit is malformed, whatever its beginning says.
-fn whole(reply: &ChatReply) -> &str {
-    if reply.finish == Finish::Length { "" } else { &reply.text }
-}
-
-fn why_missing(error: Option<&str>, scored: &Scored) -> Option<String> {
-    if let Some(e) = error {
-        return Some(format!("a reply could not be had: {e}"));
-    }
-    if let Some(why) = &scored.unrun {
-        return Some(format!("a program could not be run: {why}"));
-    }
-    let (head, v) = scored.heads.iter().find(|(_, v)| v.ok.is_none())?;
-    Some(format!("the verdict on {} was {:?}", head.word(), v.said.chars().take(200).collect::<String>()))
-}
-
-fn chunks(all: Vec<Rollout>, n: usize) -> Vec<Vec<Rollout>> {
-    let mut rest = all.into_iter().peekable();
-    let mut out = Vec::new();
-    while rest.peek().is_some() {
-        out.push(rest.by_ref().take(n).collect());
-    }
-    out
-}
-
-/// A checkpoint's files.
-fn save(dir: &Path, policy: &Policy, optimiser: &AdamW, state: &State) -> Result<()> {
-    policy::write(&dir.join("trained.safetensors"), &policy.trained().tensors())?;
-    optimiser.save(&dir.join("optimiser.safetensors"))?;
-    write_atomic(&dir.join("state.json"), |w| writeln!(w, "{}", serde_json::to_string_pretty(state)?))?;
-    Ok(())
-}
-
-/// Seconds by phase.
-#[derive(Default)]
-struct Clock(BTreeMap<&'static str, f64>);
-
-impl Clock {
-    fn time<T>(&mut self, phase: &'static str, work: impl FnOnce() -> T) -> T {
-        let begun = Instant::now();
-        let out = work();
-        *self.0.entry(phase).or_default() += begun.elapsed().as_secs_f64();
-        out
-    }
-
-    fn seconds(&self, phase: &str) -> f64 {
-        self.0.get(phase).copied().unwrap_or(0.)
     }
 }
