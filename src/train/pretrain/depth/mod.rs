@@ -9,9 +9,9 @@
 //! of a thing of known size. What things are, the released encoder brings from DINOv2.) Then the same
 //! on pictures of full size, of which it is shown half the patches: a picture has one camera to tell,
 //! however many of its patches are looked at, and pictures go by 2.8 times as fast (21 a second where it was
-//! 7.6, on two cores; over 60 steps the camera's loss was no higher). Then whole ones; then the maps, with the encoder's own losses still
-//! beside them, and at last the maps above all: what the encoder knows of the camera, the maps and the scale
-//! have to make use of.
+//! 7.6, on two cores; over 60 steps the camera's loss was no higher). Then whole ones; then the maps, with
+//! the encoder's own losses still beside them, and at last the maps above all: what the encoder knows of the
+//! camera, the maps and the scale have to make use of.
 //! Everything follows from the seed and the step, so a resumed run is the same run.
 
 mod encoder;
