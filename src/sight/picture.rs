@@ -12,6 +12,9 @@ use std::path::Path;
 /// More pixels than this are refused: about what the largest cameras write.
 pub const MAX_PIXELS: u64 = 120_000_000;
 
+/// More times as long as wide, or as wide as long, are refused: Qwen3-VL's preprocessing takes no such picture.
+pub const MAX_ASPECT: u32 = 200;
+
 /// Row-major sRGB, 3 bytes a pixel, top left first.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Picture {
@@ -57,6 +60,10 @@ pub enum PictureError {
         "{name} is {width}×{height} pixels; at most {MAX_PIXELS} pixels are accepted: scale it down first"
     )]
     TooLarge { name: String, width: u32, height: u32 },
+    #[error(
+        "{name} is {width}×{height} pixels; at most {MAX_ASPECT} to 1 is accepted: cut it into parts first"
+    )]
+    TooLong { name: String, width: u32, height: u32 },
     #[error("{name} has no pixels ({width}×{height})")]
     Empty { name: String, width: u32, height: u32 },
 }
@@ -104,6 +111,9 @@ impl Picture {
         }
         if width as u64 * height as u64 > MAX_PIXELS {
             return Err(PictureError::TooLarge { name: name.to_string(), width, height });
+        }
+        if width.max(height) as u64 > width.min(height) as u64 * MAX_ASPECT as u64 {
+            return Err(PictureError::TooLong { name: name.to_string(), width, height });
         }
         // An unreadable orientation tag is no reason to refuse the picture.
         let turn = if options.exif { decoder.orientation().ok() } else { None };

@@ -35,7 +35,7 @@ fn refused(path: &Path, part: &str) {
 fn pictures_of_any_size_and_depth_open() {
     let dir = folder();
     assert_eq!(size(&save(&dir, "dot.png", image::RgbImage::new(1, 1))), (1, 1));
-    assert_eq!(size(&save(&dir, "wide.png", image::RgbImage::new(20_000, 3))), (20_000, 3));
+    assert_eq!(size(&save(&dir, "wide.png", image::RgbImage::new(20_000, 100))), (20_000, 100));
     let grey = save(&dir, "grey.png", image::GrayImage::from_pixel(2, 1, image::Luma([77])));
     assert_eq!(Picture::open(&grey).unwrap().rgb(), [77; 6]);
     let deep = image::ImageBuffer::from_pixel(1, 1, image::Luma([0xffffu16]));
@@ -61,6 +61,7 @@ fn what_is_no_picture_is_refused_by_name() {
     refused(&dir.path().join("missing.png"), "No such file");
     refused(dir.path(), "directory");
     refused(&write("empty.png", b""), "not a picture");
+    refused(&save(&dir, "thread.png", image::RgbImage::new(20_000, 99)), "200 to 1");
     refused(&write("notes.jpg", b"Dear diary,\n"), "not a picture");
     for format in ["png", "jpg", "webp", "bmp", "tiff", "gif"] {
         let whole = save(&dir, &format!("whole.{format}"), noise());
