@@ -31,8 +31,9 @@ done
 # As many questions as it takes to tell a family from the same one on shuffled pictures.
 for shuffled in "" --shuffle-pictures; do
     name=${shuffled:+_shuffled}
-    run exists$name lived-in 2500 --planner configured --families exists $shuffled
-    run families$name studio 3000 --planner configured --families count,exists $shuffled
+    run exists$name lived-in 5000 --planner configured --families exists $shuffled
+    run position$name lived-in 1000 --planner configured --families position $shuffled
+    run families$name studio 5000 --planner configured --families count,exists $shuffled
     run count$name lived-in 8000 --planner configured --families count $shuffled
 done
 run counts_tuned lived-in 2000 --planner configured "${detector[@]}" --families compare-counts,count

@@ -100,7 +100,7 @@ def of_families(what, columns):
     out += f"\n{what} (`--families {','.join(families)} --n {n}`):\n\n"
     if len(families) == 1:
         families = []
-    out += "| | all | seen frames | unseen frames | " + " | ".join(families) + " |\n"
+    out += "| | " + " | ".join(["all", "seen frames", "unseen frames", *families]) + " |\n"
     out += "|---" * (4 + len(families)) + "|\n"
     for (label, name), t in zip(columns, tables):
         cells = t["all"][:3] + [t[f][0] for f in families]
@@ -113,7 +113,8 @@ def of_families(what, columns):
             out += f"| both than {label}, points | {cells[0]} | | | " + " | ".join(cells[1:]) + " |\n"
 
 
-for name, look in (("families", "studio"), ("exists", "lived-in"), ("count", "lived-in")):
+for name, look in (("families", "studio"), ("exists", "lived-in"), ("position", "lived-in"),
+                   ("count", "lived-in")):
     of_families(f"More questions, as these figures lie near those on shuffled pictures, {look}", [
         ("both tuned, as embedded", f"{name}_{look}"), ("pictures shuffled", f"{name}_shuffled_{look}")])
 of_families("Counting, which hangs most on the detector, lived-in", [
