@@ -12,7 +12,7 @@ use std::path::Path;
 /// More pixels than this are refused: about what the largest cameras write.
 pub const MAX_PIXELS: u64 = 120_000_000;
 
-/// More times as long as wide, or as wide as long, are refused: Qwen3-VL's preprocessing takes no such picture.
+/// Longer pictures than this, long side by short side, are refused, as HF's preprocessing for Qwen3-VL does.
 pub const MAX_ASPECT: u32 = 200;
 
 /// Row-major sRGB, 3 bytes a pixel, top left first.

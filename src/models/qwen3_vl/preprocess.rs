@@ -3,12 +3,10 @@
 
 use super::vision::Grid;
 use crate::nn::resample::{self, Filter};
+use crate::sight::picture::MAX_ASPECT;
 use candle_core::{Device, Result, Tensor};
 use image::RgbImage;
 use serde::{Deserialize, Serialize};
-
-/// Longer pictures than this, long side by short side, are refused (as HF does).
-const MAX_ASPECT: f64 = 200.;
 
 /// `preprocessor_config.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -116,7 +114,8 @@ impl Processor {
         if height == 0 || width == 0 {
             candle_core::bail!("a picture of {width}×{height} pixels is empty")
         }
-        if h.max(w) / h.min(w) > MAX_ASPECT {
+        // A crop of a picture may be longer than any picture that opens.
+        if h.max(w) / h.min(w) > f64::from(MAX_ASPECT) {
             candle_core::bail!("a picture of {width}×{height} pixels is too long: {MAX_ASPECT} to 1 at most")
         }
         let factor = (self.patch_size * self.merge_size) as f64;
