@@ -219,10 +219,10 @@ fn first_part(x: &mut __m512) -> __m512i {
 
 /// A block of the result, and where it goes.
 #[derive(Clone, Copy)]
-struct Block {
+struct Block<'a> {
     rows: usize,
     cols: usize,
-    to: Place,
+    to: Place<'a>,
 }
 
 /// Multiplies packed matrices whose lines have `line` tiles each.

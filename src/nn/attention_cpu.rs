@@ -7,8 +7,8 @@
 //!
 //! Limits: one query-key dimension for keys and values; the mask takes no gradient.
 
-use super::cpu::{Held, Mat, Out, Place, Product, gemm_into};
-use super::simd::{self, LANES, madd, wide};
+use super::cpu::{self, COLUMNS, Held, Mat, Out, Place, Product, RightFactors, gemm_into};
+use super::simd::{self, wide};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -128,7 +128,8 @@ impl AttentionOp {
                 let offset = s.keys - s.queries;
                 let own = start.as_ref().map_or(0, |v| v[b] as usize);
                 let from = if *prefix > 0 { 0 } else { own.min(rows.start + offset) };
-                from..rows.end + offset
+                // Keys before the first are masked.
+                from / COLUMNS * COLUMNS..rows.end + offset
             }
             Visible::Segments(bounds) => {
                 let next = bounds.partition_point(|at| *at <= rows.start);
@@ -180,14 +181,20 @@ impl AttentionOp {
         cols: &Range<usize>,
         q: &Rows,
         k: &Rows,
+        laid: Option<&RightFactors>,
         bias: Option<&Rows>,
         p: &mut [f32],
     ) {
         let (n, m) = (rows.len(), cols.len());
         let kv = h / (self.heads / self.kv_heads);
-        let product = Product::new((n, m, s.dim), q.mat(b, h, rows.start), k.mat(b, kv, cols.start).t());
+        let (q, to) = (q.mat(b, h, rows.start), Place::new(Out::new(p), 0, m).scaled(self.scale));
         // SAFETY: `p` is borrowed exclusively.
-        unsafe { gemm_into(product, Place::new(Out::new(p), 0, m).scaled(self.scale)) }
+        unsafe {
+            match laid {
+                Some(k) => k.gemm_into(b * self.kv_heads + kv, (0..s.dim, cols.clone()), (q, n), to),
+                None => gemm_into(Product::new((n, m, s.dim), q, k.mat(b, kv, cols.start).t()), to),
+            }
+        }
         for (i, p) in p.chunks_exact_mut(m).enumerate() {
             let seen = self.mask(s, (b, h, rows.start + i), cols, bias, p);
             softmax(&mut p[..seen]);
@@ -197,26 +204,48 @@ impl AttentionOp {
 
     fn forward(&self, s: Sizes, q: &Rows, k: &Rows, v: &Rows, bias: Option<&Rows>) -> Vec<f32> {
         let width = self.heads * s.dim;
-        let mut o = vec![0f32; s.batch * s.queries * width];
         if s.queries == 1 {
+            let mut o = vec![0f32; s.batch * width];
             self.decode(s, q, k, v, bias, &mut o);
             return o;
         }
         let blocks = self.blocks(s).concat();
-        let out = Out::new(&mut o);
-        (0..s.batch * self.heads * blocks.len()).into_par_iter().for_each_init(Vec::new, |p, task| {
+        let (keys, values) = self.laid_out(s, blocks.len(), k, v).unzip();
+        let group = self.heads / self.kv_heads;
+        let attend = |p: &mut Vec<f32>, out: Out, task: usize| {
             let (bh, rows) = (task / blocks.len(), blocks[task % blocks.len()].clone());
             let (b, h) = (bh / self.heads, bh % self.heads);
             let cols = self.columns(s, b, &rows);
             p.resize(rows.len() * cols.len(), 0.);
-            self.probabilities(s, (b, h), &rows, &cols, q, k, bias, p);
-            let vm = v.mat(b, h / (self.heads / self.kv_heads), cols.start);
-            let at = (b * s.queries + rows.start) * width + h * s.dim;
-            let product = Product::new((rows.len(), s.dim, cols.len()), Mat::rows(p, cols.len()), vm);
+            self.probabilities(s, (b, h), &rows, &cols, q, k, keys.as_ref(), bias, p);
+            let to = Place::new(out, (b * s.queries + rows.start) * width + h * s.dim, width);
+            let (n, m, pm) = (rows.len(), cols.len(), Mat::rows(p, cols.len()));
             // SAFETY: the columns of head `h` in the rows of this block are this task's alone.
-            unsafe { gemm_into(product, Place::new(out, at, width)) }
-        });
-        o
+            unsafe {
+                match &values {
+                    Some(v) => v.gemm_into(b * self.kv_heads + h / group, (cols, 0..s.dim), (pm, n), to),
+                    None => gemm_into(Product::new((n, s.dim, m), pm, v.mat(b, h / group, cols.start)), to),
+                }
+            }
+        };
+        // Every block of every head is written, and the queries are in blocks, all of them.
+        cpu::written(s.batch * s.queries * width, |out| {
+            let tasks = 0..s.batch * self.heads * blocks.len();
+            tasks.into_par_iter().for_each_init(Vec::new, |p, task| attend(p, out, task));
+        })
+    }
+
+    /// Keys (transposed) and values of every head of every batch row, laid out for the products with several blocks
+    /// of queries, where that pays.
+    fn laid_out(&self, s: Sizes, blocks: usize, k: &Rows, v: &Rows) -> Option<(RightFactors, RightFactors)> {
+        let segments = matches!(&self.visible, Visible::Segments(bounds) if bounds.len() > 2);
+        if segments || blocks * self.heads / self.kv_heads < 2 {
+            return None;
+        }
+        let at = |i: usize| (i / self.kv_heads, i % self.kv_heads);
+        let count = s.batch * self.kv_heads;
+        let keys = RightFactors::new(count, (s.dim, s.keys), |i| k.mat(at(i).0, at(i).1, 0).t())?;
+        Some((keys, RightFactors::new(count, (s.keys, s.dim), |i| v.mat(at(i).0, at(i).1, 0))?))
     }
 
     /// One query per row, as in generation: plain loops over each row's own keys, so that a row's
@@ -283,7 +312,7 @@ impl AttentionOp {
                     let (n, m) = (rows.len(), cols.len());
                     p.resize(n * m, 0.);
                     dp.resize(n * m, 0.);
-                    self.probabilities(s, (b, h), rows, &cols, q, k, bias, p);
+                    self.probabilities(s, (b, h), rows, &cols, q, k, None, bias, p);
                     let (gm, qm) = (g.mat(b, h, from), q.mat(b, h, from));
                     let (km, vm) = (k.mat(b, kv, cols.start), v.mat(b, kv, cols.start));
                     let at_kv = (b * s.keys + cols.start) * wk + kv * s.dim;
@@ -350,50 +379,9 @@ wide! {
 }
 
 wide! {
-    /// `o += Σ p[j] v[j]`.
     fn decode_values(p: &[f32], v: &[f32], apart: usize, o: &mut [f32]) {
-        let mut at = 0;
-        while at < o.len() {
-            let (v, o) = (&v[at..], &mut o[at..]);
-            at += match o.len() {
-                64.. => columns::<FMA, 8>(p, v, apart, o),
-                48.. => columns::<FMA, 6>(p, v, apart, o),
-                32.. => columns::<FMA, 4>(p, v, apart, o),
-                16.. => columns::<FMA, 2>(p, v, apart, o),
-                LANES.. => columns::<FMA, 1>(p, v, apart, o),
-                rest => {
-                    for (j, &p) in p.iter().enumerate() {
-                        for (o, &v) in o.iter_mut().zip(&v[j * apart..]) {
-                            *o = madd::<FMA>(p, v, *o);
-                        }
-                    }
-                    rest
-                }
-            };
-        }
+        simd::add_rows::<FMA>(p, v, apart, o)
     }
-}
-
-/// The first `N` · 8 columns of the sum over values, kept in registers; how many they are.
-#[inline(always)]
-fn columns<const FMA: bool, const N: usize>(p: &[f32], v: &[f32], apart: usize, o: &mut [f32]) -> usize {
-    let lanes = |row: &[f32], i: usize| -> [f32; LANES] {
-        row[i * LANES..(i + 1) * LANES].try_into().expect("a slice of that length")
-    };
-    let mut sums: [[f32; LANES]; N] = std::array::from_fn(|i| lanes(o, i));
-    for (j, &p) in p.iter().enumerate() {
-        let v = &v[j * apart..j * apart + N * LANES];
-        for (i, sum) in sums.iter_mut().enumerate() {
-            let v = lanes(v, i);
-            for l in 0..LANES {
-                sum[l] = madd::<FMA>(p, v[l], sum[l]);
-            }
-        }
-    }
-    for (o, sum) in o.chunks_exact_mut(LANES).zip(sums) {
-        o.copy_from_slice(&sum);
-    }
-    N * LANES
 }
 
 fn from_start<'a>(s: &'a CpuStorage, l: &Layout) -> Result<&'a [f32]> {

@@ -4,6 +4,7 @@
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, StorageRef, Tensor};
 use rayon::prelude::*;
 use std::cell::Cell;
+use std::ops::Range;
 
 thread_local! {
     static COMPOSED: Cell<bool> = const { Cell::new(false) };
@@ -226,22 +227,24 @@ impl<'a> Product<'a> {
     }
 }
 
-/// Where a product goes: `out = scale · product (+ out)`.
+/// Where a product goes: `out = scale · product (+ out, or + bias)`.
 #[derive(Clone, Copy)]
-pub(super) struct Place {
+pub(super) struct Place<'a> {
     pub out: Out,
     /// Its first element, and how far its rows are apart.
     pub at: usize,
     pub apart: usize,
     /// Is it added to what is there?
     pub add: bool,
+    /// One number a column, which is added to every row; only where nothing else is.
+    pub bias: Option<&'a [f32]>,
     pub scale: f32,
 }
 
-impl Place {
+impl<'a> Place<'a> {
     /// In place of what is there, unscaled.
     pub fn new(out: Out, at: usize, apart: usize) -> Self {
-        Self { out, at, apart, add: false, scale: 1. }
+        Self { out, at, apart, add: false, bias: None, scale: 1. }
     }
 
     pub fn adding(self, add: bool) -> Self {
@@ -250,6 +253,24 @@ impl Place {
 
     pub fn scaled(self, scale: f32) -> Self {
         Self { scale, ..self }
+    }
+
+    /// `rows` further down.
+    #[cfg(target_arch = "x86_64")]
+    pub fn below(self, rows: usize) -> Self {
+        Self { at: self.at + rows * self.apart, ..self }
+    }
+
+    /// `cols` further to the right.
+    #[cfg(target_arch = "x86_64")]
+    pub fn right(self, cols: usize) -> Self {
+        Self { at: self.at + cols, bias: self.bias.map(|b| &b[cols..]), ..self }
+    }
+
+    /// Where a later part of a sum goes, `before` terms of which are there.
+    #[cfg(target_arch = "x86_64")]
+    pub fn after(self, before: usize) -> Self {
+        if before > 0 { Self { add: true, bias: None, ..self } } else { self }
     }
 }
 
@@ -264,17 +285,31 @@ pub(super) unsafe fn gemm_into(product: Product, to: Place) {
     }
     let end = to.at + (m - 1) * to.apart + n;
     assert!(a.holds(m, k) && b.holds(k, n) && end <= to.out.len, "gemm out of bounds");
+    assert!(to.bias.is_none_or(|b| b.len() == n && !to.add), "gemm: bias");
     #[cfg(target_arch = "x86_64")]
     if let Some(parts) = super::Precision::chosen().parts()
         && m.min(n).min(k) >= LEAST_SIDE
         && m * n * k >= LEAST_PRODUCT
     {
         // SAFETY: as below; `parts` is given only where the CPU has what it takes.
-        unsafe { super::amx::product(product, parts, to) }
+        unsafe { super::amx::product(product, parts, bias_first(m, to)) }
         return;
     }
     // SAFETY: the assertion keeps all three matrices inside their slices; `to` is the caller's word.
     unsafe { f32_gemm(product, to) }
+}
+
+/// Writes the bias, if there is one, to `m` rows, for the product to be added to.
+///
+/// # Safety
+/// As of `gemm_into`.
+unsafe fn bias_first(m: usize, to: Place) -> Place {
+    let Some(bias) = to.bias else { return to };
+    for row in 0..m {
+        // SAFETY: by the caller's word.
+        unsafe { to.out.put(to.at + row * to.apart, bias) }
+    }
+    Place { add: true, bias: None, ..to }
 }
 
 /// [`gemm_into`] in f32, whatever the precision chosen.
@@ -289,6 +324,8 @@ pub(super) unsafe fn f32_gemm(product: Product, to: Place) {
         unsafe { super::fma::product(product, to) }
         return;
     }
+    // SAFETY: by the caller's word.
+    let to = unsafe { bias_first(m, to) };
     let threads = rayon::current_num_threads();
     let parallelism =
         if parallel && threads > 1 { gemm::Parallelism::Rayon(threads) } else { gemm::Parallelism::None };
@@ -327,22 +364,98 @@ pub(super) fn gemm(sizes: (usize, usize, usize), out: &mut [f32], accumulate: bo
 }
 
 /// `a b` `[m, n]` in memory that nobody wrote to before.
-pub(super) fn product((m, n, k): (usize, usize, usize), a: Mat, b: Mat) -> Vec<f32> {
+pub(super) fn product(sizes: (usize, usize, usize), a: Mat, b: Mat) -> Vec<f32> {
+    affine(sizes, a, b, None)
+}
+
+/// `a b + bias` `[m, n]`, with one number of the bias a column.
+pub(super) fn affine((m, n, k): (usize, usize, usize), a: Mat, b: Mat, bias: Option<&[f32]>) -> Vec<f32> {
     if m.min(n) < 2 || k == 0 {
         // The library takes products with a vector for sums into what is there.
-        let mut y = vec![0.; m * n];
-        gemm((m, n, k), &mut y, false, a, b);
+        let mut y = match bias {
+            Some(bias) => bias.repeat(m),
+            None => vec![0.; m * n],
+        };
+        gemm((m, n, k), &mut y, true, a, b);
         return y;
     }
-    let mut y = Vec::with_capacity(m * n);
-    let out = Out { ptr: y.as_mut_ptr(), len: m * n };
-    // SAFETY: the memory is this function's alone, and every element of it is written.
-    unsafe {
-        gemm_into(Product::new((m, n, k), a, b).parallel(), Place::new(out, 0, n));
-        y.set_len(m * n);
-    }
+    let of = Product::new((m, n, k), a, b).parallel();
+    written(m * n, |out| {
+        let to = Place { bias, ..Place::new(out, 0, n) };
+        // SAFETY: the memory is this function's alone.
+        unsafe { gemm_into(of, to) }
+    })
+}
+
+/// `len` numbers that `f` writes, every one, to memory that nobody wrote to before.
+pub(super) fn written(len: usize, f: impl FnOnce(Out)) -> Vec<f32> {
+    let mut y = Vec::with_capacity(len);
+    f(Out { ptr: y.as_mut_ptr(), len });
+    // SAFETY: they are written.
+    unsafe { y.set_len(len) };
     y
 }
+
+/// Matrices of one size, each the right factor of many products, which are laid out for those once.
+pub(super) struct RightFactors {
+    #[cfg(target_arch = "x86_64")]
+    panels: super::fma::Panels,
+    #[cfg(not(target_arch = "x86_64"))]
+    none: std::convert::Infallible,
+}
+
+impl RightFactors {
+    /// `count` of `[k, n]`. `None` where products must lay them out by themselves: on processors without kernels of
+    /// our own, and in other precisions than f32.
+    #[cfg(target_arch = "x86_64")]
+    pub fn new<'a>(
+        count: usize,
+        (k, n): (usize, usize),
+        of: impl Fn(usize) -> Mat<'a> + Sync,
+    ) -> Option<Self> {
+        let fit = n >= LEAST_COLS && k >= LEAST_DEPTH && super::Precision::chosen().parts().is_none();
+        if !fit || !super::fma::available() {
+            return None;
+        }
+        assert!((0..count).all(|i| of(i).holds(k, n)), "gemm out of bounds");
+        // SAFETY: the processor has the instructions, and the matrices are there.
+        Some(Self { panels: unsafe { super::fma::Panels::new(count, (k, n), of) } })
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    pub fn new<'a>(_: usize, _: (usize, usize), _: impl Fn(usize) -> Mat<'a> + Sync) -> Option<Self> {
+        None
+    }
+
+    /// The product of `a`, `[m, ks]`, with a part of the matrix `which`: of its rows `ks`, and of its columns `cols`,
+    /// from a multiple of [`COLUMNS`] on.
+    ///
+    /// # Safety
+    /// As of `gemm_into`.
+    pub unsafe fn gemm_into(
+        &self,
+        which: usize,
+        (ks, cols): (Range<usize>, Range<usize>),
+        (a, m): (Mat, usize),
+        to: Place,
+    ) {
+        #[cfg(target_arch = "x86_64")]
+        if m > 0 && !cols.is_empty() {
+            let end = to.at + (m - 1) * to.apart + cols.len();
+            assert!(a.holds(m, ks.len()) && end <= to.out.len, "gemm out of bounds");
+            // SAFETY: by the caller's word; the factors are there only where the processor has the instructions.
+            unsafe { self.panels.product(which, (ks, cols), (a, m), to) }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        {
+            let _ = (which, ks, cols, a, m, to);
+            match self.none {}
+        }
+    }
+}
+
+/// Columns of [`RightFactors`] that lie together.
+pub(super) const COLUMNS: usize = 32;
 
 /// Networks allocate and free the same large buffers at every step. Giving each back to the kernel
 /// and faulting it in again cost a quarter of a training step's time (detector, two cores). To be called

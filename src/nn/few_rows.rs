@@ -42,7 +42,7 @@ pub(super) fn product_f16(x: &[f32], w: &[f16], k: usize, part: &mut [f32], wide
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx512f") {
         // SAFETY: the processor has it.
-        return unsafe { avx512::blocks(x, w, k, part) };
+        return unsafe { avx512::dots(x, w, k, part) };
     }
     #[cfg(target_arch = "x86_64")]
     if x.len() / k <= avx2::FEWEST
@@ -77,7 +77,7 @@ pub(super) fn product(x: &[f32], w: &[f32], k: usize, part: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx512f") {
         // SAFETY: the processor has it.
-        return unsafe { avx512::blocks(x, w, k, part) };
+        return unsafe { avx512::dots(x, w, k, part) };
     }
     dots(x, w, k, part)
 }
@@ -303,129 +303,195 @@ mod avx2 {
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
-    use crate::nn::simd::transpose;
+    use crate::nn::simd::mask16;
     use gemm::f16;
     use std::arch::x86_64::*;
 
+    const LANES: usize = 16;
+    /// Rows of `x` and of the weight whose products grow together, in 24 registers.
+    const ROWS: usize = 6;
+    const COLS: usize = 4;
+    /// Of `k` at once: so much of six rows of `x` stays in the innermost cache.
+    const DEPTH: usize = 1024;
+    /// Bytes.
+    const CACHE_LINE: usize = 64;
+
     /// Numbers of a weight.
     pub trait Element: Copy {
-        /// The first `n` of at most 16, as f32; zeros beyond.
+        /// The first sixteen, as f32.
         ///
         /// # Safety
-        /// The processor must have AVX-512; `n` of them are read.
-        unsafe fn load(from: *const Self, n: usize) -> __m512;
+        /// The processor must have AVX-512; sixteen of them are read.
+        unsafe fn sixteen(from: *const Self) -> __m512;
+
+        /// The first `n`, fewer than sixteen, with zeros beyond.
+        ///
+        /// # Safety
+        /// As of [`sixteen`](Self::sixteen), but no more than `n` are read.
+        unsafe fn rest(from: *const Self, n: usize) -> __m512;
     }
 
     impl Element for f32 {
         #[inline(always)]
-        unsafe fn load(from: *const Self, n: usize) -> __m512 {
+        unsafe fn sixteen(from: *const Self) -> __m512 {
             // SAFETY: by the caller's word.
-            unsafe { _mm512_maskz_loadu_ps(mask(n), from) }
+            unsafe { _mm512_loadu_ps(from) }
+        }
+
+        #[inline(always)]
+        unsafe fn rest(from: *const Self, n: usize) -> __m512 {
+            // SAFETY: as above.
+            unsafe { _mm512_maskz_loadu_ps(mask16(n), from) }
         }
     }
 
     impl Element for f16 {
         #[inline(always)]
-        unsafe fn load(from: *const Self, n: usize) -> __m512 {
+        unsafe fn sixteen(from: *const Self) -> __m512 {
             // SAFETY: by the caller's word.
+            unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
+        }
+
+        #[inline(always)]
+        unsafe fn rest(from: *const Self, n: usize) -> __m512 {
+            let mut halves = [f16::ZERO; LANES];
+            // SAFETY: by the caller's word; there are sixteen then.
             unsafe {
-                if n == SIDE {
-                    return _mm512_cvtph_ps(_mm256_loadu_si256(from.cast()));
-                }
-                let mut halves = [f16::ZERO; SIDE];
                 std::ptr::copy_nonoverlapping(from, halves.as_mut_ptr(), n);
-                _mm512_cvtph_ps(_mm256_loadu_si256(halves.as_ptr().cast()))
+                Self::sixteen(halves.as_ptr())
             }
         }
     }
 
-    /// Side of a block of the weight: what 16 registers hold.
-    const SIDE: usize = 16;
-
-    /// Takes the weight in blocks of 16 × 16, transposed in registers, so that 16 outputs of a row grow
-    /// together and none has to be summed over lanes. An element is summed over `k` from its beginning.
+    /// `part = x wᵀ`. Each product is summed in sixteen lanes, [`DEPTH`] of `k` after another: in one order
+    /// whatever else is in the matrices.
+    ///
+    /// What follows the weight in memory, which is likely the next task's, is asked for meanwhile: else
+    /// the first six rows wait for their weight, and the memory for the other rows.
     #[target_feature(enable = "avx512f")]
-    pub fn blocks<T: Element>(x: &[f32], w: &[T], k: usize, part: &mut [f32]) {
+    pub fn dots<T: Element>(x: &[f32], w: &[T], k: usize, part: &mut [f32]) {
         let (rows, out) = (x.len() / k, w.len() / k);
         assert!(x.len() == rows * k && w.len() == out * k && part.len() == rows * out);
-        for col in (0..out).step_by(SIDE) {
-            let cols = SIDE.min(out - col);
-            for at in (0..k).step_by(SIDE) {
-                let depth = SIDE.min(k - at);
-                let block = load(&w[col * k + at..], k, cols, depth);
-                let mut row = 0;
-                while row < rows {
-                    let step = match rows - row {
-                        8.. => 8,
-                        4.. => 4,
-                        _ => 1,
-                    };
-                    let (x, to) = (&x[row * k + at..], &mut part[row * out + col..]);
-                    match (step, depth) {
-                        (8, SIDE) => grow::<8, SIDE>(&block, x, k, to, out, cols, SIDE),
-                        (8, _) => grow::<8, 0>(&block, x, k, to, out, cols, depth),
-                        (4, SIDE) => grow::<4, SIDE>(&block, x, k, to, out, cols, SIDE),
-                        (4, _) => grow::<4, 0>(&block, x, k, to, out, cols, depth),
-                        (_, SIDE) => grow::<1, SIDE>(&block, x, k, to, out, cols, SIDE),
-                        _ => grow::<1, 0>(&block, x, k, to, out, cols, depth),
+        let groups = rows.div_ceil(ROWS);
+        let mut next = Ahead::new(w, groups * k.div_ceil(LANES) * out.div_ceil(COLS));
+        for from in (0..k).step_by(DEPTH) {
+            let depth = DEPTH.min(k - from);
+            let mut first = 0;
+            // Groups of one size, nearly.
+            for group in 0..groups {
+                let count = (rows - first).div_ceil(groups - group);
+                let x = Rows { data: &x[first * k..(first + count) * k], k, from, depth };
+                for (c, w) in w.chunks(COLS * k).enumerate() {
+                    let w = Rows { data: w, k, from, depth };
+                    let to = &mut part[first * out + c * COLS..];
+                    match count {
+                        1 => tile::<T, 1>(x, w, to, out, &mut next),
+                        2 => tile::<T, 2>(x, w, to, out, &mut next),
+                        3 => tile::<T, 3>(x, w, to, out, &mut next),
+                        4 => tile::<T, 4>(x, w, to, out, &mut next),
+                        5 => tile::<T, 5>(x, w, to, out, &mut next),
+                        _ => tile::<T, ROWS>(x, w, to, out, &mut next),
                     }
-                    row += step;
+                }
+                first += count;
+            }
+        }
+    }
+
+    /// Rows of `k` numbers, of which `depth` from `from` on are meant.
+    #[derive(Clone, Copy)]
+    struct Rows<'a, T> {
+        data: &'a [T],
+        k: usize,
+        from: usize,
+        depth: usize,
+    }
+
+    /// Memory to be asked for, so much at each step.
+    struct Ahead {
+        at: *const i8,
+        step: usize,
+    }
+
+    impl Ahead {
+        /// As much as the weight has, after it.
+        fn new<T>(w: &[T], steps: usize) -> Self {
+            Self { at: w.as_ptr_range().end.cast(), step: size_of_val(w) / steps.max(1) }
+        }
+
+        #[inline(always)]
+        fn ask(&mut self) {
+            for line in (0..self.step.max(1)).step_by(CACHE_LINE) {
+                // SAFETY: a hint, which reads nothing, wherever it points.
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(self.at.wrapping_add(line)) };
+            }
+            self.at = self.at.wrapping_add(self.step);
+        }
+    }
+
+    /// `R` rows of `x` by up to four of the weight: written, or added to what was written of less of `k`.
+    #[target_feature(enable = "avx512f")]
+    fn tile<T: Element, const R: usize>(
+        x: Rows<f32>,
+        w: Rows<T>,
+        to: &mut [f32],
+        out: usize,
+        next: &mut Ahead,
+    ) {
+        let Rows { k, from, depth, .. } = x;
+        let cols = w.data.len() / k;
+        assert!(x.data.len() == R * k && (1..=COLS).contains(&cols) && w.data.len() == cols * k);
+        assert!(from + depth <= k && (R - 1) * out + cols <= to.len());
+        // Where there are fewer rows of the weight, the last one again.
+        let w_at: [usize; COLS] = [0, 1, 2, 3].map(|c: usize| c.min(cols - 1) * k + from);
+        let mut sums = [[_mm512_setzero_ps(); COLS]; R];
+        let whole = depth / LANES * LANES;
+        // SAFETY: what is read is inside the rows as asserted.
+        unsafe {
+            for at in (0..whole).step_by(LANES) {
+                let mut xs = [_mm512_setzero_ps(); R];
+                for (r, x_r) in xs.iter_mut().enumerate() {
+                    *x_r = _mm512_loadu_ps(x.data.as_ptr().add(r * k + from + at));
+                }
+                for c in 0..COLS {
+                    let w_c = T::sixteen(w.data.as_ptr().add(w_at[c] + at));
+                    for r in 0..R {
+                        sums[r][c] = _mm512_fmadd_ps(xs[r], w_c, sums[r][c]);
+                    }
+                }
+                next.ask();
+            }
+            let rest = depth - whole;
+            if rest > 0 {
+                for c in 0..COLS {
+                    let w_c = T::rest(w.data.as_ptr().add(w_at[c] + whole), rest);
+                    for (r, sums) in sums.iter_mut().enumerate() {
+                        let x_r = f32::rest(x.data.as_ptr().add(r * k + from + whole), rest);
+                        sums[c] = _mm512_fmadd_ps(x_r, w_c, sums[c]);
+                    }
                 }
             }
         }
-    }
-
-    fn mask(n: usize) -> __mmask16 {
-        (0xffff_u32 >> (SIDE - n)) as __mmask16
-    }
-
-    /// `cols` rows of the weight, `depth` of `k`, as `depth` registers of `cols` numbers; zeros beyond.
-    #[target_feature(enable = "avx512f")]
-    fn load<T: Element>(w: &[T], k: usize, cols: usize, depth: usize) -> [__m512; SIDE] {
-        let mut rows = [_mm512_setzero_si512(); SIDE];
-        for (i, row) in rows.iter_mut().enumerate().take(cols) {
-            let from = &w[i * k..i * k + depth];
-            // SAFETY: only the first `depth` are read.
-            *row = unsafe { _mm512_castps_si512(T::load(from.as_ptr(), depth)) };
-        }
-        // Not by `map`, whose closure is called, sixteen times.
-        let mut block = [_mm512_setzero_ps(); SIDE];
-        for (to, row) in block.iter_mut().zip(transpose(rows)) {
-            *to = _mm512_castsi512_ps(row);
-        }
-        block
-    }
-
-    /// Adds a block's part to `R` rows of 16 outputs. `D` is `depth` where that is 16, which unrolls the
-    /// loop, else 0.
-    #[target_feature(enable = "avx512f")]
-    fn grow<const R: usize, const D: usize>(
-        block: &[__m512; SIDE],
-        x: &[f32],
-        k: usize,
-        to: &mut [f32],
-        out: usize,
-        cols: usize,
-        depth: usize,
-    ) {
-        let depth = if D > 0 { D } else { depth };
-        assert!((R - 1) * k + depth <= x.len() && (R - 1) * out + cols <= to.len());
-        let mut sums = [_mm512_setzero_ps(); R];
-        for (r, sum) in sums.iter_mut().enumerate() {
-            // SAFETY: in bounds as asserted; only `cols` are read.
-            *sum = unsafe { _mm512_maskz_loadu_ps(mask(cols), to.as_ptr().add(r * out)) };
-        }
-        for (i, block) in block.iter().enumerate().take(depth) {
-            for (r, sum) in sums.iter_mut().enumerate() {
-                // SAFETY: in bounds as asserted.
-                let x = _mm512_set1_ps(unsafe { *x.get_unchecked(r * k + i) });
-                *sum = _mm512_fmadd_ps(x, *block, *sum);
+        for (r, sums) in sums.into_iter().enumerate() {
+            let to = &mut to[r * out..r * out + cols];
+            let mut of_row = [0.; COLS];
+            // SAFETY: there is room for four.
+            unsafe { _mm_storeu_ps(of_row.as_mut_ptr(), totals(sums)) };
+            for (to, of_row) in to.iter_mut().zip(of_row) {
+                *to = if from > 0 { *to + of_row } else { of_row };
             }
         }
-        for (r, sum) in sums.iter().enumerate() {
-            // SAFETY: in bounds as asserted; only `cols` are written.
-            unsafe { _mm512_mask_storeu_ps(to.as_mut_ptr().add(r * out), mask(cols), *sum) }
-        }
+    }
+
+    /// The sums of four registers' lanes.
+    #[target_feature(enable = "avx512f")]
+    fn totals([a, b, c, d]: [__m512; COLS]) -> __m128 {
+        let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        let cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+        // Now each quarter has four sums of four lanes.
+        let all = _mm512_add_ps(_mm512_shuffle_ps::<0x44>(ab, cd), _mm512_shuffle_ps::<0xee>(ab, cd));
+        let halves = _mm512_add_ps(all, _mm512_shuffle_f32x4::<0x4e>(all, all));
+        _mm512_castps512_ps128(_mm512_add_ps(halves, _mm512_shuffle_f32x4::<0xb1>(halves, halves)))
     }
 }
 
@@ -436,7 +502,9 @@ mod tests {
 
     #[test]
     fn all_kernels_give_the_product() -> candle_core::Result<()> {
-        for (rows, out, k) in [(1, 1, 1), (3, 5, 7), (5, 16, 16), (6, 33, 45), (64, 70, 96), (9, 260, 37)] {
+        for (rows, out, k) in
+            [(1, 1, 1), (3, 5, 7), (5, 16, 16), (6, 33, 45), (64, 70, 96), (9, 260, 37), (7, 6, 2500)]
+        {
             let (x, w) = (random((rows, k), 1)?, random((out, k), 2)?);
             let (x, w): (Vec<f32>, Vec<f32>) = (x.flatten_all()?.to_vec1()?, w.flatten_all()?.to_vec1()?);
             let of = |kernel: fn(&[f32], &[f32], usize, &mut [f32])| {
@@ -471,9 +539,11 @@ mod tests {
             let got = of(&|y| product_f16(&x, &halves, k, y, &mut Vec::new()));
             assert!(got == of(&|y| product(&x, &w, k, y)), "{rows} {out} {k}");
             // A row alone, and among others.
-            let mut alone = vec![0f32; out];
-            dots(&x[(rows - 1) * k..], &w, k, &mut alone);
-            assert!(alone == of(&|y| dots(&x, &w, k, y))[(rows - 1) * out..], "{rows} {out} {k}");
+            for kernel in [product, dots] {
+                let mut alone = vec![0f32; out];
+                kernel(&x[(rows - 1) * k..], &w, k, &mut alone);
+                assert!(alone == of(&|y| kernel(&x, &w, k, y))[(rows - 1) * out..], "{rows} {out} {k}");
+            }
             let got = of(&|y| dots_f16(&x, &halves, k, y, &mut Vec::new()));
             assert!(got == of(&|y| dots(&x, &w, k, y)), "{rows} {out} {k}");
         }

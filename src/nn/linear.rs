@@ -1,7 +1,7 @@
 //! Linear and embedding layers, weights in the checkpoint's layout (`[out, in]`).
 
 use super::Act;
-use super::cpu::{self, Held, Mat, par_rows};
+use super::cpu::{self, Held, Mat};
 use super::few_rows::{FEW, few_rows};
 #[cfg(feature = "cuda")]
 use super::gpu_ops;
@@ -268,16 +268,12 @@ impl LinearOp {
     ) -> Result<(CpuStorage, Shape)> {
         let (out, k) = lw.shape().dims2()?;
         let rows = x.len() / k;
-        let y = match b {
-            None if rows > FEW => cpu::product((rows, out, k), Mat::rows(x, k), Mat::rows(w, k).t()),
-            _ => {
-                let mut y = vec![0f32; rows * out];
-                if let Some(b) = b {
-                    par_rows(&mut y, out, |_, y| y.chunks_exact_mut(out).for_each(|y| y.copy_from_slice(b)));
-                }
-                Self::product(x, w, k, &mut y, b.is_some());
-                y
-            }
+        let y = if rows > FEW {
+            cpu::affine((rows, out, k), Mat::rows(x, k), Mat::rows(w, k).t(), b)
+        } else {
+            let mut y = b.map_or_else(|| vec![0.; rows * out], |b| b.repeat(rows));
+            few_rows(x, w, k, &mut y);
+            y
         };
         let mut shape = lx.dims().to_vec();
         shape[lx.dims().len() - 1] = out;

@@ -191,6 +191,13 @@ struct Samples {
     scale: Vec<[f32; 2]>,
     /// `None` of what lies outside.
     corners: Vec<Option<Corners>>,
+    taps: Vec<Tap>,
+}
+
+/// A row of numbers to be read: where it begins, and what it counts for.
+struct Tap {
+    at: usize,
+    weight: f32,
 }
 
 /// A bilinear sample: token index of each corner (or `NONE`), and the fractions.
@@ -203,9 +210,13 @@ struct Corners {
 
 const NONE: usize = usize::MAX;
 
+/// Reads of a token from which on it pays to lay a head's tokens side by side.
+const OFTEN: usize = 8;
+
 impl Corners {
     /// Corners in the order (y0,x0), (y0,x1), (y1,x0), (y1,x1), the level's tokens beginning at `start`. `None`
     /// if all lie outside.
+    #[inline(always)]
     fn new([x, y]: [f32; 2], (h, w): (usize, usize), start: usize) -> Option<Self> {
         let (x, y) = (x * w as f32 - 0.5, y * h as f32 - 0.5);
         // Written so that a NaN counts as outside.
@@ -222,6 +233,7 @@ impl Corners {
         Some(Self { token, fx: x - x0, fy: y - y0 })
     }
 
+    #[inline(always)]
     fn weights(&self) -> [f32; 4] {
         let (x, y) = (self.fx, self.fy);
         [(1. - x) * (1. - y), x * (1. - y), (1. - x) * y, x * y]
@@ -273,11 +285,18 @@ impl Msda {
 
     fn buffers(&self) -> Samples {
         let n = self.shapes.len() * self.points;
-        Samples { at: vec![[0.; 2]; n], weight: vec![0.; n], scale: vec![[1.; 2]; n], corners: vec![None; n] }
+        Samples {
+            at: vec![[0.; 2]; n],
+            weight: vec![0.; n],
+            scale: vec![[1.; 2]; n],
+            corners: vec![None; n],
+            taps: Vec::with_capacity(4 * n),
+        }
     }
 
     /// Finds the corners of what [`Self::prepare`] has placed. Queries look all over the picture, so waiting for
     /// memory is most of the work: `soon` hears of each token before any is needed.
+    #[inline(always)]
     fn find(&self, s: &mut Samples, soon: impl Fn(usize)) {
         let mut start = 0;
         for (level, &(h, w)) in self.shapes.iter().enumerate() {
@@ -293,6 +312,7 @@ impl Msda {
     }
 
     /// `place` and `mass` are this head's part of the second and third argument.
+    #[inline(always)]
     fn prepare(&self, b: usize, q: usize, place: &[f32], mass: &[f32], out: &mut Samples) {
         let Some(r) = &self.reference else {
             for (o, p) in out.at.iter_mut().zip(place.chunks_exact(2)) {
@@ -331,21 +351,10 @@ impl Msda {
         out.par_chunks_mut(row).with_min_len(8).enumerate().for_each_init(
             || self.buffers(),
             |s, (i, out)| {
-                let (b, q) = (i / d.queries, i % d.queries);
-                let value = &value[b * d.tokens * row..][..d.tokens * row];
-                for (h, out) in out.chunks_exact_mut(d.dim).enumerate() {
-                    let k = (i * d.heads + h) * d.samples;
-                    self.prepare(b, q, &place[2 * k..][..2 * d.samples], &mass[k..][..d.samples], s);
-                    self.find(s, |t| cpu::prefetch(value, t * row + h * d.dim, d.dim));
-                    for (c, mass) in s.corners.iter().zip(&s.weight) {
-                        let Some(c) = c else { continue };
-                        for (t, w) in c.token.into_iter().zip(c.weights()) {
-                            if t != NONE {
-                                axpy(w * mass, &value[t * row + h * d.dim..][..d.dim], out);
-                            }
-                        }
-                    }
-                }
+                let value = &value[i / d.queries * d.tokens * row..][..d.tokens * row];
+                let k = i * d.heads * d.samples;
+                let n = d.heads * d.samples;
+                query_forward(self, d, i, value, &place[2 * k..][..2 * n], &mass[k..][..n], s, out);
             },
         );
         out
@@ -368,46 +377,31 @@ impl Msda {
         let mut gm = vec![0f32; d.batch * d.queries * d.heads * d.samples];
         let of_value = Out { ptr: gv.as_mut_ptr(), len: of_values };
         let (of_place, of_mass) = (Out::new(&mut gp), Out::new(&mut gm));
-        let plane = || vec![0f32; d.tokens * d.dim];
-        let buffers = || (plane(), plane(), self.buffers());
-        (0..d.batch * d.heads).into_par_iter().for_each_init(buffers, |(v, gv, s), i| {
+        // One head's tokens side by side fit caches better than every eighth part of a row, by more than the copy
+        // costs if they are read often.
+        let together = 4 * d.queries * d.samples >= OFTEN * d.tokens;
+        let plane = |wanted: bool| vec![0f32; if wanted { d.tokens * d.dim } else { 0 }];
+        let of_head = || vec![0f32; d.queries * d.samples];
+        let buffers =
+            || (plane(together), plane(true), self.buffers(), [of_head(), of_head()].concat(), of_head());
+        (0..d.batch * d.heads).into_par_iter().for_each_init(buffers, |(v, gv, s, gp, gm), i| {
             let (b, h) = (i / d.heads, i % d.heads);
-            // One head's tokens side by side fit caches better than every eighth part of a row, by more than the
-            // two copies cost.
-            for (v, row) in v.chunks_exact_mut(d.dim).zip(value[b * d.tokens * row..].chunks_exact(row)) {
+            let picture = &value[b * d.tokens * row..][..d.tokens * row];
+            for (v, row) in v.chunks_exact_mut(d.dim).zip(picture.chunks_exact(row)) {
                 v.copy_from_slice(&row[h * d.dim..][..d.dim]);
             }
+            let (v, apart) = if together { (&v[..], d.dim) } else { (&picture[h * d.dim..], row) };
             gv.fill(0.);
-            for q in b * d.queries..(b + 1) * d.queries {
-                let g = &grad[q * row + h * d.dim..][..d.dim];
-                let k = (q * d.heads + h) * d.samples;
-                let (place, mass) = (&place[2 * k..][..2 * d.samples], &mass[k..][..d.samples]);
-                self.prepare(b, q % d.queries, place, mass, s);
-                self.find(s, |t| cpu::prefetch(v, t * d.dim, d.dim));
-                // SAFETY: this head of this picture is worked on here alone, and no part is held twice.
-                let (gp, gm) = unsafe { (of_place.part(2 * k, 2 * d.samples), of_mass.part(k, d.samples)) };
-                for (level, &(lh, lw)) in self.shapes.iter().enumerate() {
-                    for j in level * self.points..(level + 1) * self.points {
-                        let Some(c) = &s.corners[j] else { continue };
-                        let (cw, a) = (c.weights(), s.weight[j]);
-                        let mut dots = [0f32; 4];
-                        for (k, t) in c.token.into_iter().enumerate() {
-                            if t != NONE {
-                                let at = t * d.dim..(t + 1) * d.dim;
-                                dots[k] = dot_add(&v[at.clone()], g, a * cw[k], &mut gv[at]);
-                            }
-                        }
-                        let [v00, v01, v10, v11] = dots;
-                        gm[j] = dots.iter().zip(cw).map(|(v, w)| v * w).sum();
-                        let gx = (v01 - v00) * (1. - c.fy) + (v11 - v10) * c.fy;
-                        let gy = (v10 - v00) * (1. - c.fx) + (v11 - v01) * c.fx;
-                        gp[2 * j] = a * gx * lw as f32 * s.scale[j][0];
-                        gp[2 * j + 1] = a * gy * lh as f32 * s.scale[j][1];
-                    }
-                }
-                if self.reference.is_some() {
-                    let mean: f32 = gm.iter().zip(&s.weight).map(|(g, w)| g * w).sum();
-                    gm.iter_mut().zip(&s.weight).for_each(|(g, w)| *g = w * (*g - mean));
+            gp.fill(0.);
+            gm.fill(0.);
+            head_backward(self, d, (b, h), (v, apart), place, mass, grad, s, gv, gp, gm);
+            let of_query = (2 * d.samples).max(2);
+            for (q, (gp, gm)) in gp.chunks_exact(of_query).zip(gm.chunks_exact(of_query / 2)).enumerate() {
+                let k = ((b * d.queries + q) * d.heads + h) * d.samples;
+                // SAFETY: this head of this picture is worked on here alone.
+                unsafe {
+                    of_place.put(2 * k, gp);
+                    of_mass.put(k, gm);
                 }
             }
             for (t, gv) in gv.chunks_exact(d.dim).enumerate() {
@@ -422,18 +416,130 @@ impl Msda {
 }
 
 wide! {
-    /// `y += a x`.
-    fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
-        y.iter_mut().zip(x).for_each(|(y, x)| *y = madd::<FMA>(a, *x, *y));
+    /// One query, the `i`-th of all pictures': `place` and `mass` are its part of the second and third argument, `value`
+    /// is its picture's.
+    fn query_forward(
+        op: &Msda,
+        d: &Dims,
+        i: usize,
+        value: &[f32],
+        place: &[f32],
+        mass: &[f32],
+        s: &mut Samples,
+        out: &mut [f32],
+    ) {
+        let row = d.heads * d.dim;
+        for (h, out) in out.chunks_exact_mut(d.dim).enumerate() {
+            let k = h * d.samples;
+            op.prepare(i / d.queries, i % d.queries, &place[2 * k..][..2 * d.samples], &mass[k..][..d.samples], s);
+            op.find(s, |t| cpu::prefetch(value, t * row + h * d.dim, d.dim));
+            s.taps.clear();
+            for (c, mass) in s.corners.iter().zip(&s.weight) {
+                let Some(c) = c else { continue };
+                for (t, w) in c.token.into_iter().zip(c.weights()) {
+                    if t != NONE {
+                        s.taps.push(Tap { at: t * row + h * d.dim, weight: w * mass });
+                    }
+                }
+            }
+            gather::<FMA>(&s.taps, value, out);
+        }
     }
 }
 
 wide! {
-    /// `x · g`, and `y += a g`.
-    fn dot_add(x: &[f32], g: &[f32], a: f32, y: &mut [f32]) -> f32 {
-        y.iter_mut().zip(g).for_each(|(y, g)| *y = madd::<FMA>(a, *g, *y));
-        simd::dot::<FMA>(x, g)
+    /// The gradients of one head of one picture: added to those of its values `gv`, token by token; of its part of the
+    /// second and third argument `gp` and `gm`, query by query, where zeros are. Its tokens begin so far apart in `v`.
+    fn head_backward(
+        op: &Msda,
+        d: &Dims,
+        at: (usize, usize),
+        v: (&[f32], usize),
+        place: &[f32],
+        mass: &[f32],
+        grad: &[f32],
+        s: &mut Samples,
+        gv: &mut [f32],
+        gp: &mut [f32],
+        gm: &mut [f32],
+    ) {
+        let ((b, h), (v, apart), row) = (at, v, d.heads * d.dim);
+        let of_query = (2 * d.samples).max(2);
+        let parts = gp.chunks_exact_mut(of_query).zip(gm.chunks_exact_mut(of_query / 2));
+        for (q, (gp, gm)) in (b * d.queries..).zip(parts) {
+            let g = &grad[q * row + h * d.dim..][..d.dim];
+            let k = (q * d.heads + h) * d.samples;
+            op.prepare(b, q % d.queries, &place[2 * k..][..2 * d.samples], &mass[k..][..d.samples], s);
+            op.find(s, |t| cpu::prefetch(v, t * apart, d.dim));
+            for (level, &(lh, lw)) in op.shapes.iter().enumerate() {
+                for j in level * op.points..(level + 1) * op.points {
+                    let Some(c) = &s.corners[j] else { continue };
+                    let (cw, a) = (c.weights(), s.weight[j]);
+                    let mut dots = [0f32; 4];
+                    for (k, t) in c.token.into_iter().enumerate() {
+                        if t != NONE {
+                            let to = &mut gv[t * d.dim..(t + 1) * d.dim];
+                            to.iter_mut().zip(g).for_each(|(to, g)| *to = madd::<FMA>(a * cw[k], *g, *to));
+                            dots[k] = simd::dot::<FMA>(&v[t * apart..t * apart + d.dim], g);
+                        }
+                    }
+                    let [v00, v01, v10, v11] = dots;
+                    gm[j] = dots.iter().zip(cw).map(|(v, w)| v * w).sum();
+                    let gx = (v01 - v00) * (1. - c.fy) + (v11 - v10) * c.fy;
+                    let gy = (v10 - v00) * (1. - c.fx) + (v11 - v01) * c.fx;
+                    gp[2 * j] = a * gx * lw as f32 * s.scale[j][0];
+                    gp[2 * j + 1] = a * gy * lh as f32 * s.scale[j][1];
+                }
+            }
+            if op.reference.is_some() {
+                let mean: f32 = gm.iter().zip(&s.weight).map(|(g, w)| g * w).sum();
+                gm.iter_mut().zip(&s.weight).for_each(|(g, w)| *g = w * (*g - mean));
+            }
+        }
     }
+}
+
+/// `out += Σ weight · value` of the taps.
+#[inline(always)]
+fn gather<const FMA: bool>(taps: &[Tap], value: &[f32], out: &mut [f32]) {
+    let mut at = 0;
+    while at < out.len() {
+        let out = &mut out[at..];
+        at += match out.len() {
+            32.. => gather_columns::<FMA, 4>(taps, &value[at..], out),
+            simd::LANES.. => gather_columns::<FMA, 1>(taps, &value[at..], out),
+            rest => {
+                for tap in taps {
+                    let x = &value[at + tap.at..];
+                    out.iter_mut().zip(x).for_each(|(o, x)| *o = madd::<FMA>(tap.weight, *x, *o));
+                }
+                rest
+            }
+        };
+    }
+}
+
+/// The first `N` · 8 columns of [`gather`], kept in registers; how many they are.
+#[inline(always)]
+fn gather_columns<const FMA: bool, const N: usize>(taps: &[Tap], value: &[f32], out: &mut [f32]) -> usize {
+    const LANES: usize = simd::LANES;
+    let lanes = |row: &[f32], i: usize| -> [f32; LANES] {
+        row[i * LANES..(i + 1) * LANES].try_into().expect("a slice of that length")
+    };
+    let mut sums: [[f32; LANES]; N] = std::array::from_fn(|i| lanes(out, i));
+    for tap in taps {
+        let value = &value[tap.at..tap.at + N * LANES];
+        for (i, sum) in sums.iter_mut().enumerate() {
+            let value = lanes(value, i);
+            for l in 0..LANES {
+                sum[l] = madd::<FMA>(tap.weight, value[l], sum[l]);
+            }
+        }
+    }
+    for (out, sum) in out.chunks_exact_mut(LANES).zip(sums) {
+        out.copy_from_slice(&sum);
+    }
+    N * LANES
 }
 
 fn slice<'a>(s: &'a CpuStorage, l: &Layout) -> Result<&'a [f32]> {

@@ -31,9 +31,16 @@ macro_rules! wide {
 }
 pub(super) use wide;
 
+/// The first `n` of sixteen lanes.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn mask16(n: usize) -> std::arch::x86_64::__mmask16 {
+    if n < 16 { (1 << n) - 1 } else { u16::MAX }
+}
+
 /// A square of 16 × 16 words, its rows in registers, transposed.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
+#[inline]
 pub(super) fn transpose(w: [std::arch::x86_64::__m512i; 16]) -> [std::arch::x86_64::__m512i; 16] {
     use std::arch::x86_64::*;
     let mut a = w;
@@ -69,21 +76,25 @@ pub(super) fn madd<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
     if FMA { a.mul_add(b, c) } else { a * b + c }
 }
 
+/// ln 2 in two parts, so that a whole number times the first is exact.
+const LN2_HI: f32 = 0.693_359_4;
+const LN2_LO: f32 = -2.121_944_4e-4;
+/// Coefficients of `e^x` near 0, from the seventh power down.
+const TAYLOR: [f32; 8] = [1. / 5040., 1. / 720., 1. / 120., 1. / 24., 1. / 6., 0.5, 1., 1.];
+
 /// `e^x` to about 1 ulp; 0 below −87.3, finite above 88.3, NaN for NaN.
 #[inline(always)]
 pub(super) fn exp<const FMA: bool>(x: f32) -> f32 {
     // Adding 1.5·2²³ rounds to an integer that then stands in the low bits of the mantissa.
     const ROUND: f32 = 12_582_912.;
-    const LN2_HI: f32 = 0.693_359_4;
-    const LN2_LO: f32 = -2.121_944_4e-4;
     let y = if x > 88.3 { 88.3 } else { x };
     let y = if y < -87.3 { -87.3 } else { y };
     let t = madd::<FMA>(y, std::f32::consts::LOG2_E, ROUND);
     let n = t - ROUND;
     let r = madd::<FMA>(n, -LN2_LO, madd::<FMA>(n, -LN2_HI, y));
-    let mut p = 1. / 5040.;
-    for c in [1. / 720., 1. / 120., 1. / 24., 1. / 6., 0.5, 1., 1.] {
-        p = madd::<FMA>(p, r, c);
+    let mut p = TAYLOR[0];
+    for c in &TAYLOR[1..] {
+        p = madd::<FMA>(p, r, *c);
     }
     let scale = f32::from_bits(t.to_bits().wrapping_add(127) << 23);
     if x < -87.3 { 0. } else { p * scale }
@@ -185,6 +196,52 @@ pub(super) fn dot<const FMA: bool>(a: &[f32], b: &[f32]) -> f32 {
     lanes_sum(std::array::from_fn(|l| (acc[0][l] + acc[1][l]) + (acc[2][l] + acc[3][l])))
 }
 
+/// `o += Σ p[j] v[j]` for rows of `v` that begin `apart` numbers from one another.
+#[inline(always)]
+pub(super) fn add_rows<const FMA: bool>(p: &[f32], v: &[f32], apart: usize, o: &mut [f32]) {
+    let mut at = 0;
+    while at < o.len() {
+        let (v, o) = (&v[at..], &mut o[at..]);
+        at += match o.len() {
+            64.. => add_columns::<FMA, 8>(p, v, apart, o),
+            48.. => add_columns::<FMA, 6>(p, v, apart, o),
+            32.. => add_columns::<FMA, 4>(p, v, apart, o),
+            16.. => add_columns::<FMA, 2>(p, v, apart, o),
+            LANES.. => add_columns::<FMA, 1>(p, v, apart, o),
+            rest => {
+                for (j, &p) in p.iter().enumerate() {
+                    for (o, &v) in o.iter_mut().zip(&v[j * apart..]) {
+                        *o = madd::<FMA>(p, v, *o);
+                    }
+                }
+                rest
+            }
+        };
+    }
+}
+
+/// The first `N` · 8 columns of [`add_rows`], kept in registers; how many they are.
+#[inline(always)]
+fn add_columns<const FMA: bool, const N: usize>(p: &[f32], v: &[f32], apart: usize, o: &mut [f32]) -> usize {
+    let lanes = |row: &[f32], i: usize| -> [f32; LANES] {
+        row[i * LANES..(i + 1) * LANES].try_into().expect("a slice of that length")
+    };
+    let mut sums: [[f32; LANES]; N] = std::array::from_fn(|i| lanes(o, i));
+    for (j, &p) in p.iter().enumerate() {
+        let v = &v[j * apart..j * apart + N * LANES];
+        for (i, sum) in sums.iter_mut().enumerate() {
+            let v = lanes(v, i);
+            for l in 0..LANES {
+                sum[l] = madd::<FMA>(p, v[l], sum[l]);
+            }
+        }
+    }
+    for (o, sum) in o.chunks_exact_mut(LANES).zip(sums) {
+        o.copy_from_slice(&sum);
+    }
+    N * LANES
+}
+
 /// What the compiler does not make of loops: it kept sums of several rows in pairs of lanes.
 #[cfg(target_arch = "x86_64")]
 pub(super) mod avx2 {
@@ -266,6 +323,79 @@ pub(super) mod avx2 {
     }
 }
 
+/// Kernels that need registers of sixteen lanes to be as fast as the processor is.
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use super::{FAINT, LN2_HI, LN2_LO, TAYLOR, mask16};
+    use std::arch::x86_64::*;
+
+    const LANES: usize = 16;
+    /// Registers of greatest numbers, so that none waits for the one before.
+    const CHAINS: usize = 4;
+
+    /// [`exp`](super::exp) of numbers from [`FAINT`] to 0.
+    #[target_feature(enable = "avx512f")]
+    fn exp(x: __m512) -> __m512 {
+        const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        let n = _mm512_roundscale_ps::<NEAREST>(_mm512_mul_ps(x, _mm512_set1_ps(std::f32::consts::LOG2_E)));
+        let r = _mm512_fnmadd_ps(n, _mm512_set1_ps(LN2_HI), x);
+        let r = _mm512_fnmadd_ps(n, _mm512_set1_ps(LN2_LO), r);
+        let mut p = _mm512_set1_ps(TAYLOR[0]);
+        for c in &TAYLOR[1..] {
+            p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(*c));
+        }
+        _mm512_scalef_ps(p, n)
+    }
+
+    /// [`softmax_row`](super::softmax_row) of a row whose greatest number is `max`, which is a number.
+    #[target_feature(enable = "avx512f")]
+    pub fn softmax(x: &mut [f32], max: f32) {
+        let max = _mm512_set1_ps(max);
+        let mut sum = _mm512_setzero_ps();
+        for x in x.chunks_mut(LANES) {
+            let there = mask16(x.len());
+            // SAFETY: what is not there is neither read nor written.
+            unsafe {
+                let below = _mm512_sub_ps(_mm512_maskz_loadu_ps(there, x.as_ptr()), max);
+                let faint = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(below, _mm512_set1_ps(FAINT));
+                let share = _mm512_maskz_mov_ps(there & !faint, exp(below));
+                sum = _mm512_add_ps(sum, share);
+                _mm512_mask_storeu_ps(x.as_mut_ptr(), there, share);
+            }
+        }
+        let inv = _mm512_set1_ps(1. / _mm512_reduce_add_ps(sum));
+        for x in x.chunks_mut(LANES) {
+            let there = mask16(x.len());
+            // SAFETY: as above.
+            unsafe {
+                let shares = _mm512_mul_ps(_mm512_maskz_loadu_ps(there, x.as_ptr()), inv);
+                _mm512_mask_storeu_ps(x.as_mut_ptr(), there, shares);
+            }
+        }
+    }
+
+    /// [`max`](super::max).
+    #[target_feature(enable = "avx512f")]
+    pub fn max(x: &[f32]) -> f32 {
+        let mut all = [_mm512_set1_ps(f32::NEG_INFINITY); CHAINS];
+        let chunks = x.chunks_exact(CHAINS * LANES);
+        let rest = chunks.remainder();
+        // Of NaN and a number `_mm512_max_ps` gives the second.
+        for x in chunks {
+            for (c, all) in all.iter_mut().enumerate() {
+                // SAFETY: there are as many.
+                *all = _mm512_max_ps(unsafe { _mm512_loadu_ps(x.as_ptr().add(c * LANES)) }, *all);
+            }
+        }
+        for x in rest.chunks(LANES) {
+            // SAFETY: what is not there is not read.
+            let x = unsafe { _mm512_mask_loadu_ps(all[0], mask16(x.len()), x.as_ptr()) };
+            all[0] = _mm512_max_ps(x, all[0]);
+        }
+        _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(all[0], all[1]), _mm512_max_ps(all[2], all[3])))
+    }
+}
+
 /// How far below a row's greatest number one counts for nothing in its softmax: e^−46 is 1e-20, far below the
 /// rounding of any sum that the greatest is part of. Smaller shares, and the gradients through them, would come to
 /// be subnormal, which products take ten times as long over on some processors.
@@ -275,12 +405,26 @@ const FAINT: f32 = -46.;
 /// among them it stays NaN.
 #[inline(always)]
 pub(super) fn softmax_row<const FMA: bool>(x: &mut [f32]) {
-    let m = max(x);
+    #[cfg(target_arch = "x86_64")]
+    let wide = FMA && is_x86_feature_detected!("avx512f");
+    #[cfg(not(target_arch = "x86_64"))]
+    let wide = false;
+    let m = match wide {
+        // SAFETY: the processor has it.
+        #[cfg(target_arch = "x86_64")]
+        true => unsafe { avx512::max(x) },
+        _ => max(x),
+    };
     if m == f32::NEG_INFINITY {
         // The maximum passes over NaN.
         let broken = x.iter().any(|v| v.is_nan());
         x.fill(if broken { f32::NAN } else { 0. });
         return;
+    }
+    #[cfg(target_arch = "x86_64")]
+    if wide {
+        // SAFETY: the processor has it.
+        return unsafe { avx512::softmax(x, m) };
     }
     for v in x.iter_mut() {
         let below = *v - m;
@@ -327,6 +471,34 @@ mod tests {
         for (x, y) in x.iter().zip(y) {
             let w = if *x > -46. { f64::from(*x).exp() / sum } else { 0. };
             assert!((f64::from(y) - w).abs() <= 1e-6 * w && !y.is_subnormal(), "{y} at {x}, want {w}");
+        }
+    }
+
+    wide! {
+        fn softmax(x: &mut [f32]) {
+            super::softmax_row::<FMA>(x)
+        }
+    }
+
+    #[test]
+    fn shares_are_the_same_however_many_lanes_make_them() {
+        for n in [1usize, 15, 16, 17, 64, 65, 100, 1801] {
+            let x: Vec<f32> = (0..n).map(|i| ((i * 7919) % 997) as f32 * 0.06 - 50.).collect();
+            let (mut wide, mut plain) = (x.clone(), x.clone());
+            softmax(&mut wide);
+            super::softmax_row::<false>(&mut plain);
+            for (i, (w, p)) in wide.iter().zip(&plain).enumerate() {
+                assert!((w - p).abs() <= 1e-6 * p && !w.is_subnormal(), "{n}: {w} {p} at {}", x[i]);
+            }
+            for bad in [f32::NAN, f32::INFINITY] {
+                let mut x = x.clone();
+                x[n / 2] = bad;
+                softmax(&mut x);
+                assert!(x[n / 2].is_nan(), "{n} {bad}");
+            }
+            let mut none = vec![f32::NEG_INFINITY; n];
+            softmax(&mut none);
+            assert!(none.iter().all(|p| *p == 0.));
         }
     }
 

@@ -6,6 +6,7 @@
 //! cache level. The bias gradient is summed over fixed groups of windows: results do not depend
 //! on the number of threads. f32 on the CPU; elsewhere composed of candle ops.
 
+use super::simd::{self, LANES, madd, wide};
 use super::{Mask, attention};
 use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Storage, Tensor};
 use rayon::prelude::*;
@@ -72,6 +73,10 @@ impl Dims {
     fn scale(&self) -> f32 {
         1. / (self.dim as f32).sqrt()
     }
+    /// Numbers of a row over a window's tokens, whole registers of them.
+    fn lanes(&self) -> usize {
+        self.n.next_multiple_of(LANES)
+    }
     /// Part 0, 1, 2 (query, key, value) of a token and head inside its window's packed rows.
     fn at(&self, part: usize, token: usize, head: usize) -> std::ops::Range<usize> {
         let from = (token * 3 + part) * self.heads * self.dim + head * self.dim;
@@ -85,30 +90,24 @@ impl WindowAttention {
     }
 }
 
-/// One part of all tokens, dimension first (`[dim, n]`): scores of one query against all keys are
-/// then sums of long rows.
-fn transposed(d: &Dims, qkv: &[f32], part: usize, head: usize, out: &mut [f32]) {
+/// One part of all tokens, scaled, dimension first (`[dim, lanes]`): scores of one query against all keys are then
+/// sums of long rows.
+fn transposed(d: &Dims, qkv: &[f32], part: usize, head: usize, scale: f32, out: &mut [f32]) {
     for j in 0..d.n {
         for (k, x) in qkv[d.at(part, j, head)].iter().enumerate() {
-            out[k * d.n + j] = *x;
+            out[k * d.lanes() + j] = scale * x;
         }
     }
 }
 
-/// `out[j] += Σ_k x[k] · rows[k, j]`.
-fn add_products(x: &[f32], rows: &[f32], scale: f32, out: &mut [f32]) {
-    for (x, row) in x.iter().zip(rows.chunks_exact(out.len())) {
-        let x = x * scale;
-        out.iter_mut().zip(row).for_each(|(o, r)| *o += x * r);
-    }
+#[inline(always)]
+fn axpy<const FMA: bool>(a: f32, x: &[f32], y: &mut [f32]) {
+    y.iter_mut().zip(x).for_each(|(y, x)| *y = madd::<FMA>(a, *x, *y));
 }
 
-fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
-    y.iter_mut().zip(x).for_each(|(y, x)| *y += a * x);
-}
-
-/// Probabilities of query i over the window's tokens.
-fn probabilities(
+/// Probabilities of query i over the window's tokens; zeros beyond. `keys` are [`transposed`].
+#[inline(always)]
+fn probabilities<const FMA: bool>(
     d: &Dims,
     q: &[f32],
     keys: &[f32],
@@ -117,15 +116,83 @@ fn probabilities(
     i: usize,
     p: &mut [f32],
 ) {
-    p.copy_from_slice(bias);
-    add_products(q, keys, d.scale(), p);
+    let (own, beyond) = p.split_at_mut(d.n);
+    own.copy_from_slice(bias);
+    beyond.fill(0.);
+    simd::add_rows::<FMA>(q, keys, d.lanes(), p);
+    let own = &mut p[..d.n];
     if let Some(r) = region {
-        p.iter_mut().zip(r).for_each(|(p, x)| *p += if *x == r[i] { 0. } else { APART });
+        own.iter_mut().zip(r).for_each(|(p, x)| *p += if *x == r[i] { 0. } else { APART });
     }
-    let max = p.iter().fold(f32::NEG_INFINITY, |m, x| m.max(*x));
-    p.iter_mut().for_each(|p| *p = (*p - max).exp());
-    let sum: f32 = p.iter().sum();
-    p.iter_mut().for_each(|p| *p /= sum);
+    simd::softmax_row::<FMA>(own);
+}
+
+/// Room for a window and head.
+struct Room {
+    keys: Vec<f32>,
+    values: Vec<f32>,
+    p: Vec<f32>,
+    dp: Vec<f32>,
+}
+
+impl Room {
+    fn new(d: &Dims) -> Self {
+        let (matrix, row) = (vec![0.; d.dim * d.lanes()], vec![0.; d.lanes()]);
+        Self { keys: matrix.clone(), values: matrix, p: row.clone(), dp: row }
+    }
+}
+
+wide! {
+    fn window_forward(d: &Dims, qkv: &[f32], bias: &[f32], region: Option<&[u8]>, room: &mut Room, out: &mut [f32]) {
+        let (n, row) = (d.n, d.heads * d.dim);
+        for h in 0..d.heads {
+            transposed(d, qkv, 1, h, d.scale(), &mut room.keys);
+            for i in 0..n {
+                let bias = &bias[(h * n + i) * n..][..n];
+                probabilities::<FMA>(d, &qkv[d.at(0, i, h)], &room.keys, bias, region, i, &mut room.p);
+                let values = &qkv[d.at(2, 0, h).start..];
+                simd::add_rows::<FMA>(&room.p[..n], values, 3 * row, &mut out[i * row + h * d.dim..][..d.dim]);
+            }
+        }
+    }
+}
+
+wide! {
+    /// Adds to the gradients of the bias and of the window's queries, keys and values.
+    fn window_backward(
+        d: &Dims,
+        qkv: &[f32],
+        bias: &[f32],
+        region: Option<&[u8]>,
+        grad: &[f32],
+        room: &mut Room,
+        gbias: &mut [f32],
+        out: &mut [f32],
+    ) {
+        let (n, row) = (d.n, d.heads * d.dim);
+        let Room { keys, values, p, dp } = room;
+        for h in 0..d.heads {
+            transposed(d, qkv, 1, h, d.scale(), keys);
+            transposed(d, qkv, 2, h, 1., values);
+            for i in 0..n {
+                let at = (h * n + i) * n;
+                let q = &qkv[d.at(0, i, h)];
+                probabilities::<FMA>(d, q, keys, &bias[at..at + n], region, i, p);
+                let go = &grad[i * row + h * d.dim..][..d.dim];
+                dp.fill(0.);
+                simd::add_rows::<FMA>(go, values, d.lanes(), dp);
+                let mean = simd::dot::<FMA>(p, dp);
+                dp.iter_mut().zip(&*p).for_each(|(g, p)| *g = p * (*g - mean));
+                axpy::<FMA>(1., &dp[..n], &mut gbias[at..at + n]);
+                dp.iter_mut().for_each(|g| *g *= d.scale());
+                simd::add_rows::<FMA>(&dp[..n], &qkv[d.at(1, 0, h).start..], 3 * row, &mut out[d.at(0, i, h)]);
+                for j in 0..n {
+                    axpy::<FMA>(dp[j], q, &mut out[d.at(1, j, h)]);
+                    axpy::<FMA>(p[j], go, &mut out[d.at(2, j, h)]);
+                }
+            }
+        }
+    }
 }
 
 impl WindowAttention {
@@ -133,21 +200,10 @@ impl WindowAttention {
         let (n, row) = (d.n, d.heads * d.dim);
         let mut out = vec![0f32; d.windows * n * row];
         out.par_chunks_mut((n * row).max(1)).enumerate().for_each_init(
-            || (vec![0f32; d.dim * n], vec![0f32; n]),
-            |(keys, p), (w, out)| {
+            || Room::new(d),
+            |room, (w, out)| {
                 let qkv = &qkv[w * n * 3 * row..][..n * 3 * row];
-                let region = self.region(w, n);
-                for h in 0..d.heads {
-                    transposed(d, qkv, 1, h, keys);
-                    for i in 0..n {
-                        let bias = &bias[(h * n + i) * n..][..n];
-                        probabilities(d, &qkv[d.at(0, i, h)], keys, bias, region, i, p);
-                        let out = &mut out[i * row + h * d.dim..][..d.dim];
-                        for (j, p) in p.iter().enumerate() {
-                            axpy(*p, &qkv[d.at(2, j, h)], out);
-                        }
-                    }
-                }
+                window_forward(d, qkv, bias, self.region(w, n), room, out);
             },
         );
         out
@@ -165,38 +221,17 @@ impl WindowAttention {
             .zip(gbias.par_chunks_mut(bias.len().max(1)))
             .enumerate()
             .for_each(|(g, (gqkv, gbias))| {
-                let (mut keys, mut values) = (vec![0f32; d.dim * n], vec![0f32; d.dim * n]);
-                let (mut p, mut dp) = (vec![0f32; n], vec![0f32; n]);
+                let mut room = Room::new(d);
                 for (k, out) in gqkv.chunks_exact_mut(packed).enumerate() {
                     let w = g * group + k;
-                    let qkv = &qkv[w * packed..][..packed];
-                    let grad = &grad[w * n * row..][..n * row];
-                    let region = self.region(w, n);
-                    for h in 0..d.heads {
-                        transposed(d, qkv, 1, h, &mut keys);
-                        transposed(d, qkv, 2, h, &mut values);
-                        for i in 0..n {
-                            let at = (h * n + i) * n;
-                            let q = &qkv[d.at(0, i, h)];
-                            probabilities(d, q, &keys, &bias[at..at + n], region, i, &mut p);
-                            let go = &grad[i * row + h * d.dim..][..d.dim];
-                            dp.fill(0.);
-                            add_products(go, &values, 1., &mut dp);
-                            let mean: f32 = p.iter().zip(&dp).map(|(p, g)| p * g).sum();
-                            dp.iter_mut().zip(&p).for_each(|(g, p)| *g = p * (*g - mean));
-                            axpy(1., &dp, &mut gbias[at..at + n]);
-                            for j in 0..n {
-                                let ds = dp[j] * d.scale();
-                                axpy(ds, &qkv[d.at(1, j, h)], &mut out[d.at(0, i, h)]);
-                                axpy(ds, q, &mut out[d.at(1, j, h)]);
-                                axpy(p[j], go, &mut out[d.at(2, j, h)]);
-                            }
-                        }
-                    }
+                    let (qkv, grad) = (&qkv[w * packed..][..packed], &grad[w * n * row..][..n * row]);
+                    window_backward(d, qkv, bias, self.region(w, n), grad, &mut room, gbias, out);
                 }
             });
         let (first, rest) = gbias.split_at_mut(bias.len());
-        rest.chunks_exact(bias.len().max(1)).for_each(|part| axpy(1., part, first));
+        for part in rest.chunks_exact(bias.len().max(1)) {
+            first.iter_mut().zip(part).for_each(|(a, b)| *a += b);
+        }
         gbias.truncate(bias.len());
         (gqkv, gbias)
     }
