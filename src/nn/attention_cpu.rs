@@ -11,6 +11,7 @@ use super::cpu::{self, COLUMNS, Held, Mat, Out, Place, Product, RightFactors, ge
 use super::simd::{self, wide};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
+use std::cell::Cell;
 use std::ops::Range;
 
 /// Queries of a block: at least enough rows for the GEMM, which lays out the keys and values anew for each block;
@@ -172,8 +173,9 @@ impl AttentionOp {
         }
     }
 
-    /// Probabilities of the queries `rows` over the keys `cols`, row-major into `p`.
-    fn probabilities(
+    /// Shares of the queries `rows` over the keys `cols`, row-major into `p`, and what each row is to be divided by to be
+    /// probabilities.
+    fn shares(
         &self,
         s: Sizes,
         (b, h): (usize, usize),
@@ -184,6 +186,7 @@ impl AttentionOp {
         laid: Option<&RightFactors>,
         bias: Option<&Rows>,
         p: &mut [f32],
+        sums: &mut [f32],
     ) {
         let (n, m) = (rows.len(), cols.len());
         let kv = h / (self.heads / self.kv_heads);
@@ -195,9 +198,9 @@ impl AttentionOp {
                 None => gemm_into(Product::new((n, m, s.dim), q, k.mat(b, kv, cols.start).t()), to),
             }
         }
-        for (i, p) in p.chunks_exact_mut(m).enumerate() {
+        for (i, (p, sum)) in p.chunks_exact_mut(m).zip(sums).enumerate() {
             let seen = self.mask(s, (b, h, rows.start + i), cols, bias, p);
-            softmax(&mut p[..seen]);
+            *sum = exp_row(&mut p[..seen]);
             p[seen..].fill(0.);
         }
     }
@@ -212,26 +215,30 @@ impl AttentionOp {
         let blocks = self.blocks(s).concat();
         let (keys, values) = self.laid_out(s, blocks.len(), k, v).unzip();
         let group = self.heads / self.kv_heads;
-        let attend = |p: &mut Vec<f32>, out: Out, task: usize| {
+        let attend = |[p, sums]: &mut [Vec<f32>; 2], out: Out, task: usize| {
             let (bh, rows) = (task / blocks.len(), blocks[task % blocks.len()].clone());
             let (b, h) = (bh / self.heads, bh % self.heads);
             let cols = self.columns(s, b, &rows);
-            p.resize(rows.len() * cols.len(), 0.);
-            self.probabilities(s, (b, h), &rows, &cols, q, k, keys.as_ref(), bias, p);
+            let (p, sums) = (sized(p, rows.len() * cols.len()), sized(sums, rows.len()));
+            self.shares(s, (b, h), &rows, &cols, q, k, keys.as_ref(), bias, p, sums);
             let to = Place::new(out, (b * s.queries + rows.start) * width + h * s.dim, width);
             let (n, m, pm) = (rows.len(), cols.len(), Mat::rows(p, cols.len()));
-            // SAFETY: the columns of head `h` in the rows of this block are this task's alone.
+            // SAFETY: the columns of head `h` in the rows of this block are this task's alone; once written they are
+            // there to be read.
             unsafe {
                 match &values {
                     Some(v) => v.gemm_into(b * self.kv_heads + h / group, (cols, 0..s.dim), (pm, n), to),
                     None => gemm_into(Product::new((n, s.dim, m), pm, v.mat(b, h / group, cols.start)), to),
+                }
+                for (i, sum) in sums.iter().enumerate() {
+                    scale(1. / sum, out.part(to.at + i * width, s.dim));
                 }
             }
         };
         // Every block of every head is written, and the queries are in blocks, all of them.
         cpu::written(s.batch * s.queries * width, |out| {
             let tasks = 0..s.batch * self.heads * blocks.len();
-            tasks.into_par_iter().for_each_init(Vec::new, |p, task| attend(p, out, task));
+            tasks.into_par_iter().for_each(|task| with_room(|room| attend(room, out, task)));
         })
     }
 
@@ -300,19 +307,21 @@ impl AttentionOp {
         let mut dk = vec![0f32; s.batch * s.keys * wk];
         let mut dv = vec![0f32; s.batch * s.keys * wk];
         let (oq, ok, ov) = (Out::new(&mut dq), Out::new(&mut dk), Out::new(&mut dv));
-        let init = || (Vec::new(), Vec::new());
+        let init = || [const { Vec::new() }; 3];
         let segments = self.blocks(s);
         let tasks = s.batch * self.kv_heads * segments.len();
-        (0..tasks).into_par_iter().for_each_init(init, |(p, dp), task| {
+        (0..tasks).into_par_iter().for_each_init(init, |[p, dp, sums], task| {
             let (bkv, blocks) = (task / segments.len(), &segments[task % segments.len()]);
             let (b, kv) = (bkv / self.kv_heads, bkv % self.kv_heads);
             for h in kv * group..(kv + 1) * group {
                 for rows in blocks {
                     let (from, cols) = (rows.start, self.columns(s, b, rows));
                     let (n, m) = (rows.len(), cols.len());
-                    p.resize(n * m, 0.);
-                    dp.resize(n * m, 0.);
-                    self.probabilities(s, (b, h), rows, &cols, q, k, None, bias, p);
+                    let (p, dp, sums) = (sized(p, n * m), sized(dp, n * m), sized(sums, n));
+                    self.shares(s, (b, h), rows, &cols, q, k, None, bias, p, sums);
+                    for (p, sum) in p.chunks_exact_mut(m).zip(&*sums) {
+                        scale(1. / sum, p);
+                    }
                     let (gm, qm) = (g.mat(b, h, from), q.mat(b, h, from));
                     let (km, vm) = (k.mat(b, kv, cols.start), v.mat(b, kv, cols.start));
                     let at_kv = (b * s.keys + cols.start) * wk + kv * s.dim;
@@ -341,11 +350,43 @@ impl AttentionOp {
     }
 }
 
+thread_local! {
+    /// Room for a block's scores and its rows' sums. Taken while in use, since a thread that waits may be given
+    /// another task.
+    static ROOM: Cell<[Vec<f32>; 2]> = const { Cell::new([const { Vec::new() }; 2]) };
+}
+
+fn with_room(f: impl FnOnce(&mut [Vec<f32>; 2])) {
+    let mut room = ROOM.take();
+    f(&mut room);
+    ROOM.set(room);
+}
+
+/// The first `len` numbers, of unknown values.
+fn sized(room: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    if room.len() < len {
+        room.resize(len, 0.);
+    }
+    &mut room[..len]
+}
+
 wide! {
     fn softmax(p: &mut [f32]) {
         if !p.is_empty() {
             simd::softmax_row::<FMA>(p)
         }
+    }
+}
+
+wide! {
+    fn exp_row(p: &mut [f32]) -> f32 {
+        simd::exp_row::<FMA>(p)
+    }
+}
+
+wide! {
+    fn scale(by: f32, x: &mut [f32]) {
+        x.iter_mut().for_each(|x| *x *= by)
     }
 }
 

@@ -147,10 +147,15 @@ impl Linear {
         act.apply(&self.forward(x)?)
     }
 
-    /// `plus + scale · self(x)` where that is one pass over the product, which it is on a GPU without gradients: `scale` is
-    /// `[out]`, `plus` of the result's shape. Else `None`.
-    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+    /// `plus + scale · self(x)` where that is one pass over the product, which it is without gradients: `scale` is `[out]`,
+    /// `plus` of the result's shape. Else `None`.
     pub fn forward_scaled(&self, x: &Tensor, scale: &Tensor, plus: &Tensor) -> Result<Option<Tensor>> {
+        let tracked = [x, scale, plus].into_iter().chain(self.bias.as_ref()).any(Tensor::track_op)
+            || self.weight.plain().is_ok_and(Tensor::track_op);
+        if self.lora.is_none() && !tracked && cpu::fused(&[x, scale, plus]) {
+            let y = self.forward(x)?;
+            return y.apply_op3_no_bwd(&scale.contiguous()?, &plus.contiguous()?, &ScaledOp).map(Some);
+        }
         #[cfg(feature = "cuda")]
         return self.finished(x, Act::None, Some(scale), Some(plus));
         #[cfg(not(feature = "cuda"))]
@@ -391,6 +396,41 @@ impl CustomOp3 for ResidualOp {
     }
 }
 
+/// `plus + scale · y`, with one number of the scale a column.
+struct ScaledOp;
+
+impl CustomOp3 for ScaledOp {
+    fn name(&self) -> &'static str {
+        "scaled-residual"
+    }
+
+    fn cpu_fwd(
+        &self,
+        y: &CpuStorage,
+        ly: &Layout,
+        scale: &CpuStorage,
+        ls: &Layout,
+        plus: &CpuStorage,
+        lp: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (y, scale, plus) = (cpu::values(y, ly)?, cpu::values(scale, ls)?, cpu::values(plus, lp)?);
+        let n = scale.len();
+        if ly.dims() != lp.dims() || ly.dims().last() != Some(&n) {
+            candle_core::bail!("scaled: {:?}, scale {n}, residual {:?}", ly.shape(), lp.shape())
+        }
+        let sum = cpu::written(y.len(), |out| {
+            let rows = y.par_chunks(n.max(1)).zip(plus.par_chunks(n.max(1))).enumerate();
+            rows.for_each_init(Vec::new, |row, (i, (y, plus))| {
+                row.clear();
+                row.extend(y.iter().zip(scale).zip(plus).map(|((y, s), p)| p + s * y));
+                // SAFETY: each row is written by one task.
+                unsafe { out.put(i * n, row) }
+            });
+        });
+        Ok((CpuStorage::F32(sum), ly.shape().clone()))
+    }
+}
+
 /// Sums `[.., out]` over all but the last dimension.
 fn column_sums(g: &Tensor, like: &Tensor) -> Result<Tensor> {
     let (hg, n) = (Held::new(g)?, like.elem_count());
@@ -461,6 +501,23 @@ pub fn embedding(vocab: usize, dim: usize, vb: VarBuilder) -> Result<Embedding> 
 mod tests {
     use super::*;
     use crate::nn::gradcheck::{assert_same, max_gradient_error, random};
+
+    #[test]
+    fn scaled_and_added_is_what_it_says() -> Result<()> {
+        let (x, w, b) = (random((2, 3, 5), 1)?, random((4, 5), 2)?, random(4, 3)?);
+        let (scale, plus) = (random(4, 4)?, random((2, 3, 4), 5)?);
+        let constant = |t: &candle_core::Var| t.as_detached_tensor();
+        for bias in [None, Some(constant(&b))] {
+            let layer = Linear::new(constant(&w), bias);
+            let want = (constant(&plus) + layer.forward(&constant(&x))?.broadcast_mul(&constant(&scale))?)?;
+            let got = layer.forward_scaled(&constant(&x), &constant(&scale), &constant(&plus))?;
+            let got = got.expect("one pass without gradients");
+            assert!((got - want)?.abs()?.max_all()?.to_scalar::<f32>()? < 1e-6);
+            // With gradients it is left to ops that have them.
+            assert!(layer.forward_scaled(&x, &constant(&scale), &constant(&plus))?.is_none());
+        }
+        Ok(())
+    }
 
     #[test]
     fn equals_composed_and_differentiates() -> Result<()> {

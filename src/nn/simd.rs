@@ -347,9 +347,9 @@ mod avx512 {
         _mm512_scalef_ps(p, n)
     }
 
-    /// [`softmax_row`](super::softmax_row) of a row whose greatest number is `max`, which is a number.
+    /// [`exp_row`](super::exp_row) of a row whose greatest number is `max`, which is a number.
     #[target_feature(enable = "avx512f")]
-    pub fn softmax(x: &mut [f32], max: f32) {
+    pub fn exp_row(x: &mut [f32], max: f32) -> f32 {
         let max = _mm512_set1_ps(max);
         let mut sum = _mm512_setzero_ps();
         for x in x.chunks_mut(LANES) {
@@ -363,15 +363,7 @@ mod avx512 {
                 _mm512_mask_storeu_ps(x.as_mut_ptr(), there, share);
             }
         }
-        let inv = _mm512_set1_ps(1. / _mm512_reduce_add_ps(sum));
-        for x in x.chunks_mut(LANES) {
-            let there = mask16(x.len());
-            // SAFETY: as above.
-            unsafe {
-                let shares = _mm512_mul_ps(_mm512_maskz_loadu_ps(there, x.as_ptr()), inv);
-                _mm512_mask_storeu_ps(x.as_mut_ptr(), there, shares);
-            }
-        }
+        _mm512_reduce_add_ps(sum)
     }
 
     /// [`max`](super::max).
@@ -405,6 +397,13 @@ const FAINT: f32 = -46.;
 /// among them it stays NaN.
 #[inline(always)]
 pub(super) fn softmax_row<const FMA: bool>(x: &mut [f32]) {
+    let inv = 1. / exp_row::<FMA>(x);
+    x.iter_mut().for_each(|v| *v *= inv);
+}
+
+/// Shares of a row in place, and the sum that they are yet to be divided by (see [`softmax_row`]).
+#[inline(always)]
+pub(super) fn exp_row<const FMA: bool>(x: &mut [f32]) -> f32 {
     #[cfg(target_arch = "x86_64")]
     let wide = FMA && is_x86_feature_detected!("avx512f");
     #[cfg(not(target_arch = "x86_64"))]
@@ -419,21 +418,18 @@ pub(super) fn softmax_row<const FMA: bool>(x: &mut [f32]) {
         // The maximum passes over NaN.
         let broken = x.iter().any(|v| v.is_nan());
         x.fill(if broken { f32::NAN } else { 0. });
-        return;
+        return 1.;
     }
     #[cfg(target_arch = "x86_64")]
     if wide {
         // SAFETY: the processor has it.
-        return unsafe { avx512::softmax(x, m) };
+        return unsafe { avx512::exp_row(x, m) };
     }
     for v in x.iter_mut() {
         let below = *v - m;
         *v = if below < FAINT { 0. } else { exp::<FMA>(below) };
     }
-    let inv = 1. / sum_by(x.len(), |i| x[i]);
-    for v in x.iter_mut() {
-        *v *= inv;
-    }
+    sum_by(x.len(), |i| x[i])
 }
 
 #[cfg(test)]
