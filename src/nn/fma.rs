@@ -1,11 +1,11 @@
 //! f32 matrix products on AVX2 with FMA and on AVX-512, in the way of Goto & van de Geijn 2008 ("Anatomy of
 //! High-Performance Matrix Multiplication").
 //!
-//! Both matrices are packed: `b` into panels of 16 columns (32 on AVX-512), of which a part of `k` stays in the
-//! innermost cache, `a` into panels of 6 rows (12), of which a block stays in a core's own. A kernel keeps 6 × 16
-//! sums (12 × 32) in registers. The `gemm` crate multiplies on other processors; on these it was slower
-//! (`scripts/peers.py --only vitl_1800` shows it): it gives each thread one share, and the slower thread is waited
-//! for.
+//! Both matrices are packed: `b` into panels of 16 columns (32 on AVX-512), of which a group stays in a core's own
+//! cache, a part of `k` deep; `a` 6 rows (12) at a time, which stay in the innermost cache while they meet the group.
+//! A kernel keeps 6 × 16 sums (12 × 32) in registers. The `gemm` crate multiplies on other processors; on these it was
+//! slower (`scripts/peers.py --only vitl_1800` shows it): each thread has one share there, and the slowest is waited
+//! for, and a factor of several products is packed for each of them (see [`Panels`]).
 //!
 //! An element is summed over `k` in one order, whatever else is in the matrices and however many threads there
 //! are; but products of a few rows or columns are not made here (see `cpu`).
@@ -28,11 +28,12 @@ const PACKED: usize = 1 << 22;
 const MANY: usize = 8;
 /// Rows this many numbers apart meet in few places of the innermost cache.
 const CROWDED: usize = 256;
-/// Panels that are packed, or met by a block of rows, in one task, at most and at least.
+/// Panels that are packed in one task at most, and how far they go along `k` one after another: of rows that lie across
+/// `k` each is a page of memory, which all panels visit before the next ones are.
 const MOST_PANELS: usize = 8;
-const LEAST_PANELS: usize = 4;
-/// Of `k`, so much is packed at once.
 const PAGES: usize = 128;
+/// Panels of `b` that are packed at once at least.
+const LEAST_PANELS: usize = 4;
 /// Products below this many multiplications are not worth a second thread.
 const WORTH_A_THREAD: usize = 1 << 20;
 /// Tasks a thread, for threads are not equally fast.
@@ -52,8 +53,9 @@ fn wide_available() -> bool {
 trait Kernel {
     const ROWS: usize;
     const COLS: usize;
-    /// Of `k` at once: a panel of `b` is 16 KiB of the innermost cache, or 24.
+    /// Of `k` at once: few rows of `a` are 6 KiB of the innermost cache, or 18.
     const DEPTH: usize;
+
     /// [`Lines::pack`] of as many lines as the kernel has rows.
     ///
     /// # Safety
@@ -226,7 +228,6 @@ unsafe fn pack<K: Kernel>(b: Lines, k: usize, panels: Out, threads: usize) {
     let count = b.count.div_ceil(K::COLS);
     let together = count.div_ceil(threads * TASKS).min(MOST_PANELS);
     let pack = |i: usize| {
-        // Where columns follow each other, their rows are pages: a few of them for all panels, then the next ones.
         for from in (0..k).step_by(PAGES) {
             for panel in i * together..((i + 1) * together).min(count) {
                 let part = (from, PAGES.min(k - from));
