@@ -1,5 +1,5 @@
 //! Arithmetic that the CPU kernels share, compiled twice: for any processor, and for x86 with
-//! AVX2 and FMA, chosen at run time.
+//! AVX2 and FMA, chosen at run time. Softmax is written for AVX-512 besides.
 //!
 //! Kernels are plain loops that the compiler vectorises; sums run in fixed lanes so that a result
 //! depends neither on the number of threads nor on where a row lies in its batch.
