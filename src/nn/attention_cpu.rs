@@ -2,7 +2,8 @@
 //!
 //! A task takes a block of queries and all keys that they see: scores by one small GEMM into
 //! scratch memory of the task, softmax in place, values by a second GEMM. Backward computes the
-//! probabilities again. Memory is a block of scores per thread; it grows with the number of keys
+//! probabilities again. Memory is a block of scores per thread, and keys and values once more where
+//! several blocks of queries meet them (see `laid_out`); it grows with the number of keys
 //! but not with that of queries, so this is exact softmax, not an online one.
 //!
 //! Limits: one query-key dimension for keys and values; the mask takes no gradient.
@@ -215,7 +216,7 @@ impl AttentionOp {
         let blocks = self.blocks(s).concat();
         let (keys, values) = self.laid_out(s, blocks.len(), k, v).unzip();
         let group = self.heads / self.kv_heads;
-        let attend = |[p, sums]: &mut [Vec<f32>; 2], out: Out, task: usize| {
+        let attend = |[p, sums, _]: &mut Room, out: Out, task: usize| {
             let (bh, rows) = (task / blocks.len(), blocks[task % blocks.len()].clone());
             let (b, h) = (bh / self.heads, bh % self.heads);
             let cols = self.columns(s, b, &rows);
@@ -307,10 +308,9 @@ impl AttentionOp {
         let mut dk = vec![0f32; s.batch * s.keys * wk];
         let mut dv = vec![0f32; s.batch * s.keys * wk];
         let (oq, ok, ov) = (Out::new(&mut dq), Out::new(&mut dk), Out::new(&mut dv));
-        let init = || [const { Vec::new() }; 3];
         let segments = self.blocks(s);
         let tasks = s.batch * self.kv_heads * segments.len();
-        (0..tasks).into_par_iter().for_each_init(init, |[p, dp, sums], task| {
+        let differentiate = |[p, sums, dp]: &mut Room, task: usize| {
             let (bkv, blocks) = (task / segments.len(), &segments[task % segments.len()]);
             let (b, kv) = (bkv / self.kv_heads, bkv % self.kv_heads);
             for h in kv * group..(kv + 1) * group {
@@ -345,18 +345,21 @@ impl AttentionOp {
                     }
                 }
             }
-        });
+        };
+        (0..tasks).into_par_iter().for_each(|task| with_room(|room| differentiate(room, task)));
         [dq, dk, dv]
     }
 }
 
+/// Of a block the scores, its rows' sums, and the scores' gradients.
+type Room = [Vec<f32>; 3];
+
 thread_local! {
-    /// Room for a block's scores and its rows' sums. Taken while in use, since a thread that waits may be given
-    /// another task.
-    static ROOM: Cell<[Vec<f32>; 2]> = const { Cell::new([const { Vec::new() }; 2]) };
+    /// Of a thread's next task. Taken while in use, since a thread that waits may be given another one.
+    static ROOM: Cell<Room> = const { Cell::new([const { Vec::new() }; 3]) };
 }
 
-fn with_room(f: impl FnOnce(&mut [Vec<f32>; 2])) {
+fn with_room(f: impl FnOnce(&mut Room)) {
     let mut room = ROOM.take();
     f(&mut room);
     ROOM.set(room);
@@ -421,7 +424,7 @@ wide! {
 
 wide! {
     fn decode_values(p: &[f32], v: &[f32], apart: usize, o: &mut [f32]) {
-        simd::add_rows::<FMA>(p, v, apart, o)
+        simd::add_rows::<FMA>(simd::rows_apart(p, apart), v, o)
     }
 }
 

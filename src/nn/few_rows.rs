@@ -17,7 +17,6 @@ pub(super) fn few_rows(x: &[f32], w: &[f32], k: usize, y: &mut [f32]) {
     let place = cpu::Out::new(y);
     w.par_chunks(task * k).enumerate().for_each_init(Vec::new, |part, (i, w)| {
         let n = w.len() / k;
-        part.clear();
         part.resize(rows * n, 0.);
         product(x, w, k, part);
         for (r, part) in part.chunks_exact(n).enumerate() {
@@ -72,7 +71,7 @@ fn dots_f16(x: &[f32], w: &[f16], k: usize, part: &mut [f32], wide: &mut Vec<f32
     }
 }
 
-/// `part = x wᵀ`, where it is zeros before.
+/// `part = x wᵀ`.
 pub(super) fn product(x: &[f32], w: &[f32], k: usize, part: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx512f") {

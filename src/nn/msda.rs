@@ -191,13 +191,8 @@ struct Samples {
     scale: Vec<[f32; 2]>,
     /// `None` of what lies outside.
     corners: Vec<Option<Corners>>,
-    taps: Vec<Tap>,
-}
-
-/// A row of numbers to be read: where it begins, and what it counts for.
-struct Tap {
-    at: usize,
-    weight: f32,
+    /// Rows to be read: what each counts for, and where it begins.
+    taps: Vec<(f32, usize)>,
 }
 
 /// A bilinear sample: token index of each corner (or `NONE`), and the fractions.
@@ -370,47 +365,45 @@ impl Msda {
         d: &Dims,
     ) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
         let row = d.heads * d.dim;
-        let of_values = d.batch * d.tokens * row;
-        // Not filled: every head of every picture writes all of its tokens.
-        let mut gv = Vec::<f32>::with_capacity(of_values);
         let mut gp = vec![0f32; d.batch * d.queries * d.heads * d.samples * 2];
         let mut gm = vec![0f32; d.batch * d.queries * d.heads * d.samples];
-        let of_value = Out { ptr: gv.as_mut_ptr(), len: of_values };
         let (of_place, of_mass) = (Out::new(&mut gp), Out::new(&mut gm));
         // One head's tokens side by side fit caches better than every eighth part of a row, by more than the copy
         // costs if they are read often.
         let together = 4 * d.queries * d.samples >= OFTEN * d.tokens;
         let plane = |wanted: bool| vec![0f32; if wanted { d.tokens * d.dim } else { 0 }];
-        let of_head = || vec![0f32; d.queries * d.samples];
+        let of_head = d.queries * d.samples;
         let buffers =
-            || (plane(together), plane(true), self.buffers(), [of_head(), of_head()].concat(), of_head());
-        (0..d.batch * d.heads).into_par_iter().for_each_init(buffers, |(v, gv, s, gp, gm), i| {
-            let (b, h) = (i / d.heads, i % d.heads);
-            let picture = &value[b * d.tokens * row..][..d.tokens * row];
-            for (v, row) in v.chunks_exact_mut(d.dim).zip(picture.chunks_exact(row)) {
-                v.copy_from_slice(&row[h * d.dim..][..d.dim]);
-            }
-            let (v, apart) = if together { (&v[..], d.dim) } else { (&picture[h * d.dim..], row) };
-            gv.fill(0.);
-            gp.fill(0.);
-            gm.fill(0.);
-            head_backward(self, d, (b, h), (v, apart), place, mass, grad, s, gv, gp, gm);
-            let of_query = (2 * d.samples).max(2);
-            for (q, (gp, gm)) in gp.chunks_exact(of_query).zip(gm.chunks_exact(of_query / 2)).enumerate() {
-                let k = ((b * d.queries + q) * d.heads + h) * d.samples;
-                // SAFETY: this head of this picture is worked on here alone.
-                unsafe {
-                    of_place.put(2 * k, gp);
-                    of_mass.put(k, gm);
+            || (plane(together), plane(true), self.buffers(), vec![0f32; 2 * of_head], vec![0f32; of_head]);
+        // Every head of every picture writes all of its tokens.
+        let gv = cpu::written(d.batch * d.tokens * row, |of_value| {
+            (0..d.batch * d.heads).into_par_iter().for_each_init(buffers, |(v, gv, s, gp, gm), i| {
+                let (b, h) = (i / d.heads, i % d.heads);
+                let picture = &value[b * d.tokens * row..][..d.tokens * row];
+                for (v, row) in v.chunks_exact_mut(d.dim).zip(picture.chunks_exact(row)) {
+                    v.copy_from_slice(&row[h * d.dim..][..d.dim]);
                 }
-            }
-            for (t, gv) in gv.chunks_exact(d.dim).enumerate() {
-                // SAFETY: as above.
-                unsafe { of_value.put((b * d.tokens + t) * row + h * d.dim, gv) };
-            }
+                let (v, apart) = if together { (&v[..], d.dim) } else { (&picture[h * d.dim..], row) };
+                gv.fill(0.);
+                gp.fill(0.);
+                gm.fill(0.);
+                head_backward(self, d, (b, h), (v, apart), place, mass, grad, s, gv, gp, gm);
+                let of_query = (2 * d.samples).max(2);
+                for (q, (gp, gm)) in gp.chunks_exact(of_query).zip(gm.chunks_exact(of_query / 2)).enumerate()
+                {
+                    let k = ((b * d.queries + q) * d.heads + h) * d.samples;
+                    // SAFETY: this head of this picture is worked on here alone.
+                    unsafe {
+                        of_place.put(2 * k, gp);
+                        of_mass.put(k, gm);
+                    }
+                }
+                for (t, gv) in gv.chunks_exact(d.dim).enumerate() {
+                    // SAFETY: as above.
+                    unsafe { of_value.put((b * d.tokens + t) * row + h * d.dim, gv) };
+                }
+            })
         });
-        // SAFETY: `batch · heads` tasks wrote `tokens` parts of `dim` each, and none lies on another.
-        unsafe { gv.set_len(of_values) };
         (gv, gp, gm)
     }
 }
@@ -438,11 +431,11 @@ wide! {
                 let Some(c) = c else { continue };
                 for (t, w) in c.token.into_iter().zip(c.weights()) {
                     if t != NONE {
-                        s.taps.push(Tap { at: t * row + h * d.dim, weight: w * mass });
+                        s.taps.push((w * mass, t * row + h * d.dim));
                     }
                 }
             }
-            gather::<FMA>(&s.taps, value, out);
+            simd::add_rows::<FMA>(s.taps.iter().copied(), value, out);
         }
     }
 }
@@ -497,49 +490,6 @@ wide! {
             }
         }
     }
-}
-
-/// `out += Σ weight · value` of the taps.
-#[inline(always)]
-fn gather<const FMA: bool>(taps: &[Tap], value: &[f32], out: &mut [f32]) {
-    let mut at = 0;
-    while at < out.len() {
-        let out = &mut out[at..];
-        at += match out.len() {
-            32.. => gather_columns::<FMA, 4>(taps, &value[at..], out),
-            simd::LANES.. => gather_columns::<FMA, 1>(taps, &value[at..], out),
-            rest => {
-                for tap in taps {
-                    let x = &value[at + tap.at..];
-                    out.iter_mut().zip(x).for_each(|(o, x)| *o = madd::<FMA>(tap.weight, *x, *o));
-                }
-                rest
-            }
-        };
-    }
-}
-
-/// The first `N` · 8 columns of [`gather`], kept in registers; how many they are.
-#[inline(always)]
-fn gather_columns<const FMA: bool, const N: usize>(taps: &[Tap], value: &[f32], out: &mut [f32]) -> usize {
-    const LANES: usize = simd::LANES;
-    let lanes = |row: &[f32], i: usize| -> [f32; LANES] {
-        row[i * LANES..(i + 1) * LANES].try_into().expect("a slice of that length")
-    };
-    let mut sums: [[f32; LANES]; N] = std::array::from_fn(|i| lanes(out, i));
-    for tap in taps {
-        let value = &value[tap.at..tap.at + N * LANES];
-        for (i, sum) in sums.iter_mut().enumerate() {
-            let value = lanes(value, i);
-            for l in 0..LANES {
-                sum[l] = madd::<FMA>(tap.weight, value[l], sum[l]);
-            }
-        }
-    }
-    for (out, sum) in out.chunks_exact_mut(LANES).zip(sums) {
-        out.copy_from_slice(&sum);
-    }
-    N * LANES
 }
 
 fn slice<'a>(s: &'a CpuStorage, l: &Layout) -> Result<&'a [f32]> {

@@ -196,21 +196,25 @@ pub(super) fn dot<const FMA: bool>(a: &[f32], b: &[f32]) -> f32 {
     lanes_sum(std::array::from_fn(|l| (acc[0][l] + acc[1][l]) + (acc[2][l] + acc[3][l])))
 }
 
-/// `o += Σ p[j] v[j]` for rows of `v` that begin `apart` numbers from one another.
+/// `o += Σ p · v` over rows of `v`, each given by `p` and where it begins.
 #[inline(always)]
-pub(super) fn add_rows<const FMA: bool>(p: &[f32], v: &[f32], apart: usize, o: &mut [f32]) {
+pub(super) fn add_rows<const FMA: bool>(
+    rows: impl Iterator<Item = (f32, usize)> + Clone,
+    v: &[f32],
+    o: &mut [f32],
+) {
     let mut at = 0;
     while at < o.len() {
-        let (v, o) = (&v[at..], &mut o[at..]);
+        let (v, o, rows) = (&v[at..], &mut o[at..], rows.clone());
         at += match o.len() {
-            64.. => add_columns::<FMA, 8>(p, v, apart, o),
-            48.. => add_columns::<FMA, 6>(p, v, apart, o),
-            32.. => add_columns::<FMA, 4>(p, v, apart, o),
-            16.. => add_columns::<FMA, 2>(p, v, apart, o),
-            LANES.. => add_columns::<FMA, 1>(p, v, apart, o),
+            64.. => add_columns::<FMA, 8>(rows, v, o),
+            48.. => add_columns::<FMA, 6>(rows, v, o),
+            32.. => add_columns::<FMA, 4>(rows, v, o),
+            16.. => add_columns::<FMA, 2>(rows, v, o),
+            LANES.. => add_columns::<FMA, 1>(rows, v, o),
             rest => {
-                for (j, &p) in p.iter().enumerate() {
-                    for (o, &v) in o.iter_mut().zip(&v[j * apart..]) {
+                for (p, from) in rows {
+                    for (o, &v) in o.iter_mut().zip(&v[from..]) {
                         *o = madd::<FMA>(p, v, *o);
                     }
                 }
@@ -220,15 +224,25 @@ pub(super) fn add_rows<const FMA: bool>(p: &[f32], v: &[f32], apart: usize, o: &
     }
 }
 
+/// Rows that begin `apart` numbers from one another, as [`add_rows`] takes them.
+#[inline(always)]
+pub(super) fn rows_apart(p: &[f32], apart: usize) -> impl Iterator<Item = (f32, usize)> + Clone {
+    p.iter().enumerate().map(move |(j, p)| (*p, j * apart))
+}
+
 /// The first `N` · 8 columns of [`add_rows`], kept in registers; how many they are.
 #[inline(always)]
-fn add_columns<const FMA: bool, const N: usize>(p: &[f32], v: &[f32], apart: usize, o: &mut [f32]) -> usize {
+fn add_columns<const FMA: bool, const N: usize>(
+    rows: impl Iterator<Item = (f32, usize)>,
+    v: &[f32],
+    o: &mut [f32],
+) -> usize {
     let lanes = |row: &[f32], i: usize| -> [f32; LANES] {
         row[i * LANES..(i + 1) * LANES].try_into().expect("a slice of that length")
     };
     let mut sums: [[f32; LANES]; N] = std::array::from_fn(|i| lanes(o, i));
-    for (j, &p) in p.iter().enumerate() {
-        let v = &v[j * apart..j * apart + N * LANES];
+    for (p, from) in rows {
+        let v = &v[from..from + N * LANES];
         for (i, sum) in sums.iter_mut().enumerate() {
             let v = lanes(v, i);
             for l in 0..LANES {

@@ -6,7 +6,7 @@
 //! cache level. The bias gradient is summed over fixed groups of windows: results do not depend
 //! on the number of threads. f32 on the CPU; elsewhere composed of candle ops.
 
-use super::simd::{self, LANES, madd, wide};
+use super::simd::{self, LANES, add_rows, madd, rows_apart, wide};
 use super::{Mask, attention};
 use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Storage, Tensor};
 use rayon::prelude::*;
@@ -119,7 +119,7 @@ fn probabilities<const FMA: bool>(
     let (own, beyond) = p.split_at_mut(d.n);
     own.copy_from_slice(bias);
     beyond.fill(0.);
-    simd::add_rows::<FMA>(q, keys, d.lanes(), p);
+    add_rows::<FMA>(rows_apart(q, d.lanes()), keys, p);
     let own = &mut p[..d.n];
     if let Some(r) = region {
         own.iter_mut().zip(r).for_each(|(p, x)| *p += if *x == r[i] { 0. } else { APART });
@@ -151,7 +151,8 @@ wide! {
                 let bias = &bias[(h * n + i) * n..][..n];
                 probabilities::<FMA>(d, &qkv[d.at(0, i, h)], &room.keys, bias, region, i, &mut room.p);
                 let values = &qkv[d.at(2, 0, h).start..];
-                simd::add_rows::<FMA>(&room.p[..n], values, 3 * row, &mut out[i * row + h * d.dim..][..d.dim]);
+                let out = &mut out[i * row + h * d.dim..][..d.dim];
+                add_rows::<FMA>(rows_apart(&room.p[..n], 3 * row), values, out);
             }
         }
     }
@@ -180,12 +181,13 @@ wide! {
                 probabilities::<FMA>(d, q, keys, &bias[at..at + n], region, i, p);
                 let go = &grad[i * row + h * d.dim..][..d.dim];
                 dp.fill(0.);
-                simd::add_rows::<FMA>(go, values, d.lanes(), dp);
+                add_rows::<FMA>(rows_apart(go, d.lanes()), values, dp);
                 let mean = simd::dot::<FMA>(p, dp);
                 dp.iter_mut().zip(&*p).for_each(|(g, p)| *g = p * (*g - mean));
                 axpy::<FMA>(1., &dp[..n], &mut gbias[at..at + n]);
                 dp.iter_mut().for_each(|g| *g *= d.scale());
-                simd::add_rows::<FMA>(&dp[..n], &qkv[d.at(1, 0, h).start..], 3 * row, &mut out[d.at(0, i, h)]);
+                let of_keys = &qkv[d.at(1, 0, h).start..];
+                add_rows::<FMA>(rows_apart(&dp[..n], 3 * row), of_keys, &mut out[d.at(0, i, h)]);
                 for j in 0..n {
                     axpy::<FMA>(dp[j], q, &mut out[d.at(1, j, h)]);
                     axpy::<FMA>(p[j], go, &mut out[d.at(2, j, h)]);

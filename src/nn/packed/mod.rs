@@ -229,7 +229,6 @@ fn widened(w: &[f16], x: &[f32], k: usize, y: &mut [f32]) {
         || (Vec::new(), Vec::new()),
         |(part, wide), (i, w)| {
             let n = w.len() / k;
-            part.clear();
             part.resize(rows * n, 0.);
             few_rows::product_f16(x, w, k, part, wide);
             for (r, part) in part.chunks_exact(n).enumerate() {

@@ -3,17 +3,20 @@
 //!
 //! Both matrices are packed: `b` into panels of 16 columns (32 on AVX-512), of which a group stays in a core's own
 //! cache, a part of `k` deep; `a` 6 rows (12) at a time, which stay in the innermost cache while they meet the group.
-//! A kernel keeps 6 × 16 sums (12 × 32) in registers. The `gemm` crate multiplies on other processors; on these it was
-//! slower (`scripts/peers.py --only vitl_1800` shows it): each thread has one share there, and the slowest is waited
-//! for, and a factor of several products is packed for each of them (see [`Panels`]).
+//! A kernel keeps 6 × 16 sums (12 × 32) in registers. The `gemm` crate multiplies on other processors. Its kernel for
+//! AVX-512 is as fast; but there each thread has one share, and the slowest is waited for, and a factor of several
+//! products is packed for each of them (see [`Panels`]).
 //!
 //! An element is summed over `k` in one order, whatever else is in the matrices and however many threads there
 //! are; but products of a few rows or columns are not made here (see `cpu`).
 
+mod kernels;
+mod lines;
+
 use super::cpu::{Mat, Out, Place, Product};
-use super::simd::{mask16, transpose as sixteen_by_sixteen};
+use kernels::{narrow, wide};
+use lines::Lines;
 use rayon::prelude::*;
-use std::arch::x86_64::*;
 use std::cell::Cell;
 use std::ops::Range;
 
@@ -85,76 +88,51 @@ trait Kernel {
     );
 }
 
-struct Avx2;
-struct Avx512;
+/// A kernel by its functions; `$few` are its numbers of rows but for the most.
+macro_rules! kernel {
+    ($name:ident: $rows:literal by $cols:literal, $depth:literal deep, $pack:ident, $multiply:ident, $($few:literal)*) => {
+        struct $name;
 
-macro_rules! for_rows {
-    ($kernel:ident, $count:expr, $args:tt, $($r:literal)*, $most:literal) => {
-        match $count {
-            $($r => $kernel::<$r, P> $args,)*
-            _ => $kernel::<$most, P> $args,
+        impl Kernel for $name {
+            const ROWS: usize = $rows;
+            const COLS: usize = $cols;
+            const DEPTH: usize = $depth;
+
+            unsafe fn pack_rows(a: Lines, line: usize, part: (usize, usize), to: *mut f32) {
+                // SAFETY: by the caller's word.
+                unsafe { a.$pack::<$rows>(line, part, to) }
+            }
+
+            unsafe fn pack_cols(b: Lines, line: usize, part: (usize, usize), to: *mut f32) {
+                // SAFETY: by the caller's word.
+                unsafe { b.$pack::<$cols>(line, part, to) }
+            }
+
+            unsafe fn multiply<const P: bool>(
+                count: usize,
+                depth: usize,
+                a: (*const f32, usize),
+                b: *const f32,
+                to: Place,
+                cols: usize,
+            ) {
+                // SAFETY: by the caller's word.
+                unsafe {
+                    match count {
+                        $($few => $multiply::<$few, P>(depth, a, b, to, cols),)*
+                        _ => $multiply::<$rows, P>(depth, a, b, to, cols),
+                    }
+                }
+            }
         }
     };
 }
 
-impl Kernel for Avx2 {
-    const ROWS: usize = 6;
-    const COLS: usize = 16;
-    const DEPTH: usize = 256;
-
-    unsafe fn pack_rows(a: Lines, line: usize, part: (usize, usize), to: *mut f32) {
-        // SAFETY: by the caller's word.
-        unsafe { a.pack::<6>(line, part, to) }
-    }
-
-    unsafe fn pack_cols(b: Lines, line: usize, part: (usize, usize), to: *mut f32) {
-        // SAFETY: by the caller's word.
-        unsafe { b.pack::<16>(line, part, to) }
-    }
-
-    unsafe fn multiply<const P: bool>(
-        count: usize,
-        depth: usize,
-        a: (*const f32, usize),
-        b: *const f32,
-        to: Place,
-        cols: usize,
-    ) {
-        // SAFETY: by the caller's word.
-        unsafe { for_rows!(narrow, count, (depth, a, b, to, cols), 1 2 3 4 5, 6) }
-    }
-}
-
-impl Kernel for Avx512 {
-    const ROWS: usize = 12;
-    const COLS: usize = 32;
-    const DEPTH: usize = 384;
-
-    unsafe fn pack_rows(a: Lines, line: usize, part: (usize, usize), to: *mut f32) {
-        // SAFETY: by the caller's word.
-        unsafe { a.pack_wide::<12>(line, part, to) }
-    }
-
-    unsafe fn pack_cols(b: Lines, line: usize, part: (usize, usize), to: *mut f32) {
-        // SAFETY: by the caller's word.
-        unsafe { b.pack_wide::<32>(line, part, to) }
-    }
-
-    unsafe fn multiply<const P: bool>(
-        count: usize,
-        depth: usize,
-        a: (*const f32, usize),
-        b: *const f32,
-        to: Place,
-        cols: usize,
-    ) {
-        // SAFETY: by the caller's word.
-        unsafe { for_rows!(wide, count, (depth, a, b, to, cols), 1 2 3 4 5 6 7 8 9 10 11, 12) }
-    }
-}
+kernel!(Avx2: 6 by 16, 256 deep, pack, narrow, 1 2 3 4 5);
+kernel!(Avx512: 12 by 32, 384 deep, pack_wide, wide, 1 2 3 4 5 6 7 8 9 10 11);
 
 thread_local! {
-    /// Room for the blocks of `a` and panels of `b` of a thread's next product. Taken while in use, since a
+    /// Room for the rows of `a` and panels of `b` of a thread's next product. Taken while in use, since a
     /// thread that waits may be given another product.
     static ROOM: [Cell<Vec<Line>>; 2] = const { [Cell::new(vec![]), Cell::new(vec![])] };
 }
@@ -402,307 +380,6 @@ impl Panels {
         let panels = Packed { first, depth: self.size.0, cols: cols.len() };
         // SAFETY: the panels are there as asserted; the rest by the caller's word.
         unsafe { multiply::<K>(Lines::rows(a, m), (ks.start, ks.len()), panels, to, 1) }
-    }
-}
-
-/// Rows of `a` or columns of `b`, which lie along `k`.
-#[derive(Clone, Copy)]
-struct Lines<'a> {
-    data: &'a [f32],
-    apart: usize,
-    k_apart: usize,
-    /// Those that are meant.
-    first: usize,
-    count: usize,
-}
-
-impl<'a> Lines<'a> {
-    /// The rows of a matrix.
-    fn rows(of: Mat<'a>, count: usize) -> Self {
-        Self { data: of.data, apart: of.rows_apart, k_apart: of.cols_apart, first: 0, count }
-    }
-
-    /// Up to `most` from `line` on, where their numbers lie, and how far apart.
-    fn in_place(self, line: usize, most: usize, part: (usize, usize)) -> (*const f32, usize) {
-        assert!(self.k_apart == 1);
-        (self.start(line, most.min(self.count - line), part), self.apart)
-    }
-
-    /// The first of `lines` from `line` on, of which `depth` numbers from `from` on are inside the slice.
-    fn start(self, line: usize, lines: usize, (from, depth): (usize, usize)) -> *const f32 {
-        let first = (self.first + line) * self.apart + from * self.k_apart;
-        assert!(first + (lines - 1) * self.apart + (depth - 1) * self.k_apart < self.data.len());
-        self.data[first..].as_ptr()
-    }
-
-    /// [`pack`](Self::pack) of `lines` of `W` lines and of `k` from `skip` on, one number after another.
-    ///
-    /// # Safety
-    /// As of `pack`; `data` must be the first number.
-    #[inline(always)]
-    unsafe fn one_by_one<const W: usize>(
-        self,
-        data: *const f32,
-        lines: usize,
-        skip: usize,
-        depth: usize,
-        to: *mut f32,
-    ) {
-        for k in skip..depth {
-            for l in 0..W {
-                // SAFETY: by the caller's word.
-                unsafe {
-                    let x = if l < lines { *data.add(l * self.apart + k * self.k_apart) } else { 0. };
-                    *to.add(k * W + l) = x;
-                }
-            }
-        }
-    }
-
-    /// Packs `W` lines from `line` on, `depth` numbers of each from `from` on: the first of all lines, then the
-    /// second. Zeros stand for lines that are none.
-    ///
-    /// # Safety
-    /// The processor must have AVX2 and FMA; the slice must hold the lines, and `to` have room for `W · depth`
-    /// numbers, and for two more unless `W` is a multiple of eight.
-    #[target_feature(enable = "avx2,fma")]
-    unsafe fn pack<const W: usize>(self, line: usize, part: (usize, usize), to: *mut f32) {
-        let (lines, depth) = (W.min(self.count - line), part.1);
-        let data = self.start(line, lines, part);
-        // SAFETY: what is read is inside the slice, as `start` found; what is written by the caller's word.
-        unsafe {
-            if lines == W && self.apart == 1 {
-                for k in 0..depth {
-                    data.add(k * self.k_apart).copy_to_nonoverlapping(to.add(k * W), W);
-                }
-            } else if lines == W && self.k_apart == 1 {
-                let whole = depth / 8 * 8;
-                for k in (0..whole).step_by(8) {
-                    for half in (0..W).step_by(8) {
-                        let mut eight = [_mm256_setzero_ps(); 8];
-                        for (l, line) in eight.iter_mut().enumerate().take(W - half) {
-                            *line = _mm256_loadu_ps(data.add((half + l) * self.apart + k));
-                        }
-                        // Of 6 lines each store is overwritten, from its seventh number on, by the next.
-                        for (i, numbers) in transpose(eight).into_iter().enumerate() {
-                            _mm256_storeu_ps(to.add((k + i) * W + half), numbers);
-                        }
-                    }
-                }
-                self.one_by_one::<W>(data, lines, whole, depth, to);
-            } else {
-                self.one_by_one::<W>(data, lines, 0, depth, to);
-            }
-        }
-    }
-
-    /// [`pack`](Self::pack) with registers of sixteen numbers.
-    ///
-    /// # Safety
-    /// The processor must have AVX-512; the slice must hold the lines, and `to` have room for `W · depth` numbers,
-    /// and for four more unless `W` is a multiple of sixteen.
-    #[target_feature(enable = "avx512f")]
-    unsafe fn pack_wide<const W: usize>(self, line: usize, part: (usize, usize), to: *mut f32) {
-        /// Numbers of a line that are asked for before they are read: the lines are too many for the processor to
-        /// see it coming.
-        const SOON: usize = 64;
-        let (lines, depth) = (W.min(self.count - line), part.1);
-        let data = self.start(line, lines, part);
-        // SAFETY: what is read is inside the slice, as `start` found; what is written by the caller's word.
-        unsafe {
-            if lines == W && self.apart == 1 {
-                for k in 0..depth {
-                    data.add(k * self.k_apart).copy_to_nonoverlapping(to.add(k * W), W);
-                }
-            } else if self.k_apart == 1 {
-                for k in (0..depth).step_by(16) {
-                    let deep = 16.min(depth - k);
-                    for group in (0..W).step_by(16) {
-                        let mut rows = [_mm512_setzero_si512(); 16];
-                        for (l, row) in rows.iter_mut().enumerate().take(lines.saturating_sub(group).min(16))
-                        {
-                            let at = data.add((group + l) * self.apart + k);
-                            _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(SOON).cast());
-                            *row = _mm512_castps_si512(_mm512_maskz_loadu_ps(mask16(deep), at));
-                        }
-                        // Of 12 lines each store is overwritten, from its thirteenth number on, by the next.
-                        for (i, numbers) in sixteen_by_sixteen(rows).into_iter().enumerate().take(deep) {
-                            _mm512_storeu_ps(to.add((k + i) * W + group), _mm512_castsi512_ps(numbers));
-                        }
-                    }
-                }
-            } else {
-                self.one_by_one::<W>(data, lines, 0, depth, to);
-            }
-        }
-    }
-}
-
-/// A square of 8 × 8 numbers, its rows in registers, transposed.
-#[target_feature(enable = "avx2")]
-fn transpose(r: [__m256; 8]) -> [__m256; 8] {
-    let mut pairs = r;
-    for i in (0..8).step_by(2) {
-        pairs[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-        pairs[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-    }
-    // Now half q of fours[4 g + c] holds column 4 q + c of the rows of group g.
-    let mut fours = pairs;
-    for g in [0, 4] {
-        fours[g] = _mm256_shuffle_ps::<0x44>(pairs[g], pairs[g + 2]);
-        fours[g + 1] = _mm256_shuffle_ps::<0xee>(pairs[g], pairs[g + 2]);
-        fours[g + 2] = _mm256_shuffle_ps::<0x44>(pairs[g + 1], pairs[g + 3]);
-        fours[g + 3] = _mm256_shuffle_ps::<0xee>(pairs[g + 1], pairs[g + 3]);
-    }
-    let mut out = fours;
-    for c in 0..4 {
-        out[c] = _mm256_permute2f128_ps::<0x20>(fours[c], fours[4 + c]);
-        out[4 + c] = _mm256_permute2f128_ps::<0x31>(fours[c], fours[4 + c]);
-    }
-    out
-}
-
-/// Asks for `rows` of the result before they are written.
-#[inline(always)]
-fn ask_for_rows(out: *const f32, rows: usize, apart: usize, cols: usize) {
-    for r in 0..rows {
-        let row = out.wrapping_add(r * apart);
-        // SAFETY: hints, which read nothing, wherever they point.
-        unsafe {
-            for c in (0..cols).step_by(16) {
-                _mm_prefetch::<_MM_HINT_T1>(row.wrapping_add(c).cast());
-            }
-            _mm_prefetch::<_MM_HINT_T1>(row.wrapping_add(cols - 1).cast());
-        }
-    }
-}
-
-/// `R` rows of `a` by 16 columns of `b`, of which `cols` are wanted.
-///
-/// # Safety
-/// As of [`Kernel::multiply`], with `R` rows.
-#[target_feature(enable = "avx2,fma")]
-unsafe fn narrow<const R: usize, const PACKED: bool>(
-    depth: usize,
-    (a, a_apart): (*const f32, usize),
-    b: *const f32,
-    to: Place,
-    cols: usize,
-) {
-    const ROWS: usize = 6;
-    const COLS: usize = 16;
-    assert!(to.at + (R - 1) * to.apart + cols <= to.out.len && cols <= COLS);
-    assert!(to.bias.is_none_or(|b| b.len() >= cols));
-    // SAFETY: in bounds by the caller's word and as asserted.
-    unsafe {
-        let out = to.out.place(to.at);
-        ask_for_rows(out, R, to.apart, cols);
-        let mut sums = [[_mm256_setzero_ps(); 2]; R];
-        let mut step = |k: usize| {
-            let b = [_mm256_load_ps(b.add(k * COLS)), _mm256_load_ps(b.add(k * COLS + 8))];
-            for (r, sums) in sums.iter_mut().enumerate() {
-                let at = if PACKED { k * ROWS + r } else { r * a_apart + k };
-                let a = _mm256_broadcast_ss(&*a.add(at));
-                sums[0] = _mm256_fmadd_ps(a, b[0], sums[0]);
-                sums[1] = _mm256_fmadd_ps(a, b[1], sums[1]);
-            }
-        };
-        let fours = depth / 4 * 4;
-        for k in (0..fours).step_by(4) {
-            step(k);
-            step(k + 1);
-            step(k + 2);
-            step(k + 3);
-        }
-        for k in fours..depth {
-            step(k);
-        }
-        let scale = _mm256_set1_ps(to.scale);
-        if cols == COLS {
-            for (r, sums) in sums.iter().enumerate() {
-                for (half, sum) in sums.iter().enumerate() {
-                    let out = out.add(r * to.apart + 8 * half);
-                    let sum = match (to.add, to.bias) {
-                        (true, _) => _mm256_fmadd_ps(*sum, scale, _mm256_loadu_ps(out)),
-                        (_, Some(b)) => {
-                            _mm256_fmadd_ps(*sum, scale, _mm256_loadu_ps(b.as_ptr().add(8 * half)))
-                        }
-                        _ => _mm256_mul_ps(*sum, scale),
-                    };
-                    _mm256_storeu_ps(out, sum);
-                }
-            }
-            return;
-        }
-        for (r, sums) in sums.iter().enumerate() {
-            let mut row = [0f32; COLS];
-            _mm256_storeu_ps(row.as_mut_ptr(), sums[0]);
-            _mm256_storeu_ps(row.as_mut_ptr().add(8), sums[1]);
-            for (c, sum) in row.iter().enumerate().take(cols) {
-                let out = out.add(r * to.apart + c);
-                *out = match (to.add, to.bias) {
-                    (true, _) => sum.mul_add(to.scale, *out),
-                    (_, Some(b)) => sum.mul_add(to.scale, b[c]),
-                    _ => sum * to.scale,
-                };
-            }
-        }
-    }
-}
-
-/// `R` rows of `a` by 32 columns of `b`, of which `cols` are wanted.
-///
-/// # Safety
-/// As of [`Kernel::multiply`], with `R` rows.
-#[target_feature(enable = "avx512f")]
-unsafe fn wide<const R: usize, const PACKED: bool>(
-    depth: usize,
-    (a, a_apart): (*const f32, usize),
-    b: *const f32,
-    to: Place,
-    cols: usize,
-) {
-    const ROWS: usize = 12;
-    const COLS: usize = 32;
-    /// Of `k`: a panel comes from a core's own cache, and is asked for so much before it is needed; the first time
-    /// from that which cores share, which takes longer.
-    const SOON: usize = 6;
-    const LATER: usize = 64;
-    assert!(to.at + (R - 1) * to.apart + cols <= to.out.len && cols <= COLS);
-    assert!(to.bias.is_none_or(|b| b.len() >= cols));
-    // SAFETY: in bounds by the caller's word and as asserted.
-    unsafe {
-        let out = to.out.place(to.at);
-        ask_for_rows(out, R, to.apart, cols);
-        let mut sums = [[_mm512_setzero_ps(); 2]; R];
-        for k in 0..depth {
-            let (soon, later) = (b.wrapping_add((k + SOON) * COLS), b.wrapping_add((k + LATER) * COLS));
-            _mm_prefetch::<_MM_HINT_T0>(soon.cast());
-            _mm_prefetch::<_MM_HINT_T0>(soon.wrapping_add(16).cast());
-            _mm_prefetch::<_MM_HINT_T1>(later.cast());
-            _mm_prefetch::<_MM_HINT_T1>(later.wrapping_add(16).cast());
-            let b = [_mm512_load_ps(b.add(k * COLS)), _mm512_load_ps(b.add(k * COLS + 16))];
-            for (r, sums) in sums.iter_mut().enumerate() {
-                let at = if PACKED { k * ROWS + r } else { r * a_apart + k };
-                let a = _mm512_set1_ps(*a.add(at));
-                sums[0] = _mm512_fmadd_ps(a, b[0], sums[0]);
-                sums[1] = _mm512_fmadd_ps(a, b[1], sums[1]);
-            }
-        }
-        let scale = _mm512_set1_ps(to.scale);
-        let masks = [mask16(cols), mask16(cols.saturating_sub(16))];
-        for (r, sums) in sums.iter().enumerate() {
-            for (half, (sum, mask)) in sums.iter().zip(masks).enumerate() {
-                let out = out.add(r * to.apart).wrapping_add(16 * half);
-                let before = |at: *const f32| _mm512_maskz_loadu_ps(mask, at);
-                let sum = match (to.add, to.bias) {
-                    (true, _) => _mm512_fmadd_ps(*sum, scale, before(out)),
-                    (_, Some(b)) => _mm512_fmadd_ps(*sum, scale, before(b.as_ptr().wrapping_add(16 * half))),
-                    _ => _mm512_mul_ps(*sum, scale),
-                };
-                _mm512_mask_storeu_ps(out, mask, sum);
-            }
-        }
     }
 }
 
